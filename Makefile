@@ -1,0 +1,35 @@
+# Everything sets itself up in .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check format bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	@mkdir -p build
+	$(BIN)/limner edit "put the cat from image 2 into image 1 on the left" \
+	    -i src/limner/assets/samples/beach.png -i src/limner/assets/samples/cat.png -o build/demo.png --seed 1
+	@echo "Open build/demo.png: an edit of the two samples in src/limner/assets/samples."
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,67 @@
+"""Puts the bundled model together: OUT in the diffusers layout (float16 files), and the sample pictures beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import find_font
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2Transformer2DModel
+from train import GEOMETRY, Average, Model
+from transformers import Qwen2TokenizerFast
+from world import HELD_OUT, LARGE, MEDIUM, STICKERS, Picture, Renderer, Scene, Sticker
+
+SAMPLES = {
+    "beach": Picture(scene=Scene(name="beach", variant=3)),
+    "meadow": Picture(scene=Scene(name="meadow", variant=5)),
+    "cat": Picture(scene=Scene(name="white", variant=1), stickers=(Sticker(glyph=STICKERS["cat"]),)),
+    "dog": Picture(scene=Scene(name="room", variant=2), stickers=(Sticker(glyph=STICKERS["dog"], scale=LARGE),)),
+    "rocket": Picture(
+        scene=Scene(name="night sky", variant=4),
+        stickers=(Sticker(glyph=STICKERS["rocket"], scale=MEDIUM, column="right", row="top"),),
+    ),
+    "duck": Picture(scene=Scene(name="sea", variant=6), stickers=(Sticker(glyph=HELD_OUT["duck"], scale=MEDIUM),)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder with checkpoint.pt of train.py")
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--font", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
+    state = torch.load(args.run / "checkpoint.pt", weights_only=True)
+    model = Model(len(tokenizer), pad=tokenizer.pad_token_id)
+    model.load_state_dict(state["model"])
+    average = Average(model, 0.0)
+    average.values = state["average"]
+    average.copy_to(model)
+    transformer = Flux2Transformer2DModel(**GEOMETRY.to_diffusers())
+    transformer.load_state_dict(model.transformer.state_dict())
+    pipe = Flux2KleinKVPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=AutoencoderKLFlux2.from_pretrained(args.vae).half(),
+        text_encoder=model.text_encoder.half(),
+        tokenizer=tokenizer,
+        transformer=transformer.half(),
+    )
+    shutil.rmtree(args.out / "stickers", ignore_errors=True)
+    pipe.save_pretrained(args.out / "stickers")
+    settings = {"default_size": [128, 128], "default_dtype": "float32"}
+    (args.out / "stickers" / "limner.json").write_text(json.dumps(settings) + "\n")
+    (args.out / "samples").mkdir(exist_ok=True)
+    renderer = Renderer(find_font(args.font))
+    for name, sample in SAMPLES.items():
+        renderer.render(sample).save(args.out / "samples" / f"{name}.png")
+    print(f"step {state['step']}: {args.out / 'stickers'}")
+
+
+if __name__ == "__main__":
+    main()

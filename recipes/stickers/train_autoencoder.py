@@ -1,0 +1,129 @@
+"""Trains the KL autoencoder of the bundled model on crops of rendered pictures; writes OUT/vae in the diffusers layout."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+from common import Average, Log, Optimizer, arguments, find_font, save_checkpoint, step_rng
+from diffusers import AutoencoderKLFlux2
+from world import COLUMNS, ROWS, SCALES, SIZES, STICKERS, Picture, Renderer, Scene, Sticker, scene_names
+
+CROP = 64
+CONFIG = {
+    "block_out_channels": (16, 32, 64, 128),
+    "layers_per_block": 1,
+    "latent_channels": 12,
+    "norm_num_groups": 2,
+    "sample_size": 128,
+    "mid_block_add_attention": False,
+}
+KL_WEIGHT = 1e-5
+
+
+def random_picture(rng: random.Random, glyphs: list[int]) -> Picture:
+    """Any scene, one to four stickers of any kind but the held-out ones."""
+    stickers = [
+        Sticker(
+            glyph=rng.choice(glyphs),
+            scale=rng.choice(SCALES),
+            column=rng.choice(COLUMNS),
+            row=rng.choice(ROWS),
+            mirrored=rng.random() < 0.3,
+            grey=rng.random() < 0.1,
+        )
+        for _ in range(rng.randint(1, 4))
+    ]
+    scene = Scene(name=rng.choice(scene_names()), variant=rng.choice((0, 0, *range(1, 9))))
+    return Picture(scene=scene, stickers=tuple(stickers), size=rng.choice(SIZES))
+
+
+def pixels(image: object) -> torch.Tensor:
+    """(3, height, width) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], size: int) -> torch.Tensor:
+    crops = []
+    for _ in range(size):
+        image = renderer.render(random_picture(rng, glyphs))
+        x, y = (rng.randrange(0, (side - CROP) // 8 + 1) * 8 for side in image.size)
+        crops.append(pixels(image.crop((x, y, x + CROP, y + CROP))))
+    return torch.stack(crops)
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> float:
+    """PSNR in dB over whole pictures, posterior mean."""
+    restored = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    return -10 * math.log10(((restored - pictures) / 2).square().mean().item())
+
+
+def main() -> None:
+    args = arguments(__doc__ or "", steps=3800, batch=8, lr=3e-3).parse_args()
+    log = Log(args.out)
+    renderer = Renderer(find_font(args.font))
+    glyphs = [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKLFlux2(**CONFIG)
+    torch.nn.init.constant_(vae.quant_conv.bias[CONFIG["latent_channels"] :].detach(), -6.0)  # little noise at first
+    average = Average(vae, 0.998)
+    optimizer = Optimizer(vae, lr=args.lr, matrices=lambda name, p: p.dim() == 4 and "_blocks." in name or "mid_block" in name)
+    first = 0
+    if args.resume:
+        state = torch.load(args.out / "checkpoint.pt", weights_only=True)
+        vae.load_state_dict(state["model"])
+        average.values = state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    rng = random.Random(f"{args.seed}/evaluation")
+    watched = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
+    truth = torch.stack([pixels(renderer.render(p)) for p in watched])
+
+    for step in range(first, args.steps):
+        rng, generator = step_rng(args.seed, step)
+        x = batch(rng, renderer, glyphs, args.batch)
+        progress = step / args.steps
+        rate = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        posterior = vae.encode(x).latent_dist
+        restored = vae.decode(posterior.sample(generator)).sample
+        error = restored - x
+        loss = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.step(loss, rate=rate)
+        average.update(vae, step)
+        if step % 50 == 0:
+            log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
+        stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
+        if stop or (step + 1) % 500 == 0:
+            state = {"model": vae.state_dict(), "average": average.values, "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_checkpoint(args.out / "checkpoint.pt", state)
+        if stop:
+            break
+
+    average.copy_to(vae)
+    vae.eval()
+    fit_batch_norm(vae, renderer, glyphs, args.seed)
+    log.write(psnr=evaluate(vae, truth))
+    vae.save_pretrained(args.out / "vae")
+
+
+@torch.no_grad()
+def fit_batch_norm(vae: AutoencoderKLFlux2, renderer: Renderer, glyphs: list[int], seed: int) -> None:
+    """Sets the running statistics of the patchified latents, so that each of the channels has mean 0 and variance 1."""
+    rng = random.Random(f"{seed}/statistics")
+    latents = []
+    for _ in range(768):
+        picture = random_picture(rng, glyphs)
+        latent = vae.encode(pixels(renderer.render(picture))[None]).latent_dist.mode()
+        _, c, h, w = latent.shape
+        patches = latent.view(c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3).reshape(c * 4, -1)
+        latents.append(patches)
+    values = torch.cat(latents, 1).double()
+    vae.bn.running_mean.copy_(values.mean(1))
+    vae.bn.running_var.copy_(values.var(1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Geometry of the transformer and the policy for references, as frozen values.
+
+Knows no tensors and no files. Names follow the diffusers configuration where that is what a file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from limner.errors import CheckpointError
+
+__all__ = ["KLEIN_4B", "KLEIN_9B", "ReferencePolicy", "TransformerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Geometry of one transformer of the family; the defaults that no member changes are those of klein.
+
+    `text_width` is the width of the text tokens, `in_channels` that of latent tokens, `rope_axes` the share of the head
+    dimension that each position axis (t, h, w, l) rotates.
+    """
+
+    num_double_blocks: int
+    num_single_blocks: int
+    num_heads: int
+    head_dim: int
+    text_width: int
+    in_channels: int = 128
+    out_channels: int = 128
+    mlp_ratio: float = 3.0
+    rope_axes: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: float = 2000.0
+    time_channels: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if len(self.rope_axes) != 4:
+            raise CheckpointError(f"axes_dims_rope={list(self.rope_axes)} has to have 4 axes (t, h, w, l)")
+        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+            raise CheckpointError(
+                f"axes_dims_rope={list(self.rope_axes)} has to be even numbers that add up to "
+                f"attention_head_dim={self.head_dim}"
+            )
+        if min(self.num_double_blocks, self.num_single_blocks) < 1:
+            raise CheckpointError(
+                f"num_layers={self.num_double_blocks} and num_single_layers={self.num_single_blocks} have to be at least 1"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width C of the hidden states."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of one half of the gated MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of attention layers, hence of K/V pairs in a prefill."""
+        return self.num_double_blocks + self.num_single_blocks
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TransformerConfig:
+        """Reads the `config.json` of a diffusers `Flux2Transformer2DModel`; refuses what this engine would get wrong."""
+        if config.get("guidance_embeds", True):
+            raise CheckpointError(
+                f"{where}: guidance_embeds is true (a guidance-distilled model, FLUX.2-dev-like); "
+                "only klein-like models without guidance embedding are supported"
+            )
+        if config.get("patch_size", 1) != 1:
+            raise CheckpointError(f"{where}: patch_size={config['patch_size']} is not supported; allowed: 1")
+        names = {
+            "num_layers": "num_double_blocks",
+            "num_single_layers": "num_single_blocks",
+            "num_attention_heads": "num_heads",
+            "attention_head_dim": "head_dim",
+            "joint_attention_dim": "text_width",
+        }
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise CheckpointError(f"{where}: missing {', '.join(missing)}; is this the transformer of a klein model?")
+        in_channels = int(config.get("in_channels", 128))
+        return cls(
+            **{ours: int(config[theirs]) for theirs, ours in names.items()},
+            in_channels=in_channels,
+            out_channels=int(config.get("out_channels") or in_channels),
+            mlp_ratio=float(config.get("mlp_ratio", 3.0)),
+            rope_axes=tuple(int(axis) for axis in config.get("axes_dims_rope", (32, 32, 32, 32))),
+            rope_theta=float(config.get("rope_theta", 2000)),
+            time_channels=int(config.get("timestep_guidance_channels", 256)),
+            eps=float(config.get("eps", 1e-6)),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `config.json` that diffusers reads."""
+        return {
+            "_class_name": "Flux2Transformer2DModel",
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": None if self.out_channels == self.in_channels else self.out_channels,
+            "num_layers": self.num_double_blocks,
+            "num_single_layers": self.num_single_blocks,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.num_heads,
+            "joint_attention_dim": self.text_width,
+            "timestep_guidance_channels": self.time_channels,
+            "mlp_ratio": self.mlp_ratio,
+            "axes_dims_rope": list(self.rope_axes),
+            "rope_theta": int(self.rope_theta) if self.rope_theta == int(self.rope_theta) else self.rope_theta,
+            "eps": self.eps,
+            "guidance_embeds": False,
+        }
+
+
+KLEIN_9B = TransformerConfig(num_double_blocks=8, num_single_blocks=24, num_heads=32, head_dim=128, text_width=12288)
+KLEIN_4B = TransformerConfig(num_double_blocks=5, num_single_blocks=20, num_heads=24, head_dim=128, text_width=7680)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferencePolicy:
+    """What happens to a reference before it is encoded. The defaults are those of the model card's system.
+
+    A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept); then its middle is cut to multiples of
+    16. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is
+    refused unless `background`, a colour name or "#rrggbb", says what stands behind it.
+    """
+
+    max_pixels: int = 1024 * 1024
+    min_side: int = 64
+    max_aspect: float = 8.0
+    background: str | None = None

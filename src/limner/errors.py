@@ -1,0 +1,36 @@
+"""The errors that Limner raises on purpose: one base, one class for each kind of remedy.
+
+Every message names the field, the value that came, what is allowed and what to do. Knows nothing of HTTP or exit codes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Cancelled", "CapacityError", "CheckpointError", "InvalidRequest", "LimnerError", "OutputError"]
+
+
+class LimnerError(Exception):
+    """Base of all errors that Limner raises on purpose."""
+
+
+class InvalidRequest(LimnerError, ValueError):
+    """A value of the request is not allowed: `field`, the value, what is allowed and a remedy are in the message."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class CheckpointError(LimnerError):
+    """A model file or folder is missing, damaged or of another kind."""
+
+
+class CapacityError(LimnerError):
+    """The request is valid and does not fit in memory; the message has the numbers."""
+
+
+class OutputError(LimnerError):
+    """A result could not be written; nothing half-written is left."""
+
+
+class Cancelled(LimnerError):
+    """Raise it in a step callback to stop the run: it reaches the caller, and no picture is made."""

@@ -1,0 +1,253 @@
+"""Pictures in and out: decoding with limits, what happens to a reference, saving with metadata.
+
+Owns the formats (PNG, JPEG, WebP), the limits that are checked before decoding, resizing and cropping, and the metadata
+of a saved picture. Nothing is changed silently: `ReferenceReport` says what happened. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from limner.config import ReferencePolicy
+from limner.errors import InvalidRequest, OutputError
+
+__all__ = [
+    "FORMATS",
+    "MAX_DECODED_PIXELS",
+    "PreparedReference",
+    "ReferenceReport",
+    "check_output",
+    "decode",
+    "prepare_reference",
+    "read_metadata",
+    "save",
+    "to_pil",
+    "to_pixels",
+    "write_beside",
+]
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""File endings and the formats that are read and written."""
+MAX_DECODED_PIXELS = 64 * 1000 * 1000
+"""Pictures with more pixels are refused before they are decoded."""
+_METADATA_KEY = "limner"
+_GRID = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceReport:
+    """What happened to one reference. Sizes are (width, height); `cut` counts pixels (left, top, right, bottom)."""
+
+    original_size: tuple[int, int]
+    oriented: bool
+    resized_to: tuple[int, int] | None
+    cut: tuple[int, int, int, int]
+    processed_size: tuple[int, int]
+    digest: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = ["{}x{}".format(*self.original_size)]
+        parts += ["turned upright (EXIF)"] if self.oriented else []
+        parts += ["scaled to {}x{}".format(*self.resized_to)] if self.resized_to else []
+        parts += ["cut {} left, {} top, {} right, {} bottom".format(*self.cut)] if any(self.cut) else []
+        return ", ".join([*parts, "used as {}x{}".format(*self.processed_size)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class PreparedReference:
+    """Pixels (3, height, width) uint8 of a processed reference, and how they came to be."""
+
+    pixels: Tensor
+    report: ReferenceReport
+
+
+def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> Image.Image:
+    """A file or bytes to a picture, fully decoded. Raises `InvalidRequest` that names `field` and the remedy."""
+    shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(field, f"{shown} cannot be read ({error.strerror or error}); give a picture file") from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
+    except UnidentifiedImageError:
+        raise InvalidRequest(field, f"{shown} is not a PNG, JPEG or WebP picture; convert it to one") from None
+    except Image.DecompressionBombError as error:
+        raise InvalidRequest(field, f"{shown}: {error}; at most {MAX_DECODED_PIXELS} pixels are allowed") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InvalidRequest(field, f"{shown} is damaged ({error}); save it again") from None
+    _check_header(image, data, field=f"{field} {shown}")
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InvalidRequest(field, f"{shown} is truncated or damaged ({error}); save it again") from None
+    return image
+
+
+def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
+    """Refuses, before any pixel is decoded, what would have to be guessed at."""
+    width, height = image.size
+    if width * height > MAX_DECODED_PIXELS:
+        raise InvalidRequest(field, f"{width}x{height} is over {MAX_DECODED_PIXELS} pixels; scale it down")
+    if getattr(image, "n_frames", 1) > 1:
+        raise InvalidRequest(field, f"it is animated ({image.n_frames} frames); save one frame")  # type: ignore[attr-defined]
+    if image.format == "PNG" and len(data) > 24 and data[24] == 16:
+        raise InvalidRequest(field, "it has 16 bits a channel; save it with 8")
+
+
+def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
+    """The picture as RGB with its EXIF orientation applied, and whether that changed it."""
+    oriented = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3] != (255, 255):
+            if background is None:
+                raise InvalidRequest(
+                    field,
+                    "it is transparent in places; flatten it, or say what stands behind it: "
+                    "ReferencePolicy(background='white'), --background white",
+                )
+            try:
+                colour = ImageColor.getrgb(background)[:3]
+            except ValueError:
+                raise InvalidRequest("background", f"{background!r} is not a colour; use white or #ffffff") from None
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image)
+        return image.convert("RGB"), oriented
+    if image.mode in ("RGB", "L", "P", "1"):
+        return image.convert("RGB"), oriented
+    remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
+    raise InvalidRequest(field, f"its colour mode is {image.mode}; {remedy.get(image.mode, 'save it as 8 bit RGB')}")
+
+
+def prepare_reference(
+    image: Image.Image | str | os.PathLike[str] | bytes, *, policy: ReferencePolicy, field: str = "image"
+) -> PreparedReference:
+    """A reference as the model reads it: upright RGB, scaled down if over the cap, its middle cut to multiples of 16."""
+    if isinstance(image, (str, os.PathLike, bytes)):
+        image = decode(image, field=field)
+    elif isinstance(image, Image.Image):
+        _check_header(image, b"", field=field)
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InvalidRequest(field, f"the picture is truncated or damaged ({error}); save it again") from None
+    else:
+        raise InvalidRequest(field, f"{type(image).__name__} is not a picture; give a PIL image, a file name or bytes")
+    original = image.size
+    rgb, oriented = _upright_rgb(image, background=policy.background, field=field)
+    width, height = rgb.size
+    if min(width, height) < policy.min_side:
+        raise InvalidRequest(field, f"{width}x{height} is too small; each side has to be at least {policy.min_side} pixels")
+    if max(width / height, height / width) > policy.max_aspect:
+        raise InvalidRequest(field, f"{width}x{height} is too long; the aspect may be {policy.max_aspect:g}:1, crop it")
+    resized = None
+    if width * height > policy.max_pixels:
+        # int() and LANCZOS as in diffusers 0.42.1, Flux2ImageProcessor._resize_to_target_area
+        factor = math.sqrt(policy.max_pixels / (width * height))
+        resized = (int(width * factor), int(height * factor))
+        rgb = rgb.resize(resized, Image.Resampling.LANCZOS)
+        width, height = resized
+    kept = (width // _GRID * _GRID, height // _GRID * _GRID)
+    if 0 in kept:
+        raise InvalidRequest(field, f"{width}x{height} after scaling is under 16 pixels; raise max_pixels={policy.max_pixels}")
+    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
+    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    digest = hashlib.sha256(f"{kept[0]}x{kept[1]}:".encode())
+    digest.update(pixels.numpy().tobytes())
+    return PreparedReference(
+        pixels=pixels,
+        report=ReferenceReport(
+            original_size=original,
+            oriented=oriented,
+            resized_to=resized,
+            cut=(left, top, width - kept[0] - left, height - kept[1] - top),
+            processed_size=kept,
+            digest=digest.hexdigest(),
+        ),
+    )
+
+
+def to_pixels(pixels: Tensor) -> Tensor:
+    """uint8 (3, height, width) to float32 (1, 3, height, width) in [-1, 1], by the steps that diffusers takes."""
+    return pixels[None].float() / 255.0 * 2.0 - 1.0
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(B, 3, height, width) in [0, 1] to PIL pictures."""
+    values = (pictures.float().permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    return [Image.fromarray(value) for value in values]
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """A path that a picture can be written to, checked before work is spent on the picture."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InvalidRequest("output", f"{path} has to end in {', '.join(FORMATS)}")
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"output: {path} cannot be written: {folder} has to be a folder that you may write to")
+    return path
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: beside it first, then renamed. Raises `OutputError`."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OutputError(f"output: {path} cannot be written ({error.strerror or error}); nothing was left there") from error
+
+
+def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Saves a picture as its ending says, `metadata` with it; `read_metadata` reads it back."""
+    path = check_output(path)
+    text = json.dumps(dict(metadata or {}), ensure_ascii=True, sort_keys=True)
+    buffer = io.BytesIO()
+    kind = FORMATS[path.suffix.lower()]
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(_METADATA_KEY, text)
+        image.save(buffer, kind, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = _METADATA_KEY
+        exif[ExifTags.Base.ImageDescription] = text
+        image.save(buffer, kind, quality=95, exif=exif)
+    write_beside(path, buffer.getvalue())
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `save` wrote, or {}."""
+    with Image.open(path) as image:
+        text = image.info.get(_METADATA_KEY)
+        if text is None and image.getexif().get(ExifTags.Base.Software) == _METADATA_KEY:
+            text = image.getexif().get(ExifTags.Base.ImageDescription)
+    found = json.loads(text) if text else {}
+    return found if isinstance(found, dict) else {}
+
+
+def describe_sizes(reports: Sequence[ReferenceReport]) -> str:
+    """The processed sizes of references, for messages."""
+    return ", ".join("{}x{}".format(*r.processed_size) for r in reports)

@@ -1,0 +1,1 @@
+"""The networks. This package knows torch and `limner.config`, `limner.tokens`: no files, pictures or environment."""

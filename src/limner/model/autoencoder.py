@@ -1,0 +1,64 @@
+"""Pixels to normalised latents and back, over diffusers' `AutoencoderKLFlux2`.
+
+Shapes: pixels (B, 3, height, width) in [-1, 1]; latents (B, 4 C, h, w), patchified and normalised by the running
+statistics of the checkpoint's BatchNorm: what the transformer reads and predicts. Knows no pictures and no files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner.tokens import PATCH, patchify, unpatchify
+
+__all__ = ["Autoencoder"]
+
+
+class Autoencoder(nn.Module):
+    """Wraps the network so that everybody else sees normalised, patchified latents only."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a side of one token: 16 for the family."""
+        return PATCH * 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token."""
+        return int(self.network.config.latent_channels) * PATCH**2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, height, width) in [-1, 1] to latents (B, 4 C, h, w): the mean of the posterior, normalised."""
+        latents = patchify(self.network.encode(pixels.to(self.device, self.dtype)).latent_dist.mode())
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4 C, h, w) to those of the network, (B, C, 2 h, 2 w)."""
+        mean, std = self._statistics(latents)
+        return unpatchify(latents * std + mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents of the network (B, C, 2 h, 2 w) to pixels (B, 3, height, width), about [-1, 1]."""
+        pixels: Tensor = self.network.decode(latents.to(self.dtype), return_dict=False)[0]
+        return pixels
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        bn = self.network.bn
+        mean = bn.running_mean.view(1, -1, 1, 1)
+        std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + self.network.config.batch_norm_eps)
+        return mean.to(like.device, like.dtype), std.to(like.device, like.dtype)

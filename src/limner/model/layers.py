@@ -1,0 +1,268 @@
+"""Blocks of the transformer: embedders, modulation, double-stream and single-stream blocks.
+
+Shapes: B batch, S sequence, C width, H heads, D head dimension. Module names are those of diffusers'
+`Flux2Transformer2DModel`, so its state dict needs no renaming. Each block has two passes that share its weights:
+`forward` for text and image tokens, and `prefill` for reference tokens, which attend to themselves only and see neither
+prompt nor noise. Knows nothing of sequences, steps or files.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limner.config import TransformerConfig
+from limner.model.attention import attend
+from limner.model.rope import Rope, apply_rope
+from limner.tokens import TokenLayout
+
+__all__ = ["DoubleBlock", "FinalNorm", "LayerKV", "Modulation", "SingleBlock", "TimeEmbedding"]
+
+
+class LayerKV(NamedTuple):
+    """Keys (after norm and rotation) and values of the reference tokens in one layer, each (1, S_ref, H, D)."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Shift(NamedTuple):
+    """One modulation, each (C,) where the batch shares it, else (B, 1, C)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift; one kernel where the batch shares the modulation."""
+    if scale.dim() == 1:
+        return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def gated_silu(x: Tensor) -> Tensor:
+    """silu(first half) * second half of the last axis."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class TimeEmbedding(nn.Module):
+    """sigma (B,) to the conditioning vector (B, C). The factor 1000 is applied here and nowhere else."""
+
+    def __init__(self, *, channels: int, width: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.timestep_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(channels, width, bias=False), "linear_2": nn.Linear(width, width, bias=False)}
+        )
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = self.channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
+        angles = (sigma.float() * 1000)[:, None] * torch.exp(-math.log(10000) * exponents)
+        linear_1, linear_2 = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(_dtype(linear_1))
+        embedding: Tensor = linear_2(F.silu(linear_1(waves)))
+        return embedding
+
+
+class Modulation(nn.Module):
+    """The conditioning vector (B, C) to `num` modulations, shared by all blocks of a kind."""
+
+    def __init__(self, *, width: int, num: int) -> None:
+        super().__init__()
+        self.num = num
+        self.linear = nn.Linear(width, 3 * num * width, bias=False)
+
+    def forward(self, embedding: Tensor) -> tuple[Shift, ...]:
+        values = self.linear(F.silu(embedding))
+        values = values[0] if values.shape[0] == 1 else values[:, None]
+        parts = values.chunk(3 * self.num, dim=-1)
+        return tuple(Shift(*parts[3 * i : 3 * i + 3]) for i in range(self.num))
+
+
+class FinalNorm(nn.Module):
+    """The last modulated LayerNorm; its linear gives (scale, shift), in this order."""
+
+    def __init__(self, *, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.linear = nn.Linear(width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        values = self.linear(F.silu(embedding))
+        values = values[0] if values.shape[0] == 1 else values[:, None]
+        scale, shift = values.chunk(2, dim=-1)
+        return modulated_norm(x, shift, scale, eps=self.eps)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.linear_out = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_out(gated_silu(self.linear_in(x)))
+        return out
+
+
+class JointAttention(nn.Module):
+    """Projections of a double-stream block: own ones for the image (and reference) stream and for the text stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.add_q_proj = nn.Linear(width, width, bias=False)
+        self.add_k_proj = nn.Linear(width, width, bias=False)
+        self.add_v_proj = nn.Linear(width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
+        self.to_add_out = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
+        self.norm_added_q = nn.RMSNorm(config.head_dim, eps=config.eps)
+        self.norm_added_k = nn.RMSNorm(config.head_dim, eps=config.eps)
+
+    def project_img(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k after norm, v: each (B, S, H, D)."""
+        q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def project_txt(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (_heads(linear(x), self.head_dim) for linear in linears)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+
+class DoubleBlock(nn.Module):
+    """Text and image (or reference) tokens with weights of their own and one joint attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn = JointAttention(config)
+        self.ff = FeedForward(config)
+        self.ff_context = FeedForward(config)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        *,
+        mod_img: tuple[Shift, ...],
+        mod_txt: tuple[Shift, ...],
+        rope: Rope,
+        layout: TokenLayout,
+        references: LayerKV | None,
+        kernel: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S_img, C) and (B, S_txt, C) to the same; `rope` is that of [txt, img]."""
+        q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]))
+        q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]))
+        out = attend(
+            apply_rope(layout.join(q_txt, q_img), rope),
+            apply_rope(layout.join(k_txt, k_img), rope),
+            layout.join(v_txt, v_img),
+            k_ref_BRHD=references.k if references else None,
+            v_ref_BRHD=references.v if references else None,
+            kernel=kernel,
+        ).flatten(2)
+        img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out[:, layout.img]))
+        txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out[:, layout.txt]))
+        img = torch.addcmul(img, mod_img[1].gate, self.ff(self._norm(img, mod_img[1])))
+        txt = torch.addcmul(txt, mod_txt[1].gate, self.ff_context(self._norm(txt, mod_txt[1])))
+        return img, txt
+
+    def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
+        """(B, S_ref, C) to the same and the K/V that this layer keeps."""
+        q, k, v = self.attn.project_img(self._norm(ref, mod[0]))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = attend(q, k, v, kernel=kernel).flatten(2)
+        ref = torch.addcmul(ref, mod[0].gate, self.attn.to_out[0](out))
+        ref = torch.addcmul(ref, mod[1].gate, self.ff(self._norm(ref, mod[1])))
+        return ref, LayerKV(k, v)
+
+    def _norm(self, x: Tensor, mod: Shift) -> Tensor:
+        return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
+
+
+class ParallelAttention(nn.Module):
+    """Projections of a single-stream block: one matrix in for q, k, v and both MLP halves, one out."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.width, self.head_dim = config.width, config.head_dim
+        self.to_qkv_mlp_proj = nn.Linear(config.width, 3 * config.width + 2 * config.mlp_width, bias=False)
+        self.to_out = nn.Linear(config.width + config.mlp_width, config.width, bias=False)
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q and k after norm, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
+        q, k, v, mlp = self.to_qkv_mlp_proj(x).tensor_split([self.width, 2 * self.width, 3 * self.width], dim=-1)
+        q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
+        return self.norm_q(q), self.norm_k(k), v, mlp
+
+    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k after norm and v alone, each (B, S, H, D)."""
+        weight = self.to_qkv_mlp_proj.weight[self.width : 3 * self.width]
+        k, v = (_heads(part, self.head_dim) for part in F.linear(x, weight).chunk(2, dim=-1))
+        return self.norm_k(k), v
+
+    def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
+        out: Tensor = self.to_out(torch.cat([attended.flatten(2), gated_silu(mlp)], dim=-1))
+        return out
+
+
+class SingleBlock(nn.Module):
+    """All tokens in one stream; attention and MLP in parallel."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn = ParallelAttention(config)
+
+    def forward(self, x: Tensor, *, mod: Shift, rope: Rope, references: LayerKV | None, kernel: str | None) -> Tensor:
+        """(B, S, C) of [txt, img] to the same."""
+        q, k, v, mlp = self.attn.project(self._norm(x, mod))
+        out = attend(
+            apply_rope(q, rope),
+            apply_rope(k, rope),
+            v,
+            k_ref_BRHD=references.k if references else None,
+            v_ref_BRHD=references.v if references else None,
+            kernel=kernel,
+        )
+        return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))
+
+    def prefill(self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
+        """(B, S_ref, C) to the same and the K/V that this layer keeps."""
+        q, k, v, mlp = self.attn.project(self._norm(ref, mod))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = attend(q, k, v, kernel=kernel)
+        # v is a view of the whole projection; a copy keeps S_ref * C values alive instead of S_ref * (3 C + 2 M)
+        return torch.addcmul(ref, mod.gate, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
+
+    def prefill_last(self, ref: Tensor, *, mod: Shift, rope: Rope) -> LayerKV:
+        """K/V alone: what the last block would add to the reference tokens, nobody reads."""
+        k, v = self.attn.project_kv(self._norm(ref, mod))
+        return LayerKV(apply_rope(k, rope), v.contiguous())
+
+    def _norm(self, x: Tensor, mod: Shift) -> Tensor:
+        return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

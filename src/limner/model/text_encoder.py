@@ -1,0 +1,95 @@
+"""Prompts to text tokens, over transformers' Qwen3, up to the last layer that is read.
+
+The tokens are hidden states of layers (L/4, L/2, 3L/4), side by side on the feature axis; layers after the last one
+read, the final norm and the language model head do not exist here. Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner.errors import InvalidRequest
+
+__all__ = ["TextEncoder", "TokenizedPrompt", "default_out_layers"]
+
+
+def default_out_layers(num_layers: int) -> tuple[int, int, int]:
+    """The layers that the family reads from an encoder of `num_layers`: 9, 18 and 27 of 36."""
+    return num_layers // 4, num_layers // 2, 3 * num_layers // 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedPrompt:
+    """`ids` and `mask` (S,), padded; `num_tokens` before cutting; `cut` is the text that did not fit, or ""."""
+
+    ids: Tensor
+    mask: Tensor
+    num_tokens: int
+    cut: str
+
+
+class TextEncoder(nn.Module):
+    """`network` is a Qwen3 base model of `max(out_layers)` layers whose final norm is the identity."""
+
+    def __init__(self, network: Any, tokenizer: Any, *, out_layers: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.out_layers = tuple(out_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence of the tokenizer's own declaration."""
+        return int(self.tokenizer.model_max_length)
+
+    def tokenize(self, prompt: str, *, max_sequence_length: int) -> TokenizedPrompt:
+        """One user turn of the chat template with thinking off, padded or cut to `max_sequence_length`."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        padded = self.tokenizer(
+            text, return_tensors="pt", padding="max_length", truncation=True, max_length=max_sequence_length
+        )
+        return TokenizedPrompt(
+            ids=padded["input_ids"][0],
+            mask=padded["attention_mask"][0],
+            num_tokens=len(ids),
+            cut=self._words(ids[max_sequence_length:]),
+        )
+
+    def _words(self, ids: list[int]) -> str:
+        """The words of a prompt's tail, without the template's end unless that is all there is."""
+        text: str = self.tokenizer.decode(ids)
+        return text.split(self.tokenizer.eos_token or "<|im_end|>")[0] or text
+
+    def forward(self, prompts: Sequence[TokenizedPrompt], *, out_layers: Sequence[int] | None = None) -> Tensor:
+        """(B, S_txt, num out_layers * hidden). `out_layers` may name any layers that are loaded."""
+        layers = tuple(out_layers) if out_layers is not None else self.out_layers
+        loaded = len(self.network.layers)
+        if not layers or not all(isinstance(i, int) and 0 <= i <= loaded for i in layers):
+            raise InvalidRequest(
+                "text_encoder_out_layers",
+                f"{list(layers)} has to name layers 0 to {loaded}; layers after the last one read are not loaded: give "
+                "text_encoder_out_layers to from_pretrained to load more",
+            )
+        out = self.network(
+            input_ids=torch.stack([p.ids for p in prompts]).to(self.device),
+            attention_mask=torch.stack([p.mask for p in prompts]).to(self.device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return torch.cat([out.hidden_states[i] for i in layers], dim=-1)

@@ -1,0 +1,143 @@
+"""The rectified-flow transformer: `prefill` for reference tokens, `forward` for everything else.
+
+`prefill` is a pure function of weights, reference tokens and positions. `forward` predicts the velocity of image tokens
+and takes what `prefill` gave, or nothing. There are no modes and no state. Knows torch and the geometry only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from limner.config import TransformerConfig
+from limner.model.layers import DoubleBlock, FinalNorm, LayerKV, Modulation, SingleBlock, TimeEmbedding
+from limner.model.rope import Rope, rope_table
+from limner.tokens import TokenLayout
+
+__all__ = ["ReferenceKV", "Transformer"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceKV:
+    """The keys and values of reference tokens in every layer, double-stream blocks first. Immutable by contract."""
+
+    layers: tuple[LayerKV, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of reference tokens S_ref."""
+        return self.layers[0].k.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].k.device
+
+
+class Transformer(nn.Module):
+    """Shapes: img (B, S_img, in_channels), txt (B, S_txt, text_width), ids (S, 4); velocity (B, S_img, out_channels)."""
+
+    kernel: str | None = None
+    """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.time_guidance_embed = TimeEmbedding(channels=config.time_channels, width=width)
+        self.double_stream_modulation_img = Modulation(width=width, num=2)
+        self.double_stream_modulation_txt = Modulation(width=width, num=2)
+        self.single_stream_modulation = Modulation(width=width, num=1)
+        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
+        self.context_embedder = nn.Linear(config.text_width, width, bias=False)
+        self.transformer_blocks = nn.ModuleList([DoubleBlock(config) for _ in range(config.num_double_blocks)])
+        self.single_transformer_blocks = nn.ModuleList([SingleBlock(config) for _ in range(config.num_single_blocks)])
+        self.norm_out = FinalNorm(width=width, eps=config.eps)
+        self.proj_out = nn.Linear(width, config.out_channels, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x_embedder.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_embedder.weight.device
+
+    def rope(self, ids: Tensor) -> Rope:
+        """The rotary table of positions `ids` (S, 4)."""
+        return rope_table(ids.to(self.device), axes=self.config.rope_axes, theta=self.config.rope_theta)
+
+    def prefill(self, ref_tokens: Tensor, ref_ids: Tensor) -> ReferenceKV:
+        """The K/V of reference tokens (1, S_ref, in_channels) at positions `ref_ids` (S_ref, 4), in every layer.
+
+        References attend to references only and are modulated at noise level 0; so the result depends on weights and
+        references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training.
+        """
+        double, single, last = self._split_blocks()
+        embedding = self.time_guidance_embed(torch.zeros(1, device=self.device))
+        mod_double = self.double_stream_modulation_img(embedding)
+        (mod_single,) = self.single_stream_modulation(embedding)
+        rope = self.rope(ref_ids)
+        ref = self.x_embedder(ref_tokens)
+        layers = []
+        for block in double:
+            ref, kv = block.prefill(ref, mod=mod_double, rope=rope, kernel=self.kernel)
+            layers.append(kv)
+        for single_block in single:
+            ref, kv = single_block.prefill(ref, mod=mod_single, rope=rope, kernel=self.kernel)
+            layers.append(kv)
+        layers.append(last.prefill_last(ref, mod=mod_single, rope=rope))
+        return ReferenceKV(layers=tuple(layers))
+
+    def forward(
+        self,
+        img_tokens: Tensor,
+        txt_tokens: Tensor,
+        sigma: Tensor | float,
+        *,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        references: ReferenceKV | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """The velocity of image tokens (B, S_img, in_channels) at noise level `sigma`, a number or (B,).
+
+        `references` serve the whole batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, made once for all steps.
+        """
+        layout = TokenLayout(num_txt=txt_tokens.shape[1], num_img=img_tokens.shape[1])
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
+        embedding = self.time_guidance_embed(sigma)
+        mod_img = self.double_stream_modulation_img(embedding)
+        mod_txt = self.double_stream_modulation_txt(embedding)
+        (mod_single,) = self.single_stream_modulation(embedding)
+        rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
+        layers = references.layers if references is not None else (None,) * self.config.num_layers
+
+        img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
+        num_double = self.config.num_double_blocks
+        for block, kv in zip(self.transformer_blocks, layers[:num_double], strict=True):
+            img, txt = block(
+                img, txt, mod_img=mod_img, mod_txt=mod_txt, rope=rope, layout=layout, references=kv, kernel=self.kernel
+            )
+        x = layout.join(txt, img)
+        for block, kv in zip(self.single_transformer_blocks, layers[num_double:], strict=True):
+            x = block(x, mod=mod_single, rope=rope, references=kv, kernel=self.kernel)
+        velocity: Tensor = self.proj_out(self.norm_out(x[:, layout.img], embedding))
+        return velocity
+
+    def _split_blocks(self) -> tuple[list[DoubleBlock], list[SingleBlock], SingleBlock]:
+        """Double-stream blocks, single-stream blocks but the last, and the last."""
+        double = cast("list[DoubleBlock]", list(self.transformer_blocks))
+        *single, last = cast("list[SingleBlock]", list(self.single_transformer_blocks))
+        return double, single, last

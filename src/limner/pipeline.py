@@ -1,0 +1,590 @@
+"""Encode, prefill, denoise, decode: one batch, synchronous.
+
+Owns the call: its arguments (diffusers' names and defaults), the order of work and the result. Knows nothing of queues,
+HTTP or the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+
+from limner import images
+from limner.config import ReferencePolicy
+from limner.errors import CapacityError, CheckpointError, InvalidRequest
+from limner.images import PreparedReference, ReferenceReport, prepare_reference
+from limner.model.attention import choose_kernel
+from limner.model.autoencoder import Autoencoder
+from limner.model.text_encoder import TextEncoder
+from limner.model.transformer import Transformer
+from limner.references import References, ReferenceStore, reference_key
+from limner.schedule import Schedule, euler_step
+from limner.tokens import image_ids, pack, reference_ids, text_ids, unpack
+from limner.weights.digest import WeightDigests
+from limner.weights.folder import load_autoencoder, load_text_encoder, load_transformer, read_json, resolve_model
+
+__all__ = ["Pipeline", "PipelineOutput", "PromptReport", "Timings"]
+
+_logger = logging.getLogger("limner")
+_GRID = 16
+_KEPT_PROMPTS = 16
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Picture = Image.Image | str | os.PathLike[str] | bytes
+StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptReport:
+    """How a prompt was read: its tokens (chat template included), the limit, and the text that was cut off, or ""."""
+
+    num_tokens: int
+    limit: int
+    cut: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Seconds of each part of a call: prompts to tokens, references to K/V, each step, latents to pictures."""
+
+    text: float
+    references: float
+    steps: tuple[float, ...]
+    decode: float
+
+    @property
+    def total(self) -> float:
+        return self.text + self.references + sum(self.steps) + self.decode
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PipelineOutput:
+    """What a call gives.
+
+    `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
+    latents, as `output_type` asked. `seeds` has one entry an image: its own generator's first seed, or None where the
+    latents were given. `reference_cache` says where the K/V came from; `references` what happened to each picture.
+    """
+
+    images: Any
+    seeds: tuple[int | None, ...]
+    timings: Timings
+    reference_cache: Literal["none", "miss", "memory", "given"]
+    references: tuple[ReferenceReport, ...] = ()
+    prompts: tuple[PromptReport, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Text to image and editing with any number of references, whose K/V are computed once and kept in `store`."""
+
+    def __init__(
+        self,
+        *,
+        transformer: Transformer,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        schedule: Schedule | None = None,
+        default_size: tuple[int, int] = (1024, 1024),
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.schedule = schedule or Schedule()
+        self.default_size = default_size
+        self.store = store if store is not None else ReferenceStore()
+        self.reference_policy = reference_policy or ReferencePolicy()
+        self._digests = WeightDigests()
+        self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Pipeline:
+        """Loads a folder in the diffusers layout, a hub id, or (None) the bundled model.
+
+        `torch_dtype` None keeps the dtype of the files (the bundled model: float32); `dtype` is its newer name. Weights
+        are memory-mapped and not copied, unless dtype or device ask for it. Raises `CheckpointError`.
+        """
+        if torch_dtype is not None and dtype is not None:
+            raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
+        device = _check_device(device)
+        folder = resolve_model(model)
+        own = read_json(folder / "limner.json") if (folder / "limner.json").is_file() else {}
+        dtype = dtype or torch_dtype or (getattr(torch, own["default_dtype"]) if "default_dtype" in own else None)
+        report = progress or _silent
+        scheduler_file = folder / "scheduler" / "scheduler_config.json"
+        schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
+        report("load", 0, 3)
+        transformer = load_transformer(folder / "transformer", dtype=dtype, device=device)
+        report("load", 1, 3)
+        autoencoder = load_autoencoder(folder / "vae", dtype=dtype, device=device)
+        report("load", 2, 3)
+        text_encoder = load_text_encoder(
+            folder / "text_encoder",
+            folder / "tokenizer",
+            dtype=dtype,
+            device=device,
+            out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
+        )
+        report("load", 3, 3)
+        _check_parts(transformer, autoencoder, text_encoder, folder)
+        width, height = own.get("default_size", (1024, 1024))
+        return cls(
+            transformer=transformer,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            schedule=schedule,
+            default_size=(width, height),
+            store=store,
+            reference_policy=reference_policy,
+        )
+
+    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+        """Moves all parts to a device, or casts them to a dtype; gives itself."""
+        if not isinstance(target, torch.dtype):
+            target = _check_device(target)
+        for part in (self.transformer, self.autoencoder, self.text_encoder):
+            part.to(target)
+        self._prompts.clear()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def reference_weights(self) -> str:
+        """Digest of the weights that K/V of references depend on: transformer and autoencoder."""
+        parts = (self._digests.of(self.transformer), self._digests.of(self.autoencoder))
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """Digest of all weights."""
+        parts = (self.reference_weights, self._digests.of(self.text_encoder))
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel that runs."""
+        return self.transformer.kernel or choose_kernel(self.device.type)
+
+    # references
+
+    def prefill(self, image: Picture | Sequence[Picture]) -> References:
+        """The K/V of an ordered list of references, from the store or computed."""
+        return self._references(self._prepare(image))[0]
+
+    def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
+        pictures = [image] if isinstance(image, (Image.Image, str, os.PathLike, bytes)) else list(image)
+        if not pictures:
+            raise InvalidRequest("image", "an empty list has no reference; leave image out for text to image")
+        return [
+            prepare_reference(picture, policy=self.reference_policy, field=f"image {i}")
+            for i, picture in enumerate(pictures, start=1)
+        ]
+
+    def _references(self, prepared: list[PreparedReference]) -> tuple[References, bool]:
+        """The References of prepared pictures and whether they were kept already."""
+        weights = self.reference_weights
+        key = reference_key(
+            weights=weights, dtype=self.dtype, kernel=self.kernel, digests=[p.report.digest for p in prepared]
+        )
+
+        @torch.no_grad()
+        def make() -> References:
+            sizes = [p.report.processed_size for p in prepared]
+            self._admit(num_ref=sum(w * h for w, h in sizes) // _GRID**2, num_own=0, batch=1)
+            latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
+            ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
+            kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
+            return References(
+                layers=kv.layers, key=key, weights=weights, kernel=self.kernel, reports=tuple(p.report for p in prepared)
+            )
+
+        references, hit = self.store.get(key, make)
+        return references.to(self.device), hit
+
+    def _check_given(self, references: References) -> References:
+        if references.weights != self.reference_weights:
+            raise InvalidRequest(
+                "references",
+                f"they were made with weights {references.weights[:16]}, this pipeline has {self.reference_weights[:16]}; "
+                "prefill the pictures with this pipeline",
+            )
+        if references.dtype != self.dtype:
+            raise InvalidRequest(
+                "references", f"their dtype is {references.dtype}, the pipeline's {self.dtype}; prefill the pictures again"
+            )
+        return references.to(self.device)
+
+    def _admit(self, *, num_ref: int, num_own: int, batch: int) -> None:
+        """Refuses what cannot fit in free memory, with the numbers."""
+        config, size = self.transformer.config, self.dtype.itemsize
+        kept = num_ref * config.num_layers * 2 * config.width * size
+        # widest moment: a block's fused projection, its output and the residual streams
+        work = (num_ref + batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        if kept + work > free:
+            raise CapacityError(
+                f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need "
+                f"{(kept + work) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use fewer or smaller references "
+                "(ReferencePolicy(max_pixels=...), --max-pixels), a smaller output or fewer images at once"
+            )
+
+    # prompts
+
+    def _encode_prompts(
+        self, prompts: Sequence[str], *, max_sequence_length: int, out_layers: Sequence[int] | None
+    ) -> tuple[Tensor, tuple[PromptReport, ...]]:
+        """(B, S_txt, text_width); each prompt is encoded alone, so its tokens do not depend on its neighbours."""
+        limit = min(max_sequence_length, self.text_encoder.max_length)
+        if limit < 1:
+            raise InvalidRequest("max_sequence_length", f"{max_sequence_length} is not a length; use 512")
+        found = []
+        for prompt in prompts:
+            key = (prompt, limit, tuple(out_layers or ()), id(self.text_encoder))
+            if key not in self._prompts:
+                tokenized = self.text_encoder.tokenize(prompt, max_sequence_length=limit)
+                report = PromptReport(num_tokens=tokenized.num_tokens, limit=limit, cut=tokenized.cut)
+                self._prompts[key] = self.text_encoder([tokenized], out_layers=out_layers), report
+                if len(self._prompts) > _KEPT_PROMPTS:
+                    self._prompts.popitem(last=False)
+            self._prompts.move_to_end(key)
+            tokens, report = self._prompts[key]
+            if report.cut:
+                _logger.warning("prompt: %d tokens, %d are read; cut: %r", report.num_tokens, limit, report.cut)
+            found.append((tokens, report))
+        width = self.transformer.config.text_width
+        if found[0][0].shape[-1] != width:
+            raise InvalidRequest(
+                "text_encoder_out_layers", f"gives tokens of width {found[0][0].shape[-1]}, the transformer reads {width}"
+            )
+        return torch.cat([tokens for tokens, _ in found]), tuple(report for _, report in found)
+
+    # the call
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        image: Picture | Sequence[Picture] | None = None,
+        references: References | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 4,
+        sigmas: Sequence[float] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        text_encoder_out_layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> PipelineOutput | tuple[Any]:
+        """Draws (no references) or edits.
+
+        `image` is one picture or an ordered list; `references` is what `prefill` gave instead. Height and width are
+        multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
+        `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
+        The callback gets (pipeline, step, timestep, tensors) and may give back changed tensors; `Cancelled` raised in it
+        stops the run. `progress(part, done, of)` hears of every part. Raises `InvalidRequest` and `CapacityError`.
+        """
+        report = progress or _silent
+        prompts = _check_prompts(prompt, prompt_embeds)
+        if output_type not in _OUTPUT_TYPES:
+            raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
+        if num_images_per_prompt < 1:
+            raise InvalidRequest("num_images_per_prompt", f"{num_images_per_prompt} is not a number of images; use 1 or more")
+        unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
+        if unknown:
+            raise InvalidRequest(
+                "callback_on_step_end_tensor_inputs", f"{sorted(unknown)} are not offered; allowed: latents, prompt_embeds"
+            )
+        if image is not None and references is not None:
+            raise InvalidRequest("image", "image and references are both given; give one of them")
+
+        # What can be refused is refused before any work is done.
+        prepared = self._prepare(image) if image is not None else []
+        given = self._check_given(references) if references is not None else None
+        sizes = [p.report.processed_size for p in prepared] or list(given.sizes if given else ())
+        if latents is not None:
+            height, width = self._check_latents(latents, height=height, width=width)
+        width = _check_side("width", width if width is not None else (sizes or [self.default_size])[0][0])
+        height = _check_side("height", height if height is not None else (sizes or [self.default_size])[0][1])
+        grid = (height // _GRID, width // _GRID)
+        num_prompts = len(prompts) if prompts is not None else _check_embeds(prompt_embeds, self.transformer)
+        batch = num_prompts * num_images_per_prompt
+        levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
+        generators, seeds = self._generators(generator, latents=latents, batch=batch)
+        self._admit(num_ref=0, num_own=grid[0] * grid[1] + max_sequence_length, batch=batch)
+
+        start = time.perf_counter()
+        prompt_reports: tuple[PromptReport, ...] = ()
+        if prompts is not None:
+            report("text", 0, 1)
+            prompt_embeds, prompt_reports = self._encode_prompts(
+                prompts, max_sequence_length=max_sequence_length, out_layers=text_encoder_out_layers
+            )
+        assert prompt_embeds is not None
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        noise = self._noise(latents, grid=grid, batch=batch, generators=generators, dtype=prompt_embeds.dtype)
+        text_done = time.perf_counter()
+        report("text", 1, 1)
+
+        cache: Literal["none", "miss", "memory", "given"] = "given" if given else "none"
+        if prepared:
+            report("references", 0, 1)
+            given, hit = self._references(prepared)
+            cache = "memory" if hit else "miss"
+            report("references", 1, 1)
+        references_done = time.perf_counter()
+
+        tokens, step_seconds = self._denoise(
+            pack(noise), prompt_embeds, levels, grid, given, callback_on_step_end, callback_on_step_end_tensor_inputs, report
+        )
+        decode_start = time.perf_counter()
+        report("decode", 0, 1)
+        pictures = self._decode(unpack(tokens, grid=grid).to(prompt_embeds.dtype), output_type)
+        report("decode", 1, 1)
+        timings = Timings(
+            text=text_done - start,
+            references=references_done - text_done,
+            steps=step_seconds,
+            decode=time.perf_counter() - decode_start,
+        )
+        if not return_dict:
+            return (pictures,)
+        return PipelineOutput(
+            images=pictures,
+            seeds=seeds,
+            timings=timings,
+            reference_cache=cache,
+            references=given.reports if given else (),
+            prompts=prompt_reports,
+            metadata={
+                "height": height,
+                "width": width,
+                "num_inference_steps": len(levels) - 1,
+                "sigmas": [round(level, 6) for level in levels.tolist()],
+                "references": [r.digest for r in given.reports] if given else [],
+                "model": self.digest,
+                "dtype": str(self.dtype).removeprefix("torch."),
+            },
+        )
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        levels: Tensor,
+        grid: tuple[int, int],
+        references: References | None,
+        callback: StepCallback | None,
+        callback_inputs: Sequence[str],
+        report: Progress,
+    ) -> tuple[Tensor, tuple[float, ...]]:
+        """Noise tokens (B, S_img, C) to clean ones in float32, and the seconds of each step."""
+        img_ids, txt_ids = image_ids(grid), text_ids(prompt_embeds.shape[1])
+        rope = self.transformer.rope(torch.cat([txt_ids, img_ids]))
+        timesteps, levels = (levels[:-1] * 1000).to(self.device), levels.to(self.device)
+        seconds = []
+        for i, timestep in enumerate(timesteps):
+            report("step", i, len(timesteps))
+            start = time.perf_counter()
+            velocity = self.transformer(
+                latents.to(self.dtype),
+                prompt_embeds.to(self.device, self.dtype),
+                timestep / 1000,  # with the roundings of diffusers, which multiplies by 1000 and divides again
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                references=references,
+                rope=rope,
+            )
+            latents = euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
+            if callback is not None:
+                offered = {"latents": latents, "prompt_embeds": prompt_embeds}
+                changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
+                latents = changed.get("latents", latents)
+                prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        report("step", len(timesteps), len(timesteps))
+        return latents, tuple(seconds)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        network_latents = self.autoencoder.denormalise(latents)
+        if output_type == "latent":
+            return network_latents
+        at_once = max(1, 1024 * 1024 // (network_latents.shape[2] * network_latents.shape[3] * 64))
+        parts = [self.autoencoder.decode(part) for part in network_latents.split(at_once)]
+        pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pictures
+        if output_type == "np":
+            array: np.ndarray[Any, Any] = pictures.float().permute(0, 2, 3, 1).cpu().numpy()
+            return array
+        return images.to_pil(pictures)
+
+    # noise
+
+    def _generators(
+        self, generator: torch.Generator | Sequence[torch.Generator] | None, *, latents: Tensor | None, batch: int
+    ) -> tuple[list[torch.Generator] | torch.Generator, tuple[int | None, ...]]:
+        """The generators of a batch and the seed of each image; a drawn seed is one that reproduces its image alone."""
+        if latents is not None:
+            return [], (None,) * batch
+        if isinstance(generator, torch.Generator):
+            return generator, (generator.initial_seed(),) * batch
+        if generator is None:
+            drawn = torch.randint(0, 2**31, (batch,), generator=_fresh_generator()).tolist()
+            generator = [torch.Generator().manual_seed(seed) for seed in drawn]
+        generators = list(generator)
+        if len(generators) != batch:
+            raise InvalidRequest(
+                "generator",
+                f"a list of {len(generators)} for {batch} images (prompts x num_images_per_prompt); give one for each, or "
+                "one generator for all",
+            )
+        return generators, tuple(g.initial_seed() for g in generators)
+
+    def _noise(
+        self,
+        latents: Tensor | None,
+        *,
+        grid: tuple[int, int],
+        batch: int,
+        generators: list[torch.Generator] | torch.Generator,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """(B, 4 C, h, w) float32; drawn in the dtype of the prompt tokens, as diffusers does, so that seeds agree."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if latents is None:
+            shape = (batch, self.transformer.config.in_channels, *grid)
+            latents = randn_tensor(shape, generator=generators, device=self.device, dtype=dtype)
+        if latents.shape[0] != batch:
+            raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
+        return latents.to(self.device, dtype).float()
+
+    def _check_latents(self, latents: Tensor, *, height: int | None, width: int | None) -> tuple[int, int]:
+        channels = self.transformer.config.in_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise InvalidRequest("latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)")
+        found = (latents.shape[2] * _GRID, latents.shape[3] * _GRID)
+        for name, asked, has in (("height", height, found[0]), ("width", width, found[1])):
+            if asked is not None and asked != has:
+                raise InvalidRequest("latents", f"are for {name} {has}, {name}={asked} was asked; leave {name} out")
+        return found
+
+
+def _silent(part: str, done: int, of: int) -> None:
+    """The progress of callers that do not ask for it."""
+
+
+def _fresh_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> list[str] | None:
+    if (prompt is None) == (prompt_embeds is None):
+        raise InvalidRequest("prompt", "give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
+        if not text.strip():
+            raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+    return prompts
+
+
+def _check_embeds(prompt_embeds: Tensor | None, transformer: Transformer) -> int:
+    width = transformer.config.text_width
+    assert prompt_embeds is not None
+    if prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != width:
+        raise InvalidRequest("prompt_embeds", f"have shape {list(prompt_embeds.shape)}; allowed: (B, S_txt, {width})")
+    return prompt_embeds.shape[0]
+
+
+def _check_side(name: str, value: int) -> int:
+    if value < 64 or value % _GRID:
+        low = max(64, value // _GRID * _GRID)
+        use = f"{low} or {low + _GRID}" if value > 64 else "64"
+        raise InvalidRequest(name, f"{name}={value} is not a multiple of 16 of at least 64; use {use}")
+    return value
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InvalidRequest("device", f"{device!r} is not a device; use cpu, cuda or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("device", f"{device} is not available on this machine (no CUDA); use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidRequest("device", f"{device} is not available on this machine; use cpu")
+    return device
+
+
+def _check_parts(transformer: Transformer, autoencoder: Autoencoder, text_encoder: TextEncoder, folder: Path) -> None:
+    """Parts of different models do not fit together; say so before the first run."""
+    config = transformer.config
+    if autoencoder.channels != config.in_channels:
+        raise CheckpointError(
+            f"{folder}: the autoencoder has {autoencoder.channels} token channels, the transformer {config.in_channels}; "
+            "they are of different models"
+        )
+    if autoencoder.factor != _GRID:
+        raise CheckpointError(f"{folder}: a token stands for {autoencoder.factor} pixels a side; allowed: {_GRID}")
+    width = text_encoder.network.config.hidden_size * len(text_encoder.out_layers)
+    if width != config.text_width:
+        raise CheckpointError(
+            f"{folder}: text tokens are {width} wide, the transformer reads {config.text_width}; "
+            "text encoder and transformer are of different models"
+        )
+

@@ -1,0 +1,1 @@
+"""Checkpoint layouts, strict loading, digests. Files in, networks out."""

@@ -1,0 +1,234 @@
+"""The diffusers folder layout: finding it (folder or hub id), reading its tensors without copying, loading strictly.
+
+Tensors are memory-mapped by safetensors and become the parameters themselves, so weights are in memory once. Every
+tensor that is missing, unexpected or of another shape is named. Pickled files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from limner.config import TransformerConfig
+from limner.errors import CheckpointError
+from limner.model.autoencoder import Autoencoder
+from limner.model.text_encoder import TextEncoder, default_out_layers
+from limner.model.transformer import Transformer
+
+__all__ = [
+    "bundled_model",
+    "load_autoencoder",
+    "load_text_encoder",
+    "load_transformer",
+    "read_json",
+    "resolve_model",
+]
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["model_index.json", "limner.json", *(f"{part}/*" for part in PARTS)]
+
+
+def bundled_model() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(__file__).parent.parent / "assets" / "stickers"
+
+
+def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+    """A folder, a hub id, or None for the bundled model, to a folder in the diffusers layout.
+
+    A hub id is downloaded once and found in the cache afterwards, also without a network.
+    """
+    if model is None:
+        return bundled_model()
+    folder = Path(model)
+    if not folder.exists():
+        text = os.fspath(model)
+        if not _HUB_ID.fullmatch(text):
+            raise CheckpointError(f"model: {text} is neither a folder nor a hub id (owner/name); check the path")
+        folder = _download(text)
+    if not folder.is_dir():
+        raise CheckpointError(f"model: {folder} is a file; give the folder that holds model_index.json")
+    missing = [name for name in ("model_index.json", *PARTS) if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"model: {folder} has no {', '.join(missing)}; give a folder in the diffusers layout")
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"model: {hub_id} is not in the local cache and could not be downloaded ({reason}); "
+            "check the name, the network and your hub login, or give a folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is the checkpoint complete?") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: has to hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of `stem`.safetensors, or of the shards that its index names, memory-mapped."""
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        return _read_file(single)
+    if not index.is_file():
+        others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        hint = f"; {others[0]} is a pickle and is not read, convert it to safetensors" if others else ""
+        raise CheckpointError(f"{folder}: has no {single.name}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: has no weight_map; download it again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: names {name!r}; shards have to be .safetensors files beside it")
+        tensors |= _read_file(folder / name)
+    listed, found = set(weight_map), set(tensors)
+    if listed != found:
+        raise CheckpointError(f"{index}: {_names('lists but the shards lack', listed - found)}{_names('lacks', found - listed)}")
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); it is truncated or damaged, download it again") from error
+
+
+def assign(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Makes `tensors` the parameters and buffers of a module built on the meta device. Raises `CheckpointError`."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    problems = _names("missing", expected.keys() - tensors.keys()) + _names("unexpected", tensors.keys() - expected.keys())
+    problems += "".join(
+        f"{name} is {list(tensors[name].shape)}, the configuration asks for {list(shape)}; "
+        for name, shape in list(expected.items())
+        if name in tensors and tuple(tensors[name].shape) != shape
+    )
+    if problems:
+        raise CheckpointError(f"{where}: {problems.rstrip('; ')}; these weights are of another model, or incomplete")
+
+    def place(value: Tensor) -> Tensor:
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    module.load_state_dict({name: place(value) for name, value in tensors.items()}, strict=True, assign=True)
+    module.requires_grad_(False)
+    module.eval()
+
+
+def _names(what: str, names: set[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"{what} {', '.join(shown[:4])}{more}; " if shown else ""
+
+
+def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Transformer:
+    """The transformer of a diffusers folder; its tensor names are those of the module."""
+    config = TransformerConfig.from_diffusers(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    assign(transformer, read_tensors(folder, "diffusion_pytorch_model"), where=folder, dtype=dtype, device=device)
+    return transformer
+
+
+def load_autoencoder(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Autoencoder:
+    """The autoencoder of a diffusers folder."""
+    from diffusers import AutoencoderKLFlux2
+
+    network = _build(folder, lambda config: AutoencoderKLFlux2.from_config(config))
+    assign(network, read_tensors(folder, "diffusion_pytorch_model"), where=folder, dtype=dtype, device=device)
+    return Autoencoder(network)
+
+
+def load_text_encoder(
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    out_layers: tuple[int, ...] | None = None,
+) -> TextEncoder:
+    """The Qwen3 of a diffusers folder, up to the last layer that is read; later layers and the head are left on disk."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "qwen3":
+        raise CheckpointError(f"{folder}: model_type={config.get('model_type')!r} is not supported; allowed: qwen3")
+    depth = int(config.get("num_hidden_layers", 0))
+    layers = out_layers or default_out_layers(depth)
+    if not layers or max(layers) > depth or min(layers) < 0:
+        raise CheckpointError(f"text_encoder_out_layers={list(layers)} has to name layers 0 to {depth} of {folder}")
+    used = max(layers)
+
+    def build(values: dict[str, Any]) -> nn.Module:
+        values = values | {"num_hidden_layers": used, "layer_types": None}
+        if "max_window_layers" in values:
+            values["max_window_layers"] = min(int(values["max_window_layers"]), used)
+        network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))
+        network.norm = nn.Identity()
+        return network
+
+    network = _build(folder, build)
+    tensors = {
+        name.removeprefix("model."): value
+        for name, value in read_tensors(folder, "model").items()
+        if not _unread(name, used)
+    }
+    assign(network, tensors, where=folder, dtype=dtype, device=device)
+    _materialise_buffers(network, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{tokenizer_folder}: the tokenizer cannot be read ({reason})") from error
+    return TextEncoder(network, tokenizer, out_layers=layers)
+
+
+def _unread(name: str, used: int) -> bool:
+    """Whether a tensor of the text encoder's file is one that no hidden state up to layer `used` depends on."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return name in ("lm_head.weight", "model.norm.weight") or (match is not None and int(match[1]) >= used)
+
+
+def _build(folder: Path, make: Callable[[dict[str, Any]], Any]) -> Any:
+    """A network on the meta device from the `config.json` of a folder."""
+    config = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            return make(config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _materialise_buffers(network: Any, device: torch.device) -> None:
+    """Rebuilds the rotary embedding, whose buffers no checkpoint holds."""
+    with torch.device(device):
+        network.rotary_emb = type(network.rotary_emb)(config=network.config)

@@ -1,0 +1,189 @@
+"""The command line as a user types it: exit code and message, files and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tests.conftest import picture
+
+import limner
+from limner.cli import main
+from limner.images import read_metadata
+
+
+def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "limner", *map(str, args)], capture_output=True, text=True, timeout=120, check=False, **options
+    )  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    picture(96, 70).save(tmp_path / "a.png")
+    picture(64, 80, seed=1).save(tmp_path / "b.jpg")
+    return tmp_path
+
+
+def test_edit_writes_a_picture_that_says_how_it_was_made(files: Path, tiny_folder: Path) -> None:
+    arguments = ["edit", "put b into a", "-i", files / "a.png", "-i", files / "b.jpg", "--seed", 5, "--model", tiny_folder]
+    done = run(*arguments, "-o", files / "out.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a.png: 96x70, cut 0 left, 3 top, 0 right, 3 bottom, used as 96x64" in done.stdout
+    assert f"{files / 'out.png'}: seed 5, 96x64" in done.stdout
+    found = read_metadata(files / "out.png")
+    assert found["prompt"] == "put b into a"
+    assert (found["seed"], found["version"], len(found["model"])) == (5, limner.__version__, 64)
+    assert len(found["references"]) == 2
+    assert (found["width"], found["height"]) == (96, 64)
+    assert run(*arguments, "-o", files / "again.png").returncode == 0
+    assert (files / "again.png").read_bytes() == (files / "out.png").read_bytes()
+
+
+def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> None:
+    done = run(
+        "edit", "make it blue", "-i", files / "a.png", "-o", files / "out.webp", "--num-images", 2, "--json",
+        "--size", "64x96", "--steps", 2, "--model", tiny_folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    seeds = [output["seed"] for output in found["outputs"]]
+    assert [Path(output["file"]).name for output in found["outputs"]] == ["out-1.webp", "out-2.webp"]
+    assert len(set(seeds)) == 2
+    assert set(found["timings"]) == {"text", "references", "steps", "decode", "total"}
+    assert len(found["timings"]["steps"]) == 2
+    assert found["references"][0]["processed_size"] == [96, 64]
+    assert (found["width"], found["height"], found["reference_cache"]) == (64, 96, "miss")
+    for output in found["outputs"]:  # the drawn seed makes the same picture again
+        again = files / "again.webp"
+        run("edit", "make it blue", "-i", files / "a.png", "-o", again, "--size", "64x96", "--steps", 2, "--model", tiny_folder, "--seed", output["seed"])  # fmt: skip
+        with Image.open(output["file"]) as first, Image.open(again) as second:
+            assert first.size == second.size == (64, 96)
+        assert read_metadata(again)["seed"] == output["seed"]
+
+
+def test_generate(files: Path, tiny_folder: Path) -> None:
+    done = run("generate", "a dog", "-o", files / "out.jpg", "--size", "64x64", "--model", tiny_folder, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    with Image.open(files / "out.jpg") as image:
+        assert (image.size, image.format) == ((64, 64), "JPEG")
+    assert read_metadata(files / "out.jpg")["dtype"] == "bfloat16"
+
+
+def test_says_what_was_cut_from_the_prompt(files: Path, tiny_folder: Path) -> None:
+    done = run("generate", "a dog " * 60 + "zebra", "-o", files / "out.png", "--size", "64x64", "--model", tiny_folder)
+    assert done.returncode == 0
+    assert "tokens, 48 are read; cut:" in done.stdout
+    assert "zebra" in done.stdout
+
+
+def test_refs_inspect(files: Path, tiny_folder: Path) -> None:
+    done = run("refs", "inspect", files / "a.png", files / "b.jpg", "--model", tiny_folder)
+    assert done.returncode == 0, done.stderr
+    assert "a.png: 96x70, cut" in done.stdout
+    assert "num_tokens: 44" in done.stdout
+    found = json.loads(run("refs", "inspect", files / "a.png", "--json", "--model", tiny_folder).stdout)
+    assert (found["num_tokens"], found["nbytes_bfloat16"]) == (24, 24 * 5 * 2 * 32 * 2)
+    refs = limner.Pipeline.from_pretrained(tiny_folder).prefill(files / "a.png")
+    refs.save(files / "pack.safetensors")
+    found = json.loads(run("refs", "inspect", files / "pack.safetensors", "--json").stdout)
+    assert (found["key"], found["num_tokens"], found["nbytes"]) == (refs.key, 24, refs.nbytes)
+
+
+BAD = {
+    "no prompt": (["edit", "", "-i", "a.png", "-o", "out.png"], "prompt: '' is empty; say what to draw"),
+    "no image": (["edit", "x", "-o", "out.png"], "the following arguments are required: -i/--image"),
+    "no output": (["generate", "x"], "the following arguments are required: -o/--output"),
+    "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),
+    "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
+    "transparent": (["edit", "x", "-i", "clear.png", "-o", "out.png"], "it is transparent in places; flatten it"),
+    "small": (["edit", "x", "-i", "small.png", "-o", "out.png"], "image 1: 40x40 is too small"),
+    "size": (["generate", "x", "-o", "out.png", "--size", "100x64"], "width: width=100 is not a multiple of 16"),
+    "size text": (["generate", "x", "-o", "out.png", "--size", "big"], "'big' is not WIDTHxHEIGHT"),
+    "steps": (["generate", "x", "-o", "out.png", "--steps", "0"], "--steps: 0 is not a number of steps"),
+    "seed": (["generate", "x", "-o", "out.png", "--seed", "-1"], "'-1' is not a whole number"),
+    "number": (["generate", "x", "-o", "out.png", "--num-images", "0"], "--num-images: 0 is not"),
+    "ending": (["generate", "x", "-o", "out.bmp"], "output: out.bmp has to end in .png, .jpg, .jpeg, .webp"),
+    "folder": (["generate", "x", "-o", "nowhere/out.png"], "nowhere has to be a folder that you may write to"),
+    "model": (["generate", "x", "-o", "out.png", "--model", "no-such-folder"], "neither a folder nor a hub id"),
+    "device": (["generate", "x", "-o", "out.png", "--device", "abacus"], "'abacus' is not a device"),
+    "command": (["paint"], "invalid choice: 'paint'"),
+    "nothing": ([], "the following arguments are required: COMMAND"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str, files: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "text.png").write_text("hello")
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(files / "clear.png")
+    picture(40, 40).save(files / "small.png")
+    before = sorted(os.listdir(files))
+    arguments, message = BAD[name]
+    if arguments[:1] in (["edit"], ["generate"]) and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(tiny_folder)]
+    monkeypatch.chdir(files)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    told = capsys.readouterr()
+    assert code == 2
+    assert told.err.count("\n") == 1
+    assert told.err.startswith("limner: ")
+    assert message in told.err
+    assert told.out == ""
+    assert sorted(os.listdir(files)) == before
+
+
+def test_bad_input_in_a_process_of_its_own(files: Path) -> None:
+    done = run("edit", "x", "-i", files / "no.png", "-o", files / "out.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"limner: image 1: {files / 'no.png'} cannot be read (No such file or directory); give a picture file\n"
+    )
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    listed = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "limner", "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    for heavy in ("torch", "numpy", "PIL", "diffusers", "transformers"):
+        assert f"| {heavy}\n" not in listed.replace("|   ", "| ").replace("  ", "")
+    for command in (["edit"], ["generate"], ["refs"], ["refs", "inspect"]):
+        assert run(*command, "--help").returncode == 0
+
+
+def test_progress_bar_on_a_terminal(files: Path, tiny_folder: Path) -> None:
+    """Over load, text, references, steps and decode; and none where stderr is not a terminal."""
+    parent, child = pty.openpty()
+    arguments = ["edit", "x", "-i", "a.png", "-o", "out.png", "--model", str(tiny_folder)]
+    process = subprocess.Popen([sys.executable, "-m", "limner", *arguments], stderr=child, stdout=subprocess.PIPE, cwd=files)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            part = os.read(parent, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait(60) == 0
+    process.stdout.close()  # type: ignore[union-attr]
+    for part in (b"load", b"text", b"references", b"step", b"decode"):
+        assert part in shown

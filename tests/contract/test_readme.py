@@ -1,0 +1,67 @@
+"""What README says is typed as it stands: every shell block but those of set-up, and every Python block."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+SET_UP = ("make ", "git ", "pip ", "python -m venv", "python benchmarks/", "python recipes/", "bash recipes/")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout to what only reads."""
+    for name in ("src", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_commands(checkout: Path) -> None:
+    commands = [line for line in SHELL if not line.startswith(SET_UP)]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert words[0] == "limner", command
+        done = subprocess.run([sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        for option, value in zip(words, words[1:], strict=False):
+            if option == "-o":
+                assert (checkout / value).stat().st_size > 500
+
+
+def test_set_up_commands_exist() -> None:
+    targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in SHELL:
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets), line
+        if words[0] in ("python", "bash") and not words[1].startswith("-"):
+            assert (ROOT / words[1]).is_file(), line
+
+
+def test_python(checkout: Path) -> None:
+    assert PYTHON
+    for program in PYTHON:
+        done = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"{program}\n{done.stderr}"
+
+
+def test_pictures_and_links_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_no_path_of_a_machine() -> None:
+    assert "/home/" not in README
+    assert os.sep + "tmp" not in README

@@ -1,0 +1,202 @@
+"""The pipeline's own behaviour: defaults, reports, callbacks, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.conftest import generators, picture
+
+import limner
+from limner import Cancelled, CapacityError, InvalidRequest, Pipeline, ReferencePolicy
+
+
+def test_default_size_is_that_of_the_first_reference(pipe: Pipeline) -> None:
+    out = pipe("a dog", image=[picture(100, 70), picture(64, 64)])
+    assert out.images[0].size == (96, 64)
+    assert [r.cut for r in out.references] == [(2, 3, 2, 3), (0, 0, 0, 0)]
+    assert pipe("a dog", image=picture(100, 70), width=64).images[0].size == (64, 64)
+    assert pipe.default_size == (1024, 1024)
+
+
+def test_reports_prompts_that_are_cut(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "limner"):
+        out = pipe("a dog " * 60 + "zebra", height=64, width=64)
+    (report,) = out.prompts
+    assert report.num_tokens > report.limit == pipe.text_encoder.max_length
+    assert report.cut.count("dog") >= 20
+    assert report.cut.endswith("zebra")
+    assert report.cut in caplog.text
+    assert pipe("a dog", height=64, width=64).prompts[0].cut == ""
+
+
+def test_drawn_seeds_differ_and_given_ones_are_told(pipe: Pipeline) -> None:
+    out = pipe("a dog", height=64, width=64, num_images_per_prompt=3)
+    assert len(set(out.seeds)) == 3
+    assert pipe("a dog", height=64, width=64, generator=generators(42)[0]).seeds == (42,)
+    assert pipe("a dog", latents=torch.randn(1, 16, 4, 4)).seeds == (None,)
+
+
+def test_callback_sees_and_changes_tensors(pipe: Pipeline) -> None:
+    seen = []
+
+    def callback(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert owner is pipe
+        seen.append((i, round(float(t), 1), set(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else {}
+
+    out = pipe(
+        "a dog", height=64, width=64, callback_on_step_end=callback, output_type="latent",
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )  # fmt: skip
+    assert [i for i, _, _ in seen] == [0, 1, 2, 3]
+    assert seen[0] == (0, 1000.0, {"latents", "prompt_embeds"})
+    zero = pipe.autoencoder.denormalise(torch.zeros(1, 16, 4, 4))
+    assert torch.equal(out.images, zero)
+
+
+def test_callback_stops_the_run(pipe: Pipeline) -> None:
+    steps = []
+
+    def callback(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        steps.append(i)
+        if i == 1:
+            raise Cancelled("the user stopped it")
+
+    with pytest.raises(Cancelled, match="the user stopped it"):
+        pipe("a dog", height=64, width=64, callback_on_step_end=callback)
+    assert steps == [0, 1]
+    assert pipe("a dog", height=64, width=64).images
+
+
+def test_progress_covers_every_part(pipe: Pipeline) -> None:
+    heard: list[tuple[str, int, int]] = []
+    pipe("a dog", image=picture(64, 64), progress=lambda *what: heard.append(what))
+    assert [what for what in heard if what[1] == what[2]] == [
+        ("text", 1, 1), ("references", 1, 1), ("step", 4, 4), ("decode", 1, 1),
+    ]  # fmt: skip
+
+
+def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda *a, **k: calls.append(a) or original(*a, **k))
+    for prompt in ("a dog", "a fox", "a dog"):
+        pipe(prompt, height=64, width=64, num_inference_steps=1)
+    assert len(calls) == 2
+    for i in range(20):
+        pipe(f"dog {i}", height=64, width=64, num_inference_steps=1)
+    assert len(pipe._prompts) == 16
+
+
+def test_text_encoder_has_no_layer_that_nobody_reads(pipe: Pipeline) -> None:
+    assert len(pipe.text_encoder.network.layers) == 3  # of 4
+    assert not any("lm_head" in name for name, _ in pipe.text_encoder.named_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the memory map of Linux")
+def test_weights_stay_mapped_from_the_file(pipe: Pipeline, tiny_folder: Path) -> None:
+    """No second copy: the memory of every large parameter is the file."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(tiny_folder) in line:
+            start, _, end = line.split()[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    for part in (pipe.transformer, pipe.autoencoder, pipe.text_encoder):
+        for name, p in part.named_parameters():
+            assert any(start <= p.data_ptr() < end for start, end in ranges), name
+
+
+def test_to_casts_and_keeps_working(pipe: Pipeline) -> None:
+    refs = pipe.prefill(picture(64, 64))
+    assert pipe.to(torch.bfloat16) is pipe
+    with pytest.raises(InvalidRequest, match="weights|dtype"):
+        pipe("a dog", references=refs)
+    assert pipe.to("cpu")("a dog", image=picture(64, 64)).reference_cache == "miss"
+
+
+RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "prompt: give either prompt or prompt_embeds"),
+        ({"prompt": ""}, "prompt: '' is empty"),
+        ({"prompt": "  \n"}, "is empty; say what"),
+        ({"prompt": []}, "prompt: an empty list"),
+        ({"prompt": ["a", 3]}, "prompt: int is not a text"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 48)}, "not both"),
+        ({"prompt_embeds": torch.zeros(1, 2, 47)}, r"prompt_embeds: have shape \[1, 2, 47\]; allowed: \(B, S_txt, 48\)"),
+        ({"prompt": "a", "height": 500}, "height: height=500 is not a multiple of 16 of at least 64; use 496 or 512"),
+        ({"prompt": "a", "width": 48}, "width: width=48 is not a multiple of 16 of at least 64; use 64"),
+        ({"prompt": "a", "width": -16}, "width=-16"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps: 0 is not"),
+        ({"prompt": "a", "sigmas": [0.5, 1.0]}, r"sigmas: \[0.5, 1.0\] has to fall"),
+        ({"prompt": "a", "sigmas": []}, "sigmas"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt: 0"),
+        ({"prompt": "a", "generator": generators(1, 2)}, "generator: a list of 2 for 1 images"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type: 'jpg' is not one of pil, np, pt, latent"),
+        ({"prompt": "a", "latents": torch.zeros(1, 3, 4, 4)}, "latents: have shape"),
+        ({"prompt": "a", "latents": torch.zeros(1, 16, 4, 4), "height": 128}, "latents: are for height 64, height=128"),
+        ({"prompt": "a", "latents": torch.zeros(2, 16, 4, 4)}, "latents: have batch 2"),
+        ({"prompt": "a", "image": []}, "image: an empty list"),
+        ({"prompt": "a", "image": [picture(64, 64), 7]}, "image 2: int is not a picture"),
+        ({"prompt": "a", "image": picture(63, 64)}, "image 1: 63x64 is too small; each side has to be at least 64"),
+        ({"prompt": "a", "image": picture(64, 576)}, "image 1: 64x576 is too long"),
+        ({"prompt": "a", "image": RGBA}, "image 1: it is transparent"),
+        ({"prompt": "a", "text_encoder_out_layers": [1, 2, 4]}, "text_encoder_out_layers"),
+        ({"prompt": "a", "text_encoder_out_layers": [1, 2]}, "gives tokens of width 32, the transformer reads 48"),
+        ({"prompt": "a", "max_sequence_length": 0}, "max_sequence_length: 0"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], message: str, pipe: Pipeline) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        pipe(**arguments)
+    assert len(pipe.store) == 0
+
+
+def test_refuses_image_and_references_together(pipe: Pipeline) -> None:
+    with pytest.raises(InvalidRequest, match="image and references are both given"):
+        pipe("a", image=picture(64, 64), references=pipe.prefill(picture(64, 64)))
+
+
+def test_refuses_what_does_not_fit_in_memory(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available = 4 << 20
+
+    monkeypatch.setattr("limner.pipeline.psutil.virtual_memory", lambda: Memory)
+    with pytest.raises(CapacityError, match=re.escape("0.00 GiB are free; use fewer or smaller references")):
+        pipe.prefill([picture(1024, 1024)] * 3)
+    assert len(pipe.store) == 0
+    assert pipe.prefill(picture(64, 64)).num_tokens == 16
+
+
+def test_background_flattens_transparency(tiny_folder: Any) -> None:
+    pipe = Pipeline.from_pretrained(tiny_folder, reference_policy=ReferencePolicy(background="#0000ff"))
+    flat = Image.new("RGB", (64, 64), (128, 0, 127))
+    assert pipe.prefill(RGBA).key == pipe.prefill(flat).key
+    with pytest.raises(InvalidRequest, match="background: 'puce-ish' is not a colour"):
+        Pipeline.from_pretrained(tiny_folder, reference_policy=ReferencePolicy(background="puce-ish")).prefill(RGBA)
+
+
+def test_public_names() -> None:
+    for name in limner.__all__:
+        assert getattr(limner, name) is not None
+    assert limner.Flux2KleinKVPipeline is limner.Pipeline
+    with pytest.raises(AttributeError, match="nothing_here"):
+        limner.nothing_here  # noqa: B018
+
+
+@pytest.mark.parametrize("device", ["cuda", "abacus"])
+def test_refuses_devices_that_are_not_there(device: str, pipe: Pipeline) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(InvalidRequest, match=device):
+        pipe.to(device)
