@@ -79,7 +79,14 @@ def main() -> None:
             t = sigmas[i : i + 1].to(dtype)
             if cached and i > 0:
                 velocity = theirs(
-                    latents, txt, t, img_ids.to(device), txt_ids.to(device), return_dict=False, kv_cache=cache, kv_cache_mode="cached"
+                    latents,
+                    txt,
+                    t,
+                    img_ids.to(device),
+                    txt_ids.to(device),
+                    return_dict=False,
+                    kv_cache=cache,
+                    kv_cache_mode="cached",
                 )[0]
             else:
                 both = torch.cat([ref, latents], dim=1)
@@ -98,7 +105,13 @@ def main() -> None:
         for i in range(args.steps):
             # the level in the dtype of the model, as diffusers has it, so that the pictures can be compared
             velocity = ours(
-                latents.to(dtype), txt, sigmas[i].to(dtype), img_ids=img_ids, txt_ids=txt_ids, references=references, rope=rope
+                latents.to(dtype),
+                txt,
+                sigmas[i].to(dtype),
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                references=references,
+                rope=rope,
             )
             latents = euler_step(latents, velocity, sigma=sigmas[i], next_sigma=sigmas[i + 1])
         return latents

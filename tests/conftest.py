@@ -23,7 +23,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def make_transformer(head_dim: int = 16, *, width_in: int = 16, text_width: int = 48, double: int = 2, single: int = 3) -> Any:
+def make_transformer(
+    head_dim: int = 16, *, width_in: int = 16, text_width: int = 48, double: int = 2, single: int = 3
+) -> Any:
     """diffusers' transformer with K/V attention processors and weights that make every part count."""
     from diffusers import Flux2Transformer2DModel
     from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
@@ -108,7 +110,9 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 def picture(width: int, height: int, *, seed: int = 0) -> Image.Image:
     """A smooth picture with some noise."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     noise = rng.integers(-20, 21, (height, width, 3))
     return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8))
 

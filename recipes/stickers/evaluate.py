@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import find_font
 from PIL import Image
+
+from common import find_font
+from limner import Pipeline
 from tasks import Example, Grammar
 from world import HELD_OUT, STICKERS, Renderer
-
-from limner import Pipeline
 
 TASKS = ("draw", "edit", "combine2", "combine3", "combine4", "held_out")
 
@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--font", type=Path)
     parser.add_argument("--sheet", type=Path, help="write a picture of the first cases: references, result, truth")
-    parser.add_argument("--save-cases", type=Path, help="write the first four cases of each task to a folder, for tests")
+    parser.add_argument(
+        "--save-cases", type=Path, help="write the first four cases of each task to a folder, for tests"
+    )
     args = parser.parse_args()
     renderer = Renderer(find_font(args.font))
     pipe = Pipeline.from_pretrained(args.model)
@@ -67,7 +69,9 @@ def main() -> None:
             if number < 8:
                 rows.append([*references, out, truth])
             if number < 4 and args.save_cases:
-                names = [f"{task}-{number}-{i}.png" for i in range(1, len(references) + 1)] + [f"{task}-{number}-truth.png"]
+                names = [f"{task}-{number}-{i}.png" for i in range(1, len(references) + 1)] + [
+                    f"{task}-{number}-truth.png"
+                ]
                 args.save_cases.mkdir(parents=True, exist_ok=True)
                 for name, image in zip(names, [*references, truth], strict=True):
                     image.save(args.save_cases / name)

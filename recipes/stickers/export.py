@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import find_font
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2Transformer2DModel
-from train import GEOMETRY, Average, Model
 from transformers import Qwen2TokenizerFast
+
+from common import find_font
+from train import GEOMETRY, Average, Model
 from world import HELD_OUT, LARGE, MEDIUM, STICKERS, Picture, Renderer, Scene, Sticker
 
 SAMPLES = {

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Log, find_font
 from diffusers import AutoencoderKLFlux2
-from tasks import Example, Grammar
-from tokenizers import Tokenizer, models, trainers
-from train_autoencoder import pixels
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
-from world import STICKERS, Picture, Renderer
 
+from common import Log, find_font
 from limner.tokens import pack, patchify
+from tasks import Example, Grammar
+from train_autoencoder import pixels
+from world import STICKERS, Picture, Renderer
 
 MAX_TOKENS = 48
 TASKS = {"draw": 0.2, "edit": 0.36, "combine2": 0.24, "combine3": 0.1, "combine4": 0.1}
@@ -37,8 +37,12 @@ def make_tokenizer(prompts: list[str]) -> Qwen2TokenizerFast:
     base: Tokenizer = Qwen2TokenizerFast().backend_tokenizer
     small = Tokenizer(models.BPE())
     small.normalizer, small.pre_tokenizer, small.decoder = base.normalizer, base.pre_tokenizer, base.decoder
-    alphabet = [c for c in __import__("tokenizers").pre_tokenizers.ByteLevel.alphabet()]
-    trainer = trainers.BpeTrainer(vocab_size=768, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=768,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     small.train_from_iterator((chat(p) for p in prompts), trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=small, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token=None, bos_token=None,
@@ -104,7 +108,12 @@ def main() -> None:
         }
 
     torch.save(
-        {"tokens": tokens, "examples": [place(e) for e in examples], "ids": ids["input_ids"].to(torch.int16), "mask": ids["attention_mask"].bool()},
+        {
+            "tokens": tokens,
+            "examples": [place(e) for e in examples],
+            "ids": ids["input_ids"].to(torch.int16),
+            "mask": ids["attention_mask"].bool(),
+        },
         args.out / "data.pt",
     )
     log.write(pictures=sum(len(t) for t in tokens.values()))

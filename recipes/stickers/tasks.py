@@ -142,7 +142,9 @@ class Grammar:
 
     def _draw(self, rng: random.Random) -> Example:
         size = self._size(rng)
-        column, row = rng.choice([(c, r) for c in COLUMNS for r in ROWS if "center" in (c,) or "middle" in (r,) or rng.random() < 0.5])
+        column, row = rng.choice(
+            [(c, r) for c in COLUMNS for r in ROWS if "center" in (c,) or "middle" in (r,) or rng.random() < 0.5]
+        )
         sticker = Sticker(glyph=rng.choice(self._named), scale=rng.choice(SCALES), column=column, row=row)
         scene = Scene(name=rng.choice(scene_names()))
         noun = NAMES[sticker.glyph]
@@ -158,7 +160,10 @@ class Grammar:
             )
         )
         return Example(
-            task="draw", prompt=" ".join(prompt.split()), references=(), result=Picture(scene=scene, stickers=(sticker,), size=size)
+            task="draw",
+            prompt=" ".join(prompt.split()),
+            references=(),
+            result=Picture(scene=scene, stickers=(sticker,), size=size),
         )
 
     def _edit(self, rng: random.Random) -> Example:
@@ -171,14 +176,23 @@ class Grammar:
             scene = Scene(name=rng.choice([n for n in scene_names() if n != before.scene.name]))
             where = scene_words(rng, scene.name)
             prompt = rng.choice(
-                (f"put {it} {where}", f"change the background: {it} {where}", f"{it} should be {where}", f"move {it} to a new scene, {where}")
+                (
+                    f"put {it} {where}",
+                    f"change the background: {it} {where}",
+                    f"{it} should be {where}",
+                    f"move {it} to a new scene, {where}",
+                )
             )
             after = replace(before, scene=scene)
         elif kind == "remove":
-            prompt = rng.choice((f"remove {it}", f"take {it} away", f"erase {it}", f"only the background, without {it}"))
+            prompt = rng.choice(
+                (f"remove {it}", f"take {it} away", f"erase {it}", f"only the background, without {it}")
+            )
             after = replace(before, stickers=())
         elif kind == "scale":
-            steps = [s for s in (SCALES.index(sticker.scale) - 1, SCALES.index(sticker.scale) + 1) if 0 <= s < len(SCALES)]
+            steps = [
+                s for s in (SCALES.index(sticker.scale) - 1, SCALES.index(sticker.scale) + 1) if 0 <= s < len(SCALES)
+            ]
             step = rng.choice(steps)
             word = "bigger" if step > SCALES.index(sticker.scale) else "smaller"
             prompt = rng.choice((f"make {it} {word}", f"{it} should be {word}", f"{word} please: {it}"))
@@ -215,18 +229,27 @@ class Grammar:
                     "change the background to image 2",
                 )
             )
-            return Example(task="combine2", prompt=prompt, references=(first, second), result=replace(first, scene=second.scene))
+            return Example(
+                task="combine2", prompt=prompt, references=(first, second), result=replace(first, scene=second.scene)
+            )
         it = self._call(rng, second.stickers[0])
         first = replace(first, stickers=()) if rng.random() < 0.3 else first
         taken = [(s.column, s.row) for s in first.stickers]
         column, row = rng.choice([c for c in (*CORNERS, ("left", "middle"), ("right", "middle")) if c not in taken])
         place = place_words(rng, column, row)
         prompt = rng.choice(
-            (f"put {it} from image 2 into image 1 {place}", f"add {it} of image 2 {place} of image 1", f"{place}, place {it} from image 2")
+            (
+                f"put {it} from image 2 into image 1 {place}",
+                f"add {it} of image 2 {place} of image 1",
+                f"{place}, place {it} from image 2",
+            )
         )
         added = replace(second.stickers[0], column=column, row=row)
         return Example(
-            task="combine2", prompt=prompt, references=(first, second), result=replace(first, stickers=(*first.stickers, added))
+            task="combine2",
+            prompt=prompt,
+            references=(first, second),
+            result=replace(first, stickers=(*first.stickers, added)),
         )
 
     def _combine_many(self, rng: random.Random, count: int) -> Example:

@@ -12,10 +12,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from common import Average, Log, Optimizer, arguments, save_checkpoint, step_rng
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from common import Average, Log, Optimizer, arguments, save_checkpoint, step_rng
 from limner.config import TransformerConfig
 from limner.model.transformer import Transformer
 from limner.schedule import empirical_mu
@@ -29,7 +29,7 @@ GEOMETRY = TransformerConfig(
     num_double_blocks=2, num_single_blocks=6, num_heads=6, head_dim=32, text_width=128 * len(TEXT_LAYERS),
     in_channels=CHANNELS, out_channels=CHANNELS, rope_axes=(8, 8, 8, 8), time_channels=128,
 )  # fmt: skip
-DECAY_PART = 0.25
+DECAY_PART = 0.35
 
 
 class Model(nn.Module):
@@ -48,7 +48,9 @@ class Model(nn.Module):
 
     def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> Tensor:
         """Squared error of the velocity, (B,)."""
-        out = self.text_encoder.model(input_ids=batch["ids"], attention_mask=batch["mask"], output_hidden_states=True, use_cache=False)
+        out = self.text_encoder.model(
+            input_ids=batch["ids"], attention_mask=batch["mask"], output_hidden_states=True, use_cache=False
+        )
         txt = torch.cat([out.hidden_states[i] for i in TEXT_LAYERS], dim=-1)
         references = None
         if batch["references"]:
@@ -57,7 +59,12 @@ class Model(nn.Module):
         clean = batch["result"]
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         velocity = self.transformer(
-            noisy, txt, sigma, img_ids=image_ids(grid(batch["size"])), txt_ids=text_ids(txt.shape[1]), references=references
+            noisy,
+            txt,
+            sigma,
+            img_ids=image_ids(grid(batch["size"])),
+            txt_ids=text_ids(txt.shape[1]),
+            references=references,
         )
         return (velocity.float() - (noise - clean)).square().mean((1, 2))
 
@@ -107,11 +114,11 @@ def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
 
 def learning_rate(step: int, steps: int) -> float:
     """Warm-up, constant, then linearly to 0 over the last part."""
-    return min(1.0, (step + 1) / 200, max(0.0, (steps - step) / (DECAY_PART * steps)))
+    return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (DECAY_PART * steps)))
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=2400, batch=64, lr=1.5e-3)
+    parser = arguments(__doc__ or "", steps=1500, batch=32, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()

@@ -7,8 +7,9 @@ import random
 
 import numpy as np
 import torch
-from common import Average, Log, Optimizer, arguments, find_font, save_checkpoint, step_rng
 from diffusers import AutoencoderKLFlux2
+
+from common import Average, Log, Optimizer, arguments, find_font, save_checkpoint, step_rng
 from world import COLUMNS, ROWS, SCALES, SIZES, STICKERS, Picture, Renderer, Scene, Sticker, scene_names
 
 CROP = 64
@@ -70,7 +71,9 @@ def main() -> None:
     vae = AutoencoderKLFlux2(**CONFIG)
     torch.nn.init.constant_(vae.quant_conv.bias[CONFIG["latent_channels"] :].detach(), -6.0)  # little noise at first
     average = Average(vae, 0.998)
-    optimizer = Optimizer(vae, lr=args.lr, matrices=lambda name, p: p.dim() == 4 and "_blocks." in name or "mid_block" in name)
+    optimizer = Optimizer(
+        vae, lr=args.lr, matrices=lambda name, p: (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
+    )
     first = 0
     if args.resume:
         state = torch.load(args.out / "checkpoint.pt", weights_only=True)
@@ -90,14 +93,23 @@ def main() -> None:
         posterior = vae.encode(x).latent_dist
         restored = vae.decode(posterior.sample(generator)).sample
         error = restored - x
-        loss = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            error.square().mean()
+            + 0.1 * error.abs().mean()
+            + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimizer.step(loss, rate=rate)
         average.update(vae, step)
         if step % 50 == 0:
             log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
         stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
         if stop or (step + 1) % 500 == 0:
-            state = {"model": vae.state_dict(), "average": average.values, "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {
+                "model": vae.state_dict(),
+                "average": average.values,
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
             save_checkpoint(args.out / "checkpoint.pt", state)
         if stop:
             break

@@ -47,7 +47,9 @@ HELD_OUT = {
 }  # fmt: skip
 """Stickers that no training picture shows, of the autoencoder or of the transformer: only a reference can bring them."""
 
-LOOKALIKES = frozenset({0x1F425, 0x1F423, 0x1F43B, 0x1F429, 0x1F98B, 0x1F366, 0x1F367, 0x1F3B7, 0x2708, 0x1F6EB, 0x1F6EC})
+LOOKALIKES = frozenset(
+    {0x1F425, 0x1F423, 0x1F43B, 0x1F429, 0x1F98B, 0x1F366, 0x1F367, 0x1F3B7, 0x2708, 0x1F6EB, 0x1F6EC}
+)
 """Glyphs close to a held-out one: they are left out of the unnamed training stickers too."""
 
 PLAIN = {
@@ -207,7 +209,9 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         draw.rectangle((0, shore, width, height), fill=(238, 214, 160))
         draw.rectangle((0, shore, width, shore + 6), fill=(250, 240, 214))
     elif name == "sea":
-        image = _vertical(big, [(0, (150, 200, 236)), (0.35, (206, 230, 244)), (0.36, (40, 110, 170)), (1, (16, 58, 112))])
+        image = _vertical(
+            big, [(0, (150, 200, 236)), (0.35, (206, 230, 244)), (0.36, (40, 110, 170)), (1, (16, 58, 112))]
+        )
         draw = ImageDraw.Draw(image)
         for i in range(4):
             y = height * (0.48 + 0.13 * i) + vary(8)
@@ -229,7 +233,10 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
     elif name == "snow":
         image = _vertical(big, [(0, (168, 190, 214)), (1, (222, 232, 242))])
         draw = ImageDraw.Draw(image)
-        draw.polygon((width * (0.1 + vary(0.1)), horizon, width * 0.38, height * (0.2 + vary(0.05)), width * 0.7, horizon), fill=(132, 150, 178))
+        draw.polygon(
+            (width * (0.1 + vary(0.1)), horizon, width * 0.38, height * (0.2 + vary(0.05)), width * 0.7, horizon),
+            fill=(132, 150, 178),
+        )
         draw.ellipse((-width * 0.3, horizon - 8, width * 1.3, height * 2), fill=(246, 249, 252))
     elif name == "room":
         warm = round(vary(24))
@@ -239,7 +246,9 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         draw.rectangle((0, floor, width, height), fill=(150, 104, 70))
         draw.rectangle((0, floor, width, floor + 8), fill=(244, 236, 224))
         x, y = width * (0.12 + vary(0.06)), height * 0.12
-        draw.rectangle((x, y, x + width * 0.28, y + height * 0.34), fill=(170, 214, 240), outline=(250, 250, 250), width=8)
+        draw.rectangle(
+            (x, y, x + width * 0.28, y + height * 0.34), fill=(170, 214, 240), outline=(250, 250, 250), width=8
+        )
     elif name == "city":
         image = _vertical(big, [(0, (250, 190, 140)), (0.7, (250, 224, 190)), (1, (250, 224, 190))])
         draw = ImageDraw.Draw(image)
@@ -262,7 +271,10 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         ground = round(height * (0.78 + vary(0.05)))
         for i in range(6):
             x = width * (i + 0.5) / 6 + vary(8)
-            draw.polygon((x - 34, ground, x, ground - height * 0.5, x + 34, ground), fill=(34 + 12 * (i % 2), 96 + 14 * (i % 3), 66))
+            draw.polygon(
+                (x - 34, ground, x, ground - height * 0.5, x + 34, ground),
+                fill=(34 + 12 * (i % 2), 96 + 14 * (i % 3), 66),
+            )
         draw.rectangle((0, ground, width, height), fill=(84, 112, 62))
     elif name == "sunset":
         image = _vertical(big, [(0, (88, 60, 120)), (0.35, (226, 104, 96)), (horizon / height, (252, 190, 110))])

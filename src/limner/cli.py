@@ -31,11 +31,15 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(prog="limner", description="Draw and edit pictures; the K/V of references are computed once and kept.")
+    parser = _Parser(
+        prog="limner", description="Draw and edit pictures; the K/V of references are computed once and kept."
+    )
     parser.add_argument("--version", action="version", version=f"limner {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    edit = commands.add_parser("edit", help="edit with one or many reference pictures", description="Edit with references.")
+    edit = commands.add_parser(
+        "edit", help="edit with one or many reference pictures", description="Edit with references."
+    )
     _drawing_arguments(edit)
     edit.add_argument(
         "-i", "--image", action="append", required=True, metavar="FILE", help="a reference; again for image 2, 3, ..."
@@ -64,10 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .jpeg or .webp")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .jpeg or .webp"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn"
+    )
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="number of steps (default: 4)")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="multiples of 16; default: first reference, or the model's")
+    parser.add_argument(
+        "--size", type=_size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
@@ -76,8 +86,12 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reference_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--background", metavar="COLOUR", help="what stands behind transparent references, as white or #fff")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="scale larger references down to N pixels (1048576)")
+    parser.add_argument(
+        "--background", metavar="COLOUR", help="what stands behind transparent references, as white or #fff"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="scale larger references down to N pixels (1048576)"
+    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -227,7 +241,12 @@ def _inspect(args: argparse.Namespace) -> None:
         if len(args.file) > 1:
             raise InvalidRequest("FILE", f"{len(args.file)} files, one of them a pack; inspect packs one at a time")
         refs = References.load(args.file[0])
-        found = {"key": refs.key, "weights": refs.weights, "dtype": str(refs.dtype).removeprefix("torch."), "kernel": refs.kernel}
+        found = {
+            "key": refs.key,
+            "weights": refs.weights,
+            "dtype": str(refs.dtype).removeprefix("torch."),
+            "kernel": refs.kernel,
+        }
         found |= {"num_tokens": refs.num_tokens, "nbytes": refs.nbytes}
         names, reports = [f"image {i}" for i in range(1, len(refs.reports) + 1)], refs.reports
     else:
@@ -238,7 +257,8 @@ def _inspect(args: argparse.Namespace) -> None:
         policy = _policy(args)
         names = list(args.file)
         reports = tuple(
-            prepare_reference(file, policy=policy, field=f"image {i}").report for i, file in enumerate(args.file, start=1)
+            prepare_reference(file, policy=policy, field=f"image {i}").report
+            for i, file in enumerate(args.file, start=1)
         )
         config = TransformerConfig.from_diffusers(read_json(resolve_model(args.model) / "transformer" / "config.json"))
         num_tokens = sum(w * h for w, h in (r.processed_size for r in reports)) // 256

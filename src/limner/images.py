@@ -82,7 +82,9 @@ def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> I
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise InvalidRequest(field, f"{shown} cannot be read ({error.strerror or error}); give a picture file") from error
+        raise InvalidRequest(
+            field, f"{shown} cannot be read ({error.strerror or error}); give a picture file"
+        ) from error
     try:
         image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
     except UnidentifiedImageError:
@@ -116,7 +118,7 @@ def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> t
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getextrema()[3] != (255, 255):
+        if image.getchannel("A").getextrema() != (255, 255):
             if background is None:
                 raise InvalidRequest(
                     field,
@@ -153,7 +155,9 @@ def prepare_reference(
     rgb, oriented = _upright_rgb(image, background=policy.background, field=field)
     width, height = rgb.size
     if min(width, height) < policy.min_side:
-        raise InvalidRequest(field, f"{width}x{height} is too small; each side has to be at least {policy.min_side} pixels")
+        raise InvalidRequest(
+            field, f"{width}x{height} is too small; each side has to be at least {policy.min_side} pixels"
+        )
     if max(width / height, height / width) > policy.max_aspect:
         raise InvalidRequest(field, f"{width}x{height} is too long; the aspect may be {policy.max_aspect:g}:1, crop it")
     resized = None
@@ -165,7 +169,9 @@ def prepare_reference(
         width, height = resized
     kept = (width // _GRID * _GRID, height // _GRID * _GRID)
     if 0 in kept:
-        raise InvalidRequest(field, f"{width}x{height} after scaling is under 16 pixels; raise max_pixels={policy.max_pixels}")
+        raise InvalidRequest(
+            field, f"{width}x{height} after scaling is under 16 pixels; raise max_pixels={policy.max_pixels}"
+        )
     left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
     rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
@@ -217,7 +223,9 @@ def write_beside(path: Path, data: bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OutputError(f"output: {path} cannot be written ({error.strerror or error}); nothing was left there") from error
+        raise OutputError(
+            f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:

@@ -229,7 +229,11 @@ class Pipeline:
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
             kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
             return References(
-                layers=kv.layers, key=key, weights=weights, kernel=self.kernel, reports=tuple(p.report for p in prepared)
+                layers=kv.layers,
+                key=key,
+                weights=weights,
+                kernel=self.kernel,
+                reports=tuple(p.report for p in prepared),
             )
 
         references, hit = self.store.get(key, make)
@@ -244,7 +248,8 @@ class Pipeline:
             )
         if references.dtype != self.dtype:
             raise InvalidRequest(
-                "references", f"their dtype is {references.dtype}, the pipeline's {self.dtype}; prefill the pictures again"
+                "references",
+                f"their dtype is {references.dtype}, the pipeline's {self.dtype}; prefill the pictures again",
             )
         return references.to(self.device)
 
@@ -254,10 +259,8 @@ class Pipeline:
         kept = num_ref * config.num_layers * 2 * config.width * size
         # widest moment: a block's fused projection, its output and the residual streams
         work = (num_ref + batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
         if kept + work > free:
             raise CapacityError(
                 f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need "
@@ -291,7 +294,8 @@ class Pipeline:
         width = self.transformer.config.text_width
         if found[0][0].shape[-1] != width:
             raise InvalidRequest(
-                "text_encoder_out_layers", f"gives tokens of width {found[0][0].shape[-1]}, the transformer reads {width}"
+                "text_encoder_out_layers",
+                f"gives tokens of width {found[0][0].shape[-1]}, the transformer reads {width}",
             )
         return torch.cat([tokens for tokens, _ in found]), tuple(report for _, report in found)
 
@@ -333,11 +337,14 @@ class Pipeline:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
         if num_images_per_prompt < 1:
-            raise InvalidRequest("num_images_per_prompt", f"{num_images_per_prompt} is not a number of images; use 1 or more")
+            raise InvalidRequest(
+                "num_images_per_prompt", f"{num_images_per_prompt} is not a number of images; use 1 or more"
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise InvalidRequest(
-                "callback_on_step_end_tensor_inputs", f"{sorted(unknown)} are not offered; allowed: latents, prompt_embeds"
+                "callback_on_step_end_tensor_inputs",
+                f"{sorted(unknown)} are not offered; allowed: latents, prompt_embeds",
             )
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
@@ -379,7 +386,14 @@ class Pipeline:
         references_done = time.perf_counter()
 
         tokens, step_seconds = self._denoise(
-            pack(noise), prompt_embeds, levels, grid, given, callback_on_step_end, callback_on_step_end_tensor_inputs, report
+            pack(noise),
+            prompt_embeds,
+            levels,
+            grid,
+            given,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            report,
         )
         decode_start = time.perf_counter()
         report("decode", 0, 1)
@@ -456,7 +470,7 @@ class Pipeline:
         if output_type == "latent":
             return network_latents
         at_once = max(1, 1024 * 1024 // (network_latents.shape[2] * network_latents.shape[3] * 64))
-        parts = [self.autoencoder.decode(part) for part in network_latents.split(at_once)]
+        parts = [self.autoencoder.decode(part) for part in torch.split(network_latents, at_once)]
         pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return pictures
@@ -509,7 +523,9 @@ class Pipeline:
     def _check_latents(self, latents: Tensor, *, height: int | None, width: int | None) -> tuple[int, int]:
         channels = self.transformer.config.in_channels
         if latents.dim() != 4 or latents.shape[1] != channels:
-            raise InvalidRequest("latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)")
+            raise InvalidRequest(
+                "latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)"
+            )
         found = (latents.shape[2] * _GRID, latents.shape[3] * _GRID)
         for name, asked, has in (("height", height, found[0]), ("width", width, found[1])):
             if asked is not None and asked != has:
@@ -587,4 +603,3 @@ def _check_parts(transformer: Transformer, autoencoder: Autoencoder, text_encode
             f"{folder}: text tokens are {width} wide, the transformer reads {config.text_width}; "
             "text encoder and transformer are of different models"
         )
-

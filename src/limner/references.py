@@ -105,14 +105,15 @@ def read_pack_identity(metadata: dict[str, str] | None, *, where: object) -> dic
     identity: dict[str, Any] = json.loads(text)
     if identity.get("format") != _FORMAT:
         raise InvalidRequest(
-            "references", f"{where} has pack format {identity.get('format')}, this version reads {_FORMAT}; make the pack again"
+            "references",
+            f"{where} has pack format {identity.get('format')}, this version reads {_FORMAT}; make the pack again",
         )
     return identity
 
 
 def _report(values: dict[str, Any]) -> ReferenceReport:
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return ReferenceReport(**lists)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return ReferenceReport(**values)
 
 
 class ReferenceStore:

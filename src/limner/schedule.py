@@ -59,7 +59,9 @@ class Schedule:
             found = config.get(name, value)
             if found != value and (found or value):
                 raise CheckpointError(f"{where}: {name}={found!r} is not supported; allowed: {value!r}")
-        return cls(dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(config.get("shift", 1.0)))
+        return cls(
+            dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(config.get("shift", 1.0))
+        )
 
     def sigmas(self, num_tokens: int, *, num_steps: int, custom: Sequence[float] | None = None) -> Tensor:
         """The noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
@@ -68,14 +70,18 @@ class Schedule:
         `num_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
         if num_steps < 1:
-            raise InvalidRequest("num_inference_steps", f"{num_steps} is not a number of steps; use 1 or more (klein: 4)")
+            raise InvalidRequest(
+                "num_inference_steps", f"{num_steps} is not a number of steps; use 1 or more (klein: 4)"
+            )
         if custom is None:
             levels = np.linspace(1.0, 1 / num_steps, num_steps)
         else:
             levels = np.asarray(custom, dtype=np.float64)
             falling = levels.ndim == 1 and levels.size > 0 and bool(np.all(np.diff(levels) < 0))
-            if not (falling and 0 < levels[-1] and levels[0] <= 1):
-                raise InvalidRequest("sigmas", f"{list(custom)} has to fall strictly within (0, 1], for example [1.0, 0.5]")
+            if not (falling and levels[-1] > 0 and levels[0] <= 1):
+                raise InvalidRequest(
+                    "sigmas", f"{list(custom)} has to fall strictly within (0, 1], for example [1.0, 0.5]"
+                )
         levels = levels.astype(np.float32)
         if self.dynamic:
             e_mu = math.exp(empirical_mu(num_tokens, num_steps=num_steps))

@@ -74,7 +74,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, *, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, h w, C) to latents (B, C, h, w) for `grid` = (h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
 
 
 def text_ids(num_tokens: int) -> Tensor:

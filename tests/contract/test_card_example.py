@@ -10,7 +10,7 @@ from pathlib import Path
 from limner.images import Image
 from limner.weights.folder import bundled_model
 
-CARD_EXAMPLE = '''\
+CARD_EXAMPLE = """\
 import torch
 from diffusers import Flux2KleinKVPipeline
 device = "cuda"
@@ -41,7 +41,7 @@ generator=torch.Generator(device=device).manual_seed(0),
 ).images[0]
 image_kv.save("kv_output.png")
 print("Saved kv_output.png")
-'''
+"""
 
 
 def test_the_cards_example(tmp_path: Path) -> None:

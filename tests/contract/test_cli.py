@@ -21,7 +21,12 @@ from limner.images import read_metadata
 
 def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "limner", *map(str, args)], capture_output=True, text=True, timeout=120, check=False, **options
+        [sys.executable, "-m", "limner", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
     )  # type: ignore[call-overload]
 
 
@@ -33,7 +38,18 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_edit_writes_a_picture_that_says_how_it_was_made(files: Path, tiny_folder: Path) -> None:
-    arguments = ["edit", "put b into a", "-i", files / "a.png", "-i", files / "b.jpg", "--seed", 5, "--model", tiny_folder]
+    arguments = [
+        "edit",
+        "put b into a",
+        "-i",
+        files / "a.png",
+        "-i",
+        files / "b.jpg",
+        "--seed",
+        5,
+        "--model",
+        tiny_folder,
+    ]
     done = run(*arguments, "-o", files / "out.png")
     assert (done.returncode, done.stderr) == (0, "")
     assert "a.png: 96x70, cut 0 left, 3 top, 0 right, 3 bottom, used as 96x64" in done.stdout
@@ -70,7 +86,9 @@ def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> N
 
 
 def test_generate(files: Path, tiny_folder: Path) -> None:
-    done = run("generate", "a dog", "-o", files / "out.jpg", "--size", "64x64", "--model", tiny_folder, "--dtype", "bfloat16")
+    done = run(
+        "generate", "a dog", "-o", files / "out.jpg", "--size", "64x64", "--model", tiny_folder, "--dtype", "bfloat16"
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(files / "out.jpg") as image:
         assert (image.size, image.format) == ((64, 64), "JPEG")
@@ -172,7 +190,9 @@ def test_progress_bar_on_a_terminal(files: Path, tiny_folder: Path) -> None:
     """Over load, text, references, steps and decode; and none where stderr is not a terminal."""
     parent, child = pty.openpty()
     arguments = ["edit", "x", "-i", "a.png", "-o", "out.png", "--model", str(tiny_folder)]
-    process = subprocess.Popen([sys.executable, "-m", "limner", *arguments], stderr=child, stdout=subprocess.PIPE, cwd=files)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "limner", *arguments], stderr=child, stdout=subprocess.PIPE, cwd=files
+    )
     os.close(child)
     shown = b""
     while True:

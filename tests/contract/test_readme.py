@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+SHELL = [
+    line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines() if line.strip()
+]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SET_UP = ("make ", "git ", "pip ", "python -m venv", "python benchmarks/", "python recipes/", "bash recipes/")
 
@@ -33,9 +36,11 @@ def test_commands(checkout: Path) -> None:
     for command in commands:
         words = shlex.split(command, comments=True)
         assert words[0] == "limner", command
-        done = subprocess.run([sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             if option == "-o":
                 assert (checkout / value).stat().st_size > 500
 
@@ -53,7 +58,9 @@ def test_set_up_commands_exist() -> None:
 def test_python(checkout: Path) -> None:
     assert PYTHON
     for program in PYTHON:
-        done = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, f"{program}\n{done.stderr}"
 
 

@@ -97,7 +97,14 @@ def test_references_depend_on_pictures_and_weights_alone(pipe: Pipeline, tiny_fo
     refs = pipe.prefill(REFERENCES)
     saved = [(k.clone(), v.clone()) for k, v in refs.layers]
     pipe("a dog", references=refs, generator=generators(1)[0], height=64, width=64)
-    pipe(["a fox", "a tree on a hill"], references=refs, num_images_per_prompt=2, height=96, width=64, num_inference_steps=2)
+    pipe(
+        ["a fox", "a tree on a hill"],
+        references=refs,
+        num_images_per_prompt=2,
+        height=96,
+        width=64,
+        num_inference_steps=2,
+    )
     for settings in ({"prompt": "one", "height": 64, "width": 64}, {"prompt": ["a", "b"], "num_inference_steps": 2}):
         fresh = Pipeline.from_pretrained(tiny_folder)
         assert fresh(image=REFERENCES, **settings).reference_cache == "miss"

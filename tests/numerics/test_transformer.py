@@ -49,9 +49,9 @@ def test_matches_diffusers(head_dim: int, kernel: str) -> None:
             torch.cat([ref.expand(batch, -1, -1), img], 1), txt, t, torch.cat([ref_ids, img_ids]), txt_ids,
             kv_cache_mode="extract", num_ref_tokens=len(ref_ids), return_dict=False,
         )  # fmt: skip
-        cached = theirs(
-            img, txt, t * 0.7, img_ids, txt_ids, kv_cache=cache, kv_cache_mode="cached", return_dict=False
-        )[0]
+        cached = theirs(img, txt, t * 0.7, img_ids, txt_ids, kv_cache=cache, kv_cache_mode="cached", return_dict=False)[
+            0
+        ]
         references = transformer.prefill(ref, ref_ids)
         step_0 = transformer(img, txt, sigma, img_ids=img_ids, txt_ids=txt_ids, references=references)
         step_1 = transformer(img, txt, t * 0.7, img_ids=img_ids, txt_ids=txt_ids, references=references)
@@ -113,7 +113,9 @@ class DenseOracle:
         half = x.shape[-1] // 2
         return self.silu(x[:, :half]) * x[:, half:]
 
-    def __call__(self, txt: Tensor, ref: Tensor, img: Tensor, ids: tuple[Tensor, Tensor, Tensor], sigma: float) -> Tensor:
+    def __call__(
+        self, txt: Tensor, ref: Tensor, img: Tensor, ids: tuple[Tensor, Tensor, Tensor], sigma: float
+    ) -> Tensor:
         n_txt, n_ref = len(txt), len(ref)
         n = n_txt + n_ref + len(img)
         is_ref = torch.zeros(n, dtype=torch.bool)
@@ -126,7 +128,9 @@ class DenseOracle:
             pairs = zip(self.modulation(name, now), self.modulation(name, fixed), strict=True)
             return [torch.where(is_ref[:, None], b, a) for a, b in pairs][:count]
 
-        x = torch.cat([self.linear(txt.double(), "context_embedder"), self.linear(torch.cat([ref, img]).double(), "x_embedder")])
+        x = torch.cat(
+            [self.linear(txt.double(), "context_embedder"), self.linear(torch.cat([ref, img]).double(), "x_embedder")]
+        )
         mod_img = per_token("double_stream_modulation_img", 6)
         mod_txt = per_token("double_stream_modulation_txt", 6)
         mod = [torch.cat([t[:n_txt], i[n_txt:]]) for t, i in zip(mod_txt, mod_img, strict=True)]
@@ -151,7 +155,9 @@ class DenseOracle:
             a = torch.cat([self.linear(a[:n_txt], p + "attn.to_add_out"), self.linear(a[n_txt:], p + "attn.to_out.0")])
             x = x + mod[2] * a
             h = self.layer_norm(x) * (1 + mod[4]) + mod[3]
-            f_txt = self.linear(self.mlp(self.linear(h[:n_txt], p + "ff_context.linear_in")), p + "ff_context.linear_out")
+            f_txt = self.linear(
+                self.mlp(self.linear(h[:n_txt], p + "ff_context.linear_in")), p + "ff_context.linear_out"
+            )
             f_img = self.linear(self.mlp(self.linear(h[n_txt:], p + "ff.linear_in")), p + "ff.linear_out")
             x = x + mod[5] * torch.cat([f_txt, f_img])
         mod = per_token("single_stream_modulation", 3)
@@ -194,9 +200,7 @@ def test_a_batch_shares_references_without_changing_a_picture() -> None:
     img, txt = torch.randn(3, 16, 16), torch.randn(3, 5, 48)
     together = transformer(img, txt, 0.8, img_ids=ids, txt_ids=txt_ids, references=references)
     for b in range(3):
-        alone = transformer(
-            img[b : b + 1], txt[b : b + 1], 0.8, img_ids=ids, txt_ids=txt_ids, references=references
-        )
+        alone = transformer(img[b : b + 1], txt[b : b + 1], 0.8, img_ids=ids, txt_ids=txt_ids, references=references)
         assert relative_error(together[b : b + 1], alone) <= TOLERANCE
 
 

@@ -90,7 +90,7 @@ def test_diffusers_gives_the_same_pictures_from_the_same_folder(number: int) -> 
     theirs = Flux2KleinKVPipeline.from_pretrained(bundled_model(), dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     cases = json.loads((CASES / "cases.json").read_text())
-    case = [c for c in cases if len(c["references"]) == (0, 3)[number]][0]
+    case = next(c for c in cases if len(c["references"]) == (0, 3)[number])
     pictures = [Image.open(CASES / name).convert("RGB") for name in case["references"]] or None
     pipe = bundled()
     arguments = {"prompt": case["prompt"], "image": pictures, "height": 128, "width": 128, "output_type": "np"}
@@ -104,7 +104,7 @@ def test_diffusers_gives_the_same_pictures_from_the_same_folder(number: int) -> 
 
 def test_kept_and_recomputed_references_give_equal_pictures() -> None:
     """The price of keeping K/V is rounding."""
-    case = [c for c in json.loads((CASES / "cases.json").read_text()) if len(c["references"]) == 4][0]
+    case = next(c for c in json.loads((CASES / "cases.json").read_text()) if len(c["references"]) == 4)
     kept = [run(case), run(case)]
     bundled().store = type(bundled().store)()
     assert np.array_equal(kept[0], kept[1])

@@ -39,7 +39,9 @@ def png_header(width: int, height: int, *, depth: int = 8) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
 
 
 def animated() -> bytes:
@@ -61,7 +63,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "animated": (animated(), r"animated \(2 frames\); save one frame"),
     "16 bit": (png_header(64, 64, depth=16), "16 bits a channel; save it with 8"),
     "16 bit grey": (encoded(Image.fromarray(np.full((64, 64), 40000, np.uint16))), "16 bits"),
-    "cmyk": (encoded(picture(64, 64).convert("CMYK"), "JPEG"), "colour mode is CMYK; convert it to RGB with its colour profile"),
+    "cmyk": (
+        encoded(picture(64, 64).convert("CMYK"), "JPEG"),
+        "colour mode is CMYK; convert it to RGB with its colour profile",
+    ),
     "alpha": (encoded(Image.new("RGBA", (64, 64), (1, 2, 3, 99))), "transparent in places; flatten it"),
     "palette alpha": (encoded(Image.new("P", (64, 64)), transparency=0), "transparent in places; flatten it"),
 }

@@ -132,7 +132,10 @@ RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
         ({"prompt": []}, "prompt: an empty list"),
         ({"prompt": ["a", 3]}, "prompt: int is not a text"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 48)}, "not both"),
-        ({"prompt_embeds": torch.zeros(1, 2, 47)}, r"prompt_embeds: have shape \[1, 2, 47\]; allowed: \(B, S_txt, 48\)"),
+        (
+            {"prompt_embeds": torch.zeros(1, 2, 47)},
+            r"prompt_embeds: have shape \[1, 2, 47\]; allowed: \(B, S_txt, 48\)",
+        ),
         ({"prompt": "a", "height": 500}, "height: height=500 is not a multiple of 16 of at least 64; use 496 or 512"),
         ({"prompt": "a", "width": 48}, "width: width=48 is not a multiple of 16 of at least 64; use 64"),
         ({"prompt": "a", "width": -16}, "width=-16"),

@@ -24,14 +24,20 @@ def test_pack_round_trip(pipe: Pipeline, tiny_folder: Path, tmp_path: Path) -> N
         assert torch.equal(mine.k, theirs.k)
         assert torch.equal(mine.v, theirs.v)
     fresh = Pipeline.from_pretrained(tiny_folder)
-    pictures = [p("a dog", references=r, generator=generators(1)[0], output_type="pt").images for p, r in ((pipe, refs), (fresh, loaded))]
+    pictures = [
+        p("a dog", references=r, generator=generators(1)[0], output_type="pt").images
+        for p, r in ((pipe, refs), (fresh, loaded))
+    ]
     assert torch.equal(*pictures)
 
 
 def test_pack_of_other_weights_is_refused(pipe: Pipeline, tiny_folder: Path, tmp_path: Path) -> None:
     pipe.prefill(picture(64, 64)).save(tmp_path / "pack.safetensors")
     other = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)
-    with pytest.raises(InvalidRequest, match=f"made with weights {pipe.reference_weights[:16]}, this pipeline has {other.reference_weights[:16]}"):
+    with pytest.raises(
+        InvalidRequest,
+        match=f"made with weights {pipe.reference_weights[:16]}, this pipeline has {other.reference_weights[:16]}",
+    ):
         other("a dog", references=References.load(tmp_path / "pack.safetensors"))
 
 
@@ -39,7 +45,9 @@ def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InvalidRequest, match="is not a reference pack"):
         References.load(tmp_path / "other.safetensors")
-    save_file({"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata={"limner.references": json.dumps({"format": 99})})
+    save_file(
+        {"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata={"limner.references": json.dumps({"format": 99})}
+    )
     with pytest.raises(InvalidRequest, match="has pack format 99, this version reads 1"):
         References.load(tmp_path / "new.safetensors")
     file = tmp_path / "pack.safetensors"
@@ -55,7 +63,13 @@ def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
 
 def test_key_covers_everything_that_matters() -> None:
     base = {"weights": "w", "dtype": torch.float32, "kernel": "chunked", "digests": ["a", "b"]}
-    changes = [{"weights": "x"}, {"dtype": torch.bfloat16}, {"kernel": "flash"}, {"digests": ["b", "a"]}, {"digests": ["ab"]}]
+    changes = [
+        {"weights": "x"},
+        {"dtype": torch.bfloat16},
+        {"kernel": "flash"},
+        {"digests": ["b", "a"]},
+        {"digests": ["ab"]},
+    ]
     assert len({reference_key(**(base | change)) for change in [{}, *changes]}) == 1 + len(changes)
 
 

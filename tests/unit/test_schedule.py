@@ -39,7 +39,10 @@ def test_euler_step() -> None:
     sample, velocity = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0])
     stepped = euler_step(sample, velocity, sigma=torch.tensor(0.8), next_sigma=torch.tensor(0.3))
     torch.testing.assert_close(stepped, torch.tensor([0.75, 2.5]))
-    assert euler_step(sample.bfloat16(), velocity.bfloat16(), sigma=torch.tensor(1.0), next_sigma=torch.tensor(0.9)).dtype == torch.float32
+    assert (
+        euler_step(sample.bfloat16(), velocity.bfloat16(), sigma=torch.tensor(1.0), next_sigma=torch.tensor(0.9)).dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("custom", [[], [0.5, 0.5], [0.2, 0.5], [1.1, 0.5], [1.0, 0.0], [float("nan")]])
@@ -49,7 +52,13 @@ def test_refuses_levels(custom: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"shift_terminal": 0.02}, {"time_shift_type": "linear"}, {"use_karras_sigmas": True}, {"num_train_timesteps": 500}]
+    "config",
+    [
+        {"shift_terminal": 0.02},
+        {"time_shift_type": "linear"},
+        {"use_karras_sigmas": True},
+        {"num_train_timesteps": 500},
+    ],
 )
 def test_refuses_schedulers_that_it_would_get_wrong(config: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=f"{next(iter(config))}=.* is not supported; allowed"):

@@ -9,7 +9,8 @@ Kernels (`KERNELS`), all equal to rounding:
   CPUs, and runs anywhere.
 - ``flash``: the library's flash kernel once for the references and once for the own tokens, merged by their
   log-sum-exp. For CUDA; also runs on CPU.
-- ``sdpa``: `scaled_dot_product_attention` over the concatenation. Copies; differentiable; the one for training.
+- ``dense``: the formula over the concatenation. Copies; differentiable; the one for training, where on CPU it is a
+  third faster, backward included, than `scaled_dot_product_attention` at a few hundred tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["KERNELS", "attend", "choose_kernel"]
@@ -53,16 +53,17 @@ def attend(
     """
     if kernel is None:
         records = torch.is_grad_enabled() and q_BSHD.requires_grad
-        kernel = "sdpa" if records else choose_kernel(q_BSHD.device.type)
+        kernel = "dense" if records else choose_kernel(q_BSHD.device.type)
     return KERNELS[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref_BRHD, v_ref_BRHD)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
     if k_ref is not None and v_ref is not None:
         k = torch.cat([k_ref.expand(q.shape[0], -1, -1, -1), k], dim=1)
         v = torch.cat([v_ref.expand(q.shape[0], -1, -1, -1), v], dim=1)
-    out_BHSD = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out_BHSD.transpose(1, 2)
+    q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q_BHSD / math.sqrt(q.shape[-1])) @ k_BHSD.transpose(-1, -2)
+    return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
@@ -116,5 +117,5 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "chunked": _chunked,
     "flash": _flash,
-    "sdpa": _sdpa,
+    "dense": _dense,
 }

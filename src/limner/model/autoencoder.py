@@ -26,7 +26,7 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels on a side of one token: 16 for the family."""
-        return PATCH * 2 ** (len(self.network.config.block_out_channels) - 1)
+        return int(PATCH * 2 ** (len(self.network.config.block_out_channels) - 1))
 
     @property
     def channels(self) -> int:
@@ -35,11 +35,16 @@ class Autoencoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        parameter: Tensor = next(self.network.parameters())
+        return parameter
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) in [-1, 1] to latents (B, 4 C, h, w): the mean of the posterior, normalised."""

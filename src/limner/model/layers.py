@@ -261,7 +261,7 @@ class SingleBlock(nn.Module):
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim))
+    return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -36,7 +36,7 @@ def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:
 
 def apply_rope(x_BSHD: Tensor, rope: Rope) -> Tensor:
     """Rotates each pair of x (B, S, H, D) by the angle of its position; the dtype stays."""
-    pairs = x_BSHD.float().unflatten(-1, (-1, 2))
+    pairs = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2)
     even_BSHP, odd_BSHP = pairs[..., 0], pairs[..., 1]
     cos_S1P, sin_S1P = rope.cos_SP[:, None], rope.sin_SP[:, None]
     rotated = torch.stack(

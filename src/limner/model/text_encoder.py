@@ -44,11 +44,16 @@ class TextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        parameter: Tensor = next(self.network.parameters())
+        return parameter
 
     @property
     def max_length(self) -> int:

@@ -110,7 +110,9 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
         tensors |= _read_file(folder / name)
     listed, found = set(weight_map), set(tensors)
     if listed != found:
-        raise CheckpointError(f"{index}: {_names('lists but the shards lack', listed - found)}{_names('lacks', found - listed)}")
+        raise CheckpointError(
+            f"{index}: {_names('lists but the shards lack', listed - found)}{_names('lacks', found - listed)}"
+        )
     return tensors
 
 
@@ -119,7 +121,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); it is truncated or damaged, download it again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
+        ) from error
 
 
 def assign(
@@ -127,7 +131,9 @@ def assign(
 ) -> None:
     """Makes `tensors` the parameters and buffers of a module built on the meta device. Raises `CheckpointError`."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    problems = _names("missing", expected.keys() - tensors.keys()) + _names("unexpected", tensors.keys() - expected.keys())
+    problems = _names("missing", expected.keys() - tensors.keys()) + _names(
+        "unexpected", tensors.keys() - expected.keys()
+    )
     problems += "".join(
         f"{name} is {list(tensors[name].shape)}, the configuration asks for {list(shape)}; "
         for name, shape in list(expected.items())
