@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -22,6 +24,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 
 import limner
 from limner.config import TransformerConfig
+from limner.model.attention import choose_kernel
 from limner.model.transformer import ReferenceKV, Transformer
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
@@ -157,7 +160,8 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "versions": {"limner": limner.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "date": date.today().isoformat(),
-            "command": "python benchmarks/step.py",
+            "kernel": args.kernel or choose_kernel(device, dtype, config.head_dim),
+            "command": shlex.join(["python", *sys.argv]),
         }
     )  # fmt: skip
     if args.out:

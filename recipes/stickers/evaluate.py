@@ -79,11 +79,11 @@ def main() -> None:
         results[task] = {"psnr": round(float(np.mean(scores)), 2), "copy": round(float(np.mean(baseline)), 2)}
         print(task, results[task], flush=True)
     if args.sheet:
-        sheet = Image.new("RGB", (6 * 164, len(rows) * 164 // 2), "white")
+        sheet = Image.new("RGB", (6 * 164, (len(rows) + 1) // 2 * 82), "white")
         for i, row in enumerate(rows):
             for j, image in enumerate(row):
                 x = (j if j < len(row) - 2 else 6 - len(row) + j) * 82 + (i % 2) * 492
-                sheet.paste(image.resize((image.width // 2, image.height // 2)), (x, i // 2 * 164 // 2))
+                sheet.paste(image.resize((image.width // 2, image.height // 2)), (x, i // 2 * 82))
         sheet.save(args.sheet)
     if args.save_cases:
         (args.save_cases / "cases.json").write_text(json.dumps(saved, indent=1) + "\n")

@@ -57,6 +57,7 @@ def main() -> None:
     pipe.save_pretrained(args.out / "stickers")
     settings = {"default_size": [128, 128], "default_dtype": "float32"}
     (args.out / "stickers" / "limner.json").write_text(json.dumps(settings) + "\n")
+    shutil.copy(Path(__file__).parent / "model-card.md", args.out / "stickers" / "README.md")
     (args.out / "samples").mkdir(exist_ok=True)
     renderer = Renderer(find_font(args.font))
     for name, sample in SAMPLES.items():

@@ -111,6 +111,7 @@ def main() -> None:
         {
             "tokens": tokens,
             "examples": [place(e) for e in examples],
+            "vocabulary": len(tokenizer),
             "ids": ids["input_ids"].to(torch.int16),
             "mask": ids["attention_mask"].bool(),
         },

@@ -128,7 +128,7 @@ def main() -> None:
     data = torch.load(args.data, weights_only=True)
     batches = Batches(data)
     torch.manual_seed(args.seed)
-    model = Model(int(data["ids"].max()) + 1, pad=0)
+    model = Model(data["vocabulary"], pad=0)
     optimizer = Optimizer(model, lr=args.lr, matrices=lambda name, p: "blocks." in name or ".layers." in name)
     average = Average(model, 0.998)
     first = 0

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limner.config import ReferencePolicy, TransformerConfig
-    from limner.errors import Cancelled, CapacityError, CheckpointError, InvalidRequest, LimnerError, OutputError
+    from limner.errors import (
+        Cancelled,
+        CapacityError,
+        CheckpointError,
+        InvalidRequest,
+        LimnerError,
+        NumericalError,
+        OutputError,
+    )
     from limner.images import ReferenceReport
     from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings
     from limner.pipeline import Pipeline as Flux2KleinKVPipeline
@@ -25,6 +33,7 @@ __all__ = [
     "Flux2KleinKVPipeline",
     "InvalidRequest",
     "LimnerError",
+    "NumericalError",
     "OutputError",
     "Pipeline",
     "PipelineOutput",
@@ -40,7 +49,15 @@ __all__ = [
 
 _HOMES = {
     "config": ("ReferencePolicy", "TransformerConfig"),
-    "errors": ("Cancelled", "CapacityError", "CheckpointError", "InvalidRequest", "LimnerError", "OutputError"),
+    "errors": (
+        "Cancelled",
+        "CapacityError",
+        "CheckpointError",
+        "InvalidRequest",
+        "LimnerError",
+        "NumericalError",
+        "OutputError",
+    ),
     "images": ("ReferenceReport",),
     "pipeline": ("Pipeline", "PipelineOutput", "PromptReport", "Timings"),
     "references": ("ReferenceStore", "References"),

@@ -10,13 +10,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__
+from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, LimnerError
 
 if TYPE_CHECKING:
+    from limner.images import PreparedReference
     from limner.pipeline import Pipeline, PipelineOutput
 
 __all__ = ["build_parser", "main"]
@@ -127,20 +130,26 @@ def _output_files(output: str, num_images: int) -> list[Path]:
     from limner.images import check_output
 
     path = Path(output)
-    if num_images < 1:
-        raise InvalidRequest("--num-images", f"{num_images} is not a number of images; use 1 or more")
+    if not 1 <= num_images <= 1000:
+        raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
     if num_images == 1:
         return [check_output(path)]
     return [check_output(path.with_stem(f"{path.stem}-{i}")) for i in range(1, num_images + 1)]
 
 
-def _policy(args: argparse.Namespace) -> Any:
-    from limner.config import ReferencePolicy
+def _policy(args: argparse.Namespace) -> ReferencePolicy:
+    policy = ReferencePolicy(background=args.background)
+    return policy if args.max_pixels is None else replace(policy, max_pixels=args.max_pixels)
 
-    chosen = {"background": args.background}
-    if args.max_pixels is not None:
-        chosen["max_pixels"] = args.max_pixels
-    return ReferencePolicy(**chosen)
+
+def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedReference]:
+    """The references of a command, or the error that names the one that cannot be used."""
+    if not files:
+        return []
+    from limner.images import prepare_reference
+
+    policy = _policy(args)
+    return [prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1)]
 
 
 class _Progress:
@@ -168,6 +177,10 @@ def _draw(args: argparse.Namespace) -> None:
     if args.steps < 1:
         raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
 
+    if not args.prompt.strip():
+        raise InvalidRequest("prompt", f"{args.prompt!r} is empty; say what to draw or to change")
+    references = _prepare(args, args.image)  # bad ones are refused before a model is loaded
+
     import torch
 
     from limner.images import save
@@ -179,7 +192,6 @@ def _draw(args: argparse.Namespace) -> None:
             args.model,
             torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
-            reference_policy=_policy(args),
             progress=progress,
         )
         generators = None
@@ -188,7 +200,7 @@ def _draw(args: argparse.Namespace) -> None:
         width, height = args.size or (None, None)
         out = pipe(
             args.prompt,
-            image=args.image or None,
+            image=references or None,
             width=width,
             height=height,
             num_inference_steps=args.steps,
@@ -201,14 +213,24 @@ def _draw(args: argparse.Namespace) -> None:
         progress.close()
     assert not isinstance(out, tuple)
     for file, picture, seed in zip(files, out.images, out.seeds, strict=True):
-        save(picture, file, metadata={"prompt": args.prompt, "seed": seed, "version": __version__, **out.metadata})
+        save(
+            picture,
+            file,
+            metadata={
+                "prompt": args.prompt,
+                "seed": seed,
+                "model": pipe.digest,
+                "version": __version__,
+                **out.metadata,
+            },
+        )
     _print_result(args, pipe, out, files)
 
 
 def _print_result(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
-    if args.json:
-        from dataclasses import asdict
+    from limner.images import printable
 
+    if args.json:
         result = {
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
@@ -218,21 +240,23 @@ def _print_result(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput,
             "reference_cache": out.reference_cache,
             "timings": {**asdict(out.timings), "total": out.timings.total},
             "version": __version__,
+            "model": pipe.digest,
             **{k: v for k, v in out.metadata.items() if k != "references"},
         }
         print(json.dumps(result))
         return
     for number, (file, report) in enumerate(zip(args.image, out.references, strict=True), start=1):
-        print(f"image {number}: {file}: {report.describe()}")
+        print(f"image {number}: {printable(file)}: {report.describe()}")
     if out.prompts[0].cut:
         cut = out.prompts[0]
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
     for file, seed in zip(files, out.seeds, strict=True):
-        print(f"{file}: seed {seed}, {out.metadata['width']}x{out.metadata['height']}, {out.timings.total:.2f} s")
+        size = f"{out.metadata['width']}x{out.metadata['height']}"
+        print(f"{printable(str(file))}: seed {seed}, {size}, {out.timings.total:.2f} s")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
+    from limner.images import printable
 
     found: dict[str, Any]
     if any(Path(file).suffix == ".safetensors" for file in args.file):
@@ -251,15 +275,10 @@ def _inspect(args: argparse.Namespace) -> None:
         names, reports = [f"image {i}" for i in range(1, len(refs.reports) + 1)], refs.reports
     else:
         from limner.config import TransformerConfig
-        from limner.images import prepare_reference
         from limner.weights.folder import read_json, resolve_model
 
-        policy = _policy(args)
         names = list(args.file)
-        reports = tuple(
-            prepare_reference(file, policy=policy, field=f"image {i}").report
-            for i, file in enumerate(args.file, start=1)
-        )
+        reports = tuple(reference.report for reference in _prepare(args, args.file))
         config = TransformerConfig.from_diffusers(read_json(resolve_model(args.model) / "transformer" / "config.json"))
         num_tokens = sum(w * h for w, h in (r.processed_size for r in reports)) // 256
         found = {"num_tokens": num_tokens, "nbytes_bfloat16": num_tokens * config.num_layers * 2 * config.width * 2}
@@ -268,7 +287,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     for name, report in zip(names, reports, strict=True):
-        print(f"{name}: {report.describe()}; digest {report.digest[:16]}")
+        print(f"{printable(name)}: {report.describe()}; digest {report.digest[:16]}")
     for name, value in found.items():
         if name != "references":
             print(f"{name}: {value}")

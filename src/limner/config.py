@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from limner.errors import CheckpointError
+from limner.errors import CheckpointError, InvalidRequest
 
 __all__ = ["KLEIN_4B", "KLEIN_9B", "ReferencePolicy", "TransformerConfig"]
 
@@ -36,17 +36,21 @@ class TransformerConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if len(self.rope_axes) != 4:
-            raise CheckpointError(f"axes_dims_rope={list(self.rope_axes)} has to have 4 axes (t, h, w, l)")
-        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
-            raise CheckpointError(
-                f"axes_dims_rope={list(self.rope_axes)} has to be even numbers that add up to "
+        if len(self.rope_axes) != 4 or any(axis % 2 for axis in self.rope_axes) or sum(self.rope_axes) != self.head_dim:
+            raise ValueError(
+                f"axes_dims_rope={list(self.rope_axes)} has to be 4 even numbers (t, h, w, l) that add up to "
                 f"attention_head_dim={self.head_dim}"
             )
-        if min(self.num_double_blocks, self.num_single_blocks) < 1:
-            raise CheckpointError(
-                f"num_layers={self.num_double_blocks} and num_single_layers={self.num_single_blocks} have to be at least 1"
-            )
+        for name in (
+            "num_double_blocks",
+            "num_single_blocks",
+            "num_heads",
+            "text_width",
+            "in_channels",
+            "out_channels",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
 
     @property
     def width(self) -> int:
@@ -83,17 +87,22 @@ class TransformerConfig:
         missing = [name for name in names if name not in config]
         if missing:
             raise CheckpointError(f"{where}: missing {', '.join(missing)}; is this the transformer of a klein model?")
-        in_channels = int(config.get("in_channels", 128))
-        return cls(
-            **{ours: int(config[theirs]) for theirs, ours in names.items()},
-            in_channels=in_channels,
-            out_channels=int(config.get("out_channels") or in_channels),
-            mlp_ratio=float(config.get("mlp_ratio", 3.0)),
-            rope_axes=tuple(int(axis) for axis in config.get("axes_dims_rope", (32, 32, 32, 32))),
-            rope_theta=float(config.get("rope_theta", 2000)),
-            time_channels=int(config.get("timestep_guidance_channels", 256)),
-            eps=float(config.get("eps", 1e-6)),
-        )
+        try:
+            in_channels = _whole(config.get("in_channels", 128), "in_channels")
+            return cls(
+                **{ours: _whole(config[theirs], theirs) for theirs, ours in names.items()},
+                in_channels=in_channels,
+                out_channels=_whole(config.get("out_channels") or in_channels, "out_channels"),
+                mlp_ratio=float(config.get("mlp_ratio", 3.0)),
+                rope_axes=tuple(
+                    _whole(axis, "axes_dims_rope") for axis in config.get("axes_dims_rope", (32, 32, 32, 32))
+                ),
+                rope_theta=float(config.get("rope_theta", 2000)),
+                time_channels=_whole(config.get("timestep_guidance_channels", 256), "timestep_guidance_channels"),
+                eps=float(config.get("eps", 1e-6)),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from error
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `config.json` that diffusers reads."""
@@ -116,6 +125,12 @@ class TransformerConfig:
         }
 
 
+def _whole(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} has to be a whole number")
+    return value
+
+
 KLEIN_9B = TransformerConfig(num_double_blocks=8, num_single_blocks=24, num_heads=32, head_dim=128, text_width=12288)
 KLEIN_4B = TransformerConfig(num_double_blocks=5, num_single_blocks=20, num_heads=24, head_dim=128, text_width=7680)
 
@@ -133,3 +148,8 @@ class ReferencePolicy:
     min_side: int = 64
     max_aspect: float = 8.0
     background: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_pixels", 256), ("min_side", 16), ("max_aspect", 1)):
+            if not getattr(self, name) >= low:
+                raise InvalidRequest(name, f"{getattr(self, name)} is not allowed; use {low} or more")

@@ -5,7 +5,15 @@ Every message names the field, the value that came, what is allowed and what to 
 
 from __future__ import annotations
 
-__all__ = ["Cancelled", "CapacityError", "CheckpointError", "InvalidRequest", "LimnerError", "OutputError"]
+__all__ = [
+    "Cancelled",
+    "CapacityError",
+    "CheckpointError",
+    "InvalidRequest",
+    "LimnerError",
+    "NumericalError",
+    "OutputError",
+]
 
 
 class LimnerError(Exception):
@@ -26,6 +34,10 @@ class CheckpointError(LimnerError):
 
 class CapacityError(LimnerError):
     """The request is valid and does not fit in memory; the message has the numbers."""
+
+
+class NumericalError(LimnerError):
+    """The arithmetic broke down: values that are not finite, from damaged weights or too narrow a dtype."""
 
 
 class OutputError(LimnerError):

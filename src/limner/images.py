@@ -6,13 +6,15 @@ of a saved picture. Nothing is changed silently: `ReferenceReport` says what hap
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,13 @@ from limner.errors import InvalidRequest, OutputError
 __all__ = [
     "FORMATS",
     "MAX_DECODED_PIXELS",
+    "MAX_FILE_BYTES",
     "PreparedReference",
     "ReferenceReport",
     "check_output",
     "decode",
     "prepare_reference",
+    "printable",
     "read_metadata",
     "save",
     "to_pil",
@@ -42,10 +46,13 @@ __all__ = [
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File endings and the formats that are read and written."""
+MAX_FILE_BYTES = 256 << 20
+"""Larger files are not read."""
 MAX_DECODED_PIXELS = 64 * 1000 * 1000
 """Pictures with more pixels are refused before they are decoded."""
 _METADATA_KEY = "limner"
 _GRID = 16
+_EXIF_BYTES = 60_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,15 +85,27 @@ class PreparedReference:
 
 def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> Image.Image:
     """A file or bytes to a picture, fully decoded. Raises `InvalidRequest` that names `field` and the remedy."""
-    shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    shown = _shown(source)
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not isinstance(source, bytes):
+            path = Path(source)
+            if path.exists() and not path.is_file():
+                raise InvalidRequest(field, f"{shown} is not a file; give a picture file")
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise InvalidRequest(field, f"{shown} is over {MAX_FILE_BYTES} bytes; scale it down")
+        data = source if isinstance(source, bytes) else path.read_bytes()
+    except ValueError as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(field, f"{shown} is not a file name ({error})") from None
     except OSError as error:
         raise InvalidRequest(
             field, f"{shown} cannot be read ({error.strerror or error}); give a picture file"
         ) from error
     try:
-        image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower, and an error
+            image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
     except UnidentifiedImageError:
         raise InvalidRequest(field, f"{shown} is not a PNG, JPEG or WebP picture; convert it to one") from None
     except Image.DecompressionBombError as error:
@@ -106,7 +125,7 @@ def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
     width, height = image.size
     if width * height > MAX_DECODED_PIXELS:
         raise InvalidRequest(field, f"{width}x{height} is over {MAX_DECODED_PIXELS} pixels; scale it down")
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a JPEG with previews behind it
         raise InvalidRequest(field, f"it is animated ({image.n_frames} frames); save one frame")  # type: ignore[attr-defined]
     if image.format == "PNG" and len(data) > 24 and data[24] == 16:
         raise InvalidRequest(field, "it has 16 bits a channel; save it with 8")
@@ -114,7 +133,7 @@ def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
 
 def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
     """The picture as RGB with its EXIF orientation applied, and whether that changed it."""
-    oriented = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    oriented = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -137,12 +156,32 @@ def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> t
     raise InvalidRequest(field, f"its colour mode is {image.mode}; {remedy.get(image.mode, 'save it as 8 bit RGB')}")
 
 
+def _shown(source: str | os.PathLike[str] | bytes) -> str:
+    """How a message names a source."""
+    return f"({len(source)} bytes)" if isinstance(source, bytes) else printable(os.fspath(source))
+
+
+def printable(text: str) -> str:
+    """A file name that any terminal and log can take."""
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
 def prepare_reference(
-    image: Image.Image | str | os.PathLike[str] | bytes, *, policy: ReferencePolicy, field: str = "image"
+    image: Image.Image | str | os.PathLike[str] | bytes | PreparedReference,
+    *,
+    policy: ReferencePolicy,
+    field: str = "image",
 ) -> PreparedReference:
-    """A reference as the model reads it: upright RGB, scaled down if over the cap, its middle cut to multiples of 16."""
+    """A reference as the model reads it: upright RGB, scaled down if over the cap, its middle cut to multiples of 16.
+
+    One that was prepared before is given back as it is.
+    """
+    if isinstance(image, PreparedReference):
+        return image
     if isinstance(image, (str, os.PathLike, bytes)):
+        name = f"{field} {_shown(image)}"
         image = decode(image, field=field)
+        field = name
     elif isinstance(image, Image.Image):
         _check_header(image, b"", field=field)
         try:
@@ -165,13 +204,15 @@ def prepare_reference(
         # int() and LANCZOS as in diffusers 0.42.1, Flux2ImageProcessor._resize_to_target_area
         factor = math.sqrt(policy.max_pixels / (width * height))
         resized = (int(width * factor), int(height * factor))
+        if min(resized) < _GRID:
+            raise InvalidRequest(
+                field,
+                f"{width}x{height} would be scaled to {resized[0]}x{resized[1]}, under 16 pixels; raise "
+                f"max_pixels={policy.max_pixels}",
+            )
         rgb = rgb.resize(resized, Image.Resampling.LANCZOS)
         width, height = resized
     kept = (width // _GRID * _GRID, height // _GRID * _GRID)
-    if 0 in kept:
-        raise InvalidRequest(
-            field, f"{width}x{height} after scaling is under 16 pixels; raise max_pixels={policy.max_pixels}"
-        )
     left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
     rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
@@ -207,29 +248,41 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise InvalidRequest("output", f"{path} has to end in {', '.join(FORMATS)}")
     folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        possible = (
+            not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK) and len(os.fsencode(path.name)) < 256
+        )
+    except (OSError, ValueError):  # too long a path, a NUL in it
+        possible = False
+    if not possible:
         raise OutputError(f"output: {path} cannot be written: {folder} has to be a folder that you may write to")
     return path
 
 
 def write_beside(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: beside it first, then renamed. Raises `OutputError`."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".limner-{secrets.token_hex(8)}")
     try:
         with beside.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(
             f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
         ) from error
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Saves a picture as its ending says, `metadata` with it; `read_metadata` reads it back."""
+    """Saves a picture as its ending says, `metadata` with it; `read_metadata` reads it back.
+
+    JPEG and WebP take 60,000 bytes of metadata; of a longer prompt they get the start, and its length and digest.
+    """
     path = check_output(path)
     text = json.dumps(dict(metadata or {}), ensure_ascii=True, sort_keys=True)
     buffer = io.BytesIO()
@@ -241,9 +294,19 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[
     else:
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = _METADATA_KEY
-        exif[ExifTags.Base.ImageDescription] = text
+        exif[ExifTags.Base.ImageDescription] = text if len(text) <= _EXIF_BYTES else _shortened(metadata or {})
         image.save(buffer, kind, quality=95, exif=exif)
     write_beside(path, buffer.getvalue())
+
+
+def _shortened(metadata: Mapping[str, Any]) -> str:
+    prompt = str(metadata.get("prompt", ""))
+    start = {
+        "prompt": prompt[:4000],
+        "prompt_length": len(prompt),
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+    }
+    return json.dumps({**metadata, **start}, ensure_ascii=True, sort_keys=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -254,8 +317,3 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = image.getexif().get(ExifTags.Base.ImageDescription)
     found = json.loads(text) if text else {}
     return found if isinstance(found, dict) else {}
-
-
-def describe_sizes(reports: Sequence[ReferenceReport]) -> str:
-    """The processed sizes of references, for messages."""
-    return ", ".join("{}x{}".format(*r.processed_size) for r in reports)

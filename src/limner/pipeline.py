@@ -6,15 +6,17 @@ HTTP or the command line.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import psutil
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from limner import images
 from limner.config import ReferencePolicy
-from limner.errors import CapacityError, CheckpointError, InvalidRequest
+from limner.errors import CapacityError, CheckpointError, InvalidRequest, NumericalError
 from limner.images import PreparedReference, ReferenceReport, prepare_reference
 from limner.model.attention import choose_kernel
 from limner.model.autoencoder import Autoencoder
@@ -33,8 +35,15 @@ from limner.model.transformer import Transformer
 from limner.references import References, ReferenceStore, reference_key
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, pack, reference_ids, text_ids, unpack
-from limner.weights.digest import WeightDigests
-from limner.weights.folder import load_autoencoder, load_text_encoder, load_transformer, read_json, resolve_model
+from limner.weights.digest import WeightDigests, fingerprint
+from limner.weights.folder import (
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    read_json,
+    read_settings,
+    resolve_model,
+)
 
 __all__ = ["Pipeline", "PipelineOutput", "PromptReport", "Timings"]
 
@@ -43,9 +52,29 @@ _GRID = 16
 _KEPT_PROMPTS = 16
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Picture = Image.Image | str | os.PathLike[str] | bytes
+Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
 Progress = Callable[[str, int, int], None]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _typed_memory_errors(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turns the ways in which torch and Python run out of memory into `CapacityError`."""
+
+    @functools.wraps(call)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return call(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, RuntimeError) and not re.search(r"(not enough|out of) memory|can't allocate", first):
+                raise
+            raise CapacityError(
+                f"memory ran out ({first}); use fewer or smaller references, a smaller output or fewer images at once"
+            ) from error
+
+    return wrapped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +105,9 @@ class PipelineOutput:
     """What a call gives.
 
     `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
-    latents, as `output_type` asked. `seeds` has one entry an image: its own generator's first seed, or None where the
-    latents were given. `reference_cache` says where the K/V came from; `references` what happened to each picture.
+    latents, as `output_type` asked. `seeds` has one entry an image: the seed that makes it alone, or None where there is
+    none (given latents, a generator used before, the later images of a batch that shares one generator).
+    `reference_cache` says where the K/V came from; `references` what happened to each picture.
     """
 
     images: Any
@@ -112,6 +142,7 @@ class Pipeline:
         self.reference_policy = reference_policy or ReferencePolicy()
         self._digests = WeightDigests()
         self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
+        self._interrupt = False  # diffusers' way to stop: a callback sets it, the remaining steps are left out
 
     @classmethod
     def from_pretrained(
@@ -135,8 +166,10 @@ class Pipeline:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
         device = _check_device(device)
         folder = resolve_model(model)
-        own = read_json(folder / "limner.json") if (folder / "limner.json").is_file() else {}
-        dtype = dtype or torch_dtype or (getattr(torch, own["default_dtype"]) if "default_dtype" in own else None)
+        settings = read_settings(folder)
+        dtype = dtype or torch_dtype or settings.default_dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
         report = progress or _silent
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
@@ -154,13 +187,12 @@ class Pipeline:
         )
         report("load", 3, 3)
         _check_parts(transformer, autoencoder, text_encoder, folder)
-        width, height = own.get("default_size", (1024, 1024))
         return cls(
             transformer=transformer,
             autoencoder=autoencoder,
             text_encoder=text_encoder,
             schedule=schedule,
-            default_size=(width, height),
+            default_size=settings.default_size,
             store=store,
             reference_policy=reference_policy,
         )
@@ -171,6 +203,7 @@ class Pipeline:
             target = _check_device(target)
         for part in (self.transformer, self.autoencoder, self.text_encoder):
             part.to(target)
+        self.text_encoder.rebuild_rotary()
         self._prompts.clear()
         return self
 
@@ -197,16 +230,20 @@ class Pipeline:
     @property
     def kernel(self) -> str:
         """The attention kernel that runs."""
-        return self.transformer.kernel or choose_kernel(self.device.type)
+        return self.transformer.kernel or choose_kernel(self.device, self.dtype, self.transformer.config.head_dim)
 
     # references
 
+    @_typed_memory_errors
     def prefill(self, image: Picture | Sequence[Picture]) -> References:
         """The K/V of an ordered list of references, from the store or computed."""
         return self._references(self._prepare(image))[0]
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
-        pictures = [image] if isinstance(image, (Image.Image, str, os.PathLike, bytes)) else list(image)
+        single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
+        pictures = [image] if single else image
+        if not isinstance(pictures, (list, tuple)):
+            raise InvalidRequest("image", f"{type(image).__name__} is not a picture or a list of pictures")
         if not pictures:
             raise InvalidRequest("image", "an empty list has no reference; leave image out for text to image")
         return [
@@ -240,6 +277,10 @@ class Pipeline:
         return references.to(self.device), hit
 
     def _check_given(self, references: References) -> References:
+        if not isinstance(references, References):
+            raise InvalidRequest(
+                "references", f"{type(references).__name__} is not limner.References; use pipe.prefill"
+            )
         if references.weights != self.reference_weights:
             raise InvalidRequest(
                 "references",
@@ -251,35 +292,49 @@ class Pipeline:
                 "references",
                 f"their dtype is {references.dtype}, the pipeline's {self.dtype}; prefill the pictures again",
             )
+        config = self.transformer.config
+        shape, expected = tuple(references.layers[0].k.shape[2:]), (config.num_heads, config.head_dim)
+        if len(references.layers) != config.num_layers or shape != expected:
+            raise InvalidRequest(
+                "references",
+                f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
+                "prefill the pictures again",
+            )
         return references.to(self.device)
 
     def _admit(self, *, num_ref: int, num_own: int, batch: int) -> None:
-        """Refuses what cannot fit in free memory, with the numbers."""
+        """Refuses what cannot fit in free memory, with the numbers. Counts are of tokens of 16x16 pixels."""
         config, size = self.transformer.config, self.dtype.itemsize
         kept = num_ref * config.num_layers * 2 * config.width * size
-        # widest moment: a block's fused projection, its output and the residual streams
-        work = (num_ref + batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
-        if kept + work > free:
+        # widest moments: a block's fused projection, its output and the residual streams; the decoder at full size
+        blocks = (num_ref + batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
+        decoder = (
+            max(num_ref, num_own) * _GRID**2 * 3 * max(self.autoencoder.network.config.block_out_channels[:2]) * size
+        )
+        pictures = batch * num_own * _GRID**2 * 3 * 4
+        needed = kept + max(blocks, decoder) + pictures
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + unused
+        else:
+            free = psutil.virtual_memory().available
+        if needed > free:
             raise CapacityError(
                 f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need "
-                f"{(kept + work) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use fewer or smaller references "
+                f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use fewer or smaller references "
                 "(ReferencePolicy(max_pixels=...), --max-pixels), a smaller output or fewer images at once"
             )
 
     # prompts
 
     def _encode_prompts(
-        self, prompts: Sequence[str], *, max_sequence_length: int, out_layers: Sequence[int] | None
+        self, prompts: Sequence[str], *, limit: int, out_layers: Sequence[int] | None
     ) -> tuple[Tensor, tuple[PromptReport, ...]]:
         """(B, S_txt, text_width); each prompt is encoded alone, so its tokens do not depend on its neighbours."""
-        limit = min(max_sequence_length, self.text_encoder.max_length)
-        if limit < 1:
-            raise InvalidRequest("max_sequence_length", f"{max_sequence_length} is not a length; use 512")
+        encoder = fingerprint(self.text_encoder)
         found = []
         for prompt in prompts:
-            key = (prompt, limit, tuple(out_layers or ()), id(self.text_encoder))
+            key = (prompt, limit, out_layers, encoder)
             if key not in self._prompts:
                 tokenized = self.text_encoder.tokenize(prompt, max_sequence_length=limit)
                 report = PromptReport(num_tokens=tokenized.num_tokens, limit=limit, cut=tokenized.cut)
@@ -288,7 +343,7 @@ class Pipeline:
                     self._prompts.popitem(last=False)
             self._prompts.move_to_end(key)
             tokens, report = self._prompts[key]
-            if report.cut:
+            if report.num_tokens > limit:
                 _logger.warning("prompt: %d tokens, %d are read; cut: %r", report.num_tokens, limit, report.cut)
             found.append((tokens, report))
         width = self.transformer.config.text_width
@@ -301,6 +356,7 @@ class Pipeline:
 
     # the call
 
+    @_typed_memory_errors
     @torch.no_grad()
     def __call__(
         self,
@@ -320,7 +376,7 @@ class Pipeline:
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> PipelineOutput | tuple[Any]:
@@ -329,17 +385,22 @@ class Pipeline:
         `image` is one picture or an ordered list; `references` is what `prefill` gave instead. Height and width are
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
         `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
-        The callback gets (pipeline, step, timestep, tensors) and may give back changed tensors; `Cancelled` raised in it
-        stops the run. `progress(part, done, of)` hears of every part. Raises `InvalidRequest` and `CapacityError`.
+        `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
+        `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
+        (B, S_img, C), and may give back changed tensors; `Cancelled` raised in it stops the run, `pipe._interrupt = True`
+        leaves out the remaining steps. `progress(part, done, of)` hears of every part. Raises `InvalidRequest`,
+        `CapacityError` and `NumericalError`.
         """
         report = progress or _silent
+        self._interrupt = False
         prompts = _check_prompts(prompt, prompt_embeds)
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
-        if num_images_per_prompt < 1:
-            raise InvalidRequest(
-                "num_images_per_prompt", f"{num_images_per_prompt} is not a number of images; use 1 or more"
-            )
+        _check_count("num_images_per_prompt", num_images_per_prompt)
+        _check_count("num_inference_steps", num_inference_steps)
+        limit = min(512, self.text_encoder.max_length) if max_sequence_length is None else max_sequence_length
+        _check_count("max_sequence_length", limit)
+        out_layers = _check_layers(text_encoder_out_layers)
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
         if unknown:
             raise InvalidRequest(
@@ -353,28 +414,28 @@ class Pipeline:
         prepared = self._prepare(image) if image is not None else []
         given = self._check_given(references) if references is not None else None
         sizes = [p.report.processed_size for p in prepared] or list(given.sizes if given else ())
+        num_prompts = len(prompts) if prompts is not None else _check_embeds(prompt_embeds, self.transformer)
+        batch = num_prompts * num_images_per_prompt
         if latents is not None:
-            height, width = self._check_latents(latents, height=height, width=width)
+            height, width = self._check_latents(latents, batch=batch, height=height, width=width)
         width = _check_side("width", width if width is not None else (sizes or [self.default_size])[0][0])
         height = _check_side("height", height if height is not None else (sizes or [self.default_size])[0][1])
         grid = (height // _GRID, width // _GRID)
-        num_prompts = len(prompts) if prompts is not None else _check_embeds(prompt_embeds, self.transformer)
-        batch = num_prompts * num_images_per_prompt
+        num_ref = sum(w * h for w, h in sizes) // _GRID**2
+        num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
+        self._admit(num_ref=num_ref, num_own=grid[0] * grid[1] + num_txt, batch=batch)
         levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
         generators, seeds = self._generators(generator, latents=latents, batch=batch)
-        self._admit(num_ref=0, num_own=grid[0] * grid[1] + max_sequence_length, batch=batch)
 
         start = time.perf_counter()
         prompt_reports: tuple[PromptReport, ...] = ()
         if prompts is not None:
             report("text", 0, 1)
-            prompt_embeds, prompt_reports = self._encode_prompts(
-                prompts, max_sequence_length=max_sequence_length, out_layers=text_encoder_out_layers
-            )
+            prompt_embeds, prompt_reports = self._encode_prompts(prompts, limit=limit, out_layers=out_layers)
         assert prompt_embeds is not None
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         noise = self._noise(latents, grid=grid, batch=batch, generators=generators, dtype=prompt_embeds.dtype)
-        text_done = time.perf_counter()
+        text_done = self._now()
         report("text", 1, 1)
 
         cache: Literal["none", "miss", "memory", "given"] = "given" if given else "none"
@@ -383,7 +444,7 @@ class Pipeline:
             given, hit = self._references(prepared)
             cache = "memory" if hit else "miss"
             report("references", 1, 1)
-        references_done = time.perf_counter()
+        references_done = self._now()
 
         tokens, step_seconds = self._denoise(
             pack(noise),
@@ -395,6 +456,11 @@ class Pipeline:
             callback_on_step_end_tensor_inputs,
             report,
         )
+        if not torch.isfinite(tokens).all():
+            raise NumericalError(
+                f"the latents are not finite in {self.dtype}: the weights are damaged, or the dtype is too narrow for "
+                "them; check the files, or use torch.float32 or torch.bfloat16 (--dtype)"
+            )
         decode_start = time.perf_counter()
         report("decode", 0, 1)
         pictures = self._decode(unpack(tokens, grid=grid).to(prompt_embeds.dtype), output_type)
@@ -403,7 +469,7 @@ class Pipeline:
             text=text_done - start,
             references=references_done - text_done,
             steps=step_seconds,
-            decode=time.perf_counter() - decode_start,
+            decode=self._now() - decode_start,
         )
         if not return_dict:
             return (pictures,)
@@ -420,7 +486,6 @@ class Pipeline:
                 "num_inference_steps": len(levels) - 1,
                 "sigmas": [round(level, 6) for level in levels.tolist()],
                 "references": [r.digest for r in given.reports] if given else [],
-                "model": self.digest,
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
         )
@@ -457,13 +522,23 @@ class Pipeline:
             if callback is not None:
                 offered = {"latents": latents, "prompt_embeds": prompt_embeds}
                 changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
-                latents = changed.get("latents", latents)
+                for name, old in offered.items():
+                    new = changed.get(name, old)
+                    if not isinstance(new, Tensor) or new.shape != old.shape:
+                        raise InvalidRequest("callback_on_step_end", f"gave back {name} that are not {list(old.shape)}")
+                latents = changed.get("latents", latents).to(self.device)
                 prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self._now() - start)
+            if self._interrupt:
+                break
         report("step", len(timesteps), len(timesteps))
         return latents, tuple(seconds)
+
+    def _now(self) -> float:
+        """Seconds of a clock, after all work that was given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         network_latents = self.autoencoder.denormalise(latents)
@@ -488,10 +563,12 @@ class Pipeline:
         if latents is not None:
             return [], (None,) * batch
         if isinstance(generator, torch.Generator):
-            return generator, (generator.initial_seed(),) * batch
+            return generator, (_seed_of(generator), *(None,) * (batch - 1))
         if generator is None:
             drawn = torch.randint(0, 2**31, (batch,), generator=_fresh_generator()).tolist()
             generator = [torch.Generator().manual_seed(seed) for seed in drawn]
+        if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
+            raise InvalidRequest("generator", f"{generator!r} is not a torch.Generator or a list of them")
         generators = list(generator)
         if len(generators) != batch:
             raise InvalidRequest(
@@ -499,7 +576,7 @@ class Pipeline:
                 f"a list of {len(generators)} for {batch} images (prompts x num_images_per_prompt); give one for each, or "
                 "one generator for all",
             )
-        return generators, tuple(g.initial_seed() for g in generators)
+        return generators, tuple(_seed_of(g) for g in generators)
 
     def _noise(
         self,
@@ -516,16 +593,19 @@ class Pipeline:
         if latents is None:
             shape = (batch, self.transformer.config.in_channels, *grid)
             latents = randn_tensor(shape, generator=generators, device=self.device, dtype=dtype)
-        if latents.shape[0] != batch:
-            raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
         return latents.to(self.device, dtype).float()
 
-    def _check_latents(self, latents: Tensor, *, height: int | None, width: int | None) -> tuple[int, int]:
+    def _check_latents(self, latents: Tensor, *, batch: int, height: int | None, width: int | None) -> tuple[int, int]:
+        """The (height, width) of given noise."""
         channels = self.transformer.config.in_channels
+        if not isinstance(latents, Tensor) or not latents.is_floating_point() or not torch.isfinite(latents).all():
+            raise InvalidRequest("latents", "have to be a tensor of finite floating point numbers")
         if latents.dim() != 4 or latents.shape[1] != channels:
             raise InvalidRequest(
                 "latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)"
             )
+        if latents.shape[0] != batch:
+            raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
         found = (latents.shape[2] * _GRID, latents.shape[3] * _GRID)
         for name, asked, has in (("height", height, found[0]), ("width", width, found[1])):
             if asked is not None and asked != has:
@@ -548,6 +628,8 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
         raise InvalidRequest("prompt", "give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
     if prompt is None:
         return None
+    if not isinstance(prompt, (str, list, tuple)):
+        raise InvalidRequest("prompt", f"{type(prompt).__name__} is not a text; give a string or a list of strings")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
@@ -556,18 +638,49 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
             raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
         if not text.strip():
             raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8"
+            ) from None
     return prompts
 
 
 def _check_embeds(prompt_embeds: Tensor | None, transformer: Transformer) -> int:
     width = transformer.config.text_width
-    assert prompt_embeds is not None
-    if prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != width:
+    if not isinstance(prompt_embeds, Tensor) or not prompt_embeds.is_floating_point():
+        raise InvalidRequest("prompt_embeds", "have to be a tensor of floating point numbers")
+    if prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != width or 0 in prompt_embeds.shape:
         raise InvalidRequest("prompt_embeds", f"have shape {list(prompt_embeds.shape)}; allowed: (B, S_txt, {width})")
+    if not torch.isfinite(prompt_embeds).all():
+        raise InvalidRequest("prompt_embeds", "hold values that are not finite; encode the prompt again")
     return prompt_embeds.shape[0]
 
 
+def _seed_of(generator: torch.Generator) -> int | None:
+    """The seed that gives what this generator would give now, if it was not used yet."""
+    seed = generator.initial_seed()
+    fresh = torch.Generator(generator.device).manual_seed(seed)
+    return seed if torch.equal(fresh.get_state(), generator.get_state()) else None
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(name, f"{value!r} is not a whole number of at least 1")
+
+
+def _check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
+        raise InvalidRequest("text_encoder_out_layers", f"{layers!r} is not a list of layer numbers; leave it out")
+    return tuple(layers)
+
+
 def _check_side(name: str, value: int) -> int:
+    if not isinstance(value, int):
+        raise InvalidRequest(name, f"{name}={value!r} is not a whole number of pixels")
     if value < 64 or value % _GRID:
         low = max(64, value // _GRID * _GRID)
         use = f"{low} or {low + _GRID}" if value > 64 else "64"
@@ -578,10 +691,12 @@ def _check_side(name: str, value: int) -> int:
 def _check_device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InvalidRequest("device", f"{device!r} is not a device; use cpu, cuda or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device", f"{device} is not available on this machine (no CUDA); use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(
+            "device", f"{device} is not on this machine ({torch.cuda.device_count()} CUDA devices); use cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InvalidRequest("device", f"{device} is not available on this machine; use cpu")
     return device

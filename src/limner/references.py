@@ -83,30 +83,52 @@ class References(ReferenceKV):
         """Reads a pack; a pipeline refuses it if its weights are others. Raises `InvalidRequest`."""
         try:
             with safe_open(path, framework="pt") as file:
-                identity = read_pack_identity(file.metadata(), where=path)
-                names = [(f"{i}.k", f"{i}.v") for i in range(identity["num_layers"])]
-                layers = tuple(LayerKV(file.get_tensor(k), file.get_tensor(v)) for k, v in names)
+                identity = _identity(file.metadata(), where=path)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
             raise InvalidRequest("references", f"{path} cannot be read ({error}); make the pack again") from error
-        return cls(
-            layers=layers,
-            key=identity["key"],
-            weights=identity["weights"],
-            kernel=identity["kernel"],
-            reports=tuple(_report(values) for values in identity["reports"]),
-        )
+        try:
+            references = cls(
+                layers=tuple(LayerKV(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(identity["num_layers"])),
+                key=identity["key"],
+                weights=identity["weights"],
+                kernel=identity["kernel"],
+                reports=tuple(_report(values) for values in identity["reports"]),
+            )
+            references.check()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InvalidRequest("references", f"{path} is damaged or edited ({error}); make the pack again") from error
+        return references
+
+    def check(self) -> None:
+        """Raises `ValueError` unless layers, reports and key agree with each other."""
+        num_tokens = sum(width * height for width, height in self.sizes) // 256
+        if not self.layers or not num_tokens:
+            raise ValueError("it holds no references")
+        shape = (1, num_tokens, *self.layers[0].k.shape[2:])
+        for x in (x for layer in self.layers for x in layer):
+            if x.dim() != 4 or tuple(x.shape) != shape or x.dtype != self.dtype:
+                raise ValueError(
+                    f"keys or values of shape {list(x.shape)} in {x.dtype}, not {list(shape)} in {self.dtype}"
+                )
+        digests = [report.digest for report in self.reports]
+        if self.key != reference_key(weights=self.weights, dtype=self.dtype, kernel=self.kernel, digests=digests):
+            raise ValueError("its key is not that of its contents")
 
 
-def read_pack_identity(metadata: dict[str, str] | None, *, where: object) -> dict[str, Any]:
+def _identity(metadata: dict[str, str] | None, *, where: object) -> dict[str, Any]:
     """What a pack's header says of it. Raises `InvalidRequest` for other safetensors files and other formats."""
     text = (metadata or {}).get("limner.references")
     if text is None:
         raise InvalidRequest("references", f"{where} is not a reference pack; make one with References.save")
-    identity: dict[str, Any] = json.loads(text)
-    if identity.get("format") != _FORMAT:
+    try:
+        identity = json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest("references", f"{where} has a damaged header ({error}); make the pack again") from error
+    if not isinstance(identity, dict) or identity.get("format") != _FORMAT:
+        found = identity.get("format") if isinstance(identity, dict) else None
         raise InvalidRequest(
-            "references",
-            f"{where} has pack format {identity.get('format')}, this version reads {_FORMAT}; make the pack again",
+            "references", f"{where} has pack format {found}, this version reads {_FORMAT}; make the pack again"
         )
     return identity
 
@@ -117,11 +139,17 @@ def _report(values: dict[str, Any]) -> ReferenceReport:
 
 
 class ReferenceStore:
-    """Keeps References by key, up to `memory_bytes`; the least recently used goes first. Safe to share by threads."""
+    """Keeps References by key, up to `memory_bytes`; the least recently used goes first. Safe to share by threads.
+
+    They stay on the device that made them.
+    """
 
     def __init__(self, *, memory_bytes: int = 2 << 30) -> None:
+        if memory_bytes < 0:
+            raise InvalidRequest("memory_bytes", f"{memory_bytes} is not a budget; use 0 (keep nothing) or more")
         self._budget = memory_bytes
         self._entries: OrderedDict[str, References] = OrderedDict()
+        self._nbytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: str, make: Callable[[], References]) -> tuple[References, bool]:
@@ -132,16 +160,17 @@ class ReferenceStore:
                 return self._entries[key], True
         made = make()
         with self._lock:
-            self._entries[key] = made
-            self._entries.move_to_end(key)
-            while self.nbytes > self._budget:
-                self._entries.popitem(last=False)
+            if key not in self._entries:
+                self._entries[key] = made
+                self._nbytes += made.nbytes
+            while self._nbytes > self._budget:
+                self._nbytes -= self._entries.popitem(last=False)[1].nbytes
         return made, False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        return self._nbytes
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -21,6 +21,8 @@ __all__ = ["Schedule", "empirical_mu", "euler_step"]
 
 _SLOPE_200, _OFFSET_200 = 0.00016927, 0.45666666
 _SLOPE_10, _OFFSET_10 = 8.73809524e-05, 1.89833333
+MAX_STEPS = 1000
+"""More steps than training has noise levels are refused."""
 _LONG = 4300
 """Above this many tokens mu no longer depends on the number of steps."""
 
@@ -59,9 +61,13 @@ class Schedule:
             found = config.get(name, value)
             if found != value and (found or value):
                 raise CheckpointError(f"{where}: {name}={found!r} is not supported; allowed: {value!r}")
-        return cls(
-            dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(config.get("shift", 1.0))
-        )
+        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if kind != "FlowMatchEulerDiscreteScheduler":
+            raise CheckpointError(f"{where}: {kind} is not supported; allowed: FlowMatchEulerDiscreteScheduler")
+        static = config.get("shift", 1.0)
+        if not isinstance(static, (int, float)) or not 0 < static < math.inf:
+            raise CheckpointError(f"{where}: shift={static!r} has to be a number over 0")
+        return cls(dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(static))
 
     def sigmas(self, num_tokens: int, *, num_steps: int, custom: Sequence[float] | None = None) -> Tensor:
         """The noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
@@ -69,19 +75,20 @@ class Schedule:
         `custom` replaces linspace(1, 1/num_steps, num_steps) before the shift, as in diffusers; mu still comes from
         `num_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
-        if num_steps < 1:
-            raise InvalidRequest(
-                "num_inference_steps", f"{num_steps} is not a number of steps; use 1 or more (klein: 4)"
-            )
+        if not 1 <= num_steps <= MAX_STEPS:
+            raise InvalidRequest("num_inference_steps", f"{num_steps} is not within 1 to {MAX_STEPS}; klein takes 4")
         if custom is None:
             levels = np.linspace(1.0, 1 / num_steps, num_steps)
         else:
-            levels = np.asarray(custom, dtype=np.float64)
+            try:
+                levels = np.asarray(custom, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise InvalidRequest(
+                    "sigmas", f"{custom!r} is not a list of numbers; use for example [1.0, 0.5]"
+                ) from None
             falling = levels.ndim == 1 and levels.size > 0 and bool(np.all(np.diff(levels) < 0))
             if not (falling and levels[-1] > 0 and levels[0] <= 1):
-                raise InvalidRequest(
-                    "sigmas", f"{list(custom)} has to fall strictly within (0, 1], for example [1.0, 0.5]"
-                )
+                raise InvalidRequest("sigmas", f"{custom!r} has to fall strictly within (0, 1], for example [1.0, 0.5]")
         levels = levels.astype(np.float32)
         if self.dynamic:
             e_mu = math.exp(empirical_mu(num_tokens, num_steps=num_steps))

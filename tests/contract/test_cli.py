@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tests.conftest import picture
@@ -82,6 +85,8 @@ def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> N
         run("edit", "make it blue", "-i", files / "a.png", "-o", again, "--size", "64x96", "--steps", 2, "--model", tiny_folder, "--seed", output["seed"])  # fmt: skip
         with Image.open(output["file"]) as first, Image.open(again) as second:
             assert first.size == second.size == (64, 96)
+            difference = np.abs(np.asarray(first).astype(int) - np.asarray(second))
+        assert difference.mean() < 0.5  # the batch sums in another order; another seed differs by tens
         assert read_metadata(again)["seed"] == output["seed"]
 
 
@@ -127,7 +132,7 @@ BAD = {
     "size text": (["generate", "x", "-o", "out.png", "--size", "big"], "'big' is not WIDTHxHEIGHT"),
     "steps": (["generate", "x", "-o", "out.png", "--steps", "0"], "--steps: 0 is not a number of steps"),
     "seed": (["generate", "x", "-o", "out.png", "--seed", "-1"], "'-1' is not a whole number"),
-    "number": (["generate", "x", "-o", "out.png", "--num-images", "0"], "--num-images: 0 is not"),
+    "number": (["generate", "x", "-o", "out.png", "--num-images", "0"], "--num-images: 0 is not within 1 to 1000"),
     "ending": (["generate", "x", "-o", "out.bmp"], "output: out.bmp has to end in .png, .jpg, .jpeg, .webp"),
     "folder": (["generate", "x", "-o", "nowhere/out.png"], "nowhere has to be a folder that you may write to"),
     "model": (["generate", "x", "-o", "out.png", "--model", "no-such-folder"], "neither a folder nor a hub id"),
@@ -170,13 +175,8 @@ def test_bad_input_in_a_process_of_its_own(files: Path) -> None:
     )
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = run("--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0
+def test_help_imports_nothing_heavy() -> None:
+    """A tenth of a second, where torch would take seconds; so what counts is what is imported."""
     listed = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "limner", "--help"], capture_output=True, text=True, check=True
     ).stderr
@@ -189,6 +189,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
 def test_progress_bar_on_a_terminal(files: Path, tiny_folder: Path) -> None:
     """Over load, text, references, steps and decode; and none where stderr is not a terminal."""
     parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     arguments = ["edit", "x", "-i", "a.png", "-o", "out.png", "--model", str(tiny_folder)]
     process = subprocess.Popen(
         [sys.executable, "-m", "limner", *arguments], stderr=child, stdout=subprocess.PIPE, cwd=files

@@ -87,6 +87,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "text tokens are 48 wide, the transformer reads 64",
     ),
+    "index of another pipeline": (
+        lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"), "is of a StableDiffusionPipeline",
+    ),
+    "base model": (lambda f: edit_json(f / "model_index.json", is_distilled=False), "is_distilled is false"),
+    "scheduler of another kind": (
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"), "DDIMScheduler is not",
+    ),
+    "shift": (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", shift=None), "shift=None has to be a number"),
+    "layers as text": (lambda f: edit_json(f / "transformer" / "config.json", num_layers="a"), "num_layers='a' has to be a whole"),
+    "half a layer": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=2.5), "num_layers=2.5 has to be a whole"),
+    "no ratio": (lambda f: edit_json(f / "transformer" / "config.json", mlp_ratio=None), "transformer.config.json"),
+    "no axes": (lambda f: edit_json(f / "transformer" / "config.json", axes_dims_rope=5), "transformer.config.json"),
+    "no heads": (lambda f: edit_json(f / "transformer" / "config.json", num_attention_heads=0), "num_heads=0 has to be"),
+    "text width as text": (
+        lambda f: edit_json(f / "text_encoder" / "config.json", hidden_size="abc"), "does not describe a network",
+    ),
+    "text layers": (lambda f: edit_json(f / "text_encoder" / "config.json", num_hidden_layers="x"), "num_hidden_layers='x'"),
+    "vae groups": (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=0), "does not describe a network"),
+    "settings": (lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'), "default_dtype='float99' is not one of"),
+    "settings size": (lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'), "default_size=.* has to be"),
+    "no chat template": (lambda f: [p.unlink() for p in (f / "tokenizer").glob("chat_template*")], "the tokenizer cannot be used"),
     "shard outside the folder": (
         lambda f: (
             (f / WEIGHTS).rename(f / "elsewhere.safetensors"),
@@ -128,8 +149,9 @@ def test_layers_that_nobody_reads_may_be_missing(tiny_copy: Path) -> None:
         tiny_copy / "text_encoder" / "model.safetensors",
         lambda t: [t.pop(name) for name in list(t) if name.startswith(unread)],
     )
+    last = "missing layers.3"
     assert Pipeline.from_pretrained(tiny_copy)("a dog", height=64, width=64).images
-    with pytest.raises(CheckpointError, match="missing layers.3"):
+    with pytest.raises(CheckpointError, match=last):
         Pipeline.from_pretrained(tiny_copy, text_encoder_out_layers=(2, 3, 4))
     with pytest.raises(CheckpointError, match="has to name layers 0 to 4"):
         Pipeline.from_pretrained(tiny_copy, text_encoder_out_layers=(2, 3, 5))

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import generators, picture
 
 import limner
-from limner import Cancelled, CapacityError, InvalidRequest, Pipeline, ReferencePolicy
+from limner import Cancelled, CapacityError, InvalidRequest, NumericalError, Pipeline, ReferencePolicy
 
 
 def test_default_size_is_that_of_the_first_reference(pipe: Pipeline) -> None:
@@ -40,6 +40,11 @@ def test_drawn_seeds_differ_and_given_ones_are_told(pipe: Pipeline) -> None:
     assert len(set(out.seeds)) == 3
     assert pipe("a dog", height=64, width=64, generator=generators(42)[0]).seeds == (42,)
     assert pipe("a dog", latents=torch.randn(1, 16, 4, 4)).seeds == (None,)
+    used = generators(42)[0]
+    torch.randn(1, generator=used)
+    assert pipe("a dog", height=64, width=64, generator=used).seeds == (None,)
+    shared = pipe("a dog", height=64, width=64, generator=generators(42)[0], num_images_per_prompt=2)
+    assert shared.seeds == (42, None)
 
 
 def test_callback_sees_and_changes_tensors(pipe: Pipeline) -> None:
@@ -72,6 +77,49 @@ def test_callback_stops_the_run(pipe: Pipeline) -> None:
         pipe("a dog", height=64, width=64, callback_on_step_end=callback)
     assert steps == [0, 1]
     assert pipe("a dog", height=64, width=64).images
+
+
+def test_diffusers_way_to_stop(pipe: Pipeline) -> None:
+    steps = []
+
+    def callback(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(i)
+        owner._interrupt = i == 1
+        return tensors
+
+    assert len(pipe("a dog", height=64, width=64, callback_on_step_end=callback).timings.steps) == 2
+    assert steps == [0, 1]
+    assert len(pipe("a dog", height=64, width=64).timings.steps) == 4
+
+
+def test_refuses_what_a_callback_gives_back(pipe: Pipeline) -> None:
+    def callback(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.zeros(1, 3, 48)}
+
+    with pytest.raises(InvalidRequest, match="callback_on_step_end: gave back prompt_embeds that are not"):
+        pipe("a dog", height=64, width=64, callback_on_step_end=callback)
+
+
+def test_values_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="not finite in torch.float32: the weights are damaged"):
+        pipe("a dog", height=64, width=64)
+
+
+@pytest.mark.parametrize("part", ["transformer", "autoencoder", "text_encoder"])
+def test_writes_that_leave_no_version_are_seen(part: str, pipe: Pipeline) -> None:
+    """As many LoRA mergers write: through `.data`."""
+    before, refs = pipe.digest, pipe.prefill(picture(64, 64))
+    pipe("a dog", height=64, width=64)
+    tokens = next(iter(pipe._prompts.values()))[0]
+    for p in getattr(pipe, part).parameters():
+        p.data.mul_(1.5)
+    assert pipe.digest != before
+    assert (pipe.prefill(picture(64, 64)).key == refs.key) == (part == "text_encoder")
+    pipe("a dog", height=64, width=64)
+    changed = not torch.equal(list(pipe._prompts.values())[-1][0], tokens)
+    assert changed == (part == "text_encoder")
 
 
 def test_progress_covers_every_part(pipe: Pipeline) -> None:
@@ -120,6 +168,17 @@ def test_to_casts_and_keeps_working(pipe: Pipeline) -> None:
     assert pipe.to("cpu")("a dog", image=picture(64, 64)).reference_cache == "miss"
 
 
+def test_to_a_dtype_is_loading_in_it(pipe: Pipeline, tiny_folder: Path) -> None:
+    """The rotary frequencies of the text encoder stay in float32 both ways."""
+    loaded = Pipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
+    pipe.to(torch.bfloat16)
+    first, second = (
+        p("a dog", height=64, width=64, generator=generators(1)[0], output_type="pt") for p in (pipe, loaded)
+    )
+    assert torch.equal(first.images, second.images)
+    assert pipe.digest == loaded.digest
+
+
 RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
 
 
@@ -139,7 +198,23 @@ RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
         ({"prompt": "a", "height": 500}, "height: height=500 is not a multiple of 16 of at least 64; use 496 or 512"),
         ({"prompt": "a", "width": 48}, "width: width=48 is not a multiple of 16 of at least 64; use 64"),
         ({"prompt": "a", "width": -16}, "width=-16"),
-        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps: 0 is not"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps: 0 is not a whole number of at least 1"),
+        ({"prompt": "a", "num_inference_steps": 4.0}, "num_inference_steps: 4.0"),
+        ({"prompt": "a", "num_inference_steps": 10**9}, "num_inference_steps: 1000000000 is not within 1 to 1000"),
+        ({"prompt": "a", "width": 64.0}, "width=64.0 is not a whole number"),
+        ({"prompt": "a", "width": "64"}, "width='64'"),
+        ({"prompt": "a", "image": 5}, "image: int is not a picture"),
+        ({"prompt": 5}, "prompt: int is not a text"),
+        ({"prompt": "a \udcff"}, "prompt: is not valid Unicode at character 2"),
+        ({"prompt": "a", "generator": 42}, "generator: 42 is not a torch.Generator"),
+        ({"prompt": "a", "latents": [[1]]}, "latents: have to be a tensor"),
+        ({"prompt": "a", "latents": torch.full((1, 16, 4, 4), float("nan"))}, "latents: have to be a tensor of finite"),
+        ({"prompt": "a", "sigmas": ["a"]}, "sigmas: .* is not a list of numbers"),
+        ({"prompt": "a", "references": "pack"}, "references: str is not limner.References"),
+        ({"prompt": "a", "text_encoder_out_layers": 3}, "text_encoder_out_layers: 3 is not a list"),
+        ({"prompt_embeds": torch.full((1, 2, 48), float("inf"))}, "prompt_embeds: hold values that are not finite"),
+        ({"prompt_embeds": torch.zeros(0, 2, 48)}, "prompt_embeds: have shape"),
+        ({"prompt_embeds": torch.zeros(1, 2, 48, dtype=torch.int64)}, "prompt_embeds: have to be"),
         ({"prompt": "a", "sigmas": [0.5, 1.0]}, r"sigmas: \[0.5, 1.0\] has to fall"),
         ({"prompt": "a", "sigmas": []}, "sigmas"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt: 0"),
@@ -153,7 +228,10 @@ RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
         ({"prompt": "a", "image": picture(63, 64)}, "image 1: 63x64 is too small; each side has to be at least 64"),
         ({"prompt": "a", "image": picture(64, 576)}, "image 1: 64x576 is too long"),
         ({"prompt": "a", "image": RGBA}, "image 1: it is transparent"),
-        ({"prompt": "a", "text_encoder_out_layers": [1, 2, 4]}, "text_encoder_out_layers"),
+        (
+            {"prompt": "a", "text_encoder_out_layers": [1, 2, 4]},
+            "text_encoder_out_layers: .* has to name layers 0 to 3",
+        ),
         ({"prompt": "a", "text_encoder_out_layers": [1, 2]}, "gives tokens of width 32, the transformer reads 48"),
         ({"prompt": "a", "max_sequence_length": 0}, "max_sequence_length: 0"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
@@ -172,7 +250,7 @@ def test_refuses_image_and_references_together(pipe: Pipeline) -> None:
 
 def test_refuses_what_does_not_fit_in_memory(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     class Memory:
-        available = 4 << 20
+        available = 1 << 19
 
     monkeypatch.setattr("limner.pipeline.psutil.virtual_memory", lambda: Memory)
     with pytest.raises(CapacityError, match=re.escape("0.00 GiB are free; use fewer or smaller references")):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.conftest import generators, picture
 
@@ -55,10 +56,47 @@ def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(InvalidRequest, match="cannot be read"):
         References.load(file)
-    with pytest.raises(InvalidRequest, match="cannot be read"):
-        References.load(tmp_path / "nothing.safetensors")
+    for path in (tmp_path, tmp_path / "nothing.safetensors"):
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            References.load(path)
     with pytest.raises(OutputError, match="cannot be written"):
         pipe.prefill(picture(64, 64)).save(tmp_path / "nowhere" / "pack.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": "FORGED"},
+        {"reports": []},
+        {"reports": 5},
+        {"reports": [{"more": 1}]},
+        {"num_layers": 0},
+        {"num_layers": 2},
+        {"num_layers": "a"},
+        {"weights": "0" * 64},
+        {"kernel": "other"},
+    ],
+    ids=str,
+)
+def test_edited_packs_are_refused(change: dict[str, object], pipe: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "pack.safetensors"
+    pipe.prefill(picture(64, 64)).save(file)
+    with safe_open(file, framework="pt") as opened:
+        identity = json.loads(opened.metadata()["limner.references"])
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors, file, metadata={"limner.references": json.dumps(identity | change)})
+    if change == {"num_layers": 2}:  # whole in itself, but of another model
+        with pytest.raises(InvalidRequest, match="they have 2 layers"):
+            pipe("a dog", references=References.load(file))
+        return
+    with pytest.raises(InvalidRequest, match="is damaged or edited"):
+        References.load(file)
+    save_file(tensors | {"1.k": torch.zeros(1, 3, 2, 16)}, file, metadata={"limner.references": json.dumps(identity)})
+    with pytest.raises(InvalidRequest, match=r"keys or values of shape \[1, 3, 2, 16\]"):
+        References.load(file)
+    save_file(tensors, file, metadata={"limner.references": "{"})
+    with pytest.raises(InvalidRequest, match="damaged header"):
+        References.load(file)
 
 
 def test_key_covers_everything_that_matters() -> None:
@@ -84,6 +122,11 @@ def test_store_keeps_to_its_budget(tiny_folder: Path) -> None:
     assert (refs[0].key in store, refs[1].key in store) == (True, False)
     assert store.nbytes == 2 * one
     assert len(store) == 2
+
+
+def test_refuses_budgets() -> None:
+    with pytest.raises(InvalidRequest, match="memory_bytes: -1 is not a budget"):
+        ReferenceStore(memory_bytes=-1)
 
 
 def test_nothing_is_kept_without_a_budget(tiny_folder: Path) -> None:

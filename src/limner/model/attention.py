@@ -30,10 +30,19 @@ _CHUNK = 128
 
 
 @cache
-def choose_kernel(device_type: str) -> str:
-    """The name of the fastest kernel of a device type; the choice is logged once."""
-    name = "flash" if device_type == "cuda" else "chunked"
-    _logger.info("attention on %s: kernel %s", device_type, name)
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of the fastest kernel that runs there; the choice is logged once.
+
+    The library's flash kernel takes half precision, Ampere or newer, and head dims that are multiples of 8.
+    """
+    flash = (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    name = "flash" if flash else "chunked"
+    _logger.info("attention on %s in %s, head dim %d: kernel %s", device, dtype, head_dim, name)
     return name
 
 
@@ -53,7 +62,7 @@ def attend(
     """
     if kernel is None:
         records = torch.is_grad_enabled() and q_BSHD.requires_grad
-        kernel = "dense" if records else choose_kernel(q_BSHD.device.type)
+        kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
     return KERNELS[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref_BRHD, v_ref_BRHD)
 
 

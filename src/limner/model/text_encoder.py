@@ -34,7 +34,7 @@ class TokenizedPrompt:
 
 
 class TextEncoder(nn.Module):
-    """`network` is a Qwen3 base model of `max(out_layers)` layers whose final norm is the identity."""
+    """`network` is a Qwen3 base model of `max(out_layers)` layers; unless these are all, its final norm is the identity."""
 
     def __init__(self, network: Any, tokenizer: Any, *, out_layers: Sequence[int]) -> None:
         super().__init__()
@@ -54,6 +54,11 @@ class TextEncoder(nn.Module):
     def _weight(self) -> Tensor:
         parameter: Tensor = next(self.network.parameters())
         return parameter
+
+    def rebuild_rotary(self) -> None:
+        """Makes the rotary frequencies anew, in float32: no checkpoint holds them, and a cast of the module rounds them."""
+        with torch.device(self.device):
+            self.network.rotary_emb = type(self.network.rotary_emb)(config=self.network.config)
 
     @property
     def max_length(self) -> int:
@@ -83,7 +88,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, prompts: Sequence[TokenizedPrompt], *, out_layers: Sequence[int] | None = None) -> Tensor:
         """(B, S_txt, num out_layers * hidden). `out_layers` may name any layers that are loaded."""
-        layers = tuple(out_layers) if out_layers is not None else self.out_layers
+        layers = self.out_layers if out_layers is None else tuple(out_layers)
         loaded = len(self.network.layers)
         if not layers or not all(isinstance(i, int) and 0 <= i <= loaded for i in layers):
             raise InvalidRequest(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "read_json",
+    "read_settings",
     "resolve_model",
 ]
 
@@ -49,9 +51,12 @@ def resolve_model(model: str | os.PathLike[str] | None) -> Path:
     """
     if model is None:
         return bundled_model()
-    folder = Path(model)
-    if not folder.exists():
-        text = os.fspath(model)
+    try:
+        folder, text = Path(model), os.fspath(model)
+        there = folder.exists()
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"model: {model!r} is not a path or hub id ({error})") from error
+    if not there:
         if not _HUB_ID.fullmatch(text):
             raise CheckpointError(f"model: {text} is neither a folder nor a hub id (owner/name); check the path")
         folder = _download(text)
@@ -70,7 +75,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise CheckpointError(
             f"model: {hub_id} is not in the local cache and could not be downloaded ({reason}); "
             "check the name, the network and your hub login, or give a folder"
@@ -83,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is the checkpoint complete?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: has to hold a JSON object, not {type(value).__name__}")
@@ -103,10 +108,11 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map; download it again")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: names {name!r}; shards have to be .safetensors files beside it")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
         tensors |= _read_file(folder / name)
     listed, found = set(weight_map), set(tensors)
     if listed != found:
@@ -161,6 +167,10 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.d
     config = TransformerConfig.from_diffusers(read_json(folder / "config.json"), where=str(folder / "config.json"))
     with torch.device("meta"):
         transformer = Transformer(config)
+    if config.out_channels != config.in_channels:
+        raise CheckpointError(
+            f"{folder}: out_channels={config.out_channels} has to be in_channels={config.in_channels}"
+        )
     assign(transformer, read_tensors(folder, "diffusion_pytorch_model"), where=folder, dtype=dtype, device=device)
     return transformer
 
@@ -188,7 +198,9 @@ def load_text_encoder(
     config = read_json(folder / "config.json")
     if config.get("model_type") != "qwen3":
         raise CheckpointError(f"{folder}: model_type={config.get('model_type')!r} is not supported; allowed: qwen3")
-    depth = int(config.get("num_hidden_layers", 0))
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int) or depth < 4:
+        raise CheckpointError(f"{folder}: num_hidden_layers={depth!r} has to be a whole number of at least 4")
     layers = out_layers or default_out_layers(depth)
     if not layers or max(layers) > depth or min(layers) < 0:
         raise CheckpointError(f"text_encoder_out_layers={list(layers)} has to name layers 0 to {depth} of {folder}")
@@ -199,29 +211,41 @@ def load_text_encoder(
         if "max_window_layers" in values:
             values["max_window_layers"] = min(int(values["max_window_layers"]), used)
         network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))
-        network.norm = nn.Identity()
+        if used < depth:  # hidden states are read before the norm, but for those of the very last layer
+            network.norm = nn.Identity()
         return network
 
     network = _build(folder, build)
     tensors = {
         name.removeprefix("model."): value
         for name, value in read_tensors(folder, "model").items()
-        if not _unread(name, used)
+        if not _unread(name, used, depth)
     }
     assign(network, tensors, where=folder, dtype=dtype, device=device)
-    _materialise_buffers(network, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{tokenizer_folder}: the tokenizer cannot be read ({reason})") from error
-    return TextEncoder(network, tokenizer, out_layers=layers)
+        encoder = TextEncoder(network, tokenizer, out_layers=layers)
+        encoder.rebuild_rotary()
+        largest = int(encoder.tokenize("a", max_sequence_length=8).ids.max())
+    except Exception as error:  # what a damaged tokenizer raises is up to three libraries
+        raise CheckpointError(f"{tokenizer_folder}: the tokenizer cannot be used ({_first_line(error)})") from error
+    if max(largest + 1, len(tokenizer)) > network.config.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder {network.config.vocab_size}; "
+            "they are of different models"
+        )
+    return encoder
 
 
-def _unread(name: str, used: int) -> bool:
+def _unread(name: str, used: int, depth: int) -> bool:
     """Whether a tensor of the text encoder's file is one that no hidden state up to layer `used` depends on."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    return name in ("lm_head.weight", "model.norm.weight") or (match is not None and int(match[1]) >= used)
+    norm = name == "model.norm.weight" and used < depth
+    return name == "lm_head.weight" or norm or (match is not None and int(match[1]) >= used)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(folder: Path, make: Callable[[dict[str, Any]], Any]) -> Any:
@@ -230,11 +254,40 @@ def _build(folder: Path, make: Callable[[dict[str, Any]], Any]) -> Any:
     try:
         with torch.device("meta"):
             return make(config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # constructors of other libraries raise what they like
+        raise CheckpointError(
+            f"{folder / 'config.json'}: does not describe a network ({_first_line(error)})"
+        ) from error
 
 
-def _materialise_buffers(network: Any, device: torch.device) -> None:
-    """Rebuilds the rotary embedding, whose buffers no checkpoint holds."""
-    with torch.device(device):
-        network.rotary_emb = type(network.rotary_emb)(config=network.config)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSettings:
+    """What a folder says besides its parts: `limner.json` may set the default size and dtype."""
+
+    default_size: tuple[int, int] = (1024, 1024)
+    default_dtype: torch.dtype | None = None
+
+
+def read_settings(folder: Path) -> FolderSettings:
+    """Checks `model_index.json` and reads `limner.json`, if it is there."""
+    index = read_json(folder / "model_index.json")
+    kind = str(index.get("_class_name"))
+    if not kind.startswith("Flux2Klein"):
+        raise CheckpointError(
+            f"{folder}: model_index.json is of a {kind}; allowed: the klein pipelines (Flux2Klein...)"
+        )
+    if index.get("is_distilled") is False:
+        raise CheckpointError(f"{folder}: is_distilled is false; base models need guidance, which is not supported")
+    file = folder / "limner.json"
+    own = read_json(file) if file.is_file() else {}
+    size, dtype = own.get("default_size", [1024, 1024]), own.get("default_dtype")
+    if not (
+        isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s >= 64 and s % 16 == 0 for s in size)
+    ):
+        raise CheckpointError(
+            f"{file}: default_size={size!r} has to be [width, height], multiples of 16 of at least 64"
+        )
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+    if dtype not in dtypes:
+        raise CheckpointError(f"{file}: default_dtype={dtype!r} is not one of float32, bfloat16, float16")
+    return FolderSettings(default_size=(size[0], size[1]), default_dtype=dtypes[dtype])
