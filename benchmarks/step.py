@@ -24,7 +24,6 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 
 import limner
 from limner.config import TransformerConfig
-from limner.model.attention import choose_kernel
 from limner.model.transformer import ReferenceKV, Transformer
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
@@ -160,7 +159,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "versions": {"limner": limner.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "date": date.today().isoformat(),
-            "kernel": args.kernel or choose_kernel(device, dtype, config.head_dim),
+            "arithmetic": ours.arithmetic,
             "command": shlex.join(["python", *sys.argv]),
         }
     )  # fmt: skip

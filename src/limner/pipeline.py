@@ -28,7 +28,6 @@ from limner import images
 from limner.config import ReferencePolicy
 from limner.errors import CapacityError, CheckpointError, InvalidRequest, NumericalError
 from limner.images import PreparedReference, ReferenceReport, prepare_reference
-from limner.model.attention import choose_kernel
 from limner.model.autoencoder import Autoencoder
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
@@ -229,8 +228,8 @@ class Pipeline:
 
     @property
     def kernel(self) -> str:
-        """The attention kernel that runs."""
-        return self.transformer.kernel or choose_kernel(self.device, self.dtype, self.transformer.config.head_dim)
+        """The attention kernel and the dtype of matrix products that run."""
+        return self.transformer.arithmetic
 
     # references
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"cli", "server"},
     {"deploy", "__main__"},
 )
-INSIDE_MODEL = ("rope", "attention", "layers", "transformer", "autoencoder", "text_encoder")
+INSIDE_MODEL = ("arithmetic", "rope", "attention", "layers", "transformer", "autoencoder", "text_encoder")
 
 
 def imported(file: Path) -> set[str]:

@@ -1,12 +1,14 @@
-"""The only caller of attention kernels: own tokens attend to [references | own], references are never copied.
+"""The only caller of attention kernels: own tokens attend to [references | own], references serve the whole batch.
 
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
-All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1 and serve the whole batch; a
-batch of B is allowed too (training). Knows nothing of blocks, modulation or positions.
+All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1 and are neither repeated nor
+joined to others; in half precision on CPU one layer's are laid out anew in scratch memory, once for a batch. A batch of B
+is allowed too (training). Knows nothing of blocks, modulation or positions.
 
 Kernels (`KERNELS`), all equal to rounding:
 - ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. The fastest on
   CPUs, and runs anywhere.
+- ``chunked_float32``: the same in float32, for half precision where the CPU multiplies float32 faster.
 - ``flash``: the library's flash kernel once for the references and once for the own tokens, merged by their
   log-sum-exp. For CUDA; also runs on CPU.
 - ``dense``: the formula over the concatenation. Copies; differentiable; the one for training, where on CPU it is a
@@ -23,10 +25,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from limner.model.arithmetic import fast_dtype
+
 __all__ = ["KERNELS", "attend", "choose_kernel"]
 
 _logger = logging.getLogger("limner")
-_CHUNK = 128
+_CHUNK = 256
+_SCORES = 8 << 20
+"""Scores that are in memory at once, more only where one head's chunk has more."""
 
 
 @cache
@@ -41,7 +47,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         and head_dim % 8 == 0
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-    name = "flash" if flash else "chunked"
+    wide = fast_dtype(device, dtype) != dtype
+    name = "flash" if flash else "chunked_float32" if wide else "chunked"
     _logger.info("attention on %s in %s, head dim %d: kernel %s", device, dtype, head_dim, name)
     return name
 
@@ -76,27 +83,49 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor 
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+    return _in_chunks(q, k, v, k_ref, v_ref, dtype=q.dtype)
+
+
+def _chunked_float32(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+    return _in_chunks(q, k, v, k_ref, v_ref, dtype=torch.float32)
+
+
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """For some heads and queries at a time: both products into one score buffer, softmax in place, both products out."""
     batch, num_own, heads, dim = q.shape
     num_ref = 0 if k_ref is None else k_ref.shape[1]
-    out_BHSD = q.new_empty(batch, heads, num_own, dim)
-    scale = 1 / math.sqrt(dim)
+    out_BSHD = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * (num_ref + num_own))))
+    scores = q.new_empty(heads_at_once, min(_CHUNK, num_own), num_ref + num_own, dtype=dtype)
+    ref: tuple[Tensor, Tensor] | None = None
     for b in range(batch):
-        r = b if k_ref is not None and k_ref.shape[0] == batch else 0
-        q_HSD = (q[b] * scale).transpose(0, 1).contiguous()
-        k_HDS = k[b].permute(1, 2, 0)
-        v_HSD = v[b].transpose(0, 1)
-        for start in range(0, num_own, _CHUNK):
-            q_HQD = q_HSD[:, start : start + _CHUNK]
-            out_HQD = out_BHSD[b, :, start : start + _CHUNK]
-            if k_ref is None or v_ref is None:
-                torch.matmul(torch.softmax(q_HQD @ k_HDS, dim=-1), v_HSD, out=out_HQD)
-                continue
-            scores_ref_HQR = q_HQD @ k_ref[r].permute(1, 2, 0)
-            scores = torch.cat([scores_ref_HQR, q_HQD @ k_HDS], dim=-1)
-            weights = torch.softmax(scores, dim=-1)
-            part = weights[..., :num_ref] @ v_ref[r].transpose(0, 1)
-            torch.add(part, weights[..., num_ref:] @ v_HSD, out=out_HQD)
-    return out_BHSD.transpose(1, 2)
+        if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == batch):
+            ref = _heads_first(k_ref[b], dtype), _heads_first(v_ref[b], dtype)
+        q_HSD, k_HSD, v_HSD = (_heads_first(x[b], dtype) for x in (q, k, v))
+        q_HSD = q_HSD * (1 / math.sqrt(dim))
+        for h in range(0, heads, heads_at_once):
+            some = slice(h, h + heads_at_once)
+            for start in range(0, num_own, _CHUNK):
+                q_HQD = q_HSD[some, start : start + _CHUNK]
+                weights = scores[: q_HQD.shape[0], : q_HQD.shape[1]]
+                if ref is not None:
+                    torch.bmm(q_HQD, ref[0][some].transpose(1, 2), out=weights[..., :num_ref])
+                torch.bmm(q_HQD, k_HSD[some].transpose(1, 2), out=weights[..., num_ref:])
+                torch._softmax(weights, -1, False, out=weights)
+                part = torch.bmm(weights[..., num_ref:], v_HSD[some])
+                if ref is not None:
+                    part.baddbmm_(weights[..., :num_ref], ref[1][some])
+                out_BSHD[b, start : start + _CHUNK, some] = part.transpose(0, 1)
+    return out_BSHD
+
+
+def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, H, D) to (H, S, D) of a dtype: a view in float32, whose products take strides; else contiguous, in one pass."""
+    if x_SHD.dtype == dtype == torch.float32:
+        return x_SHD.transpose(0, 1)
+    return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
@@ -125,6 +154,7 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "chunked": _chunked,
+    "chunked_float32": _chunked_float32,
     "flash": _flash,
     "dense": _dense,
 }

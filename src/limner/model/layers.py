@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.config import TransformerConfig
+from limner.model.arithmetic import Linear
 from limner.model.attention import attend
 from limner.model.rope import Rope, apply_rope
 from limner.tokens import TokenLayout
@@ -57,9 +58,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, *, channels: int, width: int) -> None:
         super().__init__()
         self.channels = channels
-        self.timestep_embedder = nn.ModuleDict(
-            {"linear_1": nn.Linear(channels, width, bias=False), "linear_2": nn.Linear(width, width, bias=False)}
-        )
+        self.timestep_embedder = nn.ModuleDict({"linear_1": Linear(channels, width), "linear_2": Linear(width, width)})
 
     def forward(self, sigma: Tensor) -> Tensor:
         half = self.channels // 2
@@ -77,7 +76,7 @@ class Modulation(nn.Module):
     def __init__(self, *, width: int, num: int) -> None:
         super().__init__()
         self.num = num
-        self.linear = nn.Linear(width, 3 * num * width, bias=False)
+        self.linear = Linear(width, 3 * num * width)
 
     def forward(self, embedding: Tensor) -> tuple[Shift, ...]:
         values = self.linear(F.silu(embedding))
@@ -92,7 +91,7 @@ class FinalNorm(nn.Module):
     def __init__(self, *, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.linear = nn.Linear(width, 2 * width, bias=False)
+        self.linear = Linear(width, 2 * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         values = self.linear(F.silu(embedding))
@@ -104,8 +103,8 @@ class FinalNorm(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.linear_in = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
-        self.linear_out = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.linear_in = Linear(config.width, 2 * config.mlp_width)
+        self.linear_out = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear_out(gated_silu(self.linear_in(x)))
@@ -118,14 +117,14 @@ class JointAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.head_dim
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.add_q_proj = nn.Linear(width, width, bias=False)
-        self.add_k_proj = nn.Linear(width, width, bias=False)
-        self.add_v_proj = nn.Linear(width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
-        self.to_add_out = nn.Linear(width, width, bias=False)
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.add_q_proj = Linear(width, width)
+        self.add_k_proj = Linear(width, width)
+        self.add_v_proj = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.to_add_out = Linear(width, width)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_added_q = nn.RMSNorm(config.head_dim, eps=config.eps)
@@ -200,8 +199,8 @@ class ParallelAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.width, self.head_dim = config.width, config.head_dim
-        self.to_qkv_mlp_proj = nn.Linear(config.width, 3 * config.width + 2 * config.mlp_width, bias=False)
-        self.to_out = nn.Linear(config.width + config.mlp_width, config.width, bias=False)
+        self.to_qkv_mlp_proj = Linear(config.width, 3 * config.width + 2 * config.mlp_width)
+        self.to_out = Linear(config.width + config.mlp_width, config.width)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
@@ -213,8 +212,8 @@ class ParallelAttention(nn.Module):
 
     def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k after norm and v alone, each (B, S, H, D)."""
-        weight = self.to_qkv_mlp_proj.weight[self.width : 3 * self.width]
-        k, v = (_heads(part, self.head_dim) for part in F.linear(x, weight).chunk(2, dim=-1))
+        both = self.to_qkv_mlp_proj(x, slice(self.width, 3 * self.width))
+        k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
         return self.norm_k(k), v
 
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from limner.config import TransformerConfig
+from limner.model.arithmetic import Linear, fast_dtype
+from limner.model.attention import choose_kernel
 from limner.model.layers import DoubleBlock, FinalNorm, LayerKV, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
 from limner.tokens import TokenLayout
@@ -59,12 +61,12 @@ class Transformer(nn.Module):
         self.double_stream_modulation_img = Modulation(width=width, num=2)
         self.double_stream_modulation_txt = Modulation(width=width, num=2)
         self.single_stream_modulation = Modulation(width=width, num=1)
-        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
-        self.context_embedder = nn.Linear(config.text_width, width, bias=False)
+        self.x_embedder = Linear(config.in_channels, width)
+        self.context_embedder = Linear(config.text_width, width)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(config) for _ in range(config.num_double_blocks)])
         self.single_transformer_blocks = nn.ModuleList([SingleBlock(config) for _ in range(config.num_single_blocks)])
         self.norm_out = FinalNorm(width=width, eps=config.eps)
-        self.proj_out = nn.Linear(width, config.out_channels, bias=False)
+        self.proj_out = Linear(width, config.out_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +75,19 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.x_embedder.weight.device
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the last bits of a result besides the weights: the attention kernel and the dtype of products."""
+        kernel = self.kernel or choose_kernel(self.device, self.dtype, self.config.head_dim)
+        products = self.x_embedder.arithmetic or fast_dtype(self.device, self.dtype)
+        return f"{kernel}/{str(products).removeprefix('torch.')}"
+
+    def use_arithmetic(self, dtype: torch.dtype | None) -> None:
+        """Sets the dtype of matrix products (float32, or that of the weights); None lets the device choose."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.arithmetic = dtype
 
     def rope(self, ids: Tensor) -> Rope:
         """The rotary table of positions `ids` (S, 4)."""

@@ -1,0 +1,84 @@
+"""Matrix products of stored weights, in the arithmetic that is fastest where they run.
+
+Some CPUs multiply bfloat16 at half the rate of float32 (AVX-512 bf16 without AMX on Intel), others at twice the rate. So
+on a CPU the two are compared once a process, and where float32 wins by a fourth, half-precision weights are widened block
+by block into a small buffer and multiplied there: faster, and rounded once instead of twice. Weights stay as they are.
+
+Shapes: x (..., K), weight (N, K), result (..., N). Knows nothing of blocks or attention.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Linear", "fast_dtype"]
+
+_logger = logging.getLogger("limner")
+_BLOCK = 4 << 20
+"""Weights that are widened at once: 16 MiB of float32."""
+_FEW = 32
+"""With fewer rows of x than this, widening the weights costs more than it saves."""
+
+
+@cache
+def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which matrix products of `dtype` are fastest; measured once for a CPU, and logged."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    narrow, wide = (_seconds(product, x, weight) for product in (F.linear, _wide_linear))
+    chosen = torch.float32 if wide * 1.25 < narrow else dtype
+    _logger.info("%s on cpu: %.1f ms as it is, %.1f ms in float32: %s", dtype, narrow * 1e3, wide * 1e3, chosen)
+    return chosen
+
+
+@torch.no_grad()
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
+    """The best of a few runs, after one to warm up."""
+    product(x, weight)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in float32, rounded to the dtype of x at the end."""
+    num_out, num_in = weight.shape
+    rows = x.reshape(-1, num_in).float()
+    out = x.new_empty(rows.shape[0], num_out)
+    step = min(num_out, max(1, _BLOCK // num_in))
+    wide = torch.empty(step, num_in, device=x.device)
+    product = torch.empty(rows.shape[0] * step, device=x.device)
+    for start in range(0, num_out, step):
+        part = weight[start : start + step]
+        part_out = product[: rows.shape[0] * len(part)].view(rows.shape[0], len(part))
+        torch.mm(rows, wide[: len(part)].copy_(part).t(), out=part_out)
+        out[:, start : start + step] = part_out
+    return out.view(*x.shape[:-1], num_out)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias. `arithmetic` overrides the dtype of its products; None lets the device choose."""
+
+    arithmetic: torch.dtype | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """`rows` asks for a part of the output features alone."""
+        weight = self.weight if rows is None else self.weight[rows]
+        if torch.is_grad_enabled() or input.numel() < _FEW * input.shape[-1]:
+            return F.linear(input, weight)
+        wanted = self.arithmetic or fast_dtype(input.device, input.dtype)
+        return F.linear(input, weight) if wanted == input.dtype else _wide_linear(input, weight)
