@@ -12,9 +12,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@mkdir -p build
-	$(BIN)/limner edit "put the cat from image 2 into image 1 on the left" \
-	    -i src/limner/assets/samples/beach.png -i src/limner/assets/samples/cat.png -o build/demo.png --seed 1
-	@echo "Open build/demo.png: an edit of the two samples in src/limner/assets/samples."
+	$(BIN)/limner edit "use the background of image 2" \
+	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
+	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -11,16 +11,17 @@ from limner import Pipeline
 
 SAMPLES = Path(__file__).parent.parent / "src" / "limner" / "assets" / "samples"
 ROWS = [
-    ("put the cat from image 2 into image 1 on the left", ["beach", "cat"]),
-    ("put the sticker in the forest", ["duck"]),
-    ("into image 1: the dog of image 2 bottom left, the rocket of image 3 top right", ["meadow", "dog", "rocket"]),
+    ("use the background of image 2", ["cat", "beach"]),
+    ("put the sticker in the snow", ["duck"]),
+    ("put the dog at sunset", ["dog"]),
+    ("the rocket over a gradient from purple to pink", ["rocket"]),
 ]
 SIDE, GAP, TEXT = 128, 12, 300
 
 
 def main() -> None:
     pipe = Pipeline.from_pretrained()
-    strip = Image.new("RGB", (4 * (SIDE + GAP) + TEXT, len(ROWS) * (SIDE + GAP) + GAP), "white")
+    strip = Image.new("RGB", (3 * (SIDE + GAP) + TEXT, len(ROWS) * (SIDE + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(16)
     for row, (prompt, names) in enumerate(ROWS):
         y = GAP + row * (SIDE + GAP)
@@ -34,8 +35,8 @@ def main() -> None:
         for word in words:
             longer = f"{lines[-1]} {word}".strip()
             lines = [*lines[:-1], longer] if draw.textlength(longer, font) < TEXT - 2 * GAP else [*lines, word]
-        draw.multiline_text((GAP + 3 * (SIDE + GAP) + GAP, y + 30), "\n".join(lines), fill="black", font=font)
-        strip.paste(out.images[0], (3 * (SIDE + GAP) + TEXT, y))
+        draw.multiline_text((GAP + 2 * (SIDE + GAP) + GAP, y + 30), "\n".join(lines), fill="black", font=font)
+        strip.paste(out.images[0], (2 * (SIDE + GAP) + TEXT, y))
     strip.save(Path(__file__).parent / "strip.png", optimize=True)
 
 

@@ -118,7 +118,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=1500, batch=32, lr=2e-3)
+    parser = arguments(__doc__ or "", steps=1150, batch=32, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
