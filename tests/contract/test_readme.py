@@ -42,7 +42,9 @@ def test_commands(checkout: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         for option, value in pairwise(words):
             if option == "-o":
-                assert (checkout / value).stat().st_size > 500
+                written = sorted(checkout.glob(f"{Path(value).stem}*{Path(value).suffix}"))
+                assert len(written) == (2 if "--num-images" in words else 1)
+                assert all(file.stat().st_size > 500 for file in written)
 
 
 def test_set_up_commands_exist() -> None:
