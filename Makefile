@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench eval gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,recipes]'
 	touch $(READY)
 
 demo: $(READY)
@@ -16,7 +16,12 @@ demo: $(READY)
 	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
 	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
-test: $(READY)
+FONT := recipes/stickers/build/NotoColorEmoji.ttf
+
+$(FONT):
+	bash recipes/stickers/run.sh font
+
+test: $(READY) $(FONT)
 	$(BIN)/python -m pytest
 
 check: $(READY)
@@ -30,6 +35,12 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py
+
+eval: $(READY) $(FONT)
+	$(BIN)/python recipes/stickers/evaluate.py
+
+gallery: $(READY) $(FONT)
+	$(BIN)/python recipes/stickers/gallery.py
 
 clean:
 	rm -rf .venv build

@@ -1,93 +1,222 @@
 """Evaluates a model on prompts that training never saw, against the rendered truth.
 
-The last line is one JSON object: PSNR in dB by task over `--cases` cases each, of the model and of the baseline that
-copies reference 1 (for `draw`: a grey picture). `held_out` are edits of stickers that no training picture shows.
+The last line is one JSON object: by task, over `--cases` cases each, PSNR in dB, SSIM, success rate and what of it was
+right, beside two baselines: copying reference 1 (for `draw` a grey picture), and the nearest of all training pictures to
+the truth (which no method of looking up could beat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
+`held_out` are edits and combinations of stickers that no training picture shows: only copying from a reference can bring them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import random
+import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from common import find_font
-from limner import Pipeline
+from judge import Pixels, judge, pixels, psnr
 from tasks import Example, Grammar
-from world import HELD_OUT, STICKERS, Renderer
+from world import HELD_OUT, STICKERS, Picture, Renderer
 
 TASKS = ("draw", "edit", "combine2", "combine3", "combine4", "held_out")
+DIFFERENT = 8 / 255
+CARD = Path(__file__).parent / "model-card.md"
+MARKS = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
 
 def cases(task: str, num: int, *, seed: int = 0) -> list[Example]:
-    """Fixed cases of a task."""
+    """Fixed cases of a task; those of `held_out` show the sticker that only a reference can bring."""
     rng = random.Random(f"{seed}/{task}/evaluation")
-    if task == "held_out":
-        grammar = Grammar([*HELD_OUT.values()], evaluation=True)
-        return [grammar.draw(rng, rng.choice(("edit", "combine2"))) for _ in range(num)]
-    grammar = Grammar([*STICKERS.values()], evaluation=True)
-    return [grammar.draw(rng, task) for _ in range(num)]
+    if task != "held_out":
+        grammar = Grammar([*STICKERS.values()], evaluation=True)
+        return [grammar.draw(rng, task) for _ in range(num)]
+    grammar = Grammar([*HELD_OUT.values()], evaluation=True)
+    found: list[Example] = []
+    while len(found) < num:
+        example = grammar.draw(rng, ("edit", "combine2")[len(found) % 2])
+        if example.result.stickers:
+            found.append(example)
+    return found
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    error = (np.asarray(a, np.float64) - np.asarray(b, np.float64)) / 255
-    return -10 * math.log10(max(float(np.square(error).mean()), 1e-10))
+class NearestTraining:
+    """Finds the training picture that is nearest to a picture: by thumbnails, then by pixels."""
+
+    def __init__(self, renderer: Renderer, *, sittings: int, pool: int, asks: int = 4, seed: int = 0) -> None:
+        from prepare import TASKS as MIX
+
+        self._renderer = renderer
+        rng = random.Random(f"{seed}/examples")
+        grammar = Grammar([*STICKERS.values(), *renderer.unnamed_glyphs()], pool=pool, seed=seed)
+        tasks = rng.choices(list(MIX), list(MIX.values()), k=sittings)
+        self._pictures: dict[tuple[int, int], list[Picture]] = {}
+        for task in tasks:
+            for example in grammar.sitting(rng, task, asks):
+                for picture in {example.result, *example.references}:
+                    self._pictures.setdefault(picture.size, []).append(picture)
+        self._thumbs = {
+            size: np.stack([self._thumb(renderer.render(p)) for p in some]) for size, some in self._pictures.items()
+        }
+
+    @staticmethod
+    def _thumb(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.reduce(8), np.float16).ravel() / 255
+
+    def psnr(self, truth: Picture) -> float:
+        image = self._renderer.render(truth)
+        thumbs, right = self._thumbs[truth.size], pixels(image)
+        distances = np.concatenate(
+            [
+                np.square(thumbs[i : i + 4096].astype(np.float32) - self._thumb(image)).sum(-1)
+                for i in range(0, len(thumbs), 4096)
+            ]
+        )
+        near = np.argsort(distances)[:16]
+        return max(psnr(pixels(self._renderer.render(self._pictures[truth.size][i])), right) for i in near)
+
+
+def copied(references: list[Image.Image], size: tuple[int, int]) -> Pixels:
+    """The baseline: reference 1, or grey where there is none."""
+    return pixels(references[0].resize(size) if references else Image.new("RGB", size, (128, 128, 128)))
+
+
+def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One dictionary of measures a case; runs in a process of its own."""
+    from limner import Pipeline
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
+    renderer = Renderer(find_font(args.font))
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
+        quantize=args.quantize,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    rows = []
+    for number, case in enumerate(cases(task, args.cases)):
+        if number not in numbers:
+            continue
+        references = [renderer.render(p) for p in case.references]
+        truth = renderer.render(case.result)
+        out = pipe(
+            case.prompt, image=references or None, width=truth.width, height=truth.height,
+            num_inference_steps=args.steps, generator=torch.Generator().manual_seed(number),
+        ).images[0]  # fmt: skip
+        before = case.references[0] if case.references else None
+        verdict = judge(out, case.result, before=before, renderer=renderer)
+        right, copy = pixels(truth), copied(references, truth.size)
+        row = {
+            name: getattr(verdict, name) for name in ("psnr", "ssim", "success", "sticker", "place", "form", "scene")
+        }
+        row["copy"] = psnr(copy, right)
+        differs = np.abs(copy - right).max(-1) > DIFFERENT
+        if references and differs.any():
+            row["gain_differs"] = psnr(pixels(out), right, differs) - psnr(copy, right, differs)
+        if args.failures and not verdict.success:
+            args.failures.mkdir(parents=True, exist_ok=True)
+            sheet([[*references, out, truth]]).save(args.failures / f"{task}-{number}.png")
+            wrong = [n for n in ("sticker", "place", "form", "scene") if not getattr(verdict, n)]
+            (args.failures / f"{task}-{number}.txt").write_text(f"{case.prompt}\nwrong: {', '.join(wrong)}\n")
+        rows.append(row)
+    return rows
+
+
+def sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in rows, the last two of each (result, truth) in columns of their own."""
+    columns, side = max(len(row) for row in rows), 164
+    image = Image.new("RGB", (columns * side, len(rows) * side), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            column = x if x < len(row) - 2 else columns - len(row) + x
+            image.paste(picture, (column * side, y * side))
+    return image
+
+
+def save_cases(folder: Path, renderer: Renderer, *, num: int = 4) -> None:
+    """The first cases of each task as files, for tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = []
+    for task in TASKS:
+        for number, case in enumerate(cases(task, num)):
+            names = [f"{task}-{number}-{i}.png" for i in range(1, len(case.references) + 1)]
+            names.append(f"{task}-{number}-truth.png")
+            for name, picture in zip(names, [*case.references, case.result], strict=True):
+                renderer.render(picture).save(folder / name)
+            saved.append({"task": task, "prompt": case.prompt, "references": names[:-1], "truth": names[-1]})
+    (folder / "cases.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| task | PSNR | SSIM | success | sticker | place | form | scene | copying reference 1 | gain where they differ | nearest training picture |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, row in result["tasks"].items():
+        rates = " | ".join(f"{row[name]:.0%}" for name in ("success", "sticker", "place", "form", "scene"))
+        gain, nearest = (f"{row[name]:.1f}" if name in row else "" for name in ("gain_differs", "nearest"))
+        lines.append(
+            f"| {task} | {row['psnr']:.1f} | {row['ssim']:.3f} | {rates} | {row['copy']:.1f} | {gain} | {nearest} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder; default: the bundled model")
-    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--cases", type=int, default=200, help="cases a task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
+    parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")
+    parser.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="format of kept K/V")
     parser.add_argument("--font", type=Path)
-    parser.add_argument("--sheet", type=Path, help="write a picture of the first cases: references, result, truth")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--nearest", type=int, default=20000, help="sittings of the training set to search; 0: none")
+    parser.add_argument("--pool", type=int, default=14000, help="as in prepare.py")
+    parser.add_argument("--failures", type=Path, help="folder for pictures of the cases that failed")
+    parser.add_argument("--save-cases", type=Path, help="write the first four cases of each task, for tests, and stop")
     parser.add_argument(
-        "--save-cases", type=Path, help="write the first four cases of each task to a folder, for tests"
+        "--write", type=Path, help="write the results as JSON, and into the model card beside this file"
     )
     args = parser.parse_args()
     renderer = Renderer(find_font(args.font))
-    pipe = Pipeline.from_pretrained(args.model)
-    results: dict[str, dict[str, float]] = {}
-    rows: list[list[Image.Image]] = []
-    saved = []
-    for task in TASKS:
-        scores, baseline = [], []
-        for number, case in enumerate(cases(task, args.cases)):
-            references = [renderer.render(p) for p in case.references]
-            truth = renderer.render(case.result)
-            out = pipe(
-                case.prompt, image=references or None, width=truth.width, height=truth.height,
-                generator=torch.Generator().manual_seed(number),
-            ).images[0]  # fmt: skip
-            scores.append(psnr(out, truth))
-            copied = references[0].resize(truth.size) if references else Image.new("RGB", truth.size, (128, 128, 128))
-            baseline.append(psnr(copied, truth))
-            if number < 8:
-                rows.append([*references, out, truth])
-            if number < 4 and args.save_cases:
-                names = [f"{task}-{number}-{i}.png" for i in range(1, len(references) + 1)] + [
-                    f"{task}-{number}-truth.png"
-                ]
-                args.save_cases.mkdir(parents=True, exist_ok=True)
-                for name, image in zip(names, [*references, truth], strict=True):
-                    image.save(args.save_cases / name)
-                saved.append({"task": task, "prompt": case.prompt, "references": names[:-1], "truth": names[-1]})
-        results[task] = {"psnr": round(float(np.mean(scores)), 2), "copy": round(float(np.mean(baseline)), 2)}
-        print(task, results[task], flush=True)
-    if args.sheet:
-        sheet = Image.new("RGB", (6 * 164, (len(rows) + 1) // 2 * 82), "white")
-        for i, row in enumerate(rows):
-            for j, image in enumerate(row):
-                x = (j if j < len(row) - 2 else 6 - len(row) + j) * 82 + (i % 2) * 492
-                sheet.paste(image.resize((image.width // 2, image.height // 2)), (x, i // 2 * 82))
-        sheet.save(args.sheet)
     if args.save_cases:
-        (args.save_cases / "cases.json").write_text(json.dumps(saved, indent=1) + "\n")
-    print(json.dumps({"cases": args.cases, "tasks": results}))
+        save_cases(args.save_cases, renderer)
+        return
+    results: dict[str, dict[str, float]] = {}
+    training = NearestTraining(renderer, sittings=args.nearest, pool=args.pool) if args.nearest else None
+    with ProcessPoolExecutor(args.workers) as pool:
+        waiting = {
+            task: [
+                pool.submit(run_cases, task, list(range(start, args.cases, args.workers)), args)
+                for start in range(args.workers)
+            ]
+            for task in args.tasks
+        }
+        for task, parts in waiting.items():
+            rows = [row for part in parts for row in part.result()]
+            names = dict.fromkeys(name for row in rows for name in row)
+            mean = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+            if training:
+                mean["nearest"] = float(np.mean([training.psnr(case.result) for case in cases(task, args.cases)]))
+            results[task] = {name: round(value, 4) for name, value in mean.items()}
+            print(task, results[task], flush=True)
+    result = {"cases": args.cases, "steps": args.steps, "tasks": results}
+    if args.write:
+        args.write.write_text(json.dumps(result, indent=1) + "\n")
+        card = CARD.read_text()
+        middle = re.compile(f"{MARKS[0]}.*{MARKS[1]}", re.DOTALL)
+        CARD.write_text(middle.sub(f"{MARKS[0]}\n{table(result)}\n{MARKS[1]}", card))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

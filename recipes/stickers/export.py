@@ -8,11 +8,16 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2Transformer2DModel
+from torch import Tensor
 from transformers import Qwen2TokenizerFast
 
 from common import find_font
-from train import GEOMETRY, Average, Model
+from limner.model.autoencoder import Autoencoder
+from limner.model.preview import LatentPreview
+from limner.tokens import unpack
+from train import GEOMETRY, Model
 from world import HELD_OUT, LARGE, MEDIUM, STICKERS, Picture, Renderer, Scene, Sticker
 
 SAMPLES = {
@@ -28,9 +33,19 @@ SAMPLES = {
 }
 
 
+@torch.no_grad()
+def fit_preview(vae: AutoencoderKLFlux2, tokens: Tensor) -> LatentPreview:
+    """The map from latents of 128x128 pictures, tokens (n, 64, C), to what the decoder makes of them, at an eighth."""
+    latents = unpack(tokens.float(), grid=(8, 8))
+    autoencoder = Autoencoder(vae.float().eval())
+    pictures = torch.cat([autoencoder.decode(autoencoder.denormalise(part)) for part in latents.split(32)])
+    return LatentPreview.fit(latents, F.avg_pool2d((pictures / 2 + 0.5).clamp(0, 1), 8))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder with checkpoint.pt of train.py")
+    parser.add_argument("--run", type=Path, required=True, help="folder with best.pt of train.py")
+    parser.add_argument("--data", type=Path, required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--font", type=Path)
@@ -38,24 +53,30 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
-    state = torch.load(args.run / "checkpoint.pt", weights_only=True)
+    state = torch.load(args.run / "best.pt", weights_only=True)
     model = Model(len(tokenizer), pad=tokenizer.pad_token_id)
     model.load_state_dict(state["model"])
-    average = Average(model, 0.0)
-    average.values = state["average"]
-    average.copy_to(model)
     transformer = Flux2Transformer2DModel(**GEOMETRY.to_diffusers())
     transformer.load_state_dict(model.transformer.state_dict())
+    vae = AutoencoderKLFlux2.from_pretrained(args.vae)
+    preview = fit_preview(vae, torch.load(args.data, weights_only=True)["tokens"][128, 128][:1024])
     pipe = Flux2KleinKVPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=AutoencoderKLFlux2.from_pretrained(args.vae).half(),
+        vae=vae.half(),
         text_encoder=model.text_encoder.half(),
         tokenizer=tokenizer,
         transformer=transformer.half(),
     )
     shutil.rmtree(args.out / "stickers", ignore_errors=True)
     pipe.save_pretrained(args.out / "stickers")
-    settings = {"default_size": [128, 128], "default_dtype": "float32"}
+    settings = {
+        "default_size": [128, 128],
+        "default_dtype": "float32",
+        "latent_preview": {
+            "weight": [[round(w, 4) for w in row] for row in preview.weight.tolist()],
+            "bias": [round(b, 4) for b in preview.bias.tolist()],
+        },
+    }
     (args.out / "stickers" / "limner.json").write_text(json.dumps(settings) + "\n")
     shutil.copy(Path(__file__).parent / "model-card.md", args.out / "stickers" / "README.md")
     (args.out / "samples").mkdir(exist_ok=True)

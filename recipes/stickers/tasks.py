@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from world import (
@@ -28,6 +27,7 @@ from world import (
 )
 
 NAMES = {glyph: name for name, glyph in {**STICKERS, **HELD_OUT}.items()}
+TASKS = ("draw", "edit", "combine2", "combine3", "combine4")
 NUM_VARIANTS = 9
 SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big", "large", "huge")}
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
@@ -89,13 +89,6 @@ class Grammar:
         self._glyphs = glyphs
         self._named = [g for g in glyphs if NAMES.get(g) in STICKERS]
         self._evaluation = evaluation
-        self._tasks: dict[str, Callable[[random.Random], Example]] = {
-            "draw": self._draw,
-            "edit": self._edit,
-            "combine2": self._combine2,
-            "combine3": lambda rng: self._combine_many(rng, 3),
-            "combine4": lambda rng: self._combine_many(rng, 4),
-        }
         self._pool: dict[tuple[tuple[int, int], bool], list[Picture]] = {}
         if pool:
             rng = random.Random(f"{seed}/pool")
@@ -106,15 +99,44 @@ class Grammar:
 
     def draw(self, rng: random.Random, task: str) -> Example:
         """One example of a task, with a prompt of the right side of the split."""
-        while True:
-            example = self._tasks[task](rng)
-            if is_evaluation(example.prompt) == self._evaluation:
-                return example
+        return self.sitting(rng, task, 1)[0]
+
+    def sitting(self, rng: random.Random, task: str, num: int) -> list[Example]:
+        """`num` different examples of a task that share their references (of `draw`: the size)."""
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        size = self._size(rng)
+        references = self._references(rng, task, size)
+        ask = {"draw": self._draw, "edit": self._edit, "combine2": self._combine2}.get(task, self._combine_many)
+        found: list[Example] = []
+        while len(found) < num:
+            prompt, result = ask(rng, size, references)
+            if len(references) < 3 and rng.random() < 0.15:
+                prompt = rng.choice((f"please {prompt}", f"{prompt}, please", f"{prompt} please"))
+            example = Example(task=task, prompt=" ".join(prompt.split()), references=references, result=result)
+            if is_evaluation(example.prompt) == self._evaluation and example not in found:
+                found.append(example)
+        return found
 
     # the parts
 
     def _glyph(self, rng: random.Random, named: float = 0.5) -> int:
         return rng.choice(self._named) if self._named and rng.random() < named else rng.choice(self._glyphs)
+
+    def _references(self, rng: random.Random, task: str, size: tuple[int, int]) -> tuple[Picture, ...]:
+        """Image 1 has the size of the result; the others of a sitting share one size, which may be another."""
+        if task == "draw":
+            return ()
+        if task == "edit":
+            return (self._reference(rng, size),)
+        other_size = size if rng.random() < 0.6 else self._size(rng)
+        first = self._reference(rng, size)
+        if task == "combine2":
+            first = replace(first, stickers=()) if rng.random() < 0.2 else first
+            return (first, self._reference(rng, other_size))
+        stickers = (Sticker(glyph=self._glyph(rng), scale=SMALL),) if rng.random() < 0.3 else ()
+        others = [self._reference(rng, other_size, modest=True) for _ in range(int(task[-1]) - 1)]
+        return (replace(first, stickers=stickers), *others)
 
     def _reference(self, rng: random.Random, size: tuple[int, int], *, modest: bool = False) -> Picture:
         """A reference with one sticker; a `modest` one is not large."""
@@ -138,10 +160,9 @@ class Grammar:
     def _size(self, rng: random.Random) -> tuple[int, int]:
         return rng.choices(SIZES, (0.7, 0.15, 0.15))[0]
 
-    # the tasks
+    # the tasks: prompt and result for references
 
-    def _draw(self, rng: random.Random) -> Example:
-        size = self._size(rng)
+    def _draw(self, rng: random.Random, size: tuple[int, int], references: tuple[Picture, ...]) -> tuple[str, Picture]:
         column, row = rng.choice(
             [(c, r) for c in COLUMNS for r in ROWS if "center" in (c,) or "middle" in (r,) or rng.random() < 0.5]
         )
@@ -155,20 +176,15 @@ class Grammar:
                 f"{what} {where} {place}",
                 f"{what} {place} {where}",
                 f"{where}, {what} {place}",
+                f"{where} {place}: {what}",
                 f"a picture of {what} {place} {where}",
                 f"draw {what} {where} {place}",
             )
         )
-        return Example(
-            task="draw",
-            prompt=" ".join(prompt.split()),
-            references=(),
-            result=Picture(scene=scene, stickers=(sticker,), size=size),
-        )
+        return prompt, Picture(scene=scene, stickers=(sticker,), size=size)
 
-    def _edit(self, rng: random.Random) -> Example:
-        size = self._size(rng)
-        before = self._reference(rng, size)
+    def _edit(self, rng: random.Random, size: tuple[int, int], references: tuple[Picture, ...]) -> tuple[str, Picture]:
+        (before,) = references
         sticker = before.stickers[0]
         it = self._call(rng, sticker)
         kind = rng.choice(("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey"))
@@ -181,24 +197,23 @@ class Grammar:
                     f"change the background: {it} {where}",
                     f"{it} should be {where}",
                     f"move {it} to a new scene, {where}",
+                    f"{where} instead",
                 )
             )
-            after = replace(before, scene=scene)
-        elif kind == "remove":
+            return prompt, replace(before, scene=scene)
+        if kind == "remove":
             prompt = rng.choice(
                 (f"remove {it}", f"take {it} away", f"erase {it}", f"only the background, without {it}")
             )
-            after = replace(before, stickers=())
-        elif kind == "scale":
-            steps = [
-                s for s in (SCALES.index(sticker.scale) - 1, SCALES.index(sticker.scale) + 1) if 0 <= s < len(SCALES)
-            ]
-            step = rng.choice(steps)
-            word = "bigger" if step > SCALES.index(sticker.scale) else "smaller"
+            return prompt, replace(before, stickers=())
+        if kind == "scale":
+            at = SCALES.index(sticker.scale)
+            step = rng.choice([s for s in (at - 1, at + 1) if 0 <= s < len(SCALES)])
+            word = "bigger" if step > at else "smaller"
             prompt = rng.choice((f"make {it} {word}", f"{it} should be {word}", f"{word} please: {it}"))
-            after = before.with_sticker(0, scale=SCALES[step])
-        elif kind == "move":
-            moves = []
+            return prompt, before.with_sticker(0, scale=SCALES[step])
+        if kind == "move":
+            moves: list[tuple[str, dict[str, str]]] = []
             x, y = COLUMNS.index(sticker.column), ROWS.index(sticker.row)
             moves += [("left", {"column": COLUMNS[x - 1]})] if x > 0 else []
             moves += [("right", {"column": COLUMNS[x + 1]})] if x < 2 else []
@@ -206,20 +221,18 @@ class Grammar:
             moves += [("down", {"row": ROWS[y + 1]})] if y < 2 else []
             word, change = rng.choice(moves)
             prompt = rng.choice((f"move {it} {word}", f"shift {it} {word}", f"{it} a step {word}"))
-            after = before.with_sticker(0, **change)
-        elif kind == "mirror":
+            return prompt, before.with_sticker(0, **change)
+        if kind == "mirror":
             prompt = rng.choice((f"mirror {it}", f"flip {it}", f"turn {it} around"))
-            after = before.with_sticker(0, mirrored=not sticker.mirrored)
-        else:
-            prompt = rng.choice((f"turn {it} grey", f"make {it} grey", f"{it} without colour"))
-            after = before.with_sticker(0, grey=True)
-        return Example(task="edit", prompt=prompt, references=(before,), result=after)
+            return prompt, before.with_sticker(0, mirrored=not sticker.mirrored)
+        prompt = rng.choice((f"turn {it} grey", f"make {it} grey", f"{it} without colour"))
+        return prompt, before.with_sticker(0, grey=True)
 
-    def _combine2(self, rng: random.Random) -> Example:
-        size = self._size(rng)
-        other_size = size if rng.random() < 0.6 else self._size(rng)
-        first, second = self._reference(rng, size), self._reference(rng, other_size)
-        if rng.random() < 0.4:
+    def _combine2(
+        self, rng: random.Random, size: tuple[int, int], references: tuple[Picture, ...]
+    ) -> tuple[str, Picture]:
+        first, second = references
+        if first.stickers and rng.random() < 0.4:
             it = self._call(rng, first.stickers[0])
             prompt = rng.choice(
                 (
@@ -227,54 +240,55 @@ class Grammar:
                     f"put {it} into the scene of image 2",
                     f"{it} of image 1 with the background of image 2",
                     "change the background to image 2",
+                    f"the background of image 2 behind {it}",
                 )
             )
-            return Example(
-                task="combine2", prompt=prompt, references=(first, second), result=replace(first, scene=second.scene)
-            )
-        it = self._call(rng, second.stickers[0])
-        first = replace(first, stickers=()) if rng.random() < 0.3 else first
+            return prompt, replace(first, scene=second.scene)
+        it, added = self._call(rng, second.stickers[0]), second.stickers[0]
         taken = [(s.column, s.row) for s in first.stickers]
+        if first.stickers and rng.random() < 0.3:  # the sticker of image 1 goes, that of image 2 comes in its place
+            old = self._call(rng, first.stickers[0])
+            prompt = rng.choice(
+                (
+                    f"replace {old} with {it} from image 2",
+                    f"{it} of image 2 instead of {old}",
+                    f"swap {old} for {it} from image 2",
+                )
+            )
+            column, row = taken[0]
+            return prompt, replace(first, stickers=(replace(added, column=column, row=row),))
         column, row = rng.choice([c for c in (*CORNERS, ("left", "middle"), ("right", "middle")) if c not in taken])
         place = place_words(rng, column, row)
+        if (
+            added.column,
+            added.row,
+        ) not in taken and rng.random() < 0.3:  # no word of a place: where it stands in image 2
+            column, row, place = added.column, added.row, ""
         prompt = rng.choice(
             (
                 f"put {it} from image 2 into image 1 {place}",
-                f"add {it} of image 2 {place} of image 1",
-                f"{place}, place {it} from image 2",
+                f"add {it} of image 2 {place + ' of image 1' if place else 'to image 1'}",
+                f"{place + ', ' if place else ''}place {it} from image 2 in image 1",
             )
         )
-        added = replace(second.stickers[0], column=column, row=row)
-        return Example(
-            task="combine2",
-            prompt=prompt,
-            references=(first, second),
-            result=replace(first, stickers=(*first.stickers, added)),
-        )
+        return prompt, replace(first, stickers=(*first.stickers, replace(added, column=column, row=row)))
 
-    def _combine_many(self, rng: random.Random, count: int) -> Example:
+    def _combine_many(
+        self, rng: random.Random, size: tuple[int, int], references: tuple[Picture, ...]
+    ) -> tuple[str, Picture]:
         """Image 1 gives the scene; the sticker of each other image goes to a corner of its own."""
-        size = self._size(rng)
-        other_size = size if rng.random() < 0.6 else self._size(rng)
-        first = replace(self._reference(rng, size), stickers=())
-        if rng.random() < 0.3:
-            first = replace(first, stickers=(Sticker(glyph=self._glyph(rng), scale=SMALL),))
-        others = [self._reference(rng, other_size, modest=True) for _ in range(count - 1)]
-        corners = rng.sample(CORNERS, count - 1)
-        parts, stickers = [], list(first.stickers)
+        first, *others = references
+        corners = rng.sample(CORNERS, len(others))
+        parts = []
         numbered = list(enumerate(zip(others, corners, strict=True), start=2))
         for number, (picture, (column, row)) in rng.sample(numbered, len(numbered)):
-            sticker = picture.stickers[0]
-            it = self._call(rng, sticker)
+            it = self._call(rng, picture.stickers[0])
             where = place_words(rng, column, row).removeprefix("in the ").removesuffix(" corner")
-            parts.append(f"{it} of image {number} {where}")
-        for picture, (column, row) in zip(others, corners, strict=True):
-            stickers.append(replace(picture.stickers[0], column=column, row=row))
+            parts.append(rng.choice((f"{it} of image {number} {where}", f"{where} {it} of image {number}")))
+        added = [
+            replace(picture.stickers[0], column=column, row=row)
+            for picture, (column, row) in zip(others, corners, strict=True)
+        ]
         lead = rng.choice(("put into image 1: ", "into image 1: ", "add "))
         prompt = lead + rng.choice((", ", " and ")).join(parts)
-        return Example(
-            task=f"combine{count}",
-            prompt=prompt,
-            references=(first, *others),
-            result=replace(first, stickers=tuple(stickers)),
-        )
+        return prompt, replace(first, stickers=(*first.stickers, *added))

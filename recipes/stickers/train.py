@@ -1,7 +1,9 @@
 """Trains transformer and text encoder of the bundled model together, on 0 to 4 references in one mixture.
 
 A step runs the code path of inference: `Transformer.prefill` on the references, which see only each other at noise level
-0, then `Transformer.forward` with their keys and values. The loss is that of rectified flow on the velocity.
+0, then `Transformer.forward` with their keys and values. Training profits from kept K/V as drawing does: the examples of
+a sitting share their references, so one prefill, and its gradient, serves several of them. The loss is that of rectified
+flow on the velocity, each channel weighted by what its error costs in pixels.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common import Average, Log, Optimizer, arguments, save_checkpoint, step_rng
 from limner.config import TransformerConfig
-from limner.model.transformer import Transformer
-from limner.schedule import empirical_mu
+from limner.model.layers import LayerKV
+from limner.model.transformer import ReferenceKV, Transformer
+from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
 
 CHANNELS = 48
@@ -26,10 +30,11 @@ TEXT_LAYERS = (1, 2, 3)
 TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": True}  # fmt: skip
 GEOMETRY = TransformerConfig(
-    num_double_blocks=2, num_single_blocks=6, num_heads=6, head_dim=32, text_width=128 * len(TEXT_LAYERS),
-    in_channels=CHANNELS, out_channels=CHANNELS, rope_axes=(8, 8, 8, 8), time_channels=128,
+    num_double_blocks=2, num_single_blocks=6, num_heads=4, head_dim=64, text_width=128 * len(TEXT_LAYERS),
+    in_channels=CHANNELS, out_channels=CHANNELS, rope_axes=(16, 16, 16, 16), time_channels=128,
 )  # fmt: skip
-DECAY_PART = 0.35
+DECAY_PART = 0.4
+NUM_STEPS = 4
 
 
 class Model(nn.Module):
@@ -46,27 +51,43 @@ class Model(nn.Module):
                 if name.endswith(("to_out.weight", "to_out.0.weight", "linear_out.weight", "to_add_out.weight")):
                     p.data.mul_(0.5)
 
-    def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> Tensor:
-        """Squared error of the velocity, (B,)."""
+    def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What `Transformer.forward` takes beside noisy tokens and noise level."""
         out = self.text_encoder.model(
             input_ids=batch["ids"], attention_mask=batch["mask"], output_hidden_states=True, use_cache=False
         )
         txt = torch.cat([out.hidden_states[i] for i in TEXT_LAYERS], dim=-1)
         references = None
         if batch["references"]:
-            ref = torch.cat(batch["references"], dim=1)
-            references = self.transformer.prefill(ref, reference_ids([grid(size) for size in batch["reference_sizes"]]))
+            ids = reference_ids([grid(size) for size in batch["reference_sizes"]])
+            kept = self.transformer.prefill(torch.cat(batch["references"], dim=1), ids)
+            asks = len(txt) // len(batch["references"][0])
+            references = ReferenceKV(
+                layers=tuple(LayerKV(*(x.repeat_interleave(asks, dim=0) for x in layer)) for layer in kept.layers)
+            )
+        return {
+            "txt_tokens": txt,
+            "img_ids": image_ids(grid(batch["size"])),
+            "txt_ids": text_ids(txt.shape[1]),
+            "references": references,
+        }
+
+    def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> Tensor:
+        """Squared error of the velocity, (B, S, C)."""
         clean = batch["result"]
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = self.transformer(
-            noisy,
-            txt,
-            sigma,
-            img_ids=image_ids(grid(batch["size"])),
-            txt_ids=text_ids(txt.shape[1]),
-            references=references,
-        )
-        return (velocity.float() - (noise - clean)).square().mean((1, 2))
+        velocity = self.transformer(noisy, sigma=sigma, **self.encode(batch))
+        return (velocity.float() - (noise - clean)).square()
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
+        """The tokens that 4 steps give, (B, S, C)."""
+        given = self.encode(batch)
+        sigmas = Schedule().sigmas(noise.shape[1], num_steps=NUM_STEPS)
+        x = noise
+        for sigma, after in pairwise(sigmas):
+            x = euler_step(x, self.transformer(x, sigma=sigma, **given), sigma=sigma, next_sigma=after)
+        return x
 
 
 def grid(size: tuple[int, int]) -> tuple[int, int]:
@@ -75,41 +96,47 @@ def grid(size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Batches:
-    """Batches of one layout each (sizes of result and references), drawn in proportion to the examples they have."""
+    """Batches of sittings of one layout each (sizes of result and references), drawn in proportion to their number."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data
-        self._buckets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for i, e in enumerate(data["examples"]):
-            self._buckets[e["result"][0], tuple(size for size, _ in e["references"])].append(i)
+        self._layouts: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+        for sitting in data["sittings"]:
+            self._layouts[sitting["size"], tuple(sitting["reference_sizes"])].append(sitting)
 
-    def draw(self, rng: random.Random, size: int) -> dict[str, Any]:
-        key = rng.choices(list(self._buckets), [len(b) for b in self._buckets.values()])[0]
-        return self.collect([rng.choice(self._buckets[key]) for _ in range(size)])
+    def draw(self, rng: random.Random, examples: int) -> dict[str, Any]:
+        layouts = list(self._layouts.values())
+        (sittings,) = rng.choices(layouts, [len(layout) for layout in layouts])
+        return self.collect([rng.choice(sittings) for _ in range(examples // len(sittings[0]["prompts"]))])
 
-    def collect(self, chosen: list[int]) -> dict[str, Any]:
-        tokens, examples = self._data["tokens"], self._data["examples"]
-        size, sizes = examples[chosen[0]]["result"][0], [s for s, _ in examples[chosen[0]]["references"]]
+    def validation(self) -> dict[str, list[dict[str, Any]]]:
+        """Batches of one sitting each, by task."""
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for sitting in self._data["validation"]:
+            found[sitting["task"]].append(self.collect([sitting]))
+        return found
+
+    def collect(self, sittings: list[dict[str, Any]]) -> dict[str, Any]:
+        tokens, size, sizes = self._data["tokens"], sittings[0]["size"], sittings[0]["reference_sizes"]
+        prompts = [i for s in sittings for i in s["prompts"]]
         return {
             "size": size,
             "reference_sizes": sizes,
-            "result": tokens[size][[examples[i]["result"][1] for i in chosen]].float(),
+            "result": tokens[size][[i for s in sittings for i in s["results"]]].float(),
             "references": [
-                tokens[s][[examples[i]["references"][slot][1] for i in chosen]].float() for slot, s in enumerate(sizes)
+                tokens[one][[s["references"][slot] for s in sittings]].float() for slot, one in enumerate(sizes)
             ],
-            "ids": self._data["ids"][chosen].long(),
-            "mask": self._data["mask"][chosen],
+            "ids": self._data["ids"][prompts].long(),
+            "mask": self._data["mask"][prompts],
         }
 
 
 def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
-    """Mostly logit-normal levels under the shift of a 4-step run, some uniform ones."""
-    e_mu = math.exp(empirical_mu(num_tokens, num_steps=4))
-    base = torch.sigmoid(torch.randn(num, generator=generator))
-    shifted = e_mu / (e_mu + (1 / base - 1))
-    uniform = torch.rand(num, generator=generator)
-    kind = torch.rand(num, generator=generator)
-    return torch.where(kind < 0.15, uniform, torch.where(kind < 0.25, torch.ones(num), shifted))
+    """Three quarters are the levels of a 4-step run, as a step-distilled model sees them; the rest spreads between."""
+    levels = Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[:-1]
+    run = levels[torch.randint(NUM_STEPS, (num,), generator=generator)]
+    spread = 1 - (1 - 0.5 * levels.min()) * torch.rand(num, generator=generator)
+    return torch.where(torch.rand(num, generator=generator) < 0.75, run, spread)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -117,49 +144,87 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (DECAY_PART * steps)))
 
 
+@torch.no_grad()
+def validate(model: Model, batches: dict[str, list[dict[str, Any]]], cost: Tensor) -> dict[str, float]:
+    """PSNR in dB of 4-step results by task, from token errors at their price in pixels."""
+    found = {}
+    for task, some in batches.items():
+        errors = []
+        for i, batch in enumerate(some):
+            noise = torch.randn(batch["result"].shape, generator=torch.Generator().manual_seed(i))
+            with torch.autocast("cpu", torch.bfloat16):
+                result = model.sample(batch, noise)
+            errors.append(((result - batch["result"]).square() * cost).sum(-1).mean().item())
+        found[task] = -10 * math.log10(sum(errors) / len(errors))
+    return found
+
+
+def compile_blocks(transformer: Transformer) -> None:
+    """Fuses what lies between the matrix products; one compilation for all lengths."""
+    torch.fx.experimental._config.use_duck_shape = False
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for name in ("forward", "prefill"):
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
+
+
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=1150, batch=32, lr=2e-3)
+    parser = arguments(__doc__ or "", steps=4000, batch=64, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
+    parser.add_argument("--validate-every", type=int, default=400, help="steps between validations")
+    parser.add_argument("--stop-after", type=int, help="checkpoint and stop after this step, of the same schedule")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     log = Log(args.out)
     data = torch.load(args.data, weights_only=True)
+    cost = data["pixel_cost"]
+    weights = cost**0.75 / (cost**0.75).mean()  # between the price in pixels and equal care for small detail
     batches = Batches(data)
+    watched = batches.validation()
     torch.manual_seed(args.seed)
-    model = Model(data["vocabulary"], pad=0)
+    model, judged = (Model(data["vocabulary"], pad=0) for _ in range(2))
     optimizer = Optimizer(model, lr=args.lr, matrices=lambda name, p: "blocks." in name or ".layers." in name)
-    average = Average(model, 0.998)
-    first = 0
+    average = Average(model, 0.997)
+    first, best = 0, -math.inf
     if args.resume:
         state = torch.load(args.out / "checkpoint.pt", weights_only=True)
         model.load_state_dict(state["model"])
         average.values = state["average"]
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    log.write(parameters=sum(p.numel() for p in model.parameters()), examples=len(data["examples"]), first=first)
+        first, best = state["step"], state["best"]
+    log.write(parameters=sum(p.numel() for p in model.parameters()), sittings=len(data["sittings"]), first=first)
+    if args.compile:
+        compile_blocks(model.transformer)
     losses: dict[int, list[float]] = defaultdict(list)
     for step in range(first, args.steps):
         rng, generator = step_rng(args.seed, step)
         batch = batches.draw(rng, args.batch)
         noise = torch.randn(batch["result"].shape, generator=generator)
-        sigma = draw_sigma(generator, args.batch, noise.shape[1])
+        sigma = draw_sigma(generator, len(noise), noise.shape[1])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(batch, noise, sigma).mean()
+            loss = (model(batch, noise, sigma) * weights).mean()
         optimizer.step(loss, rate=learning_rate(step, args.steps))
         average.update(model, step)
         losses[len(batch["references"])].append(loss.item())
-        if (step + 1) % 50 == 0:
-            log.write(step=step + 1, **{f"loss_{n}_references": sum(v) / len(v) for n, v in sorted(losses.items())})
+        if (step + 1) % min(50, args.steps // 6 or 1) == 0:
+            by_count = {f"loss_{n}_references": sum(v) / len(v) for n, v in sorted(losses.items())}
+            log.write(step=step + 1, loss=sum(by_count.values()) / len(by_count), **by_count)
             losses.clear()
-        stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
+        stop = log.seconds > args.minutes * 60 or step + 1 in (args.steps, args.stop_after)
+        if stop or (step + 1) % args.validate_every == 0:
+            average.copy_to(judged)
+            scores = validate(judged, watched, cost)
+            score = sum(scores.values()) / len(scores)
+            log.write(step=step + 1, score=score, **{f"psnr_{task}": value for task, value in scores.items()})
+            if score > best:
+                best = score
+                save_checkpoint(args.out / "best.pt", {"model": judged.state_dict(), "step": step + 1, "score": score})
         if stop or (step + 1) % 200 == 0:
             state = {
                 "model": model.state_dict(),
                 "average": average.values,
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
+                "best": best,
             }
             save_checkpoint(args.out / "checkpoint.pt", state)
         if stop:

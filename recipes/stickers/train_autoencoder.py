@@ -63,7 +63,9 @@ def evaluate(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", steps=3800, batch=8, lr=3e-3).parse_args()
+    parser = arguments(__doc__ or "", steps=3800, batch=8, lr=3e-3)
+    parser.add_argument("--statistics", type=int, default=768, help="pictures that the BatchNorm statistics come from")
+    args = parser.parse_args()
     log = Log(args.out)
     renderer = Renderer(find_font(args.font))
     glyphs = [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
@@ -100,7 +102,7 @@ def main() -> None:
         )
         optimizer.step(loss, rate=rate)
         average.update(vae, step)
-        if step % 50 == 0:
+        if step % min(50, args.steps // 6) == 0:
             log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
         stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
         if stop or (step + 1) % 500 == 0:
@@ -116,17 +118,17 @@ def main() -> None:
 
     average.copy_to(vae)
     vae.eval()
-    fit_batch_norm(vae, renderer, glyphs, args.seed)
+    fit_batch_norm(vae, renderer, glyphs, num=args.statistics, seed=args.seed)
     log.write(psnr=evaluate(vae, truth))
     vae.save_pretrained(args.out / "vae")
 
 
 @torch.no_grad()
-def fit_batch_norm(vae: AutoencoderKLFlux2, renderer: Renderer, glyphs: list[int], seed: int) -> None:
+def fit_batch_norm(vae: AutoencoderKLFlux2, renderer: Renderer, glyphs: list[int], *, num: int, seed: int) -> None:
     """Sets the running statistics of the patchified latents, so that each of the channels has mean 0 and variance 1."""
     rng = random.Random(f"{seed}/statistics")
     latents = []
-    for _ in range(768):
+    for _ in range(num):
         picture = random_picture(rng, glyphs)
         latent = vae.encode(pixels(renderer.render(picture))[None]).latent_dist.mode()
         _, c, h, w = latent.shape

@@ -113,6 +113,7 @@ class Renderer:
         self._font = ImageFont.truetype(str(font), 109)
         self._glyph = functools.cache(self._draw_glyph)
         self._scene = functools.cache(draw_scene)
+        self._bitmap = functools.cache(self._draw_bitmap)
 
     def render(self, picture: Picture) -> Image.Image:
         image = self._scene(picture.scene, picture.size).copy()
@@ -123,10 +124,13 @@ class Renderer:
 
     def sticker(self, sticker: Sticker) -> Image.Image:
         """The RGBA bitmap of a sticker, `scale` pixels square."""
-        glyph = self._glyph(sticker.glyph).resize((sticker.scale, sticker.scale), Image.Resampling.LANCZOS)
-        if sticker.mirrored:
+        return self._bitmap(sticker.glyph, sticker.scale, sticker.mirrored, sticker.grey)
+
+    def _draw_bitmap(self, codepoint: int, scale: int, mirrored: bool, grey: bool) -> Image.Image:
+        glyph = self._glyph(codepoint).resize((scale, scale), Image.Resampling.LANCZOS)
+        if mirrored:
             glyph = ImageOps.mirror(glyph)
-        if sticker.grey:
+        if grey:
             glyph = Image.merge("RGBA", (*[ImageOps.grayscale(glyph.convert("RGB"))] * 3, glyph.getchannel("A")))
         return glyph
 

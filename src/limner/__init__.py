@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from limner.images import ReferenceReport
     from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings
     from limner.pipeline import Pipeline as Flux2KleinKVPipeline
-    from limner.references import References, ReferenceStore
+    from limner.references import References
+    from limner.store import ReferenceStore, StoreStats
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "ReferenceReport",
     "ReferenceStore",
     "References",
+    "StoreStats",
     "Timings",
     "TransformerConfig",
     "__version__",
@@ -60,7 +62,8 @@ _HOMES = {
     ),
     "images": ("ReferenceReport",),
     "pipeline": ("Pipeline", "PipelineOutput", "PromptReport", "Timings"),
-    "references": ("ReferenceStore", "References"),
+    "references": ("References",),
+    "store": ("ReferenceStore", "StoreStats"),
 }
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +23,13 @@ from limner.errors import InvalidRequest, LimnerError
 if TYPE_CHECKING:
     from limner.images import PreparedReference
     from limner.pipeline import Pipeline, PipelineOutput
+    from limner.references import References
+    from limner.store import ReferenceStore
 
 __all__ = ["build_parser", "main"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm", "warm_int8_kv")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,29 +49,115 @@ def build_parser() -> argparse.ArgumentParser:
         "edit", help="edit with one or many reference pictures", description="Edit with references."
     )
     _drawing_arguments(edit)
-    edit.add_argument(
-        "-i", "--image", action="append", required=True, metavar="FILE", help="a reference; again for image 2, 3, ..."
-    )
+    edit.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
+    edit.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
+    _store_argument(edit, help="folder in which K/V of references are kept for later runs")
+    _kv_argument(edit)
     _reference_arguments(edit)
     edit.set_defaults(run=_draw)
 
     generate = commands.add_parser("generate", help="draw from text alone", description="Draw from text alone.")
     _drawing_arguments(generate)
-    generate.set_defaults(run=_draw, image=[], background=None, max_pixels=None)
-
-    refs = commands.add_parser("refs", help="look at references", description="Look at references.")
-    refs_commands = refs.add_subparsers(dest="refs_command", metavar="COMMAND", required=True, parser_class=_Parser)
-    inspect = refs_commands.add_parser(
-        "inspect",
-        help="what becomes of pictures as references, or what a pack holds",
-        description="Say what becomes of pictures as references (in this order), or what a reference pack holds.",
+    generate.set_defaults(
+        run=_draw, image=None, references=None, store=None, kv_cache_dtype=None, background=None, max_pixels=None
     )
+
+    quantize = commands.add_parser(
+        "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
+    )
+    quantize.add_argument("model", metavar="MODEL", help="folder or hub id")
+    quantize.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
+    quantize.add_argument("--dtype", choices=DTYPES, help="of what is not int8; default: that of the files")
+    quantize.add_argument("--json", action="store_true", help="print one JSON object")
+    quantize.set_defaults(run=_quantize)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure a 4-step edit beside diffusers",
+        description="Measure a 4-step edit beside diffusers: the same random weights, one run, medians.",
+    )
+    _bench_arguments(bench)
+
+    refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
+    _refs_parser(refs)
+    return parser
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--references", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of references"
+    )
+    parser.add_argument("--side", type=int, default=512, metavar="PX", help="side of the output (default: 512)")
+    parser.add_argument("--reference-side", type=int, default=512, metavar="PX", help="side of a reference (512)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once")
+    parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: 512)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds; medians are taken (default: 3)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES[:-1]), help="what to measure")
+    parser.add_argument(
+        "--geometry",
+        nargs=3,
+        type=int,
+        default=[8, 2, 6],
+        metavar=("HEADS", "DOUBLE", "SINGLE"),
+        help="heads of 128, double- and single-stream blocks (default: 8 2 6)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--kernel", help="attention kernel of Limner; default: the device's")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here, and the table beside it as .md")
+    parser.set_defaults(run=_bench)
+
+
+def _refs_parser(refs: argparse.ArgumentParser) -> None:
+    commands = refs.add_subparsers(dest="refs_command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, summary: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        parser.set_defaults(run=run)
+        return parser
+
+    inspect = add("inspect", "what becomes of pictures as references (in this order), or what a pack holds", _inspect)
     inspect.add_argument("file", nargs="+", metavar="FILE", help="pictures, or one pack (.safetensors)")
     inspect.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     _reference_arguments(inspect)
-    inspect.set_defaults(run=_inspect)
-    return parser
+
+    pack = add("pack", "compute the K/V of pictures (in this order) and write them to a pack", _pack)
+    pack.add_argument("file", nargs="+", metavar="FILE", help="pictures: image 1, 2, ...")
+    pack.add_argument("-o", "--output", required=True, metavar="PACK", help="file to write, .safetensors")
+    warm = add("warm", "compute the K/V of pictures (in this order) and keep them in a store", _warm)
+    warm.add_argument("file", nargs="+", metavar="FILE", help="pictures: image 1, 2, ...")
+    _store_argument(warm)
+    warm.add_argument("--pin", action="store_true", help="keep them from eviction")
+    for parser in (pack, warm):
+        parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+        parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+        parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+        parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+        _kv_argument(parser)
+        _reference_arguments(parser)
+
+    ls = add("ls", "list what a store holds, the least recently used first", _ls)
+    _store_argument(ls)
+    rm = add("rm", "remove entries of a store", _rm)
+    rm.add_argument("key", nargs="+", metavar="KEY", help="content keys, or their first 8 or more digits")
+    _store_argument(rm)
+    verify = add("verify", "read packs, or every entry of a store; exit code 1 if one is damaged", _verify)
+    verify.add_argument("file", nargs="*", metavar="PACK", help="packs; default: those of the store")
+    _store_argument(verify)
+    for parser in (inspect, pack, warm, ls, rm, verify):
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _store_argument(parser: argparse.ArgumentParser, help: str = "folder of the store") -> None:  # noqa: A002
+    parser.add_argument(
+        "--store", metavar="DIR", default=os.environ.get("LIMNER_STORE"), help=f"{help} (default: $LIMNER_STORE)"
+    )
+
+
+def _kv_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("int8", "fp8"), help="keep K/V of references in half the bytes of bfloat16"
+    )
 
 
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +175,7 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
 
@@ -113,16 +205,16 @@ def _seed(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code."""
     args = build_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = args.run
+    run: Callable[[argparse.Namespace], int | None] = args.run
     try:
-        run(args)
+        code = run(args)
     except LimnerError as error:
         print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("limner: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _output_files(output: str, num_images: int) -> list[Path]:
@@ -179,19 +271,29 @@ def _draw(args: argparse.Namespace) -> None:
 
     if not args.prompt.strip():
         raise InvalidRequest("prompt", f"{args.prompt!r} is empty; say what to draw or to change")
-    references = _prepare(args, args.image)  # bad ones are refused before a model is loaded
+    if args.command == "edit" and bool(args.image) == bool(args.references):
+        raise InvalidRequest(
+            "--image", "give either pictures (-i FILE, again for more) or one pack (--references PACK)"
+        )
+    prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
 
     import torch
 
     from limner.images import save
     from limner.pipeline import Pipeline
+    from limner.references import References
 
-    progress = _Progress(num_steps=args.steps, references=bool(args.image))
+    pack = References.load(args.references) if args.references else None
+    store = _store(args) if args.store else None
+    progress = _Progress(num_steps=args.steps, references=bool(prepared))
     try:
         pipe = Pipeline.from_pretrained(
             args.model,
             torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
+            store=store,
+            quantize=args.quantize,
+            kv_cache_dtype=args.kv_cache_dtype,
             progress=progress,
         )
         generators = None
@@ -200,7 +302,8 @@ def _draw(args: argparse.Namespace) -> None:
         width, height = args.size or (None, None)
         out = pipe(
             args.prompt,
-            image=references or None,
+            image=prepared or None,
+            references=pack,
             width=width,
             height=height,
             num_inference_steps=args.steps,
@@ -224,18 +327,21 @@ def _draw(args: argparse.Namespace) -> None:
                 **out.metadata,
             },
         )
+    if store is not None:
+        store.flush()
     _print_result(args, pipe, out, files)
 
 
 def _print_result(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
     from limner.images import printable
 
+    names = args.image or [args.references] * len(out.references)
     if args.json:
         result = {
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
             "references": [
-                {"file": file, **asdict(report)} for file, report in zip(args.image, out.references, strict=True)
+                {"file": file, **asdict(report)} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
             "timings": {**asdict(out.timings), "total": out.timings.total},
@@ -245,7 +351,7 @@ def _print_result(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput,
         }
         print(json.dumps(result))
         return
-    for number, (file, report) in enumerate(zip(args.image, out.references, strict=True), start=1):
+    for number, (file, report) in enumerate(zip(names, out.references, strict=True), start=1):
         print(f"image {number}: {printable(file)}: {report.describe()}")
     if out.prompts[0].cut:
         cut = out.prompts[0]
@@ -270,6 +376,8 @@ def _inspect(args: argparse.Namespace) -> None:
             "weights": refs.weights,
             "dtype": str(refs.dtype).removeprefix("torch."),
             "kernel": refs.kernel,
+            "quantization": refs.quantization,
+            "prefill_seconds": refs.prefill_seconds,
         }
         found |= {"num_tokens": refs.num_tokens, "nbytes": refs.nbytes}
         names, reports = [f"image {i}" for i in range(1, len(refs.reports) + 1)], refs.reports
@@ -291,3 +399,176 @@ def _inspect(args: argparse.Namespace) -> None:
     for name, value in found.items():
         if name != "references":
             print(f"{name}: {value}")
+
+
+def _store(args: argparse.Namespace) -> ReferenceStore:
+    """The store of a command: its folder, and no limit that would remove what other commands kept."""
+    from limner.store import ReferenceStore
+
+    if not args.store:
+        raise InvalidRequest("--store", "no folder is given; use --store DIR or set LIMNER_STORE")
+    return ReferenceStore(disk_path=args.store)
+
+
+def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
+    prepared = _prepare(args, args.file)
+
+    import torch
+
+    from limner.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
+        device=args.device,
+        store=store,
+        quantize=args.quantize,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    return pipe.prefill(prepared)
+
+
+def _describe(refs: References) -> dict[str, Any]:
+    return {
+        "key": refs.key,
+        "num_references": len(refs.reports),
+        "num_tokens": refs.num_tokens,
+        "nbytes": refs.nbytes,
+        "prefill_seconds": round(refs.prefill_seconds, 4),
+    }
+
+
+def _print(args: argparse.Namespace, found: dict[str, Any], line: str) -> None:
+    print(json.dumps(found) if args.json else line)
+
+
+def _pack(args: argparse.Namespace) -> None:
+    path = Path(args.output)
+    if path.suffix != ".safetensors":
+        raise InvalidRequest("--output", f"{path.name} does not end in .safetensors; name the pack so")
+    if not path.parent.is_dir():
+        raise InvalidRequest("--output", f"{path.parent} is not a folder; make it first")
+    refs = _prefill(args)
+    refs.save(path)
+    found = {"file": str(path), **_describe(refs)}
+    _print(args, found, f"{path}: {len(refs.reports)} references, {refs.num_tokens} tokens, {refs.nbytes} bytes")
+
+
+def _warm(args: argparse.Namespace) -> None:
+    store = _store(args)
+    refs = _prefill(args, store)
+    store.put(refs)
+    store.flush()
+    if store.stats().failed_writes:
+        raise InvalidRequest("--store", f"{args.store} could not be written; free some space or give another folder")
+    if args.pin:
+        store.pin(refs.key)
+    _print(args, _describe(refs), f"{refs.key}: {len(refs.reports)} references, {refs.num_tokens} tokens")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import shlex
+
+    import torch
+
+    from limner.bench import Bench, BenchCase, as_markdown, machine
+    from limner.config import TransformerConfig
+
+    heads, double, single = args.geometry
+    for name in ("references", "side", "reference_side", "batch", "text", "rounds", "geometry"):
+        values = getattr(args, name)
+        low = 0 if name == "references" else 1
+        if any(value < low for value in (values if isinstance(values, list) else [values])):
+            raise InvalidRequest(f"--{name.replace('_', '-')}", f"{values} has to be {low} or more")
+    for name in ("side", "reference_side"):
+        if getattr(args, name) % 16:
+            raise InvalidRequest(f"--{name.replace('_', '-')}", f"{getattr(args, name)} is not a multiple of 16")
+    config = TransformerConfig(
+        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
+    )
+    bench = Bench(config, dtype=getattr(torch, args.dtype), device=args.device)
+    bench.ours.kernel = args.kernel
+    cases = [
+        BenchCase(
+            num_references=number, side=args.side, reference_side=args.reference_side, batch=args.batch,
+            num_text=args.text,
+        )
+        for number in args.references
+    ]  # fmt: skip
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report: dict[str, Any] = {"benchmark": "edit", **machine(bench.device)}
+    report |= {"dtype": args.dtype, "geometry": {"hidden": config.width, "double": double, "single": single}}
+    report["command"] = shlex.join(["limner", *sys.argv[1:]])
+    report["cases"] = [bench.run(case, rounds=args.rounds, engines=args.engines, progress=progress) for case in cases]
+    report["arithmetic"] = bench.ours.arithmetic
+    if args.output:
+        path = Path(args.output)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text(as_markdown(report) + "\n")
+    print(as_markdown(report))
+    print(json.dumps(report))
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    import torch
+
+    from limner.weights.folder import load_transformer, resolve_model, save_quantized
+
+    source, target = resolve_model(args.model), Path(args.output)
+    if target.exists():
+        raise InvalidRequest("--output", f"{target} is there already; give a new folder")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    transformer = load_transformer(source / "transformer", dtype=dtype, device=torch.device("cpu"), quantize="int8")
+    save_quantized(transformer, source, target)
+    file = target / "transformer" / "diffusion_pytorch_model.safetensors"
+    _print(args, {"folder": str(target), "nbytes": file.stat().st_size}, f"{target}: {file.stat().st_size} bytes")
+
+
+def _ls(args: argparse.Namespace) -> None:
+    entries = [entry for entry in _store(args).entries() if entry.tier == "disk"]
+    if args.json:
+        print(json.dumps({"entries": [asdict(entry) for entry in entries]}))
+        return
+    for entry in entries:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        print(
+            f"{entry.key}  {entry.num_references} references  {entry.num_tokens} tokens  {entry.nbytes} bytes  used {when}"
+            + ("  pinned" if entry.pinned else "")
+        )
+
+
+def _rm(args: argparse.Namespace) -> None:
+    store = _store(args)
+    keys = [entry.key for entry in store.entries() if entry.tier == "disk"]
+    chosen = []
+    for prefix in args.key:
+        found = [key for key in keys if key.startswith(prefix)] if len(prefix) >= 8 else []
+        if len(found) != 1:
+            raise InvalidRequest(
+                "KEY", f"{prefix!r} is the start of {len(found)} keys in {args.store}; give 8 digits or more of one"
+            )
+        chosen += found
+    for key in chosen:
+        store.remove(key)
+    _print(args, {"removed": chosen}, "\n".join(f"removed {key}" for key in chosen))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from limner.references import References
+
+    found: dict[str, str | None] = {}
+    if args.file:
+        for file in args.file:
+            try:
+                References.load(file)
+                found[file] = None
+            except InvalidRequest as error:
+                found[file] = str(error)
+    else:
+        found = _store(args).verify()
+    lines = [f"{name}: {'whole' if problem is None else problem}" for name, problem in found.items()]
+    _print(args, {"files": found}, "\n".join(lines) or "nothing to verify")
+    return int(any(found.values()))

@@ -14,7 +14,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ __all__ = [
     "to_pil",
     "to_pixels",
     "write_beside",
+    "written_beside",
 ]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -260,22 +261,30 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 def write_beside(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: beside it first, then renamed. Raises `OutputError`."""
-    beside = path.with_name(f".limner-{secrets.token_hex(8)}")
+    """Writes a file whole or not at all. Raises `OutputError`."""
+    with written_beside(path) as beside, beside.open("xb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, *, failures: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails.
+
+    Raises `OutputError` for what a writer raises as `failures`.
+    """
+    beside = path.with_name(f".limner-{os.getpid()}-{secrets.token_hex(8)}")
     try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
+        if not isinstance(error, failures):
             raise
-        raise OutputError(
-            f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
-        ) from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise OutputError(f"output: {path} cannot be written ({reason}); nothing was left there") from error
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:

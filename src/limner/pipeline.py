@@ -29,10 +29,13 @@ from limner.config import ReferencePolicy
 from limner.errors import CapacityError, CheckpointError, InvalidRequest, NumericalError
 from limner.images import PreparedReference, ReferenceReport, prepare_reference
 from limner.model.autoencoder import Autoencoder
+from limner.model.kv import KV_FORMATS
+from limner.model.preview import LatentPreview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.references import References, ReferenceStore, reference_key
+from limner.references import References, reference_key
 from limner.schedule import Schedule, euler_step
+from limner.store import ReferenceStore, Source
 from limner.tokens import image_ids, pack, reference_ids, text_ids, unpack
 from limner.weights.digest import WeightDigests, fingerprint
 from limner.weights.folder import (
@@ -50,6 +53,7 @@ _logger = logging.getLogger("limner")
 _GRID = 16
 _KEPT_PROMPTS = 16
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised", "preview")
 
 Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
@@ -112,7 +116,7 @@ class PipelineOutput:
     images: Any
     seeds: tuple[int | None, ...]
     timings: Timings
-    reference_cache: Literal["none", "miss", "memory", "given"]
+    reference_cache: Literal["none", "miss", "memory", "disk", "given"]
     references: tuple[ReferenceReport, ...] = ()
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +135,8 @@ class Pipeline:
         default_size: tuple[int, int] = (1024, 1024),
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
+        kv_cache_dtype: str | None = None,
+        latent_preview: LatentPreview | None = None,
     ) -> None:
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -139,6 +145,8 @@ class Pipeline:
         self.default_size = default_size
         self.store = store if store is not None else ReferenceStore()
         self.reference_policy = reference_policy or ReferencePolicy()
+        self.kv_cache_dtype = _check_kv_cache_dtype(kv_cache_dtype)
+        self.latent_preview = latent_preview
         self._digests = WeightDigests()
         self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
         self._interrupt = False  # diffusers' way to stop: a callback sets it, the remaining steps are left out
@@ -153,16 +161,24 @@ class Pipeline:
         device: torch.device | str = "cpu",
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
+        quantize: str | None = None,
+        kv_cache_dtype: str | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Pipeline:
         """Loads a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
         `torch_dtype` None keeps the dtype of the files (the bundled model: float32); `dtype` is its newer name. Weights
-        are memory-mapped and not copied, unless dtype or device ask for it. Raises `CheckpointError`.
+        are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes weights and
+        activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so). `kv_cache_dtype` is
+        the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8", half the bytes of
+        bfloat16. Raises `CheckpointError` and `InvalidRequest`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
+        _check_kv_cache_dtype(kv_cache_dtype)
+        if quantize not in (None, "int8"):
+            raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
         device = _check_device(device)
         folder = resolve_model(model)
         settings = read_settings(folder)
@@ -173,7 +189,7 @@ class Pipeline:
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
         report("load", 0, 3)
-        transformer = load_transformer(folder / "transformer", dtype=dtype, device=device)
+        transformer = load_transformer(folder / "transformer", dtype=dtype, device=device, quantize=quantize)
         report("load", 1, 3)
         autoencoder = load_autoencoder(folder / "vae", dtype=dtype, device=device)
         report("load", 2, 3)
@@ -185,7 +201,7 @@ class Pipeline:
             out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
         )
         report("load", 3, 3)
-        _check_parts(transformer, autoencoder, text_encoder, folder)
+        _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
         return cls(
             transformer=transformer,
             autoencoder=autoencoder,
@@ -194,6 +210,8 @@ class Pipeline:
             default_size=settings.default_size,
             store=store,
             reference_policy=reference_policy,
+            kv_cache_dtype=kv_cache_dtype,
+            latent_preview=settings.preview,
         )
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
@@ -250,30 +268,36 @@ class Pipeline:
             for i, picture in enumerate(pictures, start=1)
         ]
 
-    def _references(self, prepared: list[PreparedReference]) -> tuple[References, bool]:
-        """The References of prepared pictures and whether they were kept already."""
-        weights = self.reference_weights
-        key = reference_key(
-            weights=weights, dtype=self.dtype, kernel=self.kernel, digests=[p.report.digest for p in prepared]
-        )
+    def _references(self, prepared: list[PreparedReference]) -> tuple[References, Source]:
+        """The References of prepared pictures and where they came from."""
+        weights, kernel, quantization = self.reference_weights, self.kernel, self.kv_cache_dtype
+        reports = tuple(p.report for p in prepared)
 
         @torch.no_grad()
         def make() -> References:
             sizes = [p.report.processed_size for p in prepared]
             self._admit(num_ref=sum(w * h for w, h in sizes) // _GRID**2, num_own=0, batch=1)
+            start = self._now()
             latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
             kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
-            return References(
-                layers=kv.layers,
-                key=key,
+            return References.make(
+                kv,
                 weights=weights,
-                kernel=self.kernel,
-                reports=tuple(p.report for p in prepared),
+                kernel=kernel,
+                quantization=quantization,
+                reports=reports,
+                prefill_seconds=self._now() - start,
             )
 
-        references, hit = self.store.get(key, make)
-        return references.to(self.device), hit
+        key = reference_key(
+            weights=weights,
+            dtype=self.dtype,
+            kernel=kernel,
+            digests=[report.digest for report in reports],
+            quantization=quantization,
+        )
+        return self.store.get(key, make, device=self.device)
 
     def _check_given(self, references: References) -> References:
         if not isinstance(references, References):
@@ -283,7 +307,7 @@ class Pipeline:
         if references.weights != self.reference_weights:
             raise InvalidRequest(
                 "references",
-                f"they were made with weights {references.weights[:16]}, this pipeline has {self.reference_weights[:16]}; "
+                f"they were made with weights {references.weights}, this pipeline has {self.reference_weights}; "
                 "prefill the pictures with this pipeline",
             )
         if references.dtype != self.dtype:
@@ -386,9 +410,10 @@ class Pipeline:
         `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
         `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
         `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
-        (B, S_img, C), and may give back changed tensors; `Cancelled` raised in it stops the run, `pipe._interrupt = True`
-        leaves out the remaining steps. `progress(part, done, of)` hears of every part. Raises `InvalidRequest`,
-        `CapacityError` and `NumericalError`.
+        (B, S_img, C), and may give back changed latents and prompt_embeds; it may also ask for denoised, the clean tokens
+        that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
+        raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps. `progress(part, done, of)`
+        hears of every part. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         report = progress or _silent
         self._interrupt = False
@@ -400,11 +425,17 @@ class Pipeline:
         limit = min(512, self.text_encoder.max_length) if max_sequence_length is None else max_sequence_length
         _check_count("max_sequence_length", limit)
         out_layers = _check_layers(text_encoder_out_layers)
-        unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "prompt_embeds"}
+        unknown = set(callback_on_step_end_tensor_inputs) - set(_CALLBACK_TENSORS)
         if unknown:
             raise InvalidRequest(
                 "callback_on_step_end_tensor_inputs",
-                f"{sorted(unknown)} are not offered; allowed: latents, prompt_embeds",
+                f"{sorted(unknown)} are not offered; allowed: {', '.join(_CALLBACK_TENSORS)}",
+            )
+        if "preview" in callback_on_step_end_tensor_inputs and self.latent_preview is None:
+            raise InvalidRequest(
+                "callback_on_step_end_tensor_inputs",
+                "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
+                "one with limner.model.preview.LatentPreview.fit, or ask for denoised and decode it",
             )
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
@@ -437,11 +468,10 @@ class Pipeline:
         text_done = self._now()
         report("text", 1, 1)
 
-        cache: Literal["none", "miss", "memory", "given"] = "given" if given else "none"
+        cache: Literal["none", "miss", "memory", "disk", "given"] = "given" if given else "none"
         if prepared:
             report("references", 0, 1)
-            given, hit = self._references(prepared)
-            cache = "memory" if hit else "miss"
+            given, cache = self._references(prepared)
             report("references", 1, 1)
         references_done = self._now()
 
@@ -517,11 +547,17 @@ class Pipeline:
                 references=references,
                 rope=rope,
             )
-            latents = euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
+            before, latents = latents, euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
             if callback is not None:
                 offered = {"latents": latents, "prompt_embeds": prompt_embeds}
+                if {"denoised", "preview"} & set(callback_inputs):
+                    clean = euler_step(before, velocity, sigma=levels[i], next_sigma=torch.zeros_like(levels[i]))
+                    offered["denoised"] = clean
+                    if self.latent_preview is not None:
+                        offered["preview"] = self.latent_preview(unpack(clean, grid=grid))
                 changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
-                for name, old in offered.items():
+                for name in ("latents", "prompt_embeds"):
+                    old = offered[name]
                     new = changed.get(name, old)
                     if not isinstance(new, Tensor) or new.shape != old.shape:
                         raise InvalidRequest("callback_on_step_end", f"gave back {name} that are not {list(old.shape)}")
@@ -664,6 +700,12 @@ def _seed_of(generator: torch.Generator) -> int | None:
     return seed if torch.equal(fresh.get_state(), generator.get_state()) else None
 
 
+def _check_kv_cache_dtype(kind: str | None) -> str | None:
+    if kind is not None and kind not in KV_FORMATS:
+        raise InvalidRequest("kv_cache_dtype", f"{kind!r} is not one of None, {', '.join(map(repr, KV_FORMATS))}")
+    return kind
+
+
 def _check_count(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidRequest(name, f"{value!r} is not a whole number of at least 1")
@@ -701,13 +743,23 @@ def _check_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _check_parts(transformer: Transformer, autoencoder: Autoencoder, text_encoder: TextEncoder, folder: Path) -> None:
+def _check_parts(
+    transformer: Transformer,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder,
+    preview: LatentPreview | None,
+    folder: Path,
+) -> None:
     """Parts of different models do not fit together; say so before the first run."""
     config = transformer.config
     if autoencoder.channels != config.in_channels:
         raise CheckpointError(
             f"{folder}: the autoencoder has {autoencoder.channels} token channels, the transformer {config.in_channels}; "
             "they are of different models"
+        )
+    if preview is not None and preview.channels != config.in_channels:
+        raise CheckpointError(
+            f"{folder}: latent_preview in limner.json reads {preview.channels} channels, latents have {config.in_channels}"
         )
     if autoencoder.factor != _GRID:
         raise CheckpointError(f"{folder}: a token stands for {autoencoder.factor} pixels a side; allowed: {_GRID}")

@@ -1,8 +1,10 @@
-"""Reference K/V as values with an identity, and the store that keeps them.
+"""Reference K/V as values with an identity, and the pack file that takes them elsewhere.
 
-Owns the content key, the pack file and the memory budget. K/V of references depend on weights, on the ordered list of
-processed reference pixels and on the arithmetic; the key covers these and nothing else. Knows nothing of prompts,
-pipelines or requests.
+Owns the content key and the file format. K/V of references depend on weights, on the ordered list of processed reference
+pixels and on the arithmetic; the key covers these and nothing else. Knows nothing of prompts, pipelines or stores.
+
+A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of the
+layers, and in its header the identity and a SHA-256 of each tensor. Loading checks all of it.
 """
 
 from __future__ import annotations
@@ -11,45 +13,106 @@ import dataclasses
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
+from safetensors.torch import save_file
+from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.images import ReferenceReport, write_beside
-from limner.model.layers import LayerKV
-from limner.model.transformer import ReferenceKV
+from limner.images import ReferenceReport, written_beside
+from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
-__all__ = ["ReferenceStore", "References", "reference_key"]
+__all__ = ["PackIdentity", "References", "read_identity", "reference_key"]
 
-_FORMAT = 1
+_FORMAT = 2
+_HEADER = "limner.references"
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-def reference_key(*, weights: str, dtype: torch.dtype, kernel: str, digests: Sequence[str]) -> str:
-    """The content key: SHA-256 in hex of weights, arithmetic and the ordered digests of processed references."""
-    parts = {"format": _FORMAT, "weights": weights, "dtype": str(dtype), "kernel": kernel, "references": list(digests)}
+def reference_key(
+    *, weights: str, dtype: torch.dtype, kernel: str, digests: Sequence[str], quantization: str | None = None
+) -> str:
+    """The content key: SHA-256 in hex of weights, arithmetic, format and the ordered digests of processed references."""
+    parts = {
+        "format": _FORMAT,
+        "weights": weights,
+        "dtype": str(dtype),
+        "kernel": kernel,
+        "quantization": quantization,
+        "references": list(digests),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackIdentity:
+    """What the header of a pack says, without its tensors."""
+
+    key: str
+    weights: str
+    kernel: str
+    dtype: torch.dtype
+    quantization: str | None
+    num_layers: int
+    reports: tuple[ReferenceReport, ...]
+    digests: dict[str, str]
+    prefill_seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(width * height for width, height in (r.processed_size for r in self.reports)) // 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References(ReferenceKV):
     """The K/V of an ordered list of references, with their identity. Never changed after it was made.
 
-    `key` is the content key; `weights` the digest of transformer and autoencoder that made it; `reports` say for each
-    reference what was done to it.
+    `key` is the content key; `weights` the digest of transformer and autoencoder that made it; `dtype` that of the
+    arithmetic; `quantization` None, "int8" or "fp8"; `reports` say for each reference what was done to it;
+    `prefill_seconds` is what making it took.
     """
 
     key: str
     weights: str
     kernel: str
+    dtype: torch.dtype
+    quantization: str | None = None
     reports: tuple[ReferenceReport, ...]
+    prefill_seconds: float = 0.0
+
+    @classmethod
+    def make(
+        cls,
+        kv: ReferenceKV,
+        *,
+        weights: str,
+        kernel: str,
+        quantization: str | None,
+        reports: tuple[ReferenceReport, ...],
+        prefill_seconds: float = 0.0,
+    ) -> References:
+        """What a prefill gave, in the format in which it is kept, under its key."""
+        dtype = kv.layers[0].k.dtype
+        layers = kv.layers
+        if quantization is not None:
+            layers = tuple(quantize_layer(layer, quantization) for layer in kv.layers if isinstance(layer, LayerKV))
+        digests = [report.digest for report in reports]
+        return cls(
+            layers=layers,
+            key=reference_key(weights=weights, dtype=dtype, kernel=kernel, digests=digests, quantization=quantization),
+            weights=weights,
+            kernel=kernel,
+            dtype=dtype,
+            quantization=quantization,
+            reports=reports,
+            prefill_seconds=prefill_seconds,
+        )
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -61,41 +124,69 @@ class References(ReferenceKV):
         device = torch.device(device)
         if device == self.device:
             return self
-        return dataclasses.replace(self, layers=tuple(LayerKV(k.to(device), v.to(device)) for k, v in self.layers))
+        return dataclasses.replace(self, layers=tuple(layer.to(device) for layer in self.layers))
+
+    def pin_memory(self) -> References:
+        """The same values in page-locked host memory, from which a CUDA device copies without waiting."""
+        layers = tuple(type(layer)(*(x.pin_memory() for x in layer)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a pack: safetensors, with the identity in its header. Raises `OutputError`."""
-        tensors = {}
-        for i, layer in enumerate(self.layers):
-            tensors[f"{i}.k"], tensors[f"{i}.v"] = (x.detach().cpu().contiguous() for x in layer)
+        """Writes a pack. Raises `OutputError`."""
+        tensors = {
+            f"{i}.{name}": x.detach().cpu().contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, x in layer._asdict().items()
+        }
+        with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
+            digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
         identity = {
             "format": _FORMAT,
             "key": self.key,
             "weights": self.weights,
             "kernel": self.kernel,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.quantization,
             "num_layers": len(self.layers),
             "reports": [dataclasses.asdict(report) for report in self.reports],
+            "digests": digests,
+            "prefill_seconds": self.prefill_seconds,
         }
-        write_beside(Path(path), serialize(tensors, metadata={"limner.references": json.dumps(identity)}))
+        with written_beside(Path(path), failures=(OSError, SafetensorError)) as beside:
+            save_file(tensors, beside, metadata={_HEADER: json.dumps(identity)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> References:
-        """Reads a pack; a pipeline refuses it if its weights are others. Raises `InvalidRequest`."""
+        """Reads a pack and checks every byte; a pipeline refuses it if its weights are others.
+
+        Raises `InvalidRequest`.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 identity = _identity(file.metadata(), where=path)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file a second time
             raise InvalidRequest("references", f"{path} cannot be read ({error}); make the pack again") from error
         try:
+            kind = LayerKV if identity.quantization is None else QuantizedLayerKV
             references = cls(
-                layers=tuple(LayerKV(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(identity["num_layers"])),
-                key=identity["key"],
-                weights=identity["weights"],
-                kernel=identity["kernel"],
-                reports=tuple(_report(values) for values in identity["reports"]),
+                layers=tuple(
+                    kind(**{name: tensors[f"{i}.{name}"] for name in kind._fields}) for i in range(identity.num_layers)
+                ),
+                key=identity.key,
+                weights=identity.weights,
+                kernel=identity.kernel,
+                dtype=identity.dtype,
+                quantization=identity.quantization,
+                reports=identity.reports,
+                prefill_seconds=identity.prefill_seconds,
             )
             references.check()
+            with ThreadPoolExecutor() as pool:
+                found = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+            wrong = sorted(name for name in found | identity.digests if found.get(name) != identity.digests.get(name))
+            if wrong:
+                raise ValueError(f"the bytes of {', '.join(wrong[:3])} are not those that were written")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InvalidRequest("references", f"{path} is damaged or edited ({error}); make the pack again") from error
         return references
@@ -105,32 +196,70 @@ class References(ReferenceKV):
         num_tokens = sum(width * height for width, height in self.sizes) // 256
         if not self.layers or not num_tokens:
             raise ValueError("it holds no references")
-        shape = (1, num_tokens, *self.layers[0].k.shape[2:])
-        for x in (x for layer in self.layers for x in layer):
-            if x.dim() != 4 or tuple(x.shape) != shape or x.dtype != self.dtype:
-                raise ValueError(
-                    f"keys or values of shape {list(x.shape)} in {x.dtype}, not {list(shape)} in {self.dtype}"
-                )
+        kept = self.dtype if self.quantization is None else KV_FORMATS[self.quantization][0]
+        heads, head_dim = self.layers[0].k.shape[2:]
+        for layer in self.layers:
+            for name, x in layer._asdict().items():
+                scale = name.endswith("_scale")
+                shape = (1, num_tokens, heads, 1 if scale else head_dim)
+                dtype = torch.float32 if scale else kept
+                if tuple(x.shape) != shape or x.dtype != dtype:
+                    raise ValueError(
+                        f"keys or values of shape {list(x.shape)} in {x.dtype}, not {list(shape)} in {dtype}"
+                    )
         digests = [report.digest for report in self.reports]
-        if self.key != reference_key(weights=self.weights, dtype=self.dtype, kernel=self.kernel, digests=digests):
+        expected = reference_key(
+            weights=self.weights,
+            dtype=self.dtype,
+            kernel=self.kernel,
+            digests=digests,
+            quantization=self.quantization,
+        )
+        if self.key != expected:
             raise ValueError("its key is not that of its contents")
 
 
-def _identity(metadata: dict[str, str] | None, *, where: object) -> dict[str, Any]:
-    """What a pack's header says of it. Raises `InvalidRequest` for other safetensors files and other formats."""
-    text = (metadata or {}).get("limner.references")
-    if text is None:
-        raise InvalidRequest("references", f"{where} is not a reference pack; make one with References.save")
+def read_identity(path: str | os.PathLike[str]) -> PackIdentity:
+    """The header of a pack; its tensors are not read. Raises `InvalidRequest`."""
     try:
-        identity = json.loads(text)
+        with safe_open(path, framework="pt") as file:
+            return _identity(file.metadata(), where=path)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InvalidRequest("references", f"{path} cannot be read ({error}); make the pack again") from error
+
+
+def _identity(metadata: dict[str, str] | None, *, where: object) -> PackIdentity:
+    """What a pack's header says of it. Raises `InvalidRequest` for other safetensors files and other formats."""
+    text = (metadata or {}).get(_HEADER)
+    if text is None:
+        raise InvalidRequest("references", f"{where} is not a reference pack; make one with limner refs pack")
+    try:
+        values = json.loads(text)
     except ValueError as error:
         raise InvalidRequest("references", f"{where} has a damaged header ({error}); make the pack again") from error
-    if not isinstance(identity, dict) or identity.get("format") != _FORMAT:
-        found = identity.get("format") if isinstance(identity, dict) else None
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
         raise InvalidRequest(
             "references", f"{where} has pack format {found}, this version reads {_FORMAT}; make the pack again"
         )
-    return identity
+    try:
+        if values["quantization"] not in (None, *KV_FORMATS):
+            raise ValueError(f"quantization={values['quantization']!r}")
+        return PackIdentity(
+            key=str(values["key"]),
+            weights=str(values["weights"]),
+            kernel=str(values["kernel"]),
+            dtype=_DTYPES[values["dtype"]],
+            quantization=values["quantization"],
+            num_layers=int(values["num_layers"]),
+            reports=tuple(_report(report) for report in values["reports"]),
+            digests=dict(values["digests"]),
+            prefill_seconds=float(values["prefill_seconds"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidRequest(
+            "references", f"{where} is damaged or edited (header: {error}); make the pack again"
+        ) from error
 
 
 def _report(values: dict[str, Any]) -> ReferenceReport:
@@ -138,42 +267,7 @@ def _report(values: dict[str, Any]) -> ReferenceReport:
     return ReferenceReport(**values)
 
 
-class ReferenceStore:
-    """Keeps References by key, up to `memory_bytes`; the least recently used goes first. Safe to share by threads.
-
-    They stay on the device that made them.
-    """
-
-    def __init__(self, *, memory_bytes: int = 2 << 30) -> None:
-        if memory_bytes < 0:
-            raise InvalidRequest("memory_bytes", f"{memory_bytes} is not a budget; use 0 (keep nothing) or more")
-        self._budget = memory_bytes
-        self._entries: OrderedDict[str, References] = OrderedDict()
-        self._nbytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: str, make: Callable[[], References]) -> tuple[References, bool]:
-        """The References of a key, made if they are not here, and whether they were."""
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key], True
-        made = make()
-        with self._lock:
-            if key not in self._entries:
-                self._entries[key] = made
-                self._nbytes += made.nbytes
-            while self._nbytes > self._budget:
-                self._nbytes -= self._entries.popitem(last=False)[1].nbytes
-        return made, False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is kept."""
-        return self._nbytes
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 in hex of a contiguous CPU tensor's bytes."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data if flat.numel() else b"").hexdigest()

@@ -52,6 +52,11 @@ class TokenLayout:
         """(B, S_txt, ...) and (B, S_img, ...) to the sequence (B, S_txt + S_img, ...)."""
         return torch.cat([txt, img], dim=1)
 
+    def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence (B, S_txt + S_img, ...) to (B, S_txt, ...) and (B, S_img, ...)."""
+        txt, img = torch.split(sequence, [self.num_txt, self.num_img], dim=1)
+        return txt, img
+
 
 def patchify(latents: Tensor) -> Tensor:
     """(B, C, h, w) to (B, 4 C, h/2, w/2): channel c, row r and column s of a patch become channel 4 c + 2 r + s."""

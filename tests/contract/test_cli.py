@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_refs_inspect(files: Path, tiny_folder: Path) -> None:
 
 BAD = {
     "no prompt": (["edit", "", "-i", "a.png", "-o", "out.png"], "prompt: '' is empty; say what to draw"),
-    "no image": (["edit", "x", "-o", "out.png"], "the following arguments are required: -i/--image"),
+    "no image": (["edit", "x", "-o", "out.png"], "--image: give either pictures (-i FILE, again for more) or one pack"),
     "no output": (["generate", "x"], "the following arguments are required: -o/--output"),
     "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),
     "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
@@ -182,7 +183,7 @@ def test_help_imports_nothing_heavy() -> None:
     ).stderr
     for heavy in ("torch", "numpy", "PIL", "diffusers", "transformers"):
         assert f"| {heavy}\n" not in listed.replace("|   ", "| ").replace("  ", "")
-    for command in (["edit"], ["generate"], ["refs"], ["refs", "inspect"]):
+    for command in (["edit"], ["generate"], ["quantize"], ["bench"], ["refs"], ["refs", "inspect"], ["refs", "warm"]):
         assert run(*command, "--help").returncode == 0
 
 
@@ -208,3 +209,100 @@ def test_progress_bar_on_a_terminal(files: Path, tiny_folder: Path) -> None:
     process.stdout.close()  # type: ignore[union-attr]
     for part in (b"load", b"text", b"references", b"step", b"decode"):
         assert part in shown
+
+
+def test_packs_and_stores(files: Path, tiny_folder: Path) -> None:
+    """pack, inspect, edit from a pack; warm, ls, edit from the store, verify, rm."""
+    pictures, model = (files / "a.png", files / "b.jpg"), ("--model", tiny_folder)
+    done = run("refs", "pack", *pictures, "-o", files / "cast.safetensors", *model, "--json")
+    assert done.returncode == 0, done.stderr
+    packed = json.loads(done.stdout)
+    assert (packed["num_references"], packed["num_tokens"]) == (2, 24 + 20)
+    shown = json.loads(run("refs", "inspect", files / "cast.safetensors", "--json").stdout)
+    assert (shown["key"], shown["nbytes"]) == (packed["key"], packed["nbytes"])
+    edit = ("edit", "put b into a", "--seed", 5, *model)
+    given = run(*edit, "--references", files / "cast.safetensors", "-o", files / "given.png", "--json")
+    assert given.returncode == 0, given.stderr
+    assert json.loads(given.stdout)["reference_cache"] == "given"
+
+    store = ("--store", files / "store")
+    warmed = json.loads(run("refs", "warm", *pictures, *store, *model, "--pin", "--json").stdout)
+    assert warmed["key"] == packed["key"]
+    (listed,) = json.loads(run("refs", "ls", *store, "--json").stdout)["entries"]
+    assert (listed["key"], listed["pinned"], listed["num_references"]) == (packed["key"], True, 2)
+    images = ("-i", pictures[0], "-i", pictures[1])
+    kept = run(*edit, *images, *store, "-o", files / "kept.png", "--json")
+    assert json.loads(kept.stdout)["reference_cache"] == "disk"
+    fresh = run(*edit, *images, "-o", files / "fresh.png", "--json")
+    assert json.loads(fresh.stdout)["reference_cache"] == "miss"
+    with Image.open(files / "fresh.png") as expected:
+        for name in ("given.png", "kept.png"):
+            with Image.open(files / name) as found:
+                assert np.array_equal(np.asarray(found), np.asarray(expected)), name
+
+    assert run("refs", "verify", *store).stdout == f"{packed['key']}: whole\n"
+    file = files / "store" / f"{packed['key']}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    damaged = run("refs", "verify", *store)
+    assert damaged.returncode == 1
+    assert "damaged or edited" in damaged.stdout
+    mended = run(*edit, *images, *store, "-o", files / "mended.png", "--json")
+    assert json.loads(mended.stdout)["reference_cache"] == "miss"
+    assert "dropped" in mended.stderr
+    removed = run("refs", "rm", packed["key"][:8], *store)
+    assert removed.returncode == 0, removed.stderr
+    assert json.loads(run("refs", "ls", *store, "--json").stdout) == {"entries": []}
+
+
+def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
+    picture(64, 64).save(files / "c.png")
+    cases = [
+        (("refs", "ls"), "--store: no folder is given"),
+        (("refs", "rm", "0123", "--store", files / "store"), "KEY: '0123' is the start of 0 keys"),
+        (("refs", "pack", files / "c.png", "-o", files / "c.png"), "--output: c.png does not end in .safetensors"),
+        (("refs", "pack", files / "no.png", "-o", files / "c.safetensors"), "image 1"),
+        (("edit", "x", "-o", files / "o.png"), "--image: give either pictures"),
+        (("edit", "x", "-i", files / "c.png", "--references", files / "c.png", "-o", files / "o.png"), "--image: give"),
+        (("edit", "x", "--references", files / "c.png", "-o", files / "o.png"), "references: .* cannot be read"),
+    ]
+    for words, message in cases:
+        done = run(*words)
+        assert done.returncode == 2, words
+        assert re.search(message, done.stderr), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_quantize_writes_a_model_that_loads(files: Path, tiny_folder: Path) -> None:
+    done = run("quantize", tiny_folder, "-o", files / "int8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == str(files / "int8")
+    for number, model in enumerate((("--model", files / "int8"), ("--model", tiny_folder, "--quantize", "int8"))):
+        edit = ("edit", "make it blue", "-i", files / "a.png", "-o", files / f"{number}.png", "--seed", 1)
+        assert run(*edit, *model).returncode == 0
+    with Image.open(files / "0.png") as one, Image.open(files / "1.png") as other:
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    again = run("quantize", tiny_folder, "-o", files / "int8")
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+
+
+def test_bench_measures_the_same_edit(files: Path) -> None:
+    """diffusers and Limner, cold, warm and int8: one JSON line and a table; what they compute agrees."""
+    done = run(
+        "bench", "--geometry", 1, 1, 2, "--references", 0, 2, "--side", 64, "--reference-side", 64, "--text", 24,
+        "--rounds", 1, "--dtype", "float32", "-o", files / "bench.json",
+        "--engines", "standard", "diffusers_kv", "cold", "warm", "int8_warm", "warm_int8_kv",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((files / "bench.json").read_text())
+    _, two = report["cases"]
+    assert two["relative_difference"]["cold"] < 1e-4
+    assert two["relative_difference"]["warm"] == two["relative_difference"]["cold"]
+    assert 0 < two["relative_difference"]["warm_int8_kv"] < 0.02
+    assert 0 < two["relative_difference"]["int8_warm"] < 0.1
+    assert two["kept_bytes"] == 2 * 16 * 3 * 2 * 128 * 4
+    assert "| Limner, references kept |" in (files / "bench.md").read_text()
+    refused = run("bench", "--side", 100)
+    assert (refused.returncode, "--side: 100 is not a multiple of 16" in refused.stderr) == (2, True)

@@ -15,12 +15,15 @@ LAYERS = (
     {"tokens", "schedule", "images"},
     {"model"},
     {"weights", "references"},
+    {"store"},
     {"pipeline"},
-    {"engine"},
+    {"engine", "bench"},
     {"cli", "server"},
     {"deploy", "__main__"},
 )
-INSIDE_MODEL = ("arithmetic", "rope", "attention", "layers", "transformer", "autoencoder", "text_encoder")
+INSIDE_MODEL = (
+    "arithmetic", "rope", "attention", "kv", "layers", "transformer", "autoencoder", "preview", "text_encoder",
+)  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

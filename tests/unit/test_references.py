@@ -1,4 +1,4 @@
-"""The store and the pack file."""
+"""References as values: the pack file, the key, and quantized K/V."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.conftest import generators, picture
 
-from limner import InvalidRequest, OutputError, Pipeline, References, ReferenceStore
+from limner import InvalidRequest, OutputError, Pipeline, References
+from limner.model.kv import LayerKV, quantize_layer
 from limner.references import reference_key
 
 
@@ -37,7 +38,7 @@ def test_pack_of_other_weights_is_refused(pipe: Pipeline, tiny_folder: Path, tmp
     other = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)
     with pytest.raises(
         InvalidRequest,
-        match=f"made with weights {pipe.reference_weights[:16]}, this pipeline has {other.reference_weights[:16]}",
+        match=f"made with weights {pipe.reference_weights}, this pipeline has {other.reference_weights}",
     ):
         other("a dog", references=References.load(tmp_path / "pack.safetensors"))
 
@@ -49,7 +50,7 @@ def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
     save_file(
         {"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata={"limner.references": json.dumps({"format": 99})}
     )
-    with pytest.raises(InvalidRequest, match="has pack format 99, this version reads 1"):
+    with pytest.raises(InvalidRequest, match="has pack format 99, this version reads 2"):
         References.load(tmp_path / "new.safetensors")
     file = tmp_path / "pack.safetensors"
     pipe.prefill(picture(64, 64)).save(file)
@@ -75,6 +76,11 @@ def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
         {"num_layers": "a"},
         {"weights": "0" * 64},
         {"kernel": "other"},
+        {"dtype": "bfloat16"},
+        {"dtype": "int8"},
+        {"quantization": "int8"},
+        {"quantization": "int3"},
+        {"digests": {}},
     ],
     ids=str,
 )
@@ -107,41 +113,58 @@ def test_key_covers_everything_that_matters() -> None:
         {"kernel": "flash"},
         {"digests": ["b", "a"]},
         {"digests": ["ab"]},
+        {"quantization": "int8"},
     ]
     assert len({reference_key(**(base | change)) for change in [{}, *changes]}) == 1 + len(changes)
 
 
-def test_store_keeps_to_its_budget(tiny_folder: Path) -> None:
-    pictures = [picture(64, 64, seed=i) for i in range(4)]
-    one = Pipeline.from_pretrained(tiny_folder).prefill(pictures[0]).nbytes
-    store = ReferenceStore(memory_bytes=2 * one)
-    pipe = Pipeline.from_pretrained(tiny_folder, store=store)
-    refs = [pipe.prefill(p) for p in pictures[:2]]
-    assert pipe.prefill(pictures[0]) is refs[0]  # now the most recently used
-    pipe.prefill(pictures[2])
-    assert (refs[0].key in store, refs[1].key in store) == (True, False)
-    assert store.nbytes == 2 * one
-    assert len(store) == 2
+@pytest.mark.parametrize("where", [-1, 5000])
+def test_a_flipped_byte_is_found(where: int, pipe: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "pack.safetensors"
+    pipe.prefill(picture(64, 64)).save(file)
+    data = bytearray(file.read_bytes())
+    data[where] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InvalidRequest, match="damaged|cannot be read"):
+        References.load(file)
 
 
-def test_refuses_budgets() -> None:
-    with pytest.raises(InvalidRequest, match="memory_bytes: -1 is not a budget"):
-        ReferenceStore(memory_bytes=-1)
+@pytest.mark.parametrize(("kind", "error"), [("int8", 8e-3), ("fp8", 3e-2)])
+def test_quantized_references(kind: str, error: float, tiny_folder: Path, tmp_path: Path) -> None:
+    """Half the bytes of bfloat16 (here with a head dim of 16: 20 bytes instead of 64 in float32), a small error, and
+    the same bits from a pack."""
+    pictures = [picture(96, 64), picture(64, 64, seed=1)]
+    plain = Pipeline.from_pretrained(tiny_folder)
+    pipe = Pipeline.from_pretrained(tiny_folder, kv_cache_dtype=kind)
+    exact, refs = plain.prefill(pictures), pipe.prefill(pictures)
+    assert refs.quantization == kind
+    assert refs.key != exact.key
+    assert refs.nbytes * 64 == exact.nbytes * 20
+    for one, other in zip(refs.layers, exact.layers, strict=True):
+        for x, y in zip(one.dense(torch.float32), other.dense(torch.float32), strict=True):
+            assert 0 < (x - y).norm() / y.norm() < error
+            assert (
+                (x - y).abs() <= y.abs().amax(-1, keepdim=True) * (0.5 / 127 if kind == "int8" else 1 / 16) * 1.001
+            ).all()
+    refs.save(tmp_path / "pack.safetensors")
+    loaded = References.load(tmp_path / "pack.safetensors")
+
+    def draw(**arguments: object) -> torch.Tensor:
+        out = pipe("a dog", generator=generators(1)[0], output_type="pt", width=64, height=64, **arguments)
+        images: torch.Tensor = out.images
+        return images
+
+    assert torch.equal(draw(references=refs), draw(references=loaded))
+    assert torch.equal(draw(references=refs), draw(image=pictures))
+    assert not torch.equal(draw(references=refs), draw(references=exact))
+    assert (draw(references=refs) - draw(references=exact)).abs().mean() < 2e-2
 
 
-def test_nothing_is_kept_without_a_budget(tiny_folder: Path) -> None:
-    pipe = Pipeline.from_pretrained(tiny_folder, store=ReferenceStore(memory_bytes=0))
-    for _ in range(2):
-        assert pipe("a dog", image=picture(64, 64)).reference_cache == "miss"
-    assert len(pipe.store) == 0
+def test_refuses_other_formats(tiny_folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="kv_cache_dtype: 'int4' is not one of None, 'int8', 'fp8'"):
+        Pipeline.from_pretrained(tiny_folder, kv_cache_dtype="int4")
 
 
-def test_a_failed_prefill_leaves_no_entry() -> None:
-    store = ReferenceStore()
-
-    def fail() -> References:
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        store.get("key", fail)
-    assert "key" not in store
+def test_rows_of_zeros_are_quantized() -> None:
+    layer = quantize_layer(LayerKV(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8)), "int8")
+    assert all(torch.equal(x, torch.zeros(1, 3, 2, 8)) for x in layer.dense(torch.float32))

@@ -75,6 +75,10 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """Activations for several matrices that read the same ones: themselves (`Int8Linear` quantizes them once)."""
+        return x
+
     def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """`rows` asks for a part of the output features alone."""
         weight = self.weight if rows is None else self.weight[rows]

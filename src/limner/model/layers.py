@@ -18,17 +18,11 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.attention import attend
+from limner.model.kv import LayerKV
 from limner.model.rope import Rope, apply_rope
 from limner.tokens import TokenLayout
 
-__all__ = ["DoubleBlock", "FinalNorm", "LayerKV", "Modulation", "SingleBlock", "TimeEmbedding"]
-
-
-class LayerKV(NamedTuple):
-    """Keys (after norm and rotation) and values of the reference tokens in one layer, each (1, S_ref, H, D)."""
-
-    k: Tensor
-    v: Tensor
+__all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
 
 
 class Shift(NamedTuple):
@@ -132,11 +126,13 @@ class JointAttention(nn.Module):
 
     def project_img(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k after norm, v: each (B, S, H, D)."""
+        x = self.to_q.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
     def project_txt(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        x = self.add_q_proj.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in linears)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
@@ -174,8 +170,9 @@ class DoubleBlock(nn.Module):
             v_ref_BRHD=references.v if references else None,
             kernel=kernel,
         ).flatten(2)
-        img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out[:, layout.img]))
-        txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out[:, layout.txt]))
+        out_txt, out_img = layout.split(out)
+        img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out_img))
+        txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out_txt))
         img = torch.addcmul(img, mod_img[1].gate, self.ff(self._norm(img, mod_img[1])))
         txt = torch.addcmul(txt, mod_txt[1].gate, self.ff_context(self._norm(txt, mod_txt[1])))
         return img, txt
@@ -199,6 +196,7 @@ class ParallelAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.width, self.head_dim = config.width, config.head_dim
+        self._parts = [config.width, config.width, config.width, 2 * config.mlp_width]
         self.to_qkv_mlp_proj = Linear(config.width, 3 * config.width + 2 * config.mlp_width)
         self.to_out = Linear(config.width + config.mlp_width, config.width)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
@@ -206,7 +204,7 @@ class ParallelAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k after norm, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
-        q, k, v, mlp = self.to_qkv_mlp_proj(x).tensor_split([self.width, 2 * self.width, 3 * self.width], dim=-1)
+        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(self._parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
         return self.norm_q(q), self.norm_k(k), v, mlp
 

@@ -36,8 +36,8 @@ def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:
 
 def apply_rope(x_BSHD: Tensor, rope: Rope) -> Tensor:
     """Rotates each pair of x (B, S, H, D) by the angle of its position; the dtype stays."""
-    pairs = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2)
-    even_BSHP, odd_BSHP = pairs[..., 0], pairs[..., 1]
+    # unbind, not indexing: its gradient is one stack, that of two indexings two zero-filled tensors and a sum
+    even_BSHP, odd_BSHP = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
     cos_S1P, sin_S1P = rope.cos_SP[:, None], rope.sin_SP[:, None]
     rotated = torch.stack(
         [even_BSHP * cos_S1P - odd_BSHP * sin_S1P, odd_BSHP * cos_S1P + even_BSHP * sin_S1P],

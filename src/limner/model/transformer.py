@@ -6,7 +6,8 @@ and takes what `prefill` gave, or nothing. There are no modes and no state. Know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -15,36 +16,13 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear, fast_dtype
 from limner.model.attention import choose_kernel
-from limner.model.layers import DoubleBlock, FinalNorm, LayerKV, Modulation, SingleBlock, TimeEmbedding
+from limner.model.int8 import Int8Linear, has_int8_products
+from limner.model.kv import LayerKV, ReferenceKV, staged
+from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
 from limner.tokens import TokenLayout
 
-__all__ = ["ReferenceKV", "Transformer"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReferenceKV:
-    """The keys and values of reference tokens in every layer, double-stream blocks first. Immutable by contract."""
-
-    layers: tuple[LayerKV, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of reference tokens S_ref."""
-        return self.layers[0].k.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layers[0].k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].k.device
+__all__ = ["Transformer"]
 
 
 class Transformer(nn.Module):
@@ -81,7 +59,15 @@ class Transformer(nn.Module):
         """What decides the last bits of a result besides the weights: the attention kernel and the dtype of products."""
         kernel = self.kernel or choose_kernel(self.device, self.dtype, self.config.head_dim)
         products = self.x_embedder.arithmetic or fast_dtype(self.device, self.dtype)
-        return f"{kernel}/{str(products).removeprefix('torch.')}"
+        names = [kernel, str(products).removeprefix("torch.")]
+        if self.quantization is not None:
+            names.append("int8 dot products" if has_int8_products() else "int8 widened")
+        return "/".join(names)
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8" if the blocks' matrices are `Int8Linear`, else None."""
+        return "int8" if any(isinstance(module, Int8Linear) for module in self.modules()) else None
 
     def use_arithmetic(self, dtype: torch.dtype | None) -> None:
         """Sets the dtype of matrix products (float32, or that of the weights); None lets the device choose."""
@@ -137,19 +123,33 @@ class Transformer(nn.Module):
         mod_txt = self.double_stream_modulation_txt(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
         rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
-        layers = references.layers if references is not None else (None,) * self.config.num_layers
+        kept = self._kept(references)
 
         img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
-        num_double = self.config.num_double_blocks
-        for block, kv in zip(self.transformer_blocks, layers[:num_double], strict=True):
+        for block in self.transformer_blocks:
             img, txt = block(
-                img, txt, mod_img=mod_img, mod_txt=mod_txt, rope=rope, layout=layout, references=kv, kernel=self.kernel
+                img,
+                txt,
+                mod_img=mod_img,
+                mod_txt=mod_txt,
+                rope=rope,
+                layout=layout,
+                references=next(kept),
+                kernel=self.kernel,
             )
         x = layout.join(txt, img)
-        for block, kv in zip(self.single_transformer_blocks, layers[num_double:], strict=True):
-            x = block(x, mod=mod_single, rope=rope, references=kv, kernel=self.kernel)
+        for block in self.single_transformer_blocks:
+            x = block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel)
         velocity: Tensor = self.proj_out(self.norm_out(x[:, layout.img], embedding))
         return velocity
+
+    def _kept(self, references: ReferenceKV | None) -> Iterator[LayerKV | None]:
+        """The K/V of each layer in turn, on this device and in the dtype of the weights."""
+        if references is None:
+            return repeat(None)
+        if len(references.layers) != self.config.num_layers:
+            raise ValueError(f"references have {len(references.layers)} layers, the model {self.config.num_layers}")
+        return staged(references.layers, self.device, self.dtype)
 
     def _split_blocks(self) -> tuple[list[DoubleBlock], list[SingleBlock], SingleBlock]:
         """Double-stream blocks, single-stream blocks but the last, and the last."""

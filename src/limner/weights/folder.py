@@ -6,9 +6,11 @@ tensor that is missing, unexpected or of another shape is named. Pickled files a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from limner.config import TransformerConfig
-from limner.errors import CheckpointError
+from limner.errors import CheckpointError, OutputError
 from limner.model.autoencoder import Autoencoder
+from limner.model.int8 import Int8Linear, quantize_blocks
+from limner.model.preview import LatentPreview
 from limner.model.text_encoder import TextEncoder, default_out_layers
 from limner.model.transformer import Transformer
 
@@ -32,8 +37,10 @@ __all__ = [
     "read_json",
     "read_settings",
     "resolve_model",
+    "save_quantized",
 ]
 
+QUANT_METHOD = "limner_int8"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["model_index.json", "limner.json", *(f"{part}/*" for part in PARTS)]
@@ -148,10 +155,11 @@ def assign(
     if problems:
         raise CheckpointError(f"{where}: {problems.rstrip('; ')}; these weights are of another model, or incomplete")
 
-    def place(value: Tensor) -> Tensor:
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    def place(name: str, value: Tensor) -> Tensor:
+        keep = not value.is_floating_point() or name.endswith(".weight_scale")  # scales of int8 stay in float32
+        return value.to(device=device, dtype=None if keep else dtype)
 
-    module.load_state_dict({name: place(value) for name, value in tensors.items()}, strict=True, assign=True)
+    module.load_state_dict({name: place(name, value) for name, value in tensors.items()}, strict=True, assign=True)
     module.requires_grad_(False)
     module.eval()
 
@@ -162,17 +170,63 @@ def _names(what: str, names: set[str]) -> str:
     return f"{what} {', '.join(shown[:4])}{more}; " if shown else ""
 
 
-def load_transformer(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Transformer:
-    """The transformer of a diffusers folder; its tensor names are those of the module."""
-    config = TransformerConfig.from_diffusers(read_json(folder / "config.json"), where=str(folder / "config.json"))
+def load_transformer(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device, quantize: str | None = None
+) -> Transformer:
+    """The transformer of a diffusers folder; its tensor names are those of the module.
+
+    `quantize` "int8" makes the blocks' matrices int8; a folder that `save_quantized` wrote has them so already.
+    """
+    raw = read_json(folder / "config.json")
+    config = TransformerConfig.from_diffusers(raw, where=str(folder / "config.json"))
     with torch.device("meta"):
         transformer = Transformer(config)
+    stored = _stored_quantization(raw, where=folder / "config.json")
+    if stored:
+        quantize_blocks(transformer)
     if config.out_channels != config.in_channels:
         raise CheckpointError(
             f"{folder}: out_channels={config.out_channels} has to be in_channels={config.in_channels}"
         )
     assign(transformer, read_tensors(folder, "diffusion_pytorch_model"), where=folder, dtype=dtype, device=device)
+    if stored and any(m.weight.dtype != torch.int8 for m in transformer.modules() if isinstance(m, Int8Linear)):
+        raise CheckpointError(f"{folder}: config.json says int8, the weights are not; quantize the model again")
+    if quantize and not stored:
+        quantize_blocks(transformer)
     return transformer
+
+
+def _stored_quantization(config: Mapping[str, Any], *, where: Path) -> bool:
+    """Whether the weights are Limner's int8; refuses quantizations of others."""
+    found = config.get("quantization_config")
+    if found is None:
+        return False
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method != QUANT_METHOD:
+        raise CheckpointError(f"{where}: quantization {method!r} is not supported; allowed: {QUANT_METHOD!r} or none")
+    return True
+
+
+def save_quantized(transformer: Transformer, source: Path, target: Path) -> None:
+    """Writes the model folder `source` to `target` with this int8 transformer in place of its own. Raises `OutputError`.
+
+    Nothing is written over: `target` has to be new. It appears whole or not at all.
+    """
+    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "is there already; give a new folder")
+        shutil.copytree(source, beside, ignore=lambda folder, names: ["transformer"] if Path(folder) == source else [])
+        config = transformer.config.to_diffusers() | {"quantization_config": {"quant_method": QUANT_METHOD}}
+        (beside / "transformer").mkdir()
+        (beside / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {name: value.contiguous() for name, value in transformer.state_dict().items()}
+        save_file(tensors, beside / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise OutputError(f"output: {target} cannot be written ({reason}); nothing was left there") from error
 
 
 def load_autoencoder(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Autoencoder:
@@ -262,10 +316,11 @@ def _build(folder: Path, make: Callable[[dict[str, Any]], Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSettings:
-    """What a folder says besides its parts: `limner.json` may set the default size and dtype."""
+    """What a folder says besides its parts: `limner.json` may set the default size and dtype, and hold a preview map."""
 
     default_size: tuple[int, int] = (1024, 1024)
     default_dtype: torch.dtype | None = None
+    preview: LatentPreview | None = None
 
 
 def read_settings(folder: Path) -> FolderSettings:
@@ -290,4 +345,10 @@ def read_settings(folder: Path) -> FolderSettings:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
     if dtype not in dtypes:
         raise CheckpointError(f"{file}: default_dtype={dtype!r} is not one of float32, bfloat16, float16")
-    return FolderSettings(default_size=(size[0], size[1]), default_dtype=dtypes[dtype])
+    preview = None
+    if (values := own.get("latent_preview")) is not None:
+        try:
+            preview = LatentPreview(values["weight"], values["bias"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: latent_preview is not a map of latents to pixels ({error})") from error
+    return FolderSettings(default_size=(size[0], size[1]), default_dtype=dtypes[dtype], preview=preview)

@@ -1,0 +1,106 @@
+"""Judges a picture against the rendered truth: PSNR, SSIM, and whether it shows what was asked for.
+
+Owns the measures. A picture is a success when the truth is nearer to it than every picture that differs from the truth in
+one thing: another sticker in its place (of all named and held-out ones), another place, another size, mirrored, grey,
+left out, or another scene. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from world import COLUMNS, HELD_OUT, ROWS, SCALES, STICKERS, Picture, Renderer, Scene, scene_names
+
+Pixels = np.ndarray
+SAME = 30.0
+"""Alternatives nearer to the truth than this many dB, where they differ in place, count as the truth (a mirrored ball)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """PSNR in dB, SSIM, and what is right; a success is all of it."""
+
+    psnr: float
+    ssim: float
+    sticker: bool
+    place: bool
+    form: bool
+    scene: bool
+
+    @property
+    def success(self) -> bool:
+        return self.sticker and self.place and self.form and self.scene
+
+
+def pixels(image: Image.Image) -> Pixels:
+    """(height, width, 3) in [0, 1]."""
+    return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def psnr(a: Pixels, b: Pixels, where: np.ndarray | None = None) -> float:
+    """PSNR in dB of pictures in [0, 1], over the pixels of a mask (height, width) if one is given."""
+    error = np.square(a - b)
+    return -10 * math.log10(max(float((error if where is None else error[where]).mean()), 1e-10))
+
+
+def ssim(a: Pixels, b: Pixels) -> float:
+    """Structural similarity (Wang et al. 2004; Gaussian window of sigma 1.5)."""
+    return float(
+        structural_similarity(
+            a, b, channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+    )
+
+
+def alternatives(truth: Picture, before: Picture | None) -> Iterator[tuple[str, Picture]]:
+    """Pictures that differ from the truth in one thing, with the name of that thing."""
+    for i, sticker in enumerate(truth.stickers):
+        for glyph in (*STICKERS.values(), *HELD_OUT.values()):
+            if glyph != sticker.glyph:
+                yield "sticker", truth.with_sticker(i, glyph=glyph)
+        taken = {(s.column, s.row) for s in truth.stickers}
+        for column in COLUMNS:
+            for row in ROWS:
+                if (column, row) not in taken:
+                    yield "place", truth.with_sticker(i, column=column, row=row)
+        for scale in SCALES:
+            if scale != sticker.scale:
+                yield "form", truth.with_sticker(i, scale=scale)
+        yield "form", truth.with_sticker(i, mirrored=not sticker.mirrored)
+        yield "form", truth.with_sticker(i, grey=not sticker.grey)
+        yield "sticker", replace(truth, stickers=(*truth.stickers[:i], *truth.stickers[i + 1 :]))
+    if before is not None and not truth.stickers:
+        yield "sticker", replace(truth, stickers=before.stickers)
+    for name in scene_names():
+        if name != truth.scene.name:
+            yield "scene", replace(truth, scene=Scene(name=name))
+
+
+def judge(image: Image.Image, truth: Picture, *, before: Picture | None, renderer: Renderer) -> Verdict:
+    """`before` is the first reference, if there is one."""
+    found, right = pixels(image), pixels(renderer.render(truth))
+    squared = np.square(found - right).sum(-1)
+    wrong = set()
+    for thing, other in alternatives(truth, before):
+        if thing in wrong:
+            continue
+        candidate = pixels(renderer.render(other))
+        differs = np.abs(candidate - right).max(-1) > 0
+        if not differs.any() or psnr(candidate, right, differs) > SAME:
+            continue
+        if np.square(found - candidate).sum(-1)[differs].sum() <= squared[differs].sum():
+            wrong.add(thing)
+    return Verdict(
+        psnr=psnr(found, right),
+        ssim=ssim(found, right),
+        sticker="sticker" not in wrong,
+        place="place" not in wrong,
+        form="form" not in wrong,
+        scene="scene" not in wrong,
+    )

@@ -1,0 +1,54 @@
+"""Draws the curves of a run from the logs of the training scripts: OUT/autoencoder.png and OUT/transformer.png."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; of a step that was run twice (stopped, resumed) the later one."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if "step" in row:
+            rows[row["step"], "score" in row] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, help="log.jsonl of train_autoencoder.py")
+    parser.add_argument("--model", type=Path, help="log.jsonl of train.py")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.vae:
+        rows = read(args.vae)
+        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        axes.plot([r["step"] for r in rows], [r["mse"] for r in rows])
+        axes.set(xlabel="step (16 crops)", ylabel="squared error, [-1, 1]", yscale="log", title="autoencoder")
+        figure.savefig(args.out / "autoencoder.png", dpi=90)
+    if args.model:
+        rows = read(args.model)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        for count in range(5):
+            name = f"loss_{count}_references"
+            some = [r for r in rows if name in r]
+            left.plot([r["step"] for r in some], [r[name] for r in some], label=f"{count} references")
+        left.set(xlabel="step (64 examples)", ylabel="weighted error of the velocity", yscale="log", title="training")
+        left.legend()
+        scored = [r for r in rows if "score" in r]
+        for name in [n for n in (scored[0] if scored else {}) if n.startswith("psnr_")]:
+            right.plot([r["step"] for r in scored], [r[name] for r in scored], marker=".", label=name[5:])
+        right.set(xlabel="step", ylabel="PSNR of 4 steps, dB", title="prompts and pictures not trained on")
+        right.legend()
+        figure.savefig(args.out / "transformer.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

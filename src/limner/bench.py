@@ -1,0 +1,340 @@
+"""Measures a 4-step edit beside diffusers: the same random weights, one run, in turn, medians.
+
+Transformer and Euler steps only, as diffusers' `output_type="latent"` with prompt embeddings and encoded references given.
+"cold" computes the K/V of the references, "warm" has them kept. Imports diffusers' transformer as the thing to compare
+with; nothing of the engine imports this.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limner import __version__
+from limner.config import TransformerConfig
+from limner.model.int8 import quantize_blocks
+from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
+from limner.model.transformer import Transformer
+from limner.schedule import Schedule, euler_step
+from limner.tokens import image_ids, reference_ids, text_ids
+
+__all__ = ["Bench", "BenchCase", "as_markdown", "machine", "step_flops"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchCase:
+    """One request: references and output of `side` x `side` pixels, `batch` seeds of one prompt."""
+
+    num_references: int
+    side: int = 512
+    reference_side: int = 512
+    batch: int = 1
+    num_text: int = 512
+    num_steps: int = 4
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.side // 16, self.side // 16)
+
+    @property
+    def reference_grids(self) -> list[tuple[int, int]]:
+        return [(self.reference_side // 16, self.reference_side // 16)] * self.num_references
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions and date, as they stand beside every number."""
+    import diffusers
+
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "limner": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "date": date.today().isoformat(),
+    }
+
+
+def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt: int) -> int:
+    """Multiplications and additions of one denoising step with kept references: matrices and attention.
+
+    A double-stream block has 4 C^2 + 3 C M weights a stream, a single-stream block 4 C^2 + 3 C M for all tokens;
+    attention costs 4 C for each pair of query and key.
+    """
+    c, m = config.width, config.mlp_width
+    block = 2 * (4 * c * c + 3 * c * m)
+    matrices = num_own * block * config.num_layers
+    attention = 4 * c * num_own * (num_own + num_ref) * config.num_layers
+    edges = 2 * c * ((num_own - num_txt) * 2 * config.in_channels + num_txt * config.text_width)
+    return matrices + attention + edges
+
+
+class _Peak:
+    """Peak of the resident memory of this process while the block runs, over what it was before, in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._process = device, psutil.Process()
+        self._done = threading.Event()
+        self.nbytes = 0
+
+    def __enter__(self) -> _Peak:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+            return self
+        self._start = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.nbytes = max(self.nbytes, self._process.memory_info().rss - self._start)
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.nbytes = torch.cuda.max_memory_allocated(self._device) - self._start
+            return
+        self._done.set()
+        self._thread.join()
+
+
+class Bench:
+    """Both engines over one set of random weights."""
+
+    def __init__(
+        self, config: TransformerConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
+        from diffusers import Flux2Transformer2DModel
+        from diffusers.models.transformers.transformer_flux2 import (
+            Flux2KVAttnProcessor,
+            Flux2KVParallelSelfAttnProcessor,
+        )
+
+        torch.manual_seed(seed)
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        with torch.device(self.device):
+            self._theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
+        for block in self._theirs.transformer_blocks:
+            block.attn.set_processor(Flux2KVAttnProcessor())
+        for block in self._theirs.single_transformer_blocks:
+            block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+        with torch.device("meta"):
+            self.ours = Transformer(config)
+        self.ours.load_state_dict(self._theirs.state_dict(), assign=True)
+        self.ours.requires_grad_(False)
+        self._int8: Transformer | None = None
+
+    def int8(self) -> Transformer:
+        """The same weights in int8, made when first asked for."""
+        if self._int8 is None:
+            self._int8 = copy.deepcopy(self.ours)
+            quantize_blocks(self._int8)
+        return self._int8
+
+    def inputs(self, case: BenchCase) -> dict[str, Tensor]:
+        """Noise and text (batch), references and positions (once)."""
+        generator = torch.Generator().manual_seed(case.num_references)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+
+        ref_ids = reference_ids(case.reference_grids) if case.num_references else torch.zeros(0, 4, dtype=torch.int64)
+        return {
+            "txt": randn(1, case.num_text, self.config.text_width),
+            "noise": randn(case.batch, case.grid[0] * case.grid[1], self.config.in_channels),
+            "ref": randn(1, len(ref_ids), self.config.in_channels),
+            "ref_ids": ref_ids,
+            "img_ids": image_ids(case.grid),
+            "txt_ids": text_ids(case.num_text),
+            "sigmas": Schedule().sigmas(case.grid[0] * case.grid[1], num_steps=case.num_steps).to(self.device),
+        }
+
+    @torch.no_grad()
+    def diffusers(self, case: BenchCase, given: dict[str, Tensor], *, cached: bool) -> Tensor:
+        """diffusers' loop: references in every step, or their K/V from step 0. It repeats references over the batch."""
+        ids, txt_ids = (given[name].to(self.device) for name in ("img_ids", "txt_ids"))
+        both_ids = torch.cat([given["ref_ids"], given["img_ids"]]).to(self.device)
+        txt, ref = (given[name].expand(case.batch, -1, -1) for name in ("txt", "ref"))
+        latents, cache, num_img = given["noise"], None, given["noise"].shape[1]
+        for i in range(case.num_steps):
+            t = given["sigmas"][i].to(self.dtype).expand(case.batch)
+            if cached and i > 0:
+                velocity = self._theirs(
+                    latents, txt, t, ids, txt_ids, return_dict=False, kv_cache=cache, kv_cache_mode="cached"
+                )[0]
+            else:
+                both = torch.cat([ref, latents], dim=1)
+                mode = {"kv_cache_mode": "extract", "num_ref_tokens": ref.shape[1]} if cached else {}
+                velocity, *rest = self._theirs(both, txt, t, both_ids, txt_ids, return_dict=False, **mode)
+                cache = rest[0] if rest else None
+                velocity = velocity[:, -num_img:]
+            latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1]).to(
+                self.dtype
+            )
+        return latents
+
+    @torch.no_grad()
+    def limner(
+        self, case: BenchCase, given: dict[str, Tensor], *, kept: ReferenceKV | None = None, quantize: bool = False
+    ) -> Tensor:
+        """Limner's loop; without `kept` the references are prefilled first."""
+        model = self.int8() if quantize else self.ours
+        if kept is None and case.num_references:
+            kept = model.prefill(given["ref"], given["ref_ids"])
+        latents = given["noise"].float()
+        txt = given["txt"].expand(case.batch, -1, -1)
+        rope = model.rope(torch.cat([given["txt_ids"], given["img_ids"]]))
+        for i in range(case.num_steps):
+            # the level in the dtype of the model, as diffusers has it, so that results can be compared
+            velocity = model(
+                latents.to(self.dtype), txt, given["sigmas"][i].to(self.dtype), img_ids=given["img_ids"],
+                txt_ids=given["txt_ids"], references=kept, rope=rope,
+            )  # fmt: skip
+            latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
+        return latents
+
+    def run(
+        self, case: BenchCase, *, rounds: int, engines: Sequence[str], progress: Callable[[str], None] = print
+    ) -> dict[str, Any]:
+        """Medians of all engines in turn, with ratios, memory of each call and what the results differ by.
+
+        Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv.
+        """
+        given = self.inputs(case)
+        with torch.no_grad():
+            kept = {
+                quantize: (self.int8() if quantize else self.ours).prefill(given["ref"], given["ref_ids"])
+                for quantize in (False, True)
+                if case.num_references and (quantize is False or any("int8_" in e for e in engines))
+            }
+            narrow = None
+            if "warm_int8_kv" in engines:
+                narrow = ReferenceKV(
+                    layers=tuple(quantize_layer(x, "int8") for x in kept[False].layers if isinstance(x, LayerKV))
+                )
+        calls: dict[str, Callable[[], Tensor]] = {
+            "standard": lambda: self.diffusers(case, given, cached=False),
+            "diffusers_kv": lambda: self.diffusers(case, given, cached=True),
+            "cold": lambda: self.limner(case, given),
+            "warm": lambda: self.limner(case, given, kept=kept.get(False)),
+            "int8_cold": lambda: self.limner(case, given, quantize=True),
+            "int8_warm": lambda: self.limner(case, given, kept=kept.get(True), quantize=True),
+            "warm_int8_kv": lambda: self.limner(case, given, kept=narrow),
+        }
+        measured: dict[str, list[float]] = {name: [] for name in engines}
+        results: dict[str, Tensor] = {}
+        peaks: dict[str, int] = dict.fromkeys(engines, 0)
+        for number in range(rounds):
+            for name in engines:
+                with _Peak(self.device) as peak:
+                    start = self._now()
+                    results[name] = calls[name]()
+                    measured[name].append(self._now() - start)
+                peaks[name] = max(peaks[name], peak.nbytes)
+                progress(f"{case.num_references} references, round {number + 1}: {name} {measured[name][-1]:.2f} s")
+        seconds = {name: statistics.median(values) for name, values in measured.items()}
+        found: dict[str, Any] = {
+            "case": asdict(case),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "all_seconds": {name: [round(v, 3) for v in values] for name, values in measured.items()},
+            "peak_bytes": peaks,
+            "kept_bytes": kept[False].nbytes if kept else 0,
+        }
+        for base in ("diffusers_kv", "standard"):
+            if base in seconds:
+                found[f"times_{base}"] = {name: round(seconds[base] / value, 3) for name, value in seconds.items()}
+                expected = results[base].float()
+                if base == "diffusers_kv":
+                    found["relative_difference"] = {
+                        name: round(((value.float() - expected).norm() / expected.norm()).item(), 5)
+                        for name, value in results.items()
+                        if name not in ("standard", base)
+                    }
+        num_own = case.batch * case.grid[0] * case.grid[1] + case.batch * case.num_text
+        flops = step_flops(
+            self.config, num_own=num_own // case.batch, num_ref=len(given["ref_ids"]), num_txt=case.num_text
+        ) * case.batch * case.num_steps  # fmt: skip
+        found["step_teraflop"] = round(flops / 1e12, 4)
+        if "warm" in seconds:
+            found["warm_gflops"] = round(flops / seconds["warm"] / 1e9, 1)
+            found["plain_product_gflops"] = round(self.plain_rate(num_own) / 1e9, 1)
+        return found
+
+    @torch.no_grad()
+    def plain_rate(self, rows: int) -> float:
+        """Operations a second of one plain product of the size that the blocks have most of."""
+        weight = torch.randn(3 * self.config.width + 2 * self.config.mlp_width, self.config.width)
+        weight = weight.to(self.device, self.dtype)
+        x = torch.randn(rows, self.config.width).to(self.device, self.dtype)
+        F.linear(x, weight)
+        times = []
+        for _ in range(7):
+            start = self._now()
+            F.linear(x, weight)
+            times.append(self._now() - start)
+        return 2 * rows * weight.numel() / statistics.median(times)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The table of a report: seconds, and how many times as fast as diffusers with its K/V cache."""
+    names = {
+        "standard": "diffusers, references in every step",
+        "diffusers_kv": "diffusers with its K/V cache",
+        "cold": "Limner, references new",
+        "warm": "Limner, references kept",
+        "warm_int8_kv": "Limner, references kept in int8",
+        "int8_cold": "Limner int8, references new",
+        "int8_warm": "Limner int8, references kept",
+    }
+    cases = report["cases"]
+    heads = []
+    for found in cases:
+        case = found["case"]
+        many = f", {case['batch']} images" if case["batch"] > 1 else ""
+        heads.append(f"{case['num_references']} reference{'s' if case['num_references'] != 1 else ''}{many}")
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, title in names.items():
+        cells = []
+        for found in cases:
+            if name not in found["seconds"]:
+                cells.append("")
+                continue
+            times = found.get("times_diffusers_kv", {}).get(name)
+            cells.append(f"{found['seconds'][name]:.1f} s" + (f" ({times:.2f}x)" if times else ""))
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit("use limner bench")

@@ -1,0 +1,148 @@
+"""Matrix products in int8: signed weights with a scale for each output feature, unsigned activations with one a row.
+
+Shapes: x (..., K), weight (N, K) int8, weight_scale (N,) float32, result (..., N) in the dtype of x. A weight is
+weight * weight_scale; a row of activations is (u - 128) * scale with u in [1, 255]. Where the CPU has int8 dot products
+(AVX-512 VNNI) oneDNN multiplies u8 x s8; elsewhere the weights are widened and multiplied as floating point numbers.
+
+s8 x s8 falls into a reference kernel of oneDNN that is a hundred times slower, hence the unsigned activations.
+Knows nothing of blocks or files.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limner.model.arithmetic import Linear
+
+__all__ = ["Int8Linear", "QuantizedRows", "has_int8_products", "quantize_blocks", "quantize_rows", "quantize_weight"]
+
+_logger = logging.getLogger("limner")
+_ZERO = 128
+_TOP = 127.0
+_TINY = 1e-30
+
+
+class QuantizedRows(NamedTuple):
+    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with the shape and dtype they came in."""
+
+    values: Tensor
+    scale: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@cache
+def has_int8_products() -> bool:
+    """Whether oneDNN multiplies u8 x s8 with the CPU's own instructions; logged once."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        and capability.startswith("AVX512")
+        and torch.cpu._is_vnni_supported()
+    )
+    _logger.info("int8 on cpu (%s): %s", capability, "u8 x s8 of oneDNN" if found else "weights widened")
+    return found
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) to int8 (N, K) and the scale (N,) float32 of each output feature."""
+    wide = weight.float()
+    scale = (wide.abs().amax(dim=1) / _TOP).clamp(min=_TINY)
+    return (wide / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_rows(x: Tensor) -> QuantizedRows:
+    """Activations (..., K) for several products with the same input."""
+    rows = x.reshape(-1, x.shape[-1])
+    # a scale of 8 bits, as bfloat16 has: multiplying the result by it rounds nothing more
+    scale = (rows.abs().amax(dim=1, keepdim=True).float() / _TOP).clamp(min=_TINY).bfloat16().float()
+    # bfloat16 may round the scale down by 1/256: 127.5 is clamped
+    values = torch.addcmul(torch.full((), _ZERO + 0.5), rows, scale.reciprocal()).clamp_(1, 255).to(torch.uint8)
+    return QuantizedRows(values, scale, x.shape, x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """A `Linear` whose weight is int8. Takes activations, or what `prepare` made of them."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(out_features))
+        self._packed: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int8Linear:
+        """The quantized form of a matrix."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features)
+        weight, scale = quantize_weight(linear.weight.detach())
+        made.weight, made.weight_scale = weight, scale
+        return made
+
+    def prepare(self, x: Tensor) -> Tensor | QuantizedRows:
+        """Activations for several matrices that read the same ones: quantized once."""
+        return quantize_rows(x) if self._multiplies_int8() else x
+
+    def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """`rows` asks for a part of the output features alone."""
+        if not self._multiplies_int8():
+            assert isinstance(input, Tensor)
+            weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
+            return F.linear(input, (weight.float() * scale[:, None]).to(input.dtype))
+        x = input if isinstance(input, QuantizedRows) else quantize_rows(input)
+        start, stop, _ = (rows or slice(None)).indices(self.out_features)
+        out_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            x.values, 1.0, _ZERO, self._pack(start, stop), self.weight_scale[start:stop],
+            torch.zeros(stop - start, dtype=torch.int64), None, 1.0, 0, out_dtype, "none", [], "",
+        )  # fmt: skip
+        return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
+
+    def _multiplies_int8(self) -> bool:
+        return self.weight.device.type == "cpu" and has_int8_products()
+
+    def _pack(self, start: int, stop: int) -> Tensor:
+        """The weight in oneDNN's layout, made when first used and again after a change."""
+        version = self.weight._version if not self.weight.is_inference() else 0
+        known = self._packed.get((start, stop))
+        if known is None or known[0] != version:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight[start:stop].contiguous(), None)
+            known = self._packed[start, stop] = version, packed
+        return known[1]
+
+    def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
+        """Moves, and keeps the scales in float32 whatever dtype is asked for."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_scale = scale.to(self.weight.device)
+        self._packed.clear()
+        return self
+
+
+def quantize_blocks(transformer: nn.Module) -> None:
+    """Puts `Int8Linear` in place of every matrix of the blocks, one at a time.
+
+    Modulation, embedders, norms and the last layer keep their dtype: they are small, and errors there reach every token.
+    """
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, Linear) and "transformer_blocks." in name:
+            path, _, last = name.rpartition(".")
+            parent = transformer.get_submodule(path)
+            made = (
+                Int8Linear(module.in_features, module.out_features) if module.weight.is_meta else Int8Linear.of(module)
+            )
+            if isinstance(parent, nn.ModuleList):
+                parent[int(last)] = made
+            else:
+                setattr(parent, last, made)

@@ -1,0 +1,54 @@
+"""A quick look at latents while they are drawn: one linear map from a latent token to 2x2 pixels of a small picture.
+
+The map is fitted by whoever makes a model (`recipes/`) and stored with it; a picture of height x width has a preview of
+height/8 x width/8. Shapes: latents (B, C, h, w), normalised and patchified. Knows no files and no pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from limner.tokens import unpatchify
+
+__all__ = ["LatentPreview"]
+
+_OUT = 12
+"""Three colours of 2x2 pixels, in the channel order of `tokens.patchify`."""
+
+
+class LatentPreview:
+    """weight (12, C) and bias (12,) of the map; raises `ValueError` for other shapes and values that are not finite."""
+
+    def __init__(self, weight: Sequence[Sequence[float]] | Tensor, bias: Sequence[float] | Tensor) -> None:
+        self.weight = torch.as_tensor(weight, dtype=torch.float32)
+        self.bias = torch.as_tensor(bias, dtype=torch.float32)
+        if self.weight.dim() != 2 or len(self.weight) != _OUT or self.bias.shape != (_OUT,):
+            raise ValueError(
+                f"weight has shape {list(self.weight.shape)}, bias {list(self.bias.shape)}; allowed: [12, C], [12]"
+            )
+        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
+            raise ValueError("weight or bias hold values that are not finite")
+
+    @classmethod
+    def fit(cls, latents: Tensor, pixels: Tensor) -> LatentPreview:
+        """Least squares over latents (B, C, h, w) and their pictures at an eighth, (B, 3, 2 h, 2 w) in [0, 1]."""
+        from limner.tokens import patchify
+
+        x = latents.double().movedim(1, -1).flatten(0, -2)
+        y = patchify(pixels.double()).movedim(1, -1).flatten(0, -2)
+        solution = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], dim=1), y).solution
+        return cls(solution[:-1].t().float(), solution[-1].float())
+
+    @property
+    def channels(self) -> int:
+        """Channels C of a latent token."""
+        return self.weight.shape[1]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, 3, 2 h, 2 w) in [0, 1], float32."""
+        weight, bias = self.weight.to(latents.device), self.bias.to(latents.device)
+        patches = torch.einsum("oc,bchw->bohw", weight, latents.float()) + bias[:, None, None]
+        return unpatchify(patches).clamp(0, 1)

@@ -1,0 +1,176 @@
+"""The recipe of the bundled model: the whole of it in miniature, exact resumption, and the judge that scores pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from limner import Pipeline
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "stickers"
+FONT = RECIPE / "build" / "NotoColorEmoji.ttf"
+needs_font = pytest.mark.skipif(not FONT.is_file(), reason="the emoji font is not here; make it with run.sh font")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _recipe_on_path() -> Iterator[None]:
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+
+
+def run(*words: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in words], cwd=RECIPE, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that `run.sh` makes, with a few steps of each part."""
+    folder = tmp_path_factory.mktemp("recipe")
+    out = run(
+        "bash", "run.sh", BUILD=str(folder / "build"), ASSETS=str(folder / "assets"),
+        VAE_ARGS="--steps 24 --batch 8 --statistics 32",
+        DATA_ARGS="--sittings 40 --pool 30 --validation 1",
+        TRAIN_ARGS="--steps 24 --batch 16 --lr 4e-3 --validate-every 24",
+        EVAL_ARGS="--cases 1 --nearest 40 --pool 30 --workers 1",
+    )  # fmt: skip
+    (folder / "result.json").write_text(out.splitlines()[-1])
+    return folder
+
+
+@needs_font
+def test_the_whole_recipe_in_miniature(made: Path) -> None:
+    """Losses fall, the result loads as a model, and the evaluation ends in its JSON."""
+    vae = [row["mse"] for row in rows(made / "build" / "vae" / "log.jsonl") if "mse" in row]
+    assert vae[-1] < 0.8 * vae[0]
+    losses = [row for row in rows(made / "build" / "model" / "log.jsonl") if "loss" in row]
+    assert np.mean([row["loss"] for row in losses[-4:]]) < 0.9 * np.mean([row["loss"] for row in losses[:4]])
+    result = json.loads((made / "result.json").read_text())
+    assert set(result["tasks"]) == {"draw", "edit", "combine2", "combine3", "combine4", "held_out"}
+    assert {"psnr", "ssim", "success", "copy", "nearest"} <= set(result["tasks"]["edit"])
+    pipe = Pipeline.from_pretrained(made / "assets" / "stickers")
+    assert pipe.latent_preview is not None
+    assert pipe("a cat on a beach").images[0].size == (128, 128)
+
+
+@needs_font
+def test_a_resumed_training_is_the_same_training(made: Path, tmp_path: Path) -> None:
+    """Stopped after 3 of 6 steps and resumed: equal bits of weights, averages and optimizer."""
+    data = made / "build" / "data" / "data.pt"
+    common = (sys.executable, "train.py", "--data", data, "--steps", 6, "--batch", 8, "--validate-every", 100)
+    run(*common, "--out", tmp_path / "straight")
+    run(*common, "--out", tmp_path / "stopped", "--stop-after", 3)
+    run(*common, "--out", tmp_path / "stopped", "--resume")
+    straight, stopped = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "stopped")
+    )
+    assert straight["step"] == stopped["step"] == 6
+    for part in ("model", "average"):
+        for name, value in straight[part].items():
+            assert torch.equal(value, stopped[part][name]), name
+
+
+def test_prompts_of_the_evaluation_are_never_trained_on() -> None:
+    from tasks import TASKS, Grammar
+    from world import HELD_OUT, STICKERS
+
+    glyphs, rng = [*STICKERS.values()], random.Random(0)
+    kept, trained = Grammar(glyphs, evaluation=True), Grammar(glyphs, pool=200)
+    for task in TASKS:
+        asked = {kept.draw(rng, task).prompt for _ in range(60)}
+        sittings = [trained.sitting(rng, task, 4) for _ in range(60)]
+        assert not asked & {e.prompt for sitting in sittings for e in sitting}
+        for sitting in sittings:
+            assert len({e.references for e in sitting}) == 1
+            shown = {s.glyph for e in sitting for p in (*e.references, e.result) for s in p.stickers}
+            assert not shown & set(HELD_OUT.values())
+
+
+def test_the_world_is_large_enough() -> None:
+    from world import HELD_OUT, STICKERS
+
+    assert len(STICKERS) >= 60
+    assert len(HELD_OUT) >= 12
+    assert not set(STICKERS.values()) & set(HELD_OUT.values())
+
+
+@needs_font
+def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
+    from judge import judge
+    from world import HELD_OUT, STICKERS, Picture, Renderer, Scene, Sticker
+
+    renderer = Renderer(FONT)
+    cat = Sticker(glyph=STICKERS["fox"], column="left", row="top")
+    truth = Picture(scene=Scene(name="beach", variant=3), stickers=(cat, Sticker(glyph=HELD_OUT["duck"], scale=32)))
+
+    def verdict(picture: Picture) -> Any:
+        return judge(renderer.render(picture), truth, before=None, renderer=renderer)
+
+    right = verdict(truth)
+    assert right.success
+    assert right.psnr == 100
+    assert right.ssim == pytest.approx(1)
+    wrong = {
+        "sticker": truth.with_sticker(0, glyph=STICKERS["dog"]),
+        "place": truth.with_sticker(0, column="right"),
+        "form": truth.with_sticker(1, mirrored=True),
+        "scene": replace(truth, scene=Scene(name="forest")),
+    }
+    for thing, picture in wrong.items():
+        found = verdict(picture)
+        assert not getattr(found, thing), thing
+        assert not found.success
+    assert not verdict(replace(truth, stickers=truth.stickers[:1])).sticker
+    blurred = renderer.render(truth).resize((32, 32)).resize((128, 128))
+    assert judge(blurred, truth, before=None, renderer=renderer).success
+
+
+@needs_font
+def test_the_judge_sees_a_sticker_that_was_not_removed() -> None:
+    from judge import judge
+    from world import STICKERS, Picture, Renderer, Scene, Sticker
+
+    renderer = Renderer(FONT)
+    before = Picture(scene=Scene(name="room"), stickers=(Sticker(glyph=STICKERS["bus"]),))
+    truth = replace(before, stickers=())
+    assert judge(renderer.render(truth), truth, before=before, renderer=renderer).success
+    assert not judge(renderer.render(before), truth, before=before, renderer=renderer).sticker
+
+
+def test_pictures_of_cases_are_those_of_the_recipe() -> None:
+    """The files beside the quality tests are what `evaluate.py --save-cases` writes today."""
+    if not FONT.is_file():
+        pytest.skip("the emoji font is not here; make it with run.sh font")
+    from evaluate import TASKS, cases
+    from world import Renderer
+
+    folder = Path(__file__).parents[1] / "quality" / "cases"
+    saved = json.loads((folder / "cases.json").read_text())
+    renderer = Renderer(FONT)
+    for task in TASKS:
+        for number, case in enumerate(cases(task, 4)):
+            row = saved[TASKS.index(task) * 4 + number]
+            assert (row["task"], row["prompt"]) == (task, case.prompt)
+            with Image.open(folder / row["truth"]) as truth:
+                assert np.array_equal(np.asarray(truth), np.asarray(renderer.render(case.result)))
