@@ -12,9 +12,11 @@ import math
 import random
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -35,6 +37,7 @@ GEOMETRY = TransformerConfig(
 )  # fmt: skip
 DECAY_PART = 0.4
 NUM_STEPS = 4
+LEVEL_SHARES = (0.4, 0.25, 0.2, 0.15)
 
 
 class Model(nn.Module):
@@ -132,11 +135,14 @@ class Batches:
 
 
 def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
-    """Three quarters are the levels of a 4-step run, as a step-distilled model sees them; the rest spreads between."""
+    """Mostly the levels of a 4-step run, as a step-distilled model sees them, the noisiest most often; the rest between.
+
+    At level 1 nothing of the result shows: only text and references say what to draw, so there copying is learned.
+    """
     levels = Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[:-1]
-    run = levels[torch.randint(NUM_STEPS, (num,), generator=generator)]
+    run = levels[torch.multinomial(torch.tensor(LEVEL_SHARES), num, replacement=True, generator=generator)]
     spread = 1 - (1 - 0.5 * levels.min()) * torch.rand(num, generator=generator)
-    return torch.where(torch.rand(num, generator=generator) < 0.75, run, spread)
+    return torch.where(torch.rand(num, generator=generator) < 0.88, run, spread)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -172,6 +178,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
     parser.add_argument("--validate-every", type=int, default=400, help="steps between validations")
+    parser.add_argument(
+        "--init", type=Path, help="start from the weights of a model folder, such as the bundled model's"
+    )
     parser.add_argument("--stop-after", type=int, help="checkpoint and stop after this step, of the same schedule")
     args = parser.parse_args()
     log = Log(args.out)
@@ -182,6 +191,12 @@ def main() -> None:
     watched = batches.validation()
     torch.manual_seed(args.seed)
     model, judged = (Model(data["vocabulary"], pad=0) for _ in range(2))
+    if args.init:
+        for part, name in ((model.transformer, "diffusion_pytorch_model"), (model.text_encoder, "model")):
+            folder = args.init / ("transformer" if part is model.transformer else "text_encoder")
+            missing = part.load_state_dict(load_file(folder / f"{name}.safetensors"), strict=False).missing_keys
+            if set(missing) - {"lm_head.weight"}:  # tied to the embedding
+                raise SystemExit(f"{folder} lacks {', '.join(missing)}; it is of another geometry")
     optimizer = Optimizer(model, lr=args.lr, matrices=lambda name, p: "blocks." in name or ".layers." in name)
     average = Average(model, 0.997)
     first, best = 0, -math.inf

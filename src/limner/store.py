@@ -71,7 +71,7 @@ class StoreEntry:
     pinned: bool
     prefill_seconds: float
     used: float
-    """When it was last used, seconds since the epoch (disk) or of the process's clock."""
+    """When it was last used, seconds since the epoch."""
 
 
 class _Tier:
