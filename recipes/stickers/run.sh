@@ -28,7 +28,10 @@ export_model() {
     "$python" export.py --run "$build/model" --vae "$build/vae/vae" --tokenizer "$build/data/tokenizer" \
         --data "$build/data/data.pt" --out "$assets"
 }
-evaluate() { "$python" evaluate.py --model "$assets/stickers" ${EVAL_ARGS:---write "$assets/stickers/evaluation.json"}; }
+evaluate() {
+    "$python" evaluate.py --model "$assets/stickers" ${EVAL_ARGS:---write "$assets/stickers/evaluation.json"}
+    cp model-card.md "$assets/stickers/README.md"
+}
 plots() { "$python" plots.py --vae "$build/vae/log.jsonl" --model "$build/model/log.jsonl" --out curves; }
 
 case "${1:-all}" in

@@ -174,7 +174,7 @@ def compile_blocks(transformer: Transformer) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=4000, batch=64, lr=2e-3)
+    parser = arguments(__doc__ or "", steps=2550, batch=64, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
     parser.add_argument("--validate-every", type=int, default=400, help="steps between validations")
