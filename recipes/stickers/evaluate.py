@@ -2,7 +2,8 @@
 
 The last line is one JSON object: by task, over `--cases` cases each, PSNR in dB, SSIM, success rate and what of it was
 right, beside two baselines: copying reference 1 (for `draw` a grey picture), and the nearest of all training pictures to
-the truth (which no method of looking up could beat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
+the truth (which no method of looking up could beat; the median, and `in_training`, the share of cases whose very picture training
+holds: plain scenes and single stickers repeat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
 `held_out` are edits and combinations of stickers that no training picture shows: only copying from a reference can bring them.
 """
 
@@ -23,11 +24,13 @@ from PIL import Image
 
 from common import find_font
 from judge import Pixels, judge, pixels, psnr
+from limner import Pipeline
 from tasks import Example, Grammar
 from world import HELD_OUT, STICKERS, Picture, Renderer
 
 TASKS = ("draw", "edit", "combine2", "combine3", "combine4", "held_out")
 DIFFERENT = 8 / 255
+SAME_PICTURE = 60.0
 CARD = Path(__file__).parent / "model-card.md"
 MARKS = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
@@ -88,10 +91,17 @@ def copied(references: list[Image.Image], size: tuple[int, int]) -> Pixels:
     return pixels(references[0].resize(size) if references else Image.new("RGB", size, (128, 128, 128)))
 
 
+def restored(pipe: Pipeline, picture: Image.Image) -> Image.Image:
+    """A picture through the autoencoder alone."""
+    x = torch.from_numpy(pixels(picture)).permute(2, 0, 1)[None] * 2 - 1
+    with torch.no_grad():
+        coder = pipe.autoencoder
+        back = coder.decode(coder.denormalise(coder.encode(x))).float().clamp(-1, 1)
+    return Image.fromarray(((back[0].permute(1, 2, 0) / 2 + 0.5) * 255).round().byte().numpy())
+
+
 def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One dictionary of measures a case; runs in a process of its own."""
-    from limner import Pipeline
-
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
     renderer = Renderer(find_font(args.font))
     pipe = Pipeline.from_pretrained(
@@ -106,10 +116,13 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[d
             continue
         references = [renderer.render(p) for p in case.references]
         truth = renderer.render(case.result)
-        out = pipe(
-            case.prompt, image=references or None, width=truth.width, height=truth.height,
-            num_inference_steps=args.steps, generator=torch.Generator().manual_seed(number),
-        ).images[0]  # fmt: skip
+        if args.ceiling:
+            out = restored(pipe, truth)
+        else:
+            out = pipe(
+                case.prompt, image=references or None, width=truth.width, height=truth.height,
+                num_inference_steps=args.steps, generator=torch.Generator().manual_seed(number),
+            ).images[0]  # fmt: skip
         before = case.references[0] if case.references else None
         verdict = judge(out, case.result, before=before, renderer=renderer)
         right, copy = pixels(truth), copied(references, truth.size)
@@ -157,14 +170,15 @@ def save_cases(folder: Path, renderer: Renderer, *, num: int = 4) -> None:
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| task | PSNR | SSIM | success | sticker | place | form | scene | copying reference 1 | gain where they differ | nearest training picture |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| task | PSNR | SSIM | success | sticker | place | form | scene | copying reference 1 | gain where they differ | nearest training picture | training holds it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, row in result["tasks"].items():
         rates = " | ".join(f"{row[name]:.0%}" for name in ("success", "sticker", "place", "form", "scene"))
         gain, nearest = (f"{row[name]:.1f}" if name in row else "" for name in ("gain_differs", "nearest"))
+        held = f"{row['in_training']:.0%}" if "in_training" in row else ""
         lines.append(
-            f"| {task} | {row['psnr']:.1f} | {row['ssim']:.3f} | {rates} | {row['copy']:.1f} | {gain} | {nearest} |"
+            f"| {task} | {row['psnr']:.1f} | {row['ssim']:.3f} | {rates} | {row['copy']:.1f} | {gain} | {nearest} | {held} |"
         )
     return "\n".join(lines)
 
@@ -178,6 +192,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")
     parser.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="format of kept K/V")
+    parser.add_argument(
+        "--ceiling", action="store_true", help="judge the truth, encoded and decoded: what no transformer can beat"
+    )
     parser.add_argument("--font", type=Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--nearest", type=int, default=20000, help="sittings of the training set to search; 0: none")
@@ -207,7 +224,8 @@ def main() -> None:
             names = dict.fromkeys(name for row in rows for name in row)
             mean = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
             if training:
-                mean["nearest"] = float(np.mean([training.psnr(case.result) for case in cases(task, args.cases)]))
+                near = np.array([training.psnr(case.result) for case in cases(task, args.cases)])
+                mean["nearest"], mean["in_training"] = float(np.median(near)), float((near >= SAME_PICTURE).mean())
             results[task] = {name: round(value, 4) for name, value in mean.items()}
             print(task, results[task], flush=True)
     result = {"cases": args.cases, "steps": args.steps, "tasks": results}

@@ -25,7 +25,7 @@ from world import HELD_OUT, STICKERS, Picture, Renderer
 
 MAX_TOKENS = 48
 ENOUGH_PROMPTS = 20000
-TASKS = {"draw": 0.2, "edit": 0.3, "combine2": 0.24, "combine3": 0.13, "combine4": 0.13}
+TASKS = {"draw": 0.24, "edit": 0.22, "combine2": 0.2, "combine3": 0.17, "combine4": 0.17}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -125,6 +125,9 @@ def main() -> None:
     parser.add_argument(
         "--validation", type=int, default=12, help="reference sets of each task and of held-out stickers"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="use the tokenizer of this folder, so that weights trained with it can go on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     log = Log(args.out)
@@ -140,10 +143,13 @@ def main() -> None:
     validation = [(known, task, task) for task in TASKS] + [(held_out, t, "held_out") for t in ("edit", "combine2")]
     watched = [(name, g.sitting(rng, task, args.asks)) for g, task, name in validation for _ in range(args.validation)]
 
-    prompts_read = [e.prompt for sitting in sittings for e in sitting]
-    while len(prompts_read) < ENOUGH_PROMPTS:  # a small set does not show every word often enough to become one token
-        prompts_read += [e.prompt for task in TASKS for e in grammar.sitting(rng, task, args.asks)]
-    tokenizer = make_tokenizer(prompts_read)
+    if args.tokenizer:
+        tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
+    else:
+        prompts_read = [e.prompt for sitting in sittings for e in sitting]
+        while len(prompts_read) < ENOUGH_PROMPTS:  # a small set does not show every word often enough to be one token
+            prompts_read += [e.prompt for task in TASKS for e in grammar.sitting(rng, task, args.asks)]
+        tokenizer = make_tokenizer(prompts_read)
     tokenizer.save_pretrained(args.out / "tokenizer")
     tokenizer = Qwen2TokenizerFast.from_pretrained(args.out / "tokenizer")
     texts = [chat(e.prompt) for sitting in [*sittings, *(s for _, s in watched)] for e in sitting]

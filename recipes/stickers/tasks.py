@@ -1,7 +1,8 @@
 """The tasks of the bundled model: a grammar of prompts over pictures, each with its references and its true result.
 
-Owns wording and what a wording means. A prompt belongs to the evaluation when its hash says so (`is_evaluation`); the
-training draws skip those, so every evaluation prompt is one that training never saw.
+Owns wording and what a wording means. A prompt belongs to the evaluation when its hash says so (`is_evaluation`), and so
+does a pair of sticker and scene to draw (`is_evaluation_pair`). Training skips both, so every prompt of the evaluation,
+and every pair that it asks to draw, is one that training never saw.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def is_evaluation(prompt: str) -> bool:
     return hashlib.sha256(prompt.encode()).digest()[0] < 21
 
 
+def is_evaluation_pair(glyph: int, scene: str) -> bool:
+    """Whether drawing this sticker on this scene from text alone is kept for the evaluation (about one in eight)."""
+    return hashlib.sha256(f"{glyph} {scene}".encode()).digest()[0] < 32
+
+
 def scene_words(rng: random.Random, name: str) -> str:
     if name in SCENE_WORDS:
         return rng.choice(SCENE_WORDS[name])
@@ -89,6 +95,9 @@ class Grammar:
         self._glyphs = glyphs
         self._named = [g for g in glyphs if NAMES.get(g) in STICKERS]
         self._evaluation = evaluation
+        self._pairs = [
+            (g, name) for g in self._named for name in scene_names() if is_evaluation_pair(g, name) == evaluation
+        ]
         self._pool: dict[tuple[tuple[int, int], bool], list[Picture]] = {}
         if pool:
             rng = random.Random(f"{seed}/pool")
@@ -166,8 +175,9 @@ class Grammar:
         column, row = rng.choice(
             [(c, r) for c in COLUMNS for r in ROWS if "center" in (c,) or "middle" in (r,) or rng.random() < 0.5]
         )
-        sticker = Sticker(glyph=rng.choice(self._named), scale=rng.choice(SCALES), column=column, row=row)
-        scene = Scene(name=rng.choice(scene_names()))
+        glyph, name = rng.choice(self._pairs)
+        sticker = Sticker(glyph=glyph, scale=rng.choice(SCALES), column=column, row=row)
+        scene = Scene(name=name)
         noun = NAMES[sticker.glyph]
         what = article(f"{rng.choice(SCALE_WORDS[sticker.scale])} {noun}".strip())
         where, place = scene_words(rng, scene.name), place_words(rng, column, row)

@@ -2,8 +2,12 @@
 
 A step runs the code path of inference: `Transformer.prefill` on the references, which see only each other at noise level
 0, then `Transformer.forward` with their keys and values. Training profits from kept K/V as drawing does: the examples of
-a sitting share their references, so one prefill, and its gradient, serves several of them. The loss is that of rectified
-flow on the velocity, each channel weighted by what its error costs in pixels.
+a sitting share their references, so one prefill, and its gradient, serves several of them.
+
+A model that runs in 4 steps is trained on its own runs: each example is drawn at noise level 1, and then once more at a
+later level, from what the model itself drew and not from the truth. From the truth it would learn at the late levels to
+clean up what only the truth can show there, and blur when it meets its own drawing. The loss is the squared error of the
+velocity at both, each channel weighted by what its error costs in pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ GEOMETRY = TransformerConfig(
 )  # fmt: skip
 DECAY_PART = 0.4
 NUM_STEPS = 4
-LEVEL_SHARES = (0.4, 0.25, 0.2, 0.15)
+LATER_SHARES = (0.15, 0.2, 0.65)
 
 
 class Model(nn.Module):
@@ -75,12 +79,16 @@ class Model(nn.Module):
             "references": references,
         }
 
-    def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> Tensor:
-        """Squared error of the velocity, (B, S, C)."""
-        clean = batch["result"]
-        noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = self.transformer(noisy, sigma=sigma, **self.encode(batch))
-        return (velocity.float() - (noise - clean)).square()
+    def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of the velocity, (B, S, C): at level 1, and at `sigma` (B,) from the model's own drawing."""
+        clean, given = batch["result"], self.encode(batch)
+        first = self.transformer(noise, sigma=torch.ones_like(sigma), **given).float()
+        level = sigma[:, None, None]
+        noisy = torch.lerp(noise - first.detach(), noise, level)
+        later = self.transformer(noisy, sigma=sigma, **given).float()
+        # under the last level of a run the velocity, which is the error of the picture over the level, would weigh too much
+        weight = (level / last_level(noise.shape[1])).clamp(max=1).square()
+        return (first - (noise - clean)).square(), weight * (later - (noisy - clean) / level).square()
 
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
@@ -134,13 +142,14 @@ class Batches:
         }
 
 
-def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
-    """Mostly the levels of a 4-step run, as a step-distilled model sees them, the noisiest most often; the rest between.
+def last_level(num_tokens: int) -> float:
+    return Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[-2].item()
 
-    At level 1 nothing of the result shows: only text and references say what to draw, so there copying is learned.
-    """
-    levels = Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[:-1]
-    run = levels[torch.multinomial(torch.tensor(LEVEL_SHARES), num, replacement=True, generator=generator)]
+
+def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
+    """Mostly the later levels of a 4-step run, the last, which makes the picture, most often; the rest between."""
+    levels = Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[1:-1]
+    run = levels[torch.multinomial(torch.tensor(LATER_SHARES), num, replacement=True, generator=generator)]
     spread = 1 - (1 - 0.5 * levels.min()) * torch.rand(num, generator=generator)
     return torch.where(torch.rand(num, generator=generator) < 0.88, run, spread)
 
@@ -174,7 +183,7 @@ def compile_blocks(transformer: Transformer) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=2550, batch=64, lr=2e-3)
+    parser = arguments(__doc__ or "", steps=4500, batch=48, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
     parser.add_argument("--validate-every", type=int, default=400, help="steps between validations")
@@ -209,20 +218,25 @@ def main() -> None:
     log.write(parameters=sum(p.numel() for p in model.parameters()), sittings=len(data["sittings"]), first=first)
     if args.compile:
         compile_blocks(model.transformer)
-    losses: dict[int, list[float]] = defaultdict(list)
+    losses: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for step in range(first, args.steps):
         rng, generator = step_rng(args.seed, step)
         batch = batches.draw(rng, args.batch)
         noise = torch.randn(batch["result"].shape, generator=generator)
         sigma = draw_sigma(generator, len(noise), noise.shape[1])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = (model(batch, noise, sigma) * weights).mean()
-        optimizer.step(loss, rate=learning_rate(step, args.steps))
+            first_loss, later_loss = ((error * weights).mean() for error in model(batch, noise, sigma))
+        optimizer.step(first_loss + later_loss, rate=learning_rate(step, args.steps))
         average.update(model, step)
-        losses[len(batch["references"])].append(loss.item())
+        losses[len(batch["references"])].append((first_loss.item(), later_loss.item()))
         if (step + 1) % min(50, args.steps // 6 or 1) == 0:
-            by_count = {f"loss_{n}_references": sum(v) / len(v) for n, v in sorted(losses.items())}
-            log.write(step=step + 1, loss=sum(by_count.values()) / len(by_count), **by_count)
+            by_count = {
+                f"{name}_{n}_references": sum(pair[i] for pair in pairs) / len(pairs)
+                for n, pairs in sorted(losses.items())
+                for i, name in enumerate(("loss", "later_loss"))
+            }
+            known = [value for name, value in by_count.items() if name.startswith("loss")]
+            log.write(step=step + 1, loss=sum(known) / len(known), **by_count)
             losses.clear()
         stop = log.seconds > args.minutes * 60 or step + 1 in (args.steps, args.stop_after)
         if stop or (step + 1) % args.validate_every == 0:

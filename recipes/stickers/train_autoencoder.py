@@ -102,7 +102,7 @@ def main() -> None:
         )
         optimizer.step(loss, rate=rate)
         average.update(vae, step)
-        if step % min(50, args.steps // 6) == 0:
+        if step % min(50, args.steps // 6 or 1) == 0:
             log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
         stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
         if stop or (step + 1) % 500 == 0:

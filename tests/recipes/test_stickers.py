@@ -51,6 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = run(
         "bash", "run.sh", BUILD=str(folder / "build"), ASSETS=str(folder / "assets"),
         VAE_ARGS="--steps 24 --batch 8 --statistics 32",
+        DECODER_ARGS="--steps 12 --batch 4",
         DATA_ARGS="--sittings 40 --pool 30 --validation 1",
         TRAIN_ARGS="--steps 24 --batch 16 --lr 4e-3 --validate-every 24",
         EVAL_ARGS="--cases 1 --nearest 40 --pool 30 --workers 1",
@@ -64,6 +65,8 @@ def test_the_whole_recipe_in_miniature(made: Path) -> None:
     """Losses fall, the result loads as a model, and the evaluation ends in its JSON."""
     vae = [row["mse"] for row in rows(made / "build" / "vae" / "log.jsonl") if "mse" in row]
     assert vae[-1] < 0.8 * vae[0]
+    before, after = (row["psnr"] for row in rows(made / "build" / "decoder" / "log.jsonl") if "psnr" in row)
+    assert after > before
     losses = [row for row in rows(made / "build" / "model" / "log.jsonl") if "loss" in row]
     assert np.mean([row["loss"] for row in losses[-4:]]) < 0.9 * np.mean([row["loss"] for row in losses[:4]])
     result = json.loads((made / "result.json").read_text())
@@ -101,6 +104,12 @@ def test_prompts_of_the_evaluation_are_never_trained_on() -> None:
         asked = {kept.draw(rng, task).prompt for _ in range(60)}
         sittings = [trained.sitting(rng, task, 4) for _ in range(60)]
         assert not asked & {e.prompt for sitting in sittings for e in sitting}
+        if task == "draw":
+            kept_pairs, trained_pairs = (
+                {(e.result.stickers[0].glyph, e.result.scene.name) for e in some}
+                for some in ([kept.draw(rng, task) for _ in range(300)], [e for s in sittings for e in s])
+            )
+            assert not kept_pairs & trained_pairs
         for sitting in sittings:
             assert len({e.references for e in sitting}) == 1
             shown = {s.glyph for e in sitting for p in (*e.references, e.result) for s in p.stickers}
