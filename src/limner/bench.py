@@ -32,7 +32,7 @@ from limner.model.transformer import Transformer
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
 
-__all__ = ["Bench", "BenchCase", "as_markdown", "machine", "step_flops"]
+__all__ = ["Bench", "BenchCase", "as_markdown", "machine", "prefill_flops", "step_flops"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +91,14 @@ def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt
     attention = 4 * c * num_own * (num_own + num_ref) * config.num_layers
     edges = 2 * c * ((num_own - num_txt) * 2 * config.in_channels + num_txt * config.text_width)
     return matrices + attention + edges
+
+
+def prefill_flops(config: TransformerConfig, *, num_ref: int) -> int:
+    """Multiplications and additions of the prefill of `num_ref` reference tokens; of the last block K and V alone."""
+    c, m = config.width, config.mlp_width
+    full = config.num_layers - 1
+    matrices = num_ref * 2 * ((4 * c * c + 3 * c * m) * full + 2 * c * c + c * config.in_channels)
+    return matrices + 4 * c * num_ref * num_ref * full
 
 
 class _Peak:
