@@ -13,6 +13,7 @@ from torch import Tensor
 from limner.config import TransformerConfig
 from limner.model.attention import KERNELS
 from limner.model.transformer import Transformer
+from limner.native import kernels as native
 from limner.tokens import image_ids, reference_ids, text_ids
 
 # float32 sums in another order: seen 1e-7 to 3e-7; a wrong position or modulation gives 1e-3 and more
@@ -26,7 +27,7 @@ def ours(theirs: torch.nn.Module) -> Transformer:
     return transformer
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"native"}))  # that one is for bfloat16
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 @torch.no_grad()
 def test_matches_diffusers(head_dim: int, kernel: str) -> None:
@@ -208,11 +209,14 @@ def test_a_batch_shares_references_without_changing_a_picture() -> None:
 @torch.no_grad()
 def test_every_layer_reads_its_references(kernel: str) -> None:
     """Corrupting one kept key or value, in any layer, has to show."""
-    transformer = ours(make_transformer(16))
+    if kernel == "native" and native.native_library() is None:
+        pytest.skip("no AVX-512 BF16 or no C compiler")
+    dtype = torch.bfloat16 if kernel == "native" else torch.float32
+    transformer = ours(make_transformer(16)).to(dtype)
     transformer.kernel = kernel
     ids, ref_ids, txt_ids = image_ids((4, 4)), reference_ids([(3, 4)]), text_ids(5)
-    references = transformer.prefill(torch.randn(1, 12, 16), ref_ids)
-    img, txt = torch.randn(1, 16, 16), torch.randn(1, 5, 48)
+    references = transformer.prefill(torch.randn(1, 12, 16).to(dtype), ref_ids)
+    img, txt = torch.randn(1, 16, 16).to(dtype), torch.randn(1, 5, 48).to(dtype)
     before = transformer(img, txt, 0.8, img_ids=ids, txt_ids=txt_ids, references=references)
     for layer in references.layers:
         for tensor in layer:

@@ -11,7 +11,7 @@ import limner
 
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
-    {"errors", "config"},
+    {"errors", "config", "native"},
     {"tokens", "schedule", "images"},
     {"model"},
     {"weights", "references"},
@@ -58,7 +58,9 @@ def test_imports_go_one_way() -> None:
 def test_model_knows_torch_and_config_only() -> None:
     for file in (SOURCE / "model").glob("*.py"):
         for module in imported(file):
-            assert module.split(".")[1] in ("model", "config", "tokens", "errors"), f"{file.name} imports {module}"
+            assert module.split(".")[1] in ("model", "native", "config", "tokens", "errors"), (
+                f"{file.name} imports {module}"
+            )
         text = file.read_text()
         for word in ("import os", "from PIL", "from pathlib", "environ[", " open("):
             assert word not in text, f"{file.name}: {word}"

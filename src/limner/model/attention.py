@@ -6,8 +6,9 @@ joined to others; in half precision on CPU one layer's are laid out anew in scra
 is allowed too (training). Knows nothing of blocks, modulation or positions.
 
 Kernels (`KERNELS`), all equal to rounding:
-- ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. The fastest on
-  CPUs, and runs anywhere.
+- ``native``: a flash kernel of our own in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler.
+  Scores and softmax in float32, and no score leaves the cache.
+- ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. Runs anywhere.
 - ``chunked_float32``: the same in float32, for half precision where the CPU multiplies float32 faster.
 - ``flash``: the library's flash kernel once for the references and once for the own tokens, merged by their
   log-sum-exp. For CUDA; also runs on CPU.
@@ -25,7 +26,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from limner.errors import InvalidRequest
 from limner.model.arithmetic import fast_dtype
+from limner.native import kernels as native
 
 __all__ = ["KERNELS", "attend", "choose_kernel"]
 
@@ -47,8 +50,12 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         and head_dim % 8 == 0
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-    wide = fast_dtype(device, dtype) != dtype
-    name = "flash" if flash else "chunked_float32" if wide else "chunked"
+    if flash:
+        name = "flash"
+    elif device.type == "cpu" and native.takes(dtype, head_dim) and native.native_library() is not None:
+        name = "native"
+    else:
+        name = "chunked_float32" if fast_dtype(device, dtype) != dtype else "chunked"
     _logger.info("attention on %s in %s, head dim %d: kernel %s", device, dtype, head_dim, name)
     return name
 
@@ -82,6 +89,22 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor 
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
 
 
+def _native(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+    if not native.takes(q.dtype, q.shape[-1]) or native.native_library() is None:
+        raise InvalidRequest(
+            "kernel",
+            f"'native' does not run here in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples of "
+            "16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
+        )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    ref: list[native.PackedKV] = []
+    for b in range(q.shape[0]):
+        if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == q.shape[0]):
+            ref = [native.pack_kv(k_ref[b], v_ref[b])]
+        native.attend_packed(q[b], [*ref, native.pack_kv(k[b], v[b])], out[b])
+    return out
+
+
 def _chunked(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
     return _in_chunks(q, k, v, k_ref, v_ref, dtype=q.dtype)
 
@@ -98,7 +121,7 @@ def _in_chunks(
     num_ref = 0 if k_ref is None else k_ref.shape[1]
     out_BSHD = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * (num_ref + num_own))))
-    scores = q.new_empty(heads_at_once, min(_CHUNK, num_own), num_ref + num_own, dtype=dtype)
+    scores = q.new_empty(heads_at_once * min(_CHUNK, num_own) * (num_ref + num_own), dtype=dtype)
     ref: tuple[Tensor, Tensor] | None = None
     for b in range(batch):
         if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == batch):
@@ -109,7 +132,9 @@ def _in_chunks(
             some = slice(h, h + heads_at_once)
             for start in range(0, num_own, _CHUNK):
                 q_HQD = q_HSD[some, start : start + _CHUNK]
-                weights = scores[: q_HQD.shape[0], : q_HQD.shape[1]]
+                # contiguous for the last chunk too: a softmax in place of anything else gives wrong numbers
+                shape = (*q_HQD.shape[:2], num_ref + num_own)
+                weights = scores[: math.prod(shape)].view(shape)
                 if ref is not None:
                     torch.bmm(q_HQD, ref[0][some].transpose(1, 2), out=weights[..., :num_ref])
                 torch.bmm(q_HQD, k_HSD[some].transpose(1, 2), out=weights[..., num_ref:])
@@ -153,6 +178,7 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
+    "native": _native,
     "chunked": _chunked,
     "chunked_float32": _chunked_float32,
     "flash": _flash,

@@ -1,0 +1,142 @@
+"""Builds and loads `kernels.c` where the CPU and a C compiler allow it; gives its functions to tensors.
+
+The library is compiled once, when first used (2 seconds), into `$XDG_CACHE_HOME/limner` under a name that holds the
+digest of the source and the compiler, and shares the OpenMP threads of torch. Without a compiler, or with
+LIMNER_NATIVE=0, everything runs without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedKV", "attend_packed", "native_library", "pack_kv", "takes"]
+
+_logger = logging.getLogger("limner")
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_MAX_DIM = 256
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class PackedKV(NamedTuple):
+    """K and V of `num` keys in the layout of the kernel, one buffer of (H, size) each."""
+
+    k: Tensor
+    v: Tensor
+    num: int
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """The library, built if need be; None where it cannot be, with the reason in the log."""
+    reason = _missing()
+    if reason is None:
+        try:
+            path = _built()
+            library = ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", "") or ""
+            reason = f"{error} {output}".strip()
+        else:
+            _declare(library)
+            _logger.info("native kernels: %s", path)
+            return library
+    _logger.info("no native kernels: %s", reason)
+    return None
+
+
+def _missing() -> str | None:
+    if os.environ.get("LIMNER_NATIVE") == "0":
+        return "LIMNER_NATIVE is 0"
+    if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
+        return "the CPU has no AVX-512 BF16, or the system is not Linux"
+    if _compiler() is None:
+        return "there is no C compiler (CC, cc, gcc or clang)"
+    return None
+
+
+def _compiler() -> list[str] | None:
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    return [found] if found else None
+
+
+def _built() -> Path:
+    """The file of the library: built beside and renamed, so that processes that start at once do not meet half of one."""
+    compiler = _compiler()
+    assert compiler is not None
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"
+    path = folder / f"native-{digest}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            made = Path(beside) / path.name
+            command = [*compiler, *_FLAGS, "-shared", "-o", str(made), str(_SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
+            os.replace(made, path)
+    return path
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.limner_packed_size.argtypes = [_int, _int]
+    library.limner_packed_size.restype = _int
+    library.limner_pack.argtypes = [_pointer, _int, _int] * 2 + [_int] * 3 + [_pointer] * 2 + [ctypes.c_int]
+    library.limner_pack.restype = None
+    library.limner_attend.argtypes = [
+        _pointer, *[_int] * 6, _pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int, _int, ctypes.c_int,
+    ]  # fmt: skip
+    library.limner_attend.restype = None
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel is for such heads."""
+    return dtype == torch.bfloat16 and head_dim % 16 == 0 and head_dim <= _MAX_DIM
+
+
+def pack_kv(k_RHD: Tensor, v_RHD: Tensor) -> PackedKV:
+    """K and V (R, H, D) in bfloat16, in any layout whose last axis is contiguous."""
+    library = native_library()
+    assert library is not None
+    num, heads, dim = k_RHD.shape
+    k_RHD, v_RHD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_RHD, v_RHD))
+    size = library.limner_packed_size(num, dim)
+    packed = PackedKV(k_RHD.new_empty(heads, size), k_RHD.new_empty(heads, size), num)
+    library.limner_pack(
+        k_RHD.data_ptr(), *k_RHD.stride()[:2], v_RHD.data_ptr(), *v_RHD.stride()[:2], num, heads, dim,
+        packed.k.data_ptr(), packed.v.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return packed
+
+
+def attend_packed(q_SHD: Tensor, segments: Sequence[PackedKV], out_SHD: Tensor) -> None:
+    """softmax(q k^T / sqrt(D)) v over all segments, into `out_SHD`; last axes contiguous."""
+    library = native_library()
+    assert library is not None
+    num, heads, dim = q_SHD.shape
+    q_SHD = q_SHD if q_SHD.stride(2) == 1 else q_SHD.contiguous()
+    pointers = _pointer * len(segments)
+    library.limner_attend(
+        q_SHD.data_ptr(), *q_SHD.stride()[:2], num, heads, dim, len(segments),
+        pointers(*(s.k.data_ptr() for s in segments)), pointers(*(s.v.data_ptr() for s in segments)),
+        (_int * len(segments))(*(s.num for s in segments)), math.log2(math.e) / math.sqrt(dim),
+        out_SHD.data_ptr(), *out_SHD.stride()[:2], torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Attention kernels against the formula in float64, at lengths that fill no block, in layouts that are views."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import relative_error
+from torch import Tensor
+
+from limner.errors import InvalidRequest
+from limner.model.attention import KERNELS, attend, choose_kernel
+from limner.native import kernels as native
+
+# rounding of the result alone: 2^-9; `chunked` rounds scores and weights too
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+has_native = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tensor:
+    k, v = (torch.cat([r.expand(q.shape[0], -1, -1, -1), x], 1).double() for r, x in ((k_ref, k), (v_ref, v)))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize(
+    ("num_own", "num_ref", "heads", "dim", "batch"),
+    [(1, 0, 1, 16, 1), (63, 1, 3, 64, 2), (130, 257, 2, 128, 1), (257, 1000, 2, 32, 1), (300, 0, 5, 64, 1), (600, 513, 3, 48, 2)],
+)  # fmt: skip
+def test_kernels_are_the_formula(
+    kernel: str, dtype: torch.dtype, num_own: int, num_ref: int, heads: int, dim: int, batch: int
+) -> None:
+    if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):
+        pytest.skip("the native kernel is for bfloat16 on CPUs with AVX-512 BF16")
+    generator = torch.Generator().manual_seed(num_own)
+    # one projection, as a single-stream block has it: q, k and v are views of it
+    both = torch.randn(batch, num_own, 3 * heads * dim + 7, generator=generator).to(dtype)
+    q, k, v = (both[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim)) for i in range(3))
+    q = q * 3  # peaked: a few keys have the weight
+    k_ref, v_ref = (torch.randn(1, num_ref, heads, dim, generator=generator).to(dtype) for _ in range(2))
+    given = {"k_ref_BRHD": k_ref, "v_ref_BRHD": v_ref} if num_ref else {}
+    found = attend(q, k, v, kernel=kernel, **given)
+    assert found.shape == q.shape
+    limit = LIMITS[dtype] * (5 if (kernel, dtype) in (("chunked", torch.bfloat16), ("dense", torch.bfloat16)) else 1)
+    assert relative_error(found, truth(q, k, v, k_ref, v_ref)) <= limit
+
+
+@has_native
+def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
+    q, k, v = (torch.randn(2, 100, 2, 64).bfloat16() for _ in range(3))
+    k_ref, v_ref = (torch.randn(1, 150, 2, 64).bfloat16() for _ in range(2))
+    together = attend(q, k, v, k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native")
+    alone = attend(q[1:], k[1:], v[1:], k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native")
+    assert torch.equal(together[1:], alone)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(attend(q, k, v, k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native"), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@has_native
+def test_native_takes_extreme_scores() -> None:
+    """One key far above the rest, scores that would overflow without their maximum, and equal ones."""
+    q = torch.full((1, 3, 1, 16), 90.0).bfloat16()
+    k = torch.randn(1, 200, 1, 16).bfloat16() * 40
+    v = torch.randn(1, 200, 1, 16).bfloat16()
+    found = attend(q, k, v, kernel="native")
+    assert torch.isfinite(found).all()
+    assert relative_error(found, truth(q, k, v, k[:, :0], v[:, :0])) <= 4e-3
+    flat = attend(torch.zeros_like(q), k, v, kernel="native")
+    assert relative_error(flat[:, :1], v.double().mean(1, keepdim=True)) <= 4e-3
+
+
+@has_native
+def test_native_is_chosen_where_it_runs() -> None:
+    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 128) == "native"
+    assert choose_kernel(torch.device("cpu"), torch.float32, 128) != "native"
+    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 24) != "native"
+
+
+@pytest.mark.parametrize("setting", [{"LIMNER_NATIVE": "0"}, {"CC": "/nowhere/cc"}])
+def test_works_without_the_native_kernel(setting: dict[str, str], tmp_path: Path) -> None:
+    """Turned off, or with a compiler that is not there: another kernel, and an error that says so if it is asked for."""
+    code = (
+        "import torch; from limner.model.attention import attend, choose_kernel\n"
+        "from limner.errors import InvalidRequest\n"
+        "x = torch.randn(1, 9, 2, 16).bfloat16(); attend(x, x, x)\n"
+        "print(choose_kernel(x.device, x.dtype, 16))\n"
+        "try: attend(x, x, x, kernel='native')\n"
+        "except InvalidRequest as error: print(error.field)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), **setting}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    chosen, field = done.stdout.split()
+    assert chosen in ("chunked", "chunked_float32")
+    assert field == "kernel"
+
+
+def test_native_refuses_what_it_cannot_do() -> None:
+    x = torch.randn(1, 4, 1, 16)
+    with pytest.raises(InvalidRequest, match="bfloat16"):
+        attend(x, x, x, kernel="native")
