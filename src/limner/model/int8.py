@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.model.arithmetic import Linear
+from limner.native import kernels as native
 
 __all__ = ["Int8Linear", "QuantizedRows", "has_int8_products", "quantize_blocks", "quantize_rows", "quantize_weight"]
 
@@ -60,6 +61,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
     """Activations (..., K) for several products with the same input."""
+    if native.runs_rows(x):
+        return QuantizedRows(*native.quantize_rows(x), x.shape, x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     # a scale of 8 bits, as bfloat16 has: multiplying the result by it rounds nothing more
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _TOP).clamp(min=_TINY).bfloat16().float()

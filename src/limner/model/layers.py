@@ -20,6 +20,7 @@ from limner.model.arithmetic import Linear
 from limner.model.attention import attend
 from limner.model.kv import LayerKV
 from limner.model.rope import Rope, apply_rope
+from limner.native import kernels as native
 from limner.tokens import TokenLayout
 
 __all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
@@ -42,8 +43,17 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Te
 
 def gated_silu(x: Tensor) -> Tensor:
     """silu(first half) * second half of the last axis."""
+    if native.runs_rows(x):
+        return native.gated_silu(x)
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
+
+
+def norm_rope(x_BSHD: Tensor, norm: nn.RMSNorm, rope: Rope) -> Tensor:
+    """RMSNorm of each head and rotation; one kernel in bfloat16 on a CPU that has it."""
+    if native.runs_rows(x_BSHD):
+        return native.norm_rope(x_BSHD, norm.weight, norm.eps or 0.0, rope.cos_SP, rope.sin_SP)
+    return apply_rope(norm(x_BSHD), rope)
 
 
 class TimeEmbedding(nn.Module):
@@ -124,17 +134,17 @@ class JointAttention(nn.Module):
         self.norm_added_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_added_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
-    def project_img(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k after norm, v: each (B, S, H, D)."""
+    def project_img(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k after norm and rotation, v: each (B, S, H, D)."""
         x = self.to_q.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v
 
-    def project_txt(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_txt(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         x = self.add_q_proj.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in linears)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        return norm_rope(q, self.norm_added_q, rope), norm_rope(k, self.norm_added_k, rope), v
 
 
 class DoubleBlock(nn.Module):
@@ -160,11 +170,12 @@ class DoubleBlock(nn.Module):
         kernel: str | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S_img, C) and (B, S_txt, C) to the same; `rope` is that of [txt, img]."""
-        q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]))
-        q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]))
+        rope_txt, rope_img = rope.split(layout.num_txt)
+        q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]), rope_img)
+        q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]), rope_txt)
         out = attend(
-            apply_rope(layout.join(q_txt, q_img), rope),
-            apply_rope(layout.join(k_txt, k_img), rope),
+            layout.join(q_txt, q_img),
+            layout.join(k_txt, k_img),
             layout.join(v_txt, v_img),
             k_ref_BRHD=references.k if references else None,
             v_ref_BRHD=references.v if references else None,
@@ -179,8 +190,7 @@ class DoubleBlock(nn.Module):
 
     def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same and the K/V that this layer keeps."""
-        q, k, v = self.attn.project_img(self._norm(ref, mod[0]))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = self.attn.project_img(self._norm(ref, mod[0]), rope)
         out = attend(q, k, v, kernel=kernel).flatten(2)
         ref = torch.addcmul(ref, mod[0].gate, self.attn.to_out[0](out))
         ref = torch.addcmul(ref, mod[1].gate, self.ff(self._norm(ref, mod[1])))
@@ -202,20 +212,26 @@ class ParallelAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k after norm, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q and k after norm and rotation, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
         q, k, v, mlp = self.to_qkv_mlp_proj(x).split(self._parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
-        return self.norm_q(q), self.norm_k(k), v, mlp
+        return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v, mlp
 
-    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """k after norm and v alone, each (B, S, H, D)."""
+    def project_kv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """k after norm and rotation, and v alone, each (B, S, H, D)."""
         both = self.to_qkv_mlp_proj(x, slice(self.width, 3 * self.width))
         k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
-        return self.norm_k(k), v
+        return norm_rope(k, self.norm_k, rope), v
 
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
-        out: Tensor = self.to_out(torch.cat([attended.flatten(2), gated_silu(mlp)], dim=-1))
+        if native.runs_rows(mlp):
+            joined = attended.new_empty(*mlp.shape[:-1], self.width + mlp.shape[-1] // 2)
+            joined[..., : self.width] = attended.flatten(2)
+            native.gated_silu(mlp, out=joined[..., self.width :])
+        else:
+            joined = torch.cat([attended.flatten(2), gated_silu(mlp)], dim=-1)
+        out: Tensor = self.to_out(joined)
         return out
 
 
@@ -229,10 +245,10 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, *, mod: Shift, rope: Rope, references: LayerKV | None, kernel: str | None) -> Tensor:
         """(B, S, C) of [txt, img] to the same."""
-        q, k, v, mlp = self.attn.project(self._norm(x, mod))
+        q, k, v, mlp = self.attn.project(self._norm(x, mod), rope)
         out = attend(
-            apply_rope(q, rope),
-            apply_rope(k, rope),
+            q,
+            k,
             v,
             k_ref_BRHD=references.k if references else None,
             v_ref_BRHD=references.v if references else None,
@@ -242,16 +258,15 @@ class SingleBlock(nn.Module):
 
     def prefill(self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same and the K/V that this layer keeps."""
-        q, k, v, mlp = self.attn.project(self._norm(ref, mod))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v, mlp = self.attn.project(self._norm(ref, mod), rope)
         out = attend(q, k, v, kernel=kernel)
         # v is a view of the whole projection; a copy keeps S_ref * C values alive instead of S_ref * (3 C + 2 M)
         return torch.addcmul(ref, mod.gate, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
 
     def prefill_last(self, ref: Tensor, *, mod: Shift, rope: Rope) -> LayerKV:
         """K/V alone: what the last block would add to the reference tokens, nobody reads."""
-        k, v = self.attn.project_kv(self._norm(ref, mod))
-        return LayerKV(apply_rope(k, rope), v.contiguous())
+        k, v = self.attn.project_kv(self._norm(ref, mod), rope)
+        return LayerKV(k, v.contiguous())
 
     def _norm(self, x: Tensor, mod: Shift) -> Tensor:
         return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)

@@ -22,6 +22,10 @@ class Rope(NamedTuple):
     cos_SP: Tensor
     sin_SP: Tensor
 
+    def split(self, num: int) -> tuple[Rope, Rope]:
+        """The tables of the first `num` positions and of the rest."""
+        return Rope(self.cos_SP[:num], self.sin_SP[:num]), Rope(self.cos_SP[num:], self.sin_SP[num:])
+
 
 def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:
     """The table of positions `ids` (S, 4): angle = position * theta^(-2 i / axis) for pair i of an axis."""

@@ -1,6 +1,7 @@
-/* Attention over key segments in bfloat16, for CPUs with AVX-512 BF16; compiled by kernels.py when first used.
+/* Attention over key segments, and what lies between the matrix products, in bfloat16 for CPUs with AVX-512 BF16; compiled
+   by kernels.py when first used. Everything is computed in float32 and rounded once.
 
-   Shapes: S queries, R keys of a segment, H heads, D head dimension (a multiple of 16, at most 256).
+   Attention. Shapes: S queries, R keys of a segment, H heads, D head dimension (a multiple of 16, at most 256).
    A flash kernel (Dao et al. 2022, online softmax) in transposed form: scores are keys x queries, so that the softmax runs
    down columns, 16 queries a register and without a horizontal reduction, and the probabilities leave it as the right
    operand of the second product (pairs of keys in 32 bits, as VDPBF16PS reads them) without being laid out anew.
@@ -177,5 +178,86 @@ void limner_attend(const bf16 *q, i64 q_row, i64 q_head, i64 num_q, i64 heads, i
         i64 head = task / blocks, first = task % blocks * QUERIES;
         attend_block(q + first * q_row + head * q_head, q_row, num_q - first < QUERIES ? num_q - first : QUERIES, dim,
                      num_segments, k, v, n, head, factor, out + first * out_row + head * out_head, out_row);
+    }
+}
+
+static inline __m512 load16(const bf16 *at)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
+}
+
+static inline void store16(bf16 *at, __m512 x) { _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+/* RMSNorm over each head times `weight` (D), then the rotation of neighbouring pairs: x (rows, H, D) to out, contiguous.
+   `cos`, `sin` (period, D / 2): row r has the angles of r % period. */
+void limner_norm_rope(const bf16 *x, i64 x_row, i64 rows, i64 heads, i64 dim, const float *weight, float eps,
+                      const float *cos, const float *sin, i64 period, bf16 *out, int threads)
+{
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512 even_minus = _mm512_castsi512_ps(_mm512_set1_epi64(0x80000000LL));
+#pragma omp parallel for num_threads(threads)
+    for (i64 r = 0; r < rows; r++) {
+        __m512 c[MAX_DIM / 16], s[MAX_DIM / 16];
+        const float *row_cos = cos + r % period * (dim / 2), *row_sin = sin + r % period * (dim / 2);
+        for (i64 i = 0; i < dim / 16; i++) {
+            c[i] = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(row_cos + 8 * i)));
+            s[i] = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(row_sin + 8 * i)));
+            s[i] = _mm512_xor_ps(s[i], even_minus);
+        }
+        for (i64 h = 0; h < heads; h++) {
+            const bf16 *from = x + r * x_row + h * dim;
+            bf16 *to = out + (r * heads + h) * dim;
+            __m512 sum = _mm512_setzero_ps();
+            for (i64 i = 0; i < dim / 16; i++) {
+                __m512 v = load16(from + 16 * i);
+                sum = _mm512_fmadd_ps(v, v, sum);
+            }
+            float mean = _mm512_reduce_add_ps(sum) / dim + eps;
+            __m512 shrink = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_set1_ps(mean)));
+            for (i64 i = 0; i < dim / 16; i++) {
+                __m512 v = _mm512_mul_ps(_mm512_mul_ps(load16(from + 16 * i), shrink), _mm512_loadu_ps(weight + 16 * i));
+                __m512 other = _mm512_permute_ps(v, 0xB1);
+                store16(to + 16 * i, _mm512_fmadd_ps(v, c[i], _mm512_mul_ps(other, s[i])));
+            }
+        }
+    }
+}
+
+/* silu(first half) * second half of rows of 2 `width` (a multiple of 16) values. */
+void limner_gated_silu(const bf16 *x, i64 x_row, i64 rows, i64 width, bf16 *out, i64 out_row, int threads)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel for num_threads(threads)
+    for (i64 r = 0; r < rows; r++)
+        for (i64 i = 0; i < width; i += 16) {
+            __m512 gate = load16(x + r * x_row + i), value = load16(x + r * x_row + width + i);
+            __m512 e = exp2_negative(_mm512_mul_ps(_mm512_abs_ps(gate), _mm512_set1_ps(-1.4426950f)));
+            __m512 over = _mm512_div_ps(gate, _mm512_add_ps(one, e));
+            __mmask16 below = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
+            over = _mm512_mask_mul_ps(over, below, over, e);
+            store16(out + r * out_row + i, _mm512_mul_ps(over, value));
+        }
+}
+
+/* Rows of `width` (a multiple of 16) values to bytes around 128 and a scale a row: x = (byte - 128) * scale. The scale is
+   rounded to bfloat16, so that multiplying a bfloat16 result by it rounds nothing more; 127.5 becomes 255. */
+void limner_quantize_rows(const bf16 *x, i64 x_row, i64 rows, i64 width, uint8_t *out, float *scales, int threads)
+{
+#pragma omp parallel for num_threads(threads)
+    for (i64 r = 0; r < rows; r++) {
+        const bf16 *from = x + r * x_row;
+        __m512 highest = _mm512_setzero_ps();
+        for (i64 i = 0; i < width; i += 16) highest = _mm512_max_ps(highest, _mm512_abs_ps(load16(from + i)));
+        float top = _mm512_reduce_max_ps(highest) / 127.0f;
+        __m512 scale = _mm512_max_ps(_mm512_set1_ps(top), _mm512_set1_ps(1e-30f));
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(scale)), 16));
+        scales[r] = _mm512_cvtss_f32(scale);
+        __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), scale);
+        for (i64 i = 0; i < width; i += 16) {
+            __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load16(from + i), inverse));
+            v = _mm512_add_epi32(_mm512_max_epi32(_mm512_min_epi32(v, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127)),
+                                 _mm512_set1_epi32(128));
+            _mm_storeu_si128((__m128i *)(out + r * width + i), _mm512_cvtepi32_epi8(v));
+        }
     }
 }

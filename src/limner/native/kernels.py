@@ -20,18 +20,22 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PackedKV", "attend_packed", "native_library", "pack_kv", "takes"]
+__all__ = [
+    "PackedKV", "attend_packed", "gated_silu", "native_library", "norm_rope", "pack_kv", "quantize_rows", "runs_rows",
+    "takes",
+]  # fmt: skip
 
 _logger = logging.getLogger("limner")
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+_int: Any = ctypes.c_int64
+_pointer: Any = ctypes.c_void_p
 
 
 class PackedKV(NamedTuple):
@@ -104,7 +108,24 @@ def _declare(library: ctypes.CDLL) -> None:
     library.limner_attend.argtypes = [
         _pointer, *[_int] * 6, _pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int, _int, ctypes.c_int,
     ]  # fmt: skip
-    library.limner_attend.restype = None
+    library.limner_norm_rope.argtypes = [
+        _pointer, *[_int] * 4, _pointer, ctypes.c_float, _pointer, _pointer, _int, _pointer, ctypes.c_int,
+    ]  # fmt: skip
+    library.limner_gated_silu.argtypes = [_pointer, *[_int] * 3, _pointer, _int, ctypes.c_int]
+    library.limner_quantize_rows.argtypes = [_pointer, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
+    for name in ("attend", "norm_rope", "gated_silu", "quantize_rows"):
+        getattr(library, f"limner_{name}").restype = None
+
+
+def runs_rows(x: Tensor) -> bool:
+    """Whether the row kernels take this tensor: bfloat16 on a CPU that has them, rows of a multiple of 16, no gradient."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.shape[-1] % 16 == 0
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and native_library() is not None
+    )
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
@@ -140,3 +161,58 @@ def attend_packed(q_SHD: Tensor, segments: Sequence[PackedKV], out_SHD: Tensor) 
         (_int * len(segments))(*(s.num for s in segments)), math.log2(math.e) / math.sqrt(dim),
         out_SHD.data_ptr(), *out_SHD.stride()[:2], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+    """RMSNorm of each head times `weight_D`, then rotation of neighbouring pairs, (B, S, H, D)."""
+    library = native_library()
+    assert library is not None
+    batch, num, heads, dim = x_BSHD.shape
+    x, row = _rows(x_BSHD.flatten(2))
+    out = x_BSHD.new_empty(x_BSHD.shape)
+    weight, cos_SP, sin_SP = (t.detach().float().contiguous() for t in (weight_D, cos_SP, sin_SP))
+    library.limner_norm_rope(
+        x.data_ptr(), row, batch * num, heads, dim, weight.data_ptr(), eps, cos_SP.data_ptr(), sin_SP.data_ptr(), num,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gated_silu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(first half) * second half of the last axis, into `out` if given: its rows may be parts of longer ones."""
+    library = native_library()
+    assert library is not None
+    width = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], width) if out is None else out
+    x, row = _rows(x)
+    _, out_row = _rows(out, copies=False)
+    library.limner_gated_silu(
+        x.data_ptr(), row, x.numel() // (2 * width), width, out.data_ptr(), out_row, torch.get_num_threads()
+    )
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., K) to bytes around 128, (rows, K) uint8, and the scale of each, (rows, 1) float32."""
+    library = native_library()
+    assert library is not None
+    width = x.shape[-1]
+    x, row = _rows(x)
+    num = x.numel() // width
+    values, scale = x.new_empty(num, width, dtype=torch.uint8), x.new_empty(num, 1, dtype=torch.float32)
+    library.limner_quantize_rows(
+        x.data_ptr(), row, num, width, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
+    )
+    return values, scale
+
+
+def _rows(x: Tensor, *, copies: bool = True) -> tuple[Tensor, int]:
+    """A tensor (..., K) whose rows lie at one distance, and that distance."""
+    row = x.stride(-2) if x.dim() > 1 else x.shape[-1]
+    even = x.stride(-1) == 1 and all(
+        x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)
+    )
+    if even:
+        return x, row
+    assert copies, "rows at one distance are wanted"
+    return x.contiguous(), x.shape[-1]

@@ -1,0 +1,63 @@
+"""The row kernels against their formulas in float64, over views and lengths that are no multiple of anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.conftest import relative_error
+from torch import nn
+
+from limner.model.int8 import quantize_rows
+from limner.model.layers import gated_silu, norm_rope
+from limner.model.rope import apply_rope, rope_table
+from limner.native import kernels as native
+
+ROUNDING = 2.5e-3
+pytestmark = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
+
+
+@pytest.mark.parametrize(("batch", "num", "heads", "dim"), [(1, 1, 1, 16), (2, 7, 3, 64), (3, 130, 2, 128)])
+@torch.no_grad()
+def test_norm_and_rotation(batch: int, num: int, heads: int, dim: int) -> None:
+    x = torch.randn(batch, num, 2 * heads * dim + 8).bfloat16()[..., 3 : 3 + heads * dim].unflatten(-1, (heads, dim))
+    norm = nn.RMSNorm(dim, eps=1e-6).bfloat16()
+    norm.weight.copy_(torch.randn(dim))
+    rope = rope_table(torch.randint(0, 50, (num, 4)), axes=(dim // 4,) * 4, theta=2000.0)
+    expected = apply_rope(F.rms_norm(x.double(), (dim,), norm.weight.double(), 1e-6), rope)
+    assert native.runs_rows(x)
+    found = norm_rope(x, norm, rope)
+    assert found.is_contiguous()
+    assert relative_error(found, expected) <= ROUNDING
+
+
+@torch.no_grad()
+def test_gated_silu() -> None:
+    x = torch.cat([torch.randn(2, 9, 96) * 4, torch.randn(2, 9, 7)], -1).bfloat16()[..., :96]
+    x[0, 0, :4] = torch.tensor([-200.0, 200.0, 0.0, -0.0])
+    gate, value = x.double().chunk(2, -1)
+    expected = F.silu(gate) * value
+    assert relative_error(gated_silu(x), expected) <= ROUNDING
+    joined = torch.full((2, 9, 60), 7.0).bfloat16()
+    native.gated_silu(x, out=joined[..., 12:])
+    assert relative_error(joined[..., 12:], expected) <= ROUNDING
+    assert (joined[..., :12] == 7).all()
+
+
+@torch.no_grad()
+def test_quantized_rows_are_those_of_the_formula() -> None:
+    x = torch.randn(3, 5, 64).bfloat16() * torch.tensor([1e-3, 1.0, 50.0, 0.0, 3e4])[:, None]
+    found, wide = quantize_rows(x), quantize_rows(x.float())
+    assert torch.equal(found.scale, wide.scale)
+    # halves are rounded the other way by one of the two
+    assert (found.values.int() - wide.values.int()).abs().max() <= 1
+    restored = (found.values.float() - 128) * found.scale
+    limit = 0.51 * found.scale.clamp(min=1e-20) + x.abs().float().reshape(15, 64) * 0.005
+    assert ((restored - x.float().reshape(15, 64)).abs() <= limit).all()
+
+
+def test_training_takes_the_formula() -> None:
+    x = torch.randn(1, 4, 32).bfloat16().requires_grad_()
+    assert not native.runs_rows(x)
+    gated_silu(x).sum().backward()
+    assert x.grad is not None
