@@ -13,6 +13,7 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.model.attention import KERNELS, attend, choose_kernel
+from limner.model.kv import LayerKV, quantize_layer
 from limner.native import kernels as native
 
 # rounding of the result alone: 2^-9; `chunked` rounds scores and weights too
@@ -43,8 +44,8 @@ def test_kernels_are_the_formula(
     q, k, v = (both[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim)) for i in range(3))
     q = q * 3  # peaked: a few keys have the weight
     k_ref, v_ref = (torch.randn(1, num_ref, heads, dim, generator=generator).to(dtype) for _ in range(2))
-    given = {"k_ref_BRHD": k_ref, "v_ref_BRHD": v_ref} if num_ref else {}
-    found = attend(q, k, v, kernel=kernel, **given)
+    references = LayerKV(k_ref, v_ref) if num_ref else None
+    found = attend(q, k, v, references=references, kernel=kernel)
     assert found.shape == q.shape
     limit = LIMITS[dtype] * (5 if (kernel, dtype) in (("chunked", torch.bfloat16), ("dense", torch.bfloat16)) else 1)
     assert relative_error(found, truth(q, k, v, k_ref, v_ref)) <= limit
@@ -53,16 +54,27 @@ def test_kernels_are_the_formula(
 @has_native
 def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
     q, k, v = (torch.randn(2, 100, 2, 64).bfloat16() for _ in range(3))
-    k_ref, v_ref = (torch.randn(1, 150, 2, 64).bfloat16() for _ in range(2))
-    together = attend(q, k, v, k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native")
-    alone = attend(q[1:], k[1:], v[1:], k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native")
+    kept = LayerKV(*(torch.randn(1, 150, 2, 64).bfloat16() for _ in range(2)))
+    together = attend(q, k, v, references=kept, kernel="native")
+    alone = attend(q[1:], k[1:], v[1:], references=kept, kernel="native")
     assert torch.equal(together[1:], alone)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(attend(q, k, v, k_ref_BRHD=k_ref, v_ref_BRHD=v_ref, kernel="native"), together)
+        assert torch.equal(attend(q, k, v, references=kept, kernel="native"), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_quantized_references_are_their_widened_values(kernel: str, kind: str) -> None:
+    if kernel == "native" and native.native_library() is None:
+        pytest.skip("no AVX-512 BF16 or no C compiler")
+    q, k, v = (torch.randn(2, 70, 3, 32).bfloat16() for _ in range(3))
+    narrow = quantize_layer(LayerKV(*(torch.randn(1, 133, 3, 32).bfloat16() * 2 for _ in range(2))), kind)
+    expected = attend(q, k, v, references=narrow.dense(torch.bfloat16), kernel=kernel)
+    assert torch.equal(attend(q, k, v, references=narrow, kernel=kernel), expected)
 
 
 @has_native

@@ -2,8 +2,9 @@
 
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
 All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1 and are neither repeated nor
-joined to others; in half precision on CPU one layer's are laid out anew in scratch memory, once for a batch. A batch of B
-is allowed too (training). Knows nothing of blocks, modulation or positions.
+joined to others: `native` and `flash` read them where they are, `chunked` in half precision lays one layer's out anew in
+scratch memory, once for a batch. A batch of B is allowed too (training). Quantized ones are widened a block at a time by
+`native`, a layer at a time by the others. Knows nothing of blocks, modulation or positions.
 
 Kernels (`KERNELS`), all equal to rounding:
 - ``native``: a flash kernel of our own in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.model.arithmetic import fast_dtype
+from limner.model.kv import AnyLayerKV, QuantizedLayerKV
 from limner.native import kernels as native
 
 __all__ = ["KERNELS", "attend", "choose_kernel"]
@@ -65,19 +67,21 @@ def attend(
     k_BSHD: Tensor,
     v_BSHD: Tensor,
     *,
-    k_ref_BRHD: Tensor | None = None,
-    v_ref_BRHD: Tensor | None = None,
+    references: AnyLayerKV | None = None,
     kernel: str | None = None,
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 
-    `k_ref_BRHD` and `v_ref_BRHD` have batch 1 or B. `kernel` is a name in `KERNELS`; None takes the fastest of the
+    K/V of `references` have batch 1 or B. `kernel` is a name in `KERNELS`; None takes the fastest of the
     device, or the differentiable one while gradients are recorded.
     """
     if kernel is None:
         records = torch.is_grad_enabled() and q_BSHD.requires_grad
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
-    return KERNELS[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref_BRHD, v_ref_BRHD)
+    if kernel == "native":
+        return _native(q_BSHD, k_BSHD, v_BSHD, references)
+    k_ref, v_ref = (None, None) if references is None else references.dense(v_BSHD.dtype)
+    return _PLAIN[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref, v_ref)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
@@ -89,19 +93,19 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor 
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+def _native(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> Tensor:
     if not native.takes(q.dtype, q.shape[-1]) or native.native_library() is None:
         raise InvalidRequest(
             "kernel",
             f"'native' does not run here in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples of "
             "16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
         )
+    if isinstance(references, QuantizedLayerKV) and references.k.dtype != torch.int8:
+        references = references.dense(q.dtype)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    ref: list[native.PackedKV] = []
     for b in range(q.shape[0]):
-        if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == q.shape[0]):
-            ref = [native.pack_kv(k_ref[b], v_ref[b])]
-        native.attend_packed(q[b], [*ref, native.pack_kv(k[b], v[b])], out[b])
+        kept = [native.Segment(*(x[b if x.shape[0] > 1 else 0] for x in references))] if references else []
+        native.attend(q[b], [*kept, native.Segment(k[b], v[b])], out[b])
     return out
 
 
@@ -177,10 +181,10 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.float().transpose(1, 2)
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
-    "native": _native,
+_PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "chunked": _chunked,
     "chunked_float32": _chunked_float32,
     "flash": _flash,
     "dense": _dense,
 }
+KERNELS = ("native", *_PLAIN)

@@ -5,7 +5,7 @@ of 1 while training. Knows torch alone.
 
 Quantized K/V have one scale for each token and head, the largest absolute value over the range of the format, so that
 the error of a value is at most half a step of its own row: int8 1/254 of the row's largest value, fp8 (E4M3) 1/16 of the
-value itself. A layer is widened where it is used, one at a time.
+value itself. `model.attention` widens them where they are used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["KV_FORMATS", "LayerKV", "QuantizedLayerKV", "ReferenceKV", "quantize_layer", "staged"]
+__all__ = ["KV_FORMATS", "AnyLayerKV", "LayerKV", "QuantizedLayerKV", "ReferenceKV", "quantize_layer", "staged"]
 
 KV_FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The formats in which K/V can be kept besides their own dtype, and the largest value of each."""
@@ -103,19 +103,18 @@ class ReferenceKV:
         return self.layers[0].k.device
 
 
-def staged(layers: Sequence[AnyLayerKV], device: torch.device, dtype: torch.dtype) -> Iterator[LayerKV]:
-    """The layers in order, on `device` and widened; each is on its way while the one before it is computed with.
+def staged(layers: Sequence[AnyLayerKV], device: torch.device) -> Iterator[AnyLayerKV]:
+    """The layers in order, on `device`; each is on its way while the one before it is computed with.
 
     Where K/V live in host memory and the device is another, the copy of the next layer runs on a stream of its own
     (from pinned memory without waiting), and two layers at most are on the device.
     """
     if not layers or layers[0].k.device == device:
-        for layer in layers:
-            yield layer.dense(dtype)
+        yield from layers
         return
     if device.type != "cuda":
         for layer in layers:
-            yield layer.to(device).dense(dtype)
+            yield layer.to(device)
         return
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
 
@@ -132,4 +131,4 @@ def staged(layers: Sequence[AnyLayerKV], device: torch.device, dtype: torch.dtyp
             x.record_stream(main)
         if i + 1 < len(layers):
             following = move(layers[i + 1])
-        yield current.dense(dtype)
+        yield current

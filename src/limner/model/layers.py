@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.attention import attend
-from limner.model.kv import LayerKV
+from limner.model.kv import AnyLayerKV, LayerKV
 from limner.model.rope import Rope, apply_rope
 from limner.native import kernels as native
 from limner.tokens import TokenLayout
@@ -166,7 +166,7 @@ class DoubleBlock(nn.Module):
         mod_txt: tuple[Shift, ...],
         rope: Rope,
         layout: TokenLayout,
-        references: LayerKV | None,
+        references: AnyLayerKV | None,
         kernel: str | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S_img, C) and (B, S_txt, C) to the same; `rope` is that of [txt, img]."""
@@ -177,8 +177,7 @@ class DoubleBlock(nn.Module):
             layout.join(q_txt, q_img),
             layout.join(k_txt, k_img),
             layout.join(v_txt, v_img),
-            k_ref_BRHD=references.k if references else None,
-            v_ref_BRHD=references.v if references else None,
+            references=references,
             kernel=kernel,
         ).flatten(2)
         out_txt, out_img = layout.split(out)
@@ -243,15 +242,16 @@ class SingleBlock(nn.Module):
         self.eps = config.eps
         self.attn = ParallelAttention(config)
 
-    def forward(self, x: Tensor, *, mod: Shift, rope: Rope, references: LayerKV | None, kernel: str | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, mod: Shift, rope: Rope, references: AnyLayerKV | None, kernel: str | None
+    ) -> Tensor:
         """(B, S, C) of [txt, img] to the same."""
         q, k, v, mlp = self.attn.project(self._norm(x, mod), rope)
         out = attend(
             q,
             k,
             v,
-            k_ref_BRHD=references.k if references else None,
-            v_ref_BRHD=references.v if references else None,
+            references=references,
             kernel=kernel,
         )
         return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))

@@ -4,20 +4,30 @@
    Attention. Shapes: S queries, R keys of a segment, H heads, D head dimension (a multiple of 16, at most 256).
    A flash kernel (Dao et al. 2022, online softmax) in transposed form: scores are keys x queries, so that the softmax runs
    down columns, 16 queries a register and without a horizontal reduction, and the probabilities leave it as the right
-   operand of the second product (pairs of keys in 32 bits, as VDPBF16PS reads them) without being laid out anew.
-   Scores, softmax and sums are float32. What a query gets depends on neither batch nor threads. */
+   operand of the second product (pairs of keys in 32 bits, as VDPBF16PS reads them) without being laid out anew. Keys and
+   values are read where they are; one block of them at a time is laid out, or widened from int8, in the cache. What a query
+   gets depends on neither batch nor threads. */
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-#define QUERIES 64           /* queries of a task: 4 registers */
+#define QUERIES 64           /* queries of a product: 4 registers */
+#define GROUPS 4             /* such groups of queries that share a block of keys, at most */
 #define KEYS 128             /* keys of a block */
 #define MAX_DIM 256
 #define LOWEST -1e30f
 
 typedef uint16_t bf16;
 typedef int64_t i64;
+
+/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous. */
+typedef struct {
+    const void *k, *v;
+    i64 k_row, k_head, v_row, v_head;
+    const float *k_scale, *v_scale;
+    i64 num;
+} Segment;
 
 /* 2^x for x <= 0, relative error 3e-7 (Taylor series of degree 5 around the nearest integer) */
 static inline __m512 exp2_negative(__m512 x)
@@ -34,35 +44,49 @@ static inline __m512 exp2_negative(__m512 x)
     return _mm512_scalef_ps(p, n);
 }
 
-static inline i64 blocks_of(i64 n) { return (n + KEYS - 1) / KEYS; }
-
-/* Values of one head that a packed segment takes, K and V each: whole blocks. */
-i64 limner_packed_size(i64 n, i64 dim) { return blocks_of(n) * KEYS * dim; }
-
-/* K (R, H, D) to [H][R][D]; V (R, H, D) to [H][block][D / 4][key pair][4][2]. Rows after the last are zero. */
-void limner_pack(const bf16 *k, i64 k_row, i64 k_head, const bf16 *v, i64 v_row, i64 v_head, i64 n, i64 heads, i64 dim,
-                 bf16 *k_out, bf16 *v_out, int threads)
+static inline __m512 load16(const bf16 *at)
 {
-    i64 blocks = blocks_of(n), size = limner_packed_size(n, dim);
-#pragma omp parallel for collapse(2) num_threads(threads)
-    for (i64 h = 0; h < heads; h++)
-        for (i64 b = 0; b < blocks; b++) {
-            i64 first = b * KEYS, some = n - first < KEYS ? n - first : KEYS;
-            bf16 *to = k_out + h * size + first * dim;
-            for (i64 i = 0; i < some; i++)
-                memcpy(to + i * dim, k + (first + i) * k_row + h * k_head, dim * sizeof(bf16));
-            memset(to + some * dim, 0, (KEYS - some) * dim * sizeof(bf16));
-            to = v_out + h * size + first * dim;
-            for (i64 pair = 0; pair < KEYS / 2; pair++) {
-                const bf16 *even = v + (first + 2 * pair) * v_row + h * v_head, *odd = even + v_row;
-                for (i64 g = 0; g < dim / 4; g++) {
-                    __m128i low = _mm_setzero_si128(), high = low;
-                    if (2 * pair < some) low = _mm_loadl_epi64((const __m128i *)(even + 4 * g));
-                    if (2 * pair + 1 < some) high = _mm_loadl_epi64((const __m128i *)(odd + 4 * g));
-                    _mm_storeu_si128((__m128i *)(to + (g * (KEYS / 2) + pair) * 8), _mm_unpacklo_epi16(low, high));
-                }
-            }
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
+}
+
+static inline void store16(bf16 *at, __m512 x) { _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+/* One row of a segment's head as bfloat16: itself, or `space` after widening. */
+static inline const bf16 *row_of(const void *x, i64 at, const float *scale, i64 scale_at, i64 dim, bf16 *space)
+{
+    if (!scale) return (const bf16 *)x + at;
+    const __m512 factor = _mm512_set1_ps(scale[scale_at]);
+    for (i64 i = 0; i < dim; i += 16) {
+        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)x + at + i)));
+        store16(space + i, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
+    }
+    return space;
+}
+
+/* A block of K to [key][D], and of V to [D / 4][key pair][4][2]; `rows` is `some` rounded up to 4, rows after it are zero. */
+static void stage(const Segment *s, i64 head, i64 heads, i64 first, i64 some, i64 rows, i64 dim, bf16 *k_out, bf16 *v_out)
+{
+    _Alignas(64) bf16 space[2][MAX_DIM], zeros[MAX_DIM] = {0};
+    for (i64 i = 0; i < some; i++) {
+        i64 key = first + i;
+        const bf16 *row = row_of(s->k, key * s->k_row + head * s->k_head, s->k_scale, key * heads + head, dim, space[0]);
+        memcpy(k_out + i * dim, row, dim * sizeof(bf16));
+    }
+    memset(k_out + some * dim, 0, (rows - some) * dim * sizeof(bf16));
+    for (i64 pair = 0; pair < rows / 2; pair++) {
+        const bf16 *row[2];
+        for (int j = 0; j < 2; j++) {
+            i64 key = first + 2 * pair + j;
+            row[j] = 2 * pair + j < some ? row_of(s->v, key * s->v_row + head * s->v_head, s->v_scale, key * heads + head,
+                                                  dim, space[j])
+                                         : zeros;
         }
+        for (i64 g = 0; g < dim / 4; g++) {
+            __m128i even = _mm_loadl_epi64((const __m128i *)(row[0] + 4 * g));
+            __m128i odd = _mm_loadl_epi64((const __m128i *)(row[1] + 4 * g));
+            _mm_store_si128((__m128i *)(v_out + (g * (KEYS / 2) + pair) * 8), _mm_unpacklo_epi16(even, odd));
+        }
+    }
 }
 
 /* out[4][QUERIES] += left x right over `depth` pairs: left[pair] at left + row * left_row + pair * left_pair, 32 bits each;
@@ -83,110 +107,122 @@ static inline __attribute__((always_inline)) void product(const int32_t *left, i
     }
 }
 
-static void attend_block(const bf16 *q, i64 q_row, i64 num_q, i64 dim, i64 num_segments, const bf16 *const *k,
-                         const bf16 *const *v, const i64 *n, i64 head, float factor, bf16 *out, i64 out_row)
-{
+/* What one group of queries needs while it goes over the keys. */
+typedef struct {
     _Alignas(64) int32_t queries[MAX_DIM / 2 * QUERIES];
-    _Alignas(64) float scores[KEYS * QUERIES];
-    _Alignas(64) int32_t weights[KEYS / 2 * QUERIES];
     _Alignas(64) float sums[MAX_DIM * QUERIES];
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512 scale = _mm512_set1_ps(factor);
     __m512 top[4], total[4];
-    for (int j = 0; j < 4; j++) top[j] = _mm512_set1_ps(LOWEST), total[j] = _mm512_setzero_ps();
-    memset(sums, 0, dim * QUERIES * sizeof(float));
+} Group;
+
+static const uint16_t INTERLEAVE[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11,
+                                        27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* Two rows of numbers to pairs in 32 bits, the even row low. */
+static inline __m512i pairs(__m512 even, __m512 odd)
+{
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(INTERLEAVE), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+static void start(Group *group, const bf16 *q, i64 q_row, i64 num, i64 dim)
+{
+    for (int j = 0; j < 4; j++) group->top[j] = _mm512_set1_ps(LOWEST), group->total[j] = _mm512_setzero_ps();
+    memset(group->sums, 0, dim * QUERIES * sizeof(float));
     for (i64 i = 0; i < QUERIES; i++)
         for (i64 p = 0; p < dim / 2; p++) {
             int32_t pair = 0;
-            if (i < num_q) memcpy(&pair, q + i * q_row + 2 * p, sizeof(pair));
-            queries[p * QUERIES + i] = pair;
+            if (i < num) memcpy(&pair, q + i * q_row + 2 * p, sizeof(pair));
+            group->queries[p * QUERIES + i] = pair;
         }
-
-    for (i64 s = 0; s < num_segments; s++) {
-        i64 size = limner_packed_size(n[s], dim);
-        for (i64 first = 0; first < n[s]; first += KEYS) {
-            i64 some = n[s] - first < KEYS ? n[s] - first : KEYS, rows = (some + 3) / 4 * 4;
-            const bf16 *k_block = k[s] + head * size + first * dim, *v_block = v[s] + head * size + first * dim;
-            __m512 highest[4];
-            for (int j = 0; j < 4; j++) highest[j] = _mm512_set1_ps(LOWEST);
-            for (i64 i = 0; i < rows; i += 4) {
-                __m512 sum[4][4];
-                for (int r = 0; r < 4; r++)
-                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
-                product((const int32_t *)(k_block + i * dim), dim / 2, 1, queries, dim / 2, sum);
-                for (int r = 0; r < 4; r++)
-                    for (int j = 0; j < 4; j++) {
-                        if (i + r >= some) sum[r][j] = _mm512_set1_ps(LOWEST);
-                        highest[j] = _mm512_max_ps(highest[j], sum[r][j]);
-                        _mm512_store_ps(scores + (i + r) * QUERIES + 16 * j, sum[r][j]);
-                    }
-            }
-            for (int j = 0; j < 4; j++) {
-                __m512 before = top[j];
-                top[j] = _mm512_max_ps(before, _mm512_mul_ps(highest[j], scale));
-                __m512 shrink = exp2_negative(_mm512_sub_ps(before, top[j])), sum = _mm512_setzero_ps();
-                for (i64 i = 0; i < rows; i += 2) {
-                    __m512 even = _mm512_load_ps(scores + i * QUERIES + 16 * j);
-                    __m512 odd = _mm512_load_ps(scores + (i + 1) * QUERIES + 16 * j);
-                    even = exp2_negative(_mm512_fmsub_ps(even, scale, top[j]));
-                    odd = exp2_negative(_mm512_fmsub_ps(odd, scale, top[j]));
-                    sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
-                    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-                    _mm512_store_si512(weights + i / 2 * QUERIES + 16 * j, _mm512_permutexvar_epi16(interleave, both));
-                }
-                total[j] = _mm512_fmadd_ps(total[j], shrink, sum);
-                if (first > 0 || s > 0)
-                    for (i64 d = 0; d < dim; d++) {
-                        float *at = sums + d * QUERIES + 16 * j;
-                        _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
-                    }
-            }
-            for (i64 g = 0; g < dim / 4; g++) {
-                __m512 sum[4][4];
-                for (int r = 0; r < 4; r++)
-                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_load_ps(sums + (4 * g + r) * QUERIES + 16 * j);
-                product((const int32_t *)v_block + g * (KEYS / 2) * 4, 1, 4, weights, rows / 2, sum);
-                for (int r = 0; r < 4; r++)
-                    for (int j = 0; j < 4; j++) _mm512_store_ps(sums + (4 * g + r) * QUERIES + 16 * j, sum[r][j]);
-            }
-        }
-    }
-
-    for (int j = 0; j < 4; j++) {
-        __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), total[j]);
-        for (i64 d = 0; d < dim; d += 2) {
-            __m512 even = _mm512_mul_ps(_mm512_load_ps(sums + d * QUERIES + 16 * j), inverse);
-            __m512 odd = _mm512_mul_ps(_mm512_load_ps(sums + (d + 1) * QUERIES + 16 * j), inverse);
-            __m512i both = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-            _mm512_store_si512(queries + d / 2 * QUERIES + 16 * j, both);
-        }
-    }
-    for (i64 i = 0; i < num_q; i++)
-        for (i64 p = 0; p < dim / 2; p++) memcpy(out + i * out_row + 2 * p, queries + p * QUERIES + i, 4);
 }
 
-/* softmax(factor' q k^T) v over packed segments of n[s] keys; q and out (S, H, D). `factor` is that of the scores times
-   log2(e). */
-void limner_attend(const bf16 *q, i64 q_row, i64 q_head, i64 num_q, i64 heads, i64 dim, i64 num_segments,
-                   const bf16 *const *k, const bf16 *const *v, const i64 *n, float factor, bf16 *out, i64 out_row,
-                   i64 out_head, int threads)
+static void add_block(Group *group, const bf16 *k, const bf16 *v, i64 some, i64 rows, i64 dim, __m512 scale)
 {
-    i64 blocks = (num_q + QUERIES - 1) / QUERIES;
+    _Alignas(64) float scores[KEYS * QUERIES];
+    _Alignas(64) int32_t weights[KEYS / 2 * QUERIES];
+    __m512 highest[4];
+    for (int j = 0; j < 4; j++) highest[j] = _mm512_set1_ps(LOWEST);
+    for (i64 i = 0; i < rows; i += 4) {
+        __m512 sum[4][4];
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
+        product((const int32_t *)(k + i * dim), dim / 2, 1, group->queries, dim / 2, sum);
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < 4; j++) {
+                if (i + r >= some) sum[r][j] = _mm512_set1_ps(LOWEST);
+                highest[j] = _mm512_max_ps(highest[j], sum[r][j]);
+                _mm512_store_ps(scores + (i + r) * QUERIES + 16 * j, sum[r][j]);
+            }
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512 before = group->top[j], top = _mm512_max_ps(before, _mm512_mul_ps(highest[j], scale));
+        __m512 shrink = exp2_negative(_mm512_sub_ps(before, top)), sum = _mm512_setzero_ps();
+        for (i64 i = 0; i < rows; i += 2) {
+            __m512 even = _mm512_load_ps(scores + i * QUERIES + 16 * j);
+            __m512 odd = _mm512_load_ps(scores + (i + 1) * QUERIES + 16 * j);
+            even = exp2_negative(_mm512_fmsub_ps(even, scale, top));
+            odd = exp2_negative(_mm512_fmsub_ps(odd, scale, top));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+            _mm512_store_si512(weights + i / 2 * QUERIES + 16 * j, pairs(even, odd));
+        }
+        group->top[j] = top;
+        group->total[j] = _mm512_fmadd_ps(group->total[j], shrink, sum);
+        if (_mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1.0f), _CMP_NEQ_OQ))
+            for (i64 d = 0; d < dim; d++) {
+                float *at = group->sums + d * QUERIES + 16 * j;
+                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
+            }
+    }
+    for (i64 g = 0; g < dim / 4; g++) {
+        __m512 sum[4][4];
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < 4; j++) sum[r][j] = _mm512_load_ps(group->sums + (4 * g + r) * QUERIES + 16 * j);
+        product((const int32_t *)v + g * (KEYS / 2) * 4, 1, 4, weights, rows / 2, sum);
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < 4; j++) _mm512_store_ps(group->sums + (4 * g + r) * QUERIES + 16 * j, sum[r][j]);
+    }
+}
+
+static void finish(Group *group, i64 num, i64 dim, bf16 *out, i64 out_row)
+{
+    for (int j = 0; j < 4; j++) {
+        __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), group->total[j]);
+        for (i64 d = 0; d < dim; d += 2) {
+            __m512 even = _mm512_mul_ps(_mm512_load_ps(group->sums + d * QUERIES + 16 * j), inverse);
+            __m512 odd = _mm512_mul_ps(_mm512_load_ps(group->sums + (d + 1) * QUERIES + 16 * j), inverse);
+            _mm512_store_si512(group->queries + d / 2 * QUERIES + 16 * j, pairs(even, odd));
+        }
+    }
+    for (i64 i = 0; i < num; i++)
+        for (i64 p = 0; p < dim / 2; p++) memcpy(out + i * out_row + 2 * p, group->queries + p * QUERIES + i, 4);
+}
+
+/* softmax(factor' q k^T) v over segments; q and out (S, H, D). `factor` is that of the scores times log2(e). */
+void limner_attend(const bf16 *q, i64 q_row, i64 q_head, i64 num_q, i64 heads, i64 dim, const Segment *segments,
+                   i64 num_segments, float factor, bf16 *out, i64 out_row, i64 out_head, int threads)
+{
+    i64 at_once = GROUPS * QUERIES;
+    while (at_once > QUERIES && heads * ((num_q + at_once - 1) / at_once) < 4 * threads) at_once /= 2; /* work for all */
+    const i64 blocks = (num_q + at_once - 1) / at_once;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (i64 task = 0; task < heads * blocks; task++) {
-        i64 head = task / blocks, first = task % blocks * QUERIES;
-        attend_block(q + first * q_row + head * q_head, q_row, num_q - first < QUERIES ? num_q - first : QUERIES, dim,
-                     num_segments, k, v, n, head, factor, out + first * out_row + head * out_head, out_row);
+        _Alignas(64) bf16 k[KEYS * MAX_DIM], v[KEYS * MAX_DIM];
+        Group groups[GROUPS];
+        i64 head = task / blocks, first = task % blocks * at_once, used = 0, num[GROUPS];
+        for (; used * QUERIES < at_once && first + used * QUERIES < num_q; used++) {
+            i64 from = first + used * QUERIES;
+            num[used] = num_q - from < QUERIES ? num_q - from : QUERIES;
+            start(&groups[used], q + from * q_row + head * q_head, q_row, num[used], dim);
+        }
+        for (i64 s = 0; s < num_segments; s++)
+            for (i64 key = 0; key < segments[s].num; key += KEYS) {
+                i64 some = segments[s].num - key < KEYS ? segments[s].num - key : KEYS, rows = (some + 3) / 4 * 4;
+                stage(&segments[s], head, heads, key, some, rows, dim, k, v);
+                for (i64 g = 0; g < used; g++) add_block(&groups[g], k, v, some, rows, dim, _mm512_set1_ps(factor));
+            }
+        for (i64 g = 0; g < used; g++)
+            finish(&groups[g], num[g], dim, out + (first + g * QUERIES) * out_row + head * out_head, out_row);
     }
 }
-
-static inline __m512 load16(const bf16 *at)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
-}
-
-static inline void store16(bf16 *at, __m512 x) { _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 /* RMSNorm over each head times `weight` (D), then the rotation of neighbouring pairs: x (rows, H, D) to out, contiguous.
    `cos`, `sin` (period, D / 2): row r has the angles of r % period. */

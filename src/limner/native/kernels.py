@@ -26,9 +26,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "PackedKV", "attend_packed", "gated_silu", "native_library", "norm_rope", "pack_kv", "quantize_rows", "runs_rows",
+    "Segment",
+    "attend",
+    "gated_silu",
+    "has_rows",
+    "native_library",
+    "norm_rope",
+    "quantize_rows",
+    "runs_rows",
     "takes",
-]  # fmt: skip
+]
 
 _logger = logging.getLogger("limner")
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -38,12 +45,22 @@ _int: Any = ctypes.c_int64
 _pointer: Any = ctypes.c_void_p
 
 
-class PackedKV(NamedTuple):
-    """K and V of `num` keys in the layout of the kernel, one buffer of (H, size) each."""
+class Segment(NamedTuple):
+    """K and V (R, H, D) that queries attend to: bfloat16, or int8 with scales (R, H, 1) float32."""
 
     k: Tensor
     v: Tensor
-    num: int
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("k", "v")),
+        *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head")),
+        *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale")),
+        ("num", ctypes.c_int64),
+    ]  # fmt: skip
 
 
 @cache
@@ -101,12 +118,8 @@ def _built() -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.limner_packed_size.argtypes = [_int, _int]
-    library.limner_packed_size.restype = _int
-    library.limner_pack.argtypes = [_pointer, _int, _int] * 2 + [_int] * 3 + [_pointer] * 2 + [ctypes.c_int]
-    library.limner_pack.restype = None
     library.limner_attend.argtypes = [
-        _pointer, *[_int] * 6, _pointer, _pointer, _pointer, ctypes.c_float, _pointer, _int, _int, ctypes.c_int,
+        _pointer, *[_int] * 5, ctypes.POINTER(_Segment), _int, ctypes.c_float, _pointer, _int, _int, ctypes.c_int,
     ]  # fmt: skip
     library.limner_norm_rope.argtypes = [
         _pointer, *[_int] * 4, _pointer, ctypes.c_float, _pointer, _pointer, _int, _pointer, ctypes.c_int,
@@ -117,15 +130,15 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, f"limner_{name}").restype = None
 
 
+def has_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the row kernels run there: bfloat16 on a CPU that has them."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and native_library() is not None
+
+
 def runs_rows(x: Tensor) -> bool:
-    """Whether the row kernels take this tensor: bfloat16 on a CPU that has them, rows of a multiple of 16, no gradient."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.shape[-1] % 16 == 0
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and native_library() is not None
-    )
+    """Whether the row kernels take this tensor: rows of a multiple of 16, and no gradient."""
+    records = torch.is_grad_enabled() and x.requires_grad
+    return x.shape[-1] % 16 == 0 and not records and has_rows(x.device, x.dtype)
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
@@ -133,34 +146,37 @@ def takes(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype == torch.bfloat16 and head_dim % 16 == 0 and head_dim <= _MAX_DIM
 
 
-def pack_kv(k_RHD: Tensor, v_RHD: Tensor) -> PackedKV:
-    """K and V (R, H, D) in bfloat16, in any layout whose last axis is contiguous."""
-    library = native_library()
-    assert library is not None
-    num, heads, dim = k_RHD.shape
-    k_RHD, v_RHD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_RHD, v_RHD))
-    size = library.limner_packed_size(num, dim)
-    packed = PackedKV(k_RHD.new_empty(heads, size), k_RHD.new_empty(heads, size), num)
-    library.limner_pack(
-        k_RHD.data_ptr(), *k_RHD.stride()[:2], v_RHD.data_ptr(), *v_RHD.stride()[:2], num, heads, dim,
-        packed.k.data_ptr(), packed.v.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return packed
-
-
-def attend_packed(q_SHD: Tensor, segments: Sequence[PackedKV], out_SHD: Tensor) -> None:
-    """softmax(q k^T / sqrt(D)) v over all segments, into `out_SHD`; last axes contiguous."""
+def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
+    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are read where they are."""
     library = native_library()
     assert library is not None
     num, heads, dim = q_SHD.shape
-    q_SHD = q_SHD if q_SHD.stride(2) == 1 else q_SHD.contiguous()
-    pointers = _pointer * len(segments)
+    q_SHD = _last_contiguous(q_SHD)
+    read = [Segment(_last_contiguous(s.k), _last_contiguous(s.v), *_scales(s)) for s in segments]
+    made = (_Segment * len(read))(
+        *(
+            _Segment(
+                s.k.data_ptr(), s.v.data_ptr(), *s.k.stride()[:2], *s.v.stride()[:2],
+                None if s.k_scale is None else s.k_scale.data_ptr(),
+                None if s.v_scale is None else s.v_scale.data_ptr(), s.k.shape[0],
+            )
+            for s in read
+        )
+    )  # fmt: skip
     library.limner_attend(
-        q_SHD.data_ptr(), *q_SHD.stride()[:2], num, heads, dim, len(segments),
-        pointers(*(s.k.data_ptr() for s in segments)), pointers(*(s.v.data_ptr() for s in segments)),
-        (_int * len(segments))(*(s.num for s in segments)), math.log2(math.e) / math.sqrt(dim),
+        q_SHD.data_ptr(), *q_SHD.stride()[:2], num, heads, dim, made, len(read), math.log2(math.e) / math.sqrt(dim),
         out_SHD.data_ptr(), *out_SHD.stride()[:2], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _scales(segment: Segment) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if segment.k_scale is None or segment.v_scale is None:
+        return None, None
+    return segment.k_scale.contiguous(), segment.v_scale.contiguous()
 
 
 def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
