@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format bench eval gallery clean
+.PHONY: demo test check format bench benchmarks eval gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,7 +34,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/limner bench -o benchmarks/results/edit.json
+
+# All benchmarks, half an hour on 2 cores; nothing else should run beside them.
+benchmarks: $(READY) bench
+	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
+	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
+	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
+	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
 
 eval: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/evaluate.py
