@@ -66,8 +66,22 @@ def test_both_arithmetics_agree_with_diffusers_in_bfloat16() -> None:
         found = ours(img, txt, sigma, img_ids=ids, txt_ids=txt_ids, references=references)
         assert relative_error(found, expected) < 0.05
         errors[kernel] = relative_error(found, truth)
-        assert ours.arithmetic == f"{kernel}/{str(dtype).removeprefix('torch.')}"
+        assert ours.arithmetic.startswith(f"cpu/{kernel}/{str(dtype).removeprefix('torch.')}")
     assert errors["chunked_float32"] <= relative_error(expected, truth) * 1.2
+
+
+def test_narrowed_float32_has_another_name() -> None:
+    """torch.set_float32_matmul_precision lets float32 products be rounded to TF32 or bfloat16."""
+    transformer = Transformer(TransformerConfig.from_diffusers(make_transformer(16).config))
+    names = []
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            names.append(transformer.arithmetic)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert len(set(names)) == 3
+    assert names[1].endswith("/tf32 products")
 
 
 def test_arithmetic_is_part_of_the_key(tiny_folder: object) -> None:

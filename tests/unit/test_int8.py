@@ -65,6 +65,34 @@ def test_a_changed_weight_is_packed_again() -> None:
     assert torch.allclose(made(x), -before, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["replaced", "loaded", "data"])
+def test_another_weight_is_packed_again(how: str) -> None:
+    """Its version may be that of the old one."""
+    made, other, x = Int8Linear.of(Linear(64, 32)), Int8Linear.of(Linear(64, 32)), torch.randn(4, 64)
+    before, expected = made(x), other(x)
+    if how == "replaced":
+        made.weight, made.weight_scale = other.weight, other.weight_scale
+    elif how == "loaded":
+        made.load_state_dict(other.state_dict(), assign=True)
+    else:
+        made.weight.data, made.weight_scale.data = other.weight, other.weight_scale
+    assert torch.equal(made(x), expected)
+    assert not torch.equal(before, expected)
+
+
+def test_the_name_of_the_arithmetic_is_that_of_the_device() -> None:
+    """int8 products run on CPUs alone: elsewhere weights are widened, and the key says so."""
+    config = TransformerConfig.from_diffusers(make_transformer(64, double=1, single=1).config)
+    transformer = Transformer(config)
+    quantize_blocks(transformer)
+    on_cpu = transformer.arithmetic
+    assert on_cpu.startswith("cpu/")
+    assert ("int8 dot products" in on_cpu) == int8.has_int8_products()
+    elsewhere = transformer.to("meta").arithmetic
+    assert elsewhere.startswith("meta/")
+    assert elsewhere.endswith("/int8 widened")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_velocity_with_int8(dtype: torch.dtype) -> None:
     """Relative error of one velocity, random weights, references included, against float32."""

@@ -71,6 +71,14 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     return QuantizedRows(values, scale, x.shape, x.dtype)
 
 
+class _Packed(NamedTuple):
+    """A weight in oneDNN's layout, and what it was made of: the memory, held so that its address is not used again."""
+
+    source: Tensor
+    version: int
+    weight: Tensor
+
+
 class Int8Linear(nn.Module):
     """A `Linear` whose weight is int8. Takes activations, or what `prepare` made of them."""
 
@@ -82,7 +90,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(out_features))
-        self._packed: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._packed: dict[tuple[int, int], _Packed] = {}
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:
@@ -95,11 +103,11 @@ class Int8Linear(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor | QuantizedRows:
         """Activations for several matrices that read the same ones: quantized once."""
-        return quantize_rows(x) if self._multiplies_int8() else x
+        return quantize_rows(x) if self.multiplies_int8() else x
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """`rows` asks for a part of the output features alone."""
-        if not self._multiplies_int8():
+        if not self.multiplies_int8():
             assert isinstance(input, Tensor)
             weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
             return F.linear(input, (weight.float() * scale[:, None]).to(input.dtype))
@@ -112,17 +120,19 @@ class Int8Linear(nn.Module):
         )  # fmt: skip
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
-    def _multiplies_int8(self) -> bool:
+    def multiplies_int8(self) -> bool:
+        """Whether its products are u8 x s8; else weights are widened."""
         return self.weight.device.type == "cpu" and has_int8_products()
 
     def _pack(self, start: int, stop: int) -> Tensor:
-        """The weight in oneDNN's layout, made when first used and again after a change."""
-        version = self.weight._version if not self.weight.is_inference() else 0
+        """The weight in oneDNN's layout, made when first used and again after a change or with other memory."""
+        source = self.weight.detach()
+        version = -1 if source.is_inference() else source._version
         known = self._packed.get((start, stop))
-        if known is None or known[0] != version:
-            packed = torch.ops.onednn.qlinear_prepack(self.weight[start:stop].contiguous(), None)
-            known = self._packed[start, stop] = version, packed
-        return known[1]
+        if known is None or (known.source.data_ptr(), known.version) != (source.data_ptr(), version):
+            packed = torch.ops.onednn.qlinear_prepack(source[start:stop].contiguous(), None)
+            known = self._packed[start, stop] = _Packed(source, version, packed)
+        return known.weight
 
     def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
         """Moves, and keeps the scales in float32 whatever dtype is asked for."""

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear, fast_dtype
 from limner.model.attention import choose_kernel
-from limner.model.int8 import Int8Linear, has_int8_products
-from limner.model.kv import LayerKV, ReferenceKV, staged
+from limner.model.int8 import Int8Linear
+from limner.model.kv import AnyLayerKV, ReferenceKV, staged
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
+from limner.native.kernels import has_rows
 from limner.tokens import TokenLayout
 
 __all__ = ["Transformer"]
@@ -56,12 +57,13 @@ class Transformer(nn.Module):
 
     @property
     def arithmetic(self) -> str:
-        """What decides the last bits of a result besides the weights: the attention kernel and the dtype of products."""
+        """What decides the last bits of a result besides the weights: device, attention kernel and kind of products."""
         kernel = self.kernel or choose_kernel(self.device, self.dtype, self.config.head_dim)
         products = self.x_embedder.arithmetic or fast_dtype(self.device, self.dtype)
-        names = [kernel, str(products).removeprefix("torch.")]
-        if self.quantization is not None:
-            names.append("int8 dot products" if has_int8_products() else "int8 widened")
+        names = [self.device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(self.device)]
+        int8 = {module.multiplies_int8() for module in self.modules() if isinstance(module, Int8Linear)}
+        names += ["native rows"] if has_rows(self.device, self.dtype) else []
+        names += sorted("int8 dot products" if instructions else "int8 widened" for instructions in int8)
         return "/".join(names)
 
     @property
@@ -143,16 +145,27 @@ class Transformer(nn.Module):
         velocity: Tensor = self.proj_out(self.norm_out(x[:, layout.img], embedding))
         return velocity
 
-    def _kept(self, references: ReferenceKV | None) -> Iterator[LayerKV | None]:
-        """The K/V of each layer in turn, on this device and in the dtype of the weights."""
+    def _kept(self, references: ReferenceKV | None) -> Iterator[AnyLayerKV | None]:
+        """The K/V of each layer in turn, on this device."""
         if references is None:
             return repeat(None)
         if len(references.layers) != self.config.num_layers:
             raise ValueError(f"references have {len(references.layers)} layers, the model {self.config.num_layers}")
-        return staged(references.layers, self.device, self.dtype)
+        return staged(references.layers, self.device)
 
     def _split_blocks(self) -> tuple[list[DoubleBlock], list[SingleBlock], SingleBlock]:
         """Double-stream blocks, single-stream blocks but the last, and the last."""
         double = cast("list[DoubleBlock]", list(self.transformer_blocks))
         *single, last = cast("list[SingleBlock]", list(self.single_transformer_blocks))
         return double, single, last
+
+
+def _narrowed_float32(device: torch.device) -> list[str]:
+    """How torch was told to round the inputs of float32 products and convolutions there, if it was: tf32 or bf16."""
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    if device.type not in backends:
+        return []
+    convolutions = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+    found = {"products": backends[device.type].matmul, "convolutions": convolutions.conv}
+    precisions = {name: settings.fp32_precision for name, settings in found.items()}
+    return [f"{kind} {name}" for name, kind in precisions.items() if kind not in ("none", "ieee")]
