@@ -78,10 +78,17 @@ class ReferenceReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PreparedReference:
-    """Pixels (3, height, width) uint8 of a processed reference, and how they came to be."""
+    """The pixels of a processed reference, as RGB bytes row by row, and how they came to be."""
 
-    pixels: Tensor
+    data: bytes
     report: ReferenceReport
+
+    @property
+    def pixels(self) -> Tensor:
+        """(3, height, width) uint8; made when asked for: a reference whose K/V are kept needs its digest alone."""
+        width, height = self.report.processed_size
+        values = np.frombuffer(self.data, np.uint8).reshape(height, width, 3)
+        return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
 def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> Image.Image:
@@ -135,7 +142,8 @@ def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
 def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
     """The picture as RGB with its EXIF orientation applied, and whether that changed it."""
     oriented = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    image = ImageOps.exif_transpose(image)
+    if oriented:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
@@ -152,7 +160,7 @@ def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> t
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image)
         return image.convert("RGB"), oriented
     if image.mode in ("RGB", "L", "P", "1"):
-        return image.convert("RGB"), oriented
+        return image if image.mode == "RGB" else image.convert("RGB"), oriented
     remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
     raise InvalidRequest(field, f"its colour mode is {image.mode}; {remedy.get(image.mode, 'save it as 8 bit RGB')}")
 
@@ -215,12 +223,13 @@ def prepare_reference(
         width, height = resized
     kept = (width // _GRID * _GRID, height // _GRID * _GRID)
     left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-    rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
-    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    if kept != (width, height):
+        rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
+    data = rgb.tobytes()
     digest = hashlib.sha256(f"{kept[0]}x{kept[1]}:".encode())
-    digest.update(pixels.numpy().tobytes())
+    digest.update(data)
     return PreparedReference(
-        pixels=pixels,
+        data=data,
         report=ReferenceReport(
             original_size=original,
             oriented=oriented,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import resource
@@ -173,6 +174,18 @@ def test_other_modes_become_rgb(mode: str) -> None:
     image = picture(64, 64).convert(mode)
     found = prepare_reference(image, policy=POLICY)
     assert np.array_equal(found.pixels.permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+
+
+def test_pixels_are_those_that_were_hashed() -> None:
+    """They are made when asked for, from the bytes of the digest, whatever became of the picture since."""
+    image = picture(64, 80)
+    before = np.asarray(image).copy()
+    found = prepare_reference(image, policy=POLICY)
+    image.paste((255, 0, 0), (0, 0, 64, 80))
+    assert hashlib.sha256(b"64x80:" + found.data).hexdigest() == found.report.digest
+    assert np.array_equal(found.pixels.permute(1, 2, 0).numpy(), before)
+    found.pixels.zero_()
+    assert np.array_equal(found.pixels.permute(1, 2, 0).numpy(), before)
 
 
 def test_digest_tells_pictures_apart() -> None:
