@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest, LimnerError
+from limner.errors import InvalidRequest, LimnerError, OutputError
 
 if TYPE_CHECKING:
     from limner.images import PreparedReference
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
     edit.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
     _store_argument(edit, help="folder in which K/V of references are kept for later runs")
+    _budget_argument(edit)
     _kv_argument(edit)
     _reference_arguments(edit)
     edit.set_defaults(run=_draw)
@@ -127,6 +128,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
     warm = add("warm", "compute the K/V of pictures (in this order) and keep them in a store", _warm)
     warm.add_argument("file", nargs="+", metavar="FILE", help="pictures: image 1, 2, ...")
     _store_argument(warm)
+    _budget_argument(warm)
     warm.add_argument("--pin", action="store_true", help="keep them from eviction")
     for parser in (pack, warm):
         parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
@@ -151,6 +153,15 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
 def _store_argument(parser: argparse.ArgumentParser, help: str = "folder of the store") -> None:  # noqa: A002
     parser.add_argument(
         "--store", metavar="DIR", default=os.environ.get("LIMNER_STORE"), help=f"{help} (default: $LIMNER_STORE)"
+    )
+
+
+def _budget_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store-bytes",
+        type=int,
+        metavar="N",
+        help="remove what was used least recently from the store when it has more bytes; default: remove nothing",
     )
 
 
@@ -284,7 +295,7 @@ def _draw(args: argparse.Namespace) -> None:
     from limner.references import References
 
     pack = References.load(args.references) if args.references else None
-    store = _store(args) if args.store else None
+    store = _store(args, disk_bytes=args.store_bytes) if args.store else None
     progress = _Progress(num_steps=args.steps, references=bool(prepared))
     try:
         pipe = Pipeline.from_pretrained(
@@ -401,13 +412,20 @@ def _inspect(args: argparse.Namespace) -> None:
             print(f"{name}: {value}")
 
 
-def _store(args: argparse.Namespace) -> ReferenceStore:
-    """The store of a command: its folder, and no limit that would remove what other commands kept."""
+def _store(args: argparse.Namespace, *, disk_bytes: int | None = None) -> ReferenceStore:
+    """The store of a command: its folder, and no limit but an asked one that would remove what other commands kept."""
     from limner.store import ReferenceStore
 
     if not args.store:
         raise InvalidRequest("--store", "no folder is given; use --store DIR or set LIMNER_STORE")
-    return ReferenceStore(disk_path=args.store)
+    return ReferenceStore(disk_path=args.store, disk_bytes=disk_bytes)
+
+
+def _existing_store(args: argparse.Namespace) -> ReferenceStore:
+    """The store of a command that makes no folder."""
+    if args.store and not Path(args.store).is_dir():
+        raise InvalidRequest("--store", f"{args.store} is not a folder; check the name")
+    return _store(args)
 
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
@@ -455,12 +473,15 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _warm(args: argparse.Namespace) -> None:
-    store = _store(args)
+    store = _store(args, disk_bytes=args.store_bytes)
     refs = _prefill(args, store)
     store.put(refs)
     store.flush()
-    if store.stats().failed_writes:
-        raise InvalidRequest("--store", f"{args.store} could not be written; free some space or give another folder")
+    if store.file(refs.key) is None:
+        raise OutputError(
+            f"--store: {args.store} did not take {refs.nbytes} bytes; free some space, unpin entries, raise --store-bytes "
+            "or give another folder"
+        )
     if args.pin:
         store.pin(refs.key)
     _print(args, _describe(refs), f"{refs.key}: {len(refs.reports)} references, {refs.num_tokens} tokens")
@@ -528,20 +549,18 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _ls(args: argparse.Namespace) -> None:
-    entries = [entry for entry in _store(args).entries() if entry.tier == "disk"]
+    entries = [entry for entry in _existing_store(args).entries() if entry.tier == "disk"]
     if args.json:
         print(json.dumps({"entries": [asdict(entry) for entry in entries]}))
         return
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(
-            f"{entry.key}  {entry.num_references} references  {entry.num_tokens} tokens  {entry.nbytes} bytes  used {when}"
-            + ("  pinned" if entry.pinned else "")
-        )
+        holds = f"{entry.num_references} references  {entry.num_tokens} tokens" if not entry.problem else "damaged"
+        print(f"{entry.key}  {holds}  {entry.nbytes} bytes  used {when}" + ("  pinned" if entry.pinned else ""))
 
 
 def _rm(args: argparse.Namespace) -> None:
-    store = _store(args)
+    store = _existing_store(args)
     keys = [entry.key for entry in store.entries() if entry.tier == "disk"]
     chosen = []
     for prefix in args.key:
@@ -568,7 +587,7 @@ def _verify(args: argparse.Namespace) -> int:
             except InvalidRequest as error:
                 found[file] = str(error)
     else:
-        found = _store(args).verify()
+        found = _existing_store(args).verify()
     lines = [f"{name}: {'whole' if problem is None else problem}" for name, problem in found.items()]
     _print(args, {"files": found}, "\n".join(lines) or "nothing to verify")
     return int(any(found.values()))

@@ -4,35 +4,50 @@ Owns the content key and the file format. K/V of references depend on weights, o
 pixels and on the arithmetic; the key covers these and nothing else. Knows nothing of prompts, pipelines or stores.
 
 A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of the
-layers, and in its header the identity and a SHA-256 of each tensor. Loading checks all of it.
+layers, and in its header the identity, which holds a SHA-256 of each tensor, and a SHA-256 of the identity. Loading copies
+each tensor out of the file and checks the copy: what was checked cannot change with the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.images import ReferenceReport, written_beside
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
-__all__ = ["PackIdentity", "References", "read_identity", "reference_key"]
+__all__ = ["DamagedPack", "PackIdentity", "References", "read_identity", "reference_key", "write_pack"]
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADER = "limner.references"
+_HEADER_DIGEST = "limner.references.sha256"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_CODES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+"""Names of dtypes in a safetensors header."""
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
+class DamagedPack(InvalidRequest):
+    """A file that is no pack of this version, or not the one that was written; one that cannot be read may be whole."""
+
+    def __init__(self, path: object, problem: object) -> None:
+        super().__init__("references", f"{path} {problem}; make the pack again")
 
 
 def reference_key(
@@ -126,49 +141,36 @@ class References(ReferenceKV):
             return self
         return dataclasses.replace(self, layers=tuple(layer.to(device) for layer in self.layers))
 
-    def pin_memory(self) -> References:
-        """The same values in page-locked host memory, from which a CUDA device copies without waiting."""
-        layers = tuple(type(layer)(*(x.pin_memory() for x in layer)) for layer in self.layers)
-        return dataclasses.replace(self, layers=layers)
+    def to_host(self, *, page_locked: bool) -> References:
+        """The same values in host memory; page-locked, a CUDA device copies from there without waiting."""
+
+        def copy(x: Tensor) -> Tensor:
+            return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x)
+
+        return dataclasses.replace(self, layers=tuple(type(layer)(*map(copy, layer)) for layer in self.layers))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a pack. Raises `OutputError`."""
-        tensors = {
-            f"{i}.{name}": x.detach().cpu().contiguous()
-            for i, layer in enumerate(self.layers)
-            for name, x in layer._asdict().items()
-        }
-        with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-            digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
-        identity = {
-            "format": _FORMAT,
-            "key": self.key,
-            "weights": self.weights,
-            "kernel": self.kernel,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "quantization": self.quantization,
-            "num_layers": len(self.layers),
-            "reports": [dataclasses.asdict(report) for report in self.reports],
-            "digests": digests,
-            "prefill_seconds": self.prefill_seconds,
-        }
-        with written_beside(Path(path), failures=(OSError, SafetensorError)) as beside:
-            save_file(tensors, beside, metadata={_HEADER: json.dumps(identity)})
+        with written_beside(Path(path)) as beside:
+            write_pack(self, beside)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> References:
         """Reads a pack and checks every byte; a pipeline refuses it if its weights are others.
 
-        Raises `InvalidRequest`.
+        Raises `InvalidRequest`, for what is damaged or no pack its subclass `DamagedPack`.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                identity = _identity(file.metadata(), where=path)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file a second time
-            raise InvalidRequest("references", f"{path} cannot be read ({error}); make the pack again") from error
+            with open(path, "rb") as file:
+                header = _read_header(file, where=path)
+                identity = header.identity(where=path)
+                tensors = _read_tensors(file, header, identity, where=path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         try:
             kind = LayerKV if identity.quantization is None else QuantizedLayerKV
+            if len(tensors) != identity.num_layers * len(kind._fields):
+                raise ValueError(f"{len(tensors)} tensors are not those of {identity.num_layers} layers")
             references = cls(
                 layers=tuple(
                     kind(**{name: tensors[f"{i}.{name}"] for name in kind._fields}) for i in range(identity.num_layers)
@@ -182,13 +184,8 @@ class References(ReferenceKV):
                 prefill_seconds=identity.prefill_seconds,
             )
             references.check()
-            with ThreadPoolExecutor() as pool:
-                found = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
-            wrong = sorted(name for name in found | identity.digests if found.get(name) != identity.digests.get(name))
-            if wrong:
-                raise ValueError(f"the bytes of {', '.join(wrong[:3])} are not those that were written")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise InvalidRequest("references", f"{path} is damaged or edited ({error}); make the pack again") from error
+        except _MALFORMED as error:
+            raise DamagedPack(path, f"is damaged or edited ({error})") from error
         return references
 
     def check(self) -> None:
@@ -219,55 +216,184 @@ class References(ReferenceKV):
             raise ValueError("its key is not that of its contents")
 
 
+def write_pack(references: References, path: Path) -> None:
+    """Writes the bytes of a pack to a new file. Raises `OSError`."""
+    tensors = {
+        f"{i}.{name}": x.detach().cpu().contiguous()
+        for i, layer in enumerate(references.layers)
+        for name, x in layer._asdict().items()
+    }
+    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
+        digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+    identity = {
+        "format": _FORMAT,
+        "key": references.key,
+        "weights": references.weights,
+        "kernel": references.kernel,
+        "dtype": str(references.dtype).removeprefix("torch."),
+        "quantization": references.quantization,
+        "num_layers": len(references.layers),
+        "reports": [dataclasses.asdict(report) for report in references.reports],
+        "digests": digests,
+        "prefill_seconds": references.prefill_seconds,
+    }
+    text = json.dumps(identity, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {_HEADER: text, _HEADER_DIGEST: _text_digest(text)}}
+    codes, start = {dtype: code for code, dtype in _CODES.items()}, 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+
+
 def read_identity(path: str | os.PathLike[str]) -> PackIdentity:
-    """The header of a pack; its tensors are not read. Raises `InvalidRequest`."""
+    """The header of a pack; its tensors are not read. Raises as `References.load` does."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _identity(file.metadata(), where=path)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise InvalidRequest("references", f"{path} cannot be read ({error}); make the pack again") from error
+        with open(path, "rb") as file:
+            return _read_header(file, where=path).identity(where=path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def _identity(metadata: dict[str, str] | None, *, where: object) -> PackIdentity:
-    """What a pack's header says of it. Raises `InvalidRequest` for other safetensors files and other formats."""
-    text = (metadata or {}).get(_HEADER)
-    if text is None:
-        raise InvalidRequest("references", f"{where} is not a reference pack; make one with limner refs pack")
+def _unreadable(path: object, error: OSError) -> InvalidRequest:
+    return InvalidRequest("references", f"{path} cannot be read ({error.strerror or error}); check the file")
+
+
+class _Header(NamedTuple):
+    """The header of a safetensors file: its metadata, what it says of each tensor, and where their bytes start."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
+    start: int
+
+    def identity(self, *, where: object) -> PackIdentity:
+        """What the header says of a pack. Raises `DamagedPack`."""
+        text = self.metadata.get(_HEADER)
+        if not isinstance(text, str):
+            raise DamagedPack(where, "is not a reference pack (limner refs pack makes one)")
+        try:
+            values = json.loads(text)
+            if values.get("format") != _FORMAT:
+                raise DamagedPack(where, f"has pack format {values.get('format')}, this version reads {_FORMAT}")
+            if self.metadata.get(_HEADER_DIGEST) != _text_digest(text):
+                raise ValueError("header: not the one that was written")
+            return _identity(values)
+        except DamagedPack:
+            raise
+        except _MALFORMED as error:
+            raise DamagedPack(where, f"is damaged or edited (header: {error})") from error
+
+
+def _read_header(file: io.BufferedReader, *, where: object) -> _Header:
+    """Raises `DamagedPack` and `OSError`."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= size - 8:
+        raise DamagedPack(where, "is damaged or no safetensors file (its header ends after the file)")
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest("references", f"{where} has a damaged header ({error}); make the pack again") from error
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise InvalidRequest(
-            "references", f"{where} has pack format {found}, this version reads {_FORMAT}; make the pack again"
-        )
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        return _Header(dict(metadata), dict(header), 8 + length)
+    except _MALFORMED as error:
+        raise DamagedPack(where, f"is damaged or no safetensors file ({error})") from error
+
+
+def _read_tensors(
+    file: io.BufferedReader, header: _Header, identity: PackIdentity, *, where: object
+) -> dict[str, Tensor]:
+    """Each tensor in memory of its own, its digest checked there. Raises `DamagedPack` and `OSError`."""
+    size = os.fstat(file.fileno()).st_size - header.start
+    tensors: dict[str, Tensor] = {}
     try:
-        if values["quantization"] not in (None, *KV_FORMATS):
-            raise ValueError(f"quantization={values['quantization']!r}")
-        return PackIdentity(
-            key=str(values["key"]),
-            weights=str(values["weights"]),
-            kernel=str(values["kernel"]),
-            dtype=_DTYPES[values["dtype"]],
-            quantization=values["quantization"],
-            num_layers=int(values["num_layers"]),
-            reports=tuple(_report(report) for report in values["reports"]),
-            digests=dict(values["digests"]),
-            prefill_seconds=float(values["prefill_seconds"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidRequest(
-            "references", f"{where} is damaged or edited (header: {error}); make the pack again"
-        ) from error
+        if header.tensors.keys() != identity.digests.keys():
+            raise ValueError("its tensors are not those of its identity")
+        with ThreadPoolExecutor() as pool:
+            found = {}
+            for name, entry in header.tensors.items():
+                start, end = (_whole(x) for x in entry["data_offsets"])
+                dtype, shape = _CODES[entry["dtype"]], [_whole(x) for x in entry["shape"]]
+                if not end - start == math.prod(shape) * dtype.itemsize or end > size:
+                    raise ValueError(f"{name} is not within the file")
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                file.seek(header.start + start)
+                if file.readinto(_bytes(tensors[name])) != end - start:
+                    raise ValueError("the file ends early")
+                found[name] = pool.submit(_digest, tensors[name])
+            wrong = [name for name, future in found.items() if future.result() != identity.digests[name]]
+        if wrong:
+            raise ValueError(f"the bytes of {', '.join(sorted(wrong)[:3])} are not those that were written")
+    except _MALFORMED as error:
+        raise DamagedPack(where, f"is damaged or edited ({error})") from error
+    return tensors
+
+
+def _identity(values: dict[str, Any]) -> PackIdentity:
+    """Raises one of `_MALFORMED` for values of other types, and for numbers that are not finite."""
+    if values["quantization"] not in (None, *KV_FORMATS):
+        raise ValueError(f"quantization={values['quantization']!r}")
+    seconds = values["prefill_seconds"]
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"prefill_seconds={seconds!r}")
+    return PackIdentity(
+        key=_text(values["key"]),
+        weights=_text(values["weights"]),
+        kernel=_text(values["kernel"]),
+        dtype=_DTYPES[values["dtype"]],
+        quantization=values["quantization"],
+        num_layers=_whole(values["num_layers"]),
+        reports=tuple(_report(report) for report in values["reports"]),
+        digests={_text(name): _text(digest) for name, digest in values["digests"].items()},
+        prefill_seconds=float(seconds),
+    )
 
 
 def _report(values: dict[str, Any]) -> ReferenceReport:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return ReferenceReport(**values)
+    if not isinstance(values["oriented"], bool):
+        raise ValueError(f"oriented={values['oriented']!r}")
+    left, top, right, bottom = (_whole(x) for x in values["cut"])
+    return ReferenceReport(
+        original_size=_size(values["original_size"]),
+        oriented=values["oriented"],
+        resized_to=None if values["resized_to"] is None else _size(values["resized_to"]),
+        cut=(left, top, right, bottom),
+        processed_size=_size(values["processed_size"]),
+        digest=_text(values["digest"]),
+    )
+
+
+def _size(value: Any) -> tuple[int, int]:
+    width, height = (_whole(x) for x in value)
+    return width, height
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy().data if flat.numel() else b"")
 
 
 def _digest(tensor: Tensor) -> str:
     """SHA-256 in hex of a contiguous CPU tensor's bytes."""
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,21 +1,26 @@
-"""Keeps References by content key, in tiers: the device, host memory, a folder on disk.
+"""Keeps References by content key, in tiers: devices, host memory, a folder on disk.
 
 Owns budgets, the order of eviction, single flight and the files of the disk tier. An entry that a full tier has no room
 for goes down a tier, then out; the least recently used goes first, pinned ones stay. What comes back from a tier has the
 bits that went in: a damaged file is dropped and made again, never served. Knows nothing of prompts, pipelines or requests.
 
+Keeping is best effort: what was made is delivered, whatever becomes of its copies. A copy on a device leaves the one in
+host memory where it is, to go when its turn comes; so evicting from the device costs no copy back.
+
 The disk tier is a folder of packs, `<key>.safetensors`, written beside and renamed, so that any number of processes may
-share it; an empty `<key>.pin` keeps a pack from eviction. Entries are written when they are made, in the background, so
-that they outlive the process. An entry is kept on disk only where reading it back is cheaper than a prefill; both are
-measured.
+share it; an empty `<key>.pin` keeps a pack from eviction. Other files are not touched. Entries are written when they are
+made, in the background, so that they outlive the process. An entry is kept on disk only where reading it back is cheaper
+than a prefill; both are measured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -25,10 +30,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
-from limner.errors import InvalidRequest, OutputError
-from limner.references import References, read_identity
+from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.images import written_beside
+from limner.references import DamagedPack, References, read_identity, write_pack
 
 __all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
 
@@ -36,11 +43,19 @@ _logger = logging.getLogger("limner")
 _KEY = re.compile(r"[0-9a-f]{64}")
 Source = Literal["miss", "memory", "disk"]
 _TIERS = ("device", "memory", "disk")
+_SHARE = 4
+"""A budget that is not given is this part of the memory that is free."""
+_TORN_SECONDS = 600.0
+"""A file that a writer has not written to for so long is one that was killed."""
+_TOUCH_SECONDS = 60.0
+"""How often at most the file of an entry that is used in memory hears of it."""
+_FAILURES = (LimnerError, OSError, RuntimeError, MemoryError)
+"""What reading, writing and moving may raise; torch reports memory that ran out as a `RuntimeError`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StoreStats:
-    """Counts since the store was made, and bytes now. A hit on the device counts as `hits["device"]`."""
+    """Counts since the store was made, and bytes now. A hit on a device counts as `hits["device"]`."""
 
     hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     misses: int = 0
@@ -49,14 +64,17 @@ class StoreStats:
     evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     nbytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     num_entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
+    pending_bytes: int = 0
+    """Bytes that wait to be written to disk."""
     dropped_files: int = 0
     """Files of the disk tier that were damaged, foreign or of another format."""
     refused: int = 0
-    """Entries that were not kept on disk because reading them back takes longer than a prefill."""
+    """Times that an entry was not written: reading it back takes longer than a prefill, it has no room beside pinned
+    ones, or too many bytes waited to be written."""
     failed_writes: int = 0
     prefill_seconds: float = 0.0
     prefill_seconds_saved: float = 0.0
-    """What the hits would have cost as prefills, less what bringing them back took."""
+    """What the hits would have cost as prefills, less what bringing them back, or waiting for them, took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,63 +90,129 @@ class StoreEntry:
     prefill_seconds: float
     used: float
     """When it was last used, seconds since the epoch."""
+    problem: str | None = None
+    """What is wrong with its file, if its header cannot be read; tokens and references are then 0."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    references: References
+    used: float
 
 
 class _Tier:
-    """References in memory, least recently used first. Not locked: the store does that."""
+    """References in the memory of one device, least recently used first. Not locked: the store does that."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.entries: OrderedDict[str, tuple[References, float]] = OrderedDict()
+        self.entries: OrderedDict[str, _Kept] = OrderedDict()
         self.nbytes = 0
 
     def get(self, key: str) -> References | None:
         if key not in self.entries:
             return None
-        references = self.entries[key][0]
-        self.entries[key] = references, time.time()
+        kept = self.entries[key]
+        kept.used = time.time()
         self.entries.move_to_end(key)
-        return references
+        return kept.references
+
+    def has_room(self, references: References, *, pinned: set[str]) -> bool:
+        """Whether an entry fits beside the pinned ones."""
+        others = sum(
+            kept.references.nbytes for key, kept in self.entries.items() if key in pinned and key != references.key
+        )
+        return references.nbytes <= self.budget - others
 
     def put(self, references: References, *, pinned: set[str]) -> list[References]:
-        """Keeps an entry; gives what had to go for it, the entry itself if there is no room."""
+        """Keeps an entry that has room; gives those that had to go for it."""
         self.pop(references.key)
-        if references.nbytes > self.budget:
-            return [references]
-        self.entries[references.key] = references, time.time()
+        self.entries[references.key] = _Kept(references, time.time())
         self.nbytes += references.nbytes
         gone = []
         for key in [k for k in self.entries if k not in pinned and k != references.key]:
             if self.nbytes <= self.budget:
                 break
-            gone.append(self.pop(key))
-        if self.nbytes > self.budget and references.key not in pinned:  # the others are pinned
-            gone.append(self.pop(references.key))
-        return [references for references in gone if references is not None]
+            if (victim := self.pop(key)) is not None:
+                gone.append(victim)
+        return gone
 
     def pop(self, key: str) -> References | None:
-        found = self.entries.pop(key, None)
-        if found is None:
+        kept = self.entries.pop(key, None)
+        if kept is None:
             return None
-        self.nbytes -= found[0].nbytes
-        return found[0]
+        self.nbytes -= kept.references.nbytes
+        return kept.references
+
+
+class _ReadCost:
+    """What reading entries back takes, as measured: an overhead, and seconds for each byte of large ones."""
+
+    LARGE = 8 << 20
+    FIRST, LAST = 8, 1024
+    """After so many refusals one entry is written and read all the same; each time that was in vain, twice as many."""
+
+    def __init__(self) -> None:
+        self.overhead: float | None = None
+        self.seconds_per_byte: float | None = None
+        self._refusals, self._patience = 0, self.FIRST
+
+    def expected(self, nbytes: int) -> float:
+        return (self.overhead or 0.0) + (self.seconds_per_byte or 0.0) * nbytes
+
+    def measure(self, seconds: float, nbytes: int) -> None:
+        """Small entries tell the overhead alone, large ones the rate alone."""
+        if nbytes >= self.LARGE:
+            rate = max(0.0, seconds - (self.overhead or 0.0)) / nbytes
+            self.seconds_per_byte = _mixed(self.seconds_per_byte, rate)
+        else:
+            self.overhead = _mixed(self.overhead, max(0.0, seconds - (self.seconds_per_byte or 0.0) * nbytes))
+
+    def is_worth_a_write(self, references: References) -> bool:
+        """Whether reading is expected to be cheaper than the prefill; now and then yes all the same, to measure again."""
+        if not self.is_dear(references):
+            self._refusals, self._patience = 0, self.FIRST
+            return True
+        self._refusals += 1
+        if self._refusals <= self._patience:
+            return False
+        self._refusals, self._patience = 0, min(2 * self._patience, self.LAST)
+        return True
+
+    def is_dear(self, references: References) -> bool:
+        """Whether reading is expected to take longer than the prefill took, if that is known."""
+        return 0 < references.prefill_seconds <= self.expected(references.nbytes)
+
+
+def _mixed(old: float | None, new: float) -> float:
+    """A running mean that takes good news at once: a disk that was busy for a moment is not slow."""
+    return new if old is None or new < old / 2 else 0.7 * old + 0.3 * new
+
+
+class _Refused(Exception):
+    """Why an entry is not kept on disk."""
 
 
 class _Disk:
-    """A folder of packs, shared by processes."""
+    """A folder of packs, shared by processes. `budget` None sets no limit; a folder may be one to read from only."""
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    MEASURED = 3
+    """So many entries are read back when they are written, to know what that takes."""
+
+    def __init__(self, folder: Path, budget: int | None) -> None:
         self.folder, self.budget = folder, budget
-        self.seconds_per_byte: float | None = None
+        self.cost = _ReadCost()
+        self.evictions, self._to_measure = 0, self.MEASURED
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidRequest(
                 "disk_path", f"{folder} cannot be made ({error.strerror}); give a folder that can be written"
             ) from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InvalidRequest("disk_path", f"{folder} cannot be written; give a folder that can")
-        self._remove_torn()
+        self.writable = os.access(folder, os.W_OK | os.X_OK)
+        if self.writable:
+            self._remove_torn()
+        else:
+            _logger.warning("%s cannot be written: its entries are used, and none is added", folder)
 
     def file(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
@@ -139,124 +223,158 @@ class _Disk:
         return self.file(key).with_suffix(".pin")
 
     def files(self) -> list[tuple[Path, os.stat_result]]:
-        """Packs with their stat, least recently used first."""
+        """Packs, by their names, with their stat, least recently used first."""
         found = []
         for path in self.folder.glob("*.safetensors"):
-            with contextlib.suppress(OSError):
-                found.append((path, path.stat()))
+            if _KEY.fullmatch(path.stem):
+                with contextlib.suppress(OSError):
+                    if stat.S_ISREG((status := path.stat()).st_mode):
+                        found.append((path, status))
         return sorted(found, key=lambda pair: pair[1].st_mtime_ns)
 
-    def nbytes(self) -> int:
-        return sum(stat.st_size for _, stat in self.files())
-
     def read(self, key: str) -> References | None:
-        """The entry of a key; None if there is none. Raises `InvalidRequest` for a file that is not what it should be."""
+        """The entry of a key; None if there is none. Raises as `References.load` does."""
         path = self.file(key)
-        if not path.exists():
+        if not path.is_file():
             return None
         start = time.perf_counter()
         try:
             references = References.load(path)
+        except DamagedPack:
+            raise
         except InvalidRequest:
             if not path.exists():  # another process evicted it in between
                 return None
             raise
         if references.key != key:
-            raise InvalidRequest("references", f"{path} holds the key {references.key}, not that of its name")
-        self._measure(time.perf_counter() - start, references.nbytes)
-        with contextlib.suppress(OSError):
-            os.utime(path)
+            raise DamagedPack(path, f"holds the key {references.key}, not that of its name")
+        self.cost.measure(time.perf_counter() - start, references.nbytes)
+        self.touch(key)
         return references
 
-    def write(self, references: References) -> None:
-        """Raises `OutputError`."""
-        references.save(self.file(references.key))
+    def touch(self, key: str) -> None:
+        """Says that an entry was used now."""
+        with contextlib.suppress(OSError):
+            os.utime(self.file(key))
 
-    def time_read(self, references: References) -> float:
-        """Seconds to read an entry back from the disk itself, as far as the system allows it to be asked for.
-
-        0 if another process evicted it by now. Raises `InvalidRequest` if it was not written as it should be.
-        """
-        path = self.file(references.key)
+    def drop(self, key: str) -> None:
         try:
-            if hasattr(os, "posix_fadvise"):
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            start = time.perf_counter()
-            References.load(path)
-        except (InvalidRequest, OSError):
-            if not path.exists():
-                return 0.0
-            raise
+            self.file(key).unlink(missing_ok=True)
+        except OSError as error:
+            _logger.warning("%s cannot be removed: %s", self.file(key), error)
+
+    def write(self, references: References, *, asked: bool) -> None:
+        """Writes an entry, in the place of those used least recently.
+
+        One that was not asked for is read back before it gets its name, if that was done seldom yet or is expected to be
+        dear. Raises `OutputError` and `_Refused`.
+        """
+        self._make_room(references.nbytes)
+        try:
+            self._write(references, asked=asked)
+        except OutputError as error:
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or self.budget is None or not self._evict(references.nbytes):
+                raise
+            self._write(references, asked=asked)
+        if self.budget is not None:  # its header, and what other processes wrote
+            self._evict(self._nbytes() - self.budget)
+
+    def _write(self, references: References, *, asked: bool) -> None:
+        path = self.file(references.key)
+        with written_beside(path) as beside:
+            write_pack(references, beside)
+            if self.budget is not None and beside.stat().st_size > self.budget - self._pinned_bytes():
+                raise _Refused(f"its file has {beside.stat().st_size} bytes")
+            if not asked and (self._to_measure > 0 or self.cost.is_dear(references)):
+                self._to_measure -= 1
+                seconds = self._time_read(beside, references.nbytes)
+                if 0 < references.prefill_seconds <= seconds:
+                    raise _Refused(f"reading takes {seconds:.3f} s, a prefill {references.prefill_seconds:.3f} s")
+
+    def _time_read(self, path: Path, nbytes: int) -> float:
+        """Seconds to read a pack from the disk itself, as far as the system allows it to be asked for."""
+        if hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        References.load(path)
         seconds = time.perf_counter() - start
-        self._measure(seconds, references.nbytes)
+        self.cost.measure(seconds, nbytes)
         return seconds
 
-    def _measure(self, seconds: float, nbytes: int) -> None:
-        rate = seconds / max(nbytes, 1)
-        self.seconds_per_byte = rate if self.seconds_per_byte is None else 0.7 * self.seconds_per_byte + 0.3 * rate
+    def _nbytes(self) -> int:
+        return sum(status.st_size for _, status in self.files())
 
-    def evict(self) -> int:
-        """Removes the least recently used packs until the budget is kept; gives their number."""
-        files, gone = self.files(), 0
-        total = sum(stat.st_size for _, stat in files)
-        for path, stat in files:
-            if total <= self.budget:
+    def _pinned_bytes(self) -> int:
+        return sum(status.st_size for path, status in self.files() if path.with_suffix(".pin").exists())
+
+    def _make_room(self, nbytes: int) -> None:
+        """Evicts until so many bytes fit into the budget. Raises `_Refused` if pins leave no room."""
+        if self.budget is None:
+            return
+        pinned = self._pinned_bytes()
+        if nbytes > self.budget - pinned:
+            raise _Refused(f"it has {nbytes} bytes, the folder's budget {self.budget}, pinned entries {pinned}")
+        self._evict(nbytes + self._nbytes() - self.budget)
+
+    def _evict(self, nbytes: int) -> int:
+        """Removes the least recently used packs until so many bytes are gone, or only pinned ones are left; how many."""
+        gone = 0
+        for path, status in self.files():
+            if nbytes <= 0:
                 break
             if path.with_suffix(".pin").exists():
                 continue
             path.unlink(missing_ok=True)
-            total, gone = total - stat.st_size, gone + 1
+            nbytes, gone = nbytes - status.st_size, gone + 1
+        self.evictions += gone
         return gone
 
     def _remove_torn(self) -> None:
         """What writers left that were killed while writing."""
         for path in self.folder.glob(".limner-*"):
-            match = re.match(r"\.limner-(\d+)-", path.name)
-            if match and not _runs(int(match[1])):
-                path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - _TORN_SECONDS:
+                    path.unlink()
 
 
 class ReferenceStore:
     """Tiers of References with byte budgets. Safe to share by threads; its folder, by processes.
 
-    `device_bytes` is the budget on a device that has memory of its own, `memory_bytes` that of host memory (on the CPU the
-    only one of the two), `disk_bytes` that of the folder `disk_path`, if one is given. Raises `InvalidRequest`.
+    `device_bytes` is the budget on each device that has memory of its own, `memory_bytes` that of host memory (on the CPU
+    the only one of the two); None takes a quarter of what is free when the store or the device is first used.
+    `disk_bytes` is the budget of the folder `disk_path`, if one is given; None never removes an entry there. Raises
+    `InvalidRequest`.
     """
 
     def __init__(
         self,
         *,
-        device_bytes: int = 4 << 30,
-        memory_bytes: int = 2 << 30,
+        device_bytes: int | None = None,
+        memory_bytes: int | None = None,
         disk_path: str | os.PathLike[str] | None = None,
-        disk_bytes: int = 64 << 30,
+        disk_bytes: int | None = 64 << 30,
     ) -> None:
         for name, budget in (
             ("device_bytes", device_bytes),
             ("memory_bytes", memory_bytes),
             ("disk_bytes", disk_bytes),
         ):
-            if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+            if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
                 raise InvalidRequest(name, f"{budget!r} is not a budget; use 0 (keep nothing) or more bytes")
-        self._device, self._memory = _Tier(device_bytes), _Tier(memory_bytes)
+        self._device_bytes = device_bytes
+        self._devices: dict[torch.device, _Tier] = {}
+        self._memory = _Tier(memory_bytes if memory_bytes is not None else psutil.virtual_memory().available // _SHARE)
         self._disk = _Disk(Path(disk_path), disk_bytes) if disk_path is not None else None
         self._pinned: set[str] = set()
         self._stats = StoreStats()
         self._lock = threading.RLock()
         self._under_way: dict[str, Future[References]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="limner-store") if self._disk else None
-        self._writes: set[Future[None]] = set()
+        self._touched: dict[str, float] = {}
+        self._warned = False
 
     # reading
 
@@ -266,83 +384,106 @@ class ReferenceStore:
         """The References of a key, and where they came from; made if they are in no tier.
 
         Callers that ask for one key at once share one `make`; if it fails, its caller hears of it and the next one tries.
-        Those that fit the budget of a device come back on it, others in host memory.
+        Those that fit the budget of a device come back on it, others in host memory. Raises `InvalidRequest` if `make`
+        gives References of another key.
         """
-        device = torch.device(device)
+        device, start = _with_index(device), time.perf_counter()
         while True:
             with self._lock:
-                found = self._in_memory(key, device)
-                if found is not None:
-                    return found, "memory"
-                flight = self._under_way.get(key)
-                if flight is None:
+                name, found = self._in_memory(key, device)
+                flight = None if found is not None else self._under_way.get(key)
+                if found is None and flight is None:
                     mine = self._under_way[key] = Future()
                     break
-                self._stats.waits += 1
-            wait([flight])
-            if flight.exception() is not None:
-                continue  # the one who made it heard of the failure; now it is this caller's turn
-            references = flight.result()
-            with self._lock:
-                self._stats.hits["memory"] += 1
-                self._stats.prefill_seconds_saved += references.prefill_seconds
-            return self._on(references, device), "memory"
+                self._stats.waits += found is None
+            if flight is not None:
+                wait([flight])
+                if flight.exception() is not None:
+                    continue  # the one who made it heard of the failure; now it is this caller's turn
+                name, found = "memory", flight.result()
+            assert found is not None
+            found = self.place(found, device=device)
+            self._count_hit(name, found, start)
+            self._touch_file(key)
+            return found, "memory"
         try:
             found = self._from_disk(key)
             source: Source = "disk"
             if found is None:
                 found, source = make(), "miss"
-                with self._lock:
-                    self._stats.misses += 1
-                    self._stats.prefill_seconds += found.prefill_seconds
-            self._keep(found, device=device, write=source == "miss")
+                if found.key != key:
+                    raise InvalidRequest("key", f"make gave References of the key {found.key}, not of {key}")
         except BaseException as error:
             with self._lock:
                 del self._under_way[key]
             mine.set_exception(error)
             raise
-        with self._lock:
-            del self._under_way[key]
-        mine.set_result(found)
-        return self._on(found, device), source
+        mine.set_result(found)  # delivered, whatever comes of keeping it
+        if source == "disk":
+            self._count_hit("disk", found, start)
+        else:
+            with self._lock:
+                self._stats.misses += 1
+                self._stats.prefill_seconds += found.prefill_seconds
+        try:
+            return self._keep(found, device=device, write=source == "miss"), source
+        finally:
+            with self._lock:
+                del self._under_way[key]
 
-    def _in_memory(self, key: str, device: torch.device) -> References | None:
-        """From the device or from host memory; counted as a hit."""
-        start = time.perf_counter()
-        for name, tier in (("device", self._device), ("memory", self._memory)):
+    def place(self, references: References, *, device: torch.device | str) -> References:
+        """References where a device reads them: on it, if its tier has room beside what is pinned there, else where they
+        are, to be brought layer by layer. What was moved to a device is kept there."""
+        device = _with_index(device)
+        if references.device == device:
+            return references
+        with self._lock:
+            there = self._tier(device).get(references.key)
+            has_room = self._tier(device).has_room(references, pinned=self._pinned)
+        if there is not None:
+            return there
+        if not has_room and device.type != "cpu":
+            return references
+        moved = references.to(device)
+        self._put(moved)
+        return moved
+
+    def _in_memory(self, key: str, device: torch.device) -> tuple[str, References | None]:
+        """The tier that has a key and what it has: that of the device, host memory, or another device."""
+        for tier in (self._tier(device), self._memory, *self._devices.values()):
             references = tier.get(key)
             if references is not None:
-                moved = self._on(references, device)
-                if moved is not references:
-                    self._keep(moved, device=device, write=False)
-                self._stats.hits[name] += 1
-                self._stats.prefill_seconds_saved += references.prefill_seconds - (time.perf_counter() - start)
-                return moved
-        return None
+                return "memory" if tier is self._memory else "device", references
+        return "memory", None
 
-    def _on(self, references: References, device: torch.device) -> References:
-        """On a device if its budget has room for them at all, else where they are: they are staged layer by layer."""
+    def _tier(self, device: torch.device) -> _Tier:
         if device.type == "cpu":
-            return references.to(device)
-        return references.to(device) if references.nbytes <= self._device.budget else references
+            return self._memory
+        with self._lock:
+            if device not in self._devices:
+                budget = self._device_bytes if self._device_bytes is not None else _free_bytes(device) // _SHARE
+                self._devices[device] = _Tier(budget)
+            return self._devices[device]
 
     def _from_disk(self, key: str) -> References | None:
+        """None for what is not there, damaged or not to be read now; a damaged file alone is removed."""
         if self._disk is None:
             return None
-        start = time.perf_counter()
         try:
-            references = self._disk.read(key)
-        except InvalidRequest as error:
+            return self._disk.read(key)
+        except DamagedPack as error:
             _logger.warning("dropped %s: %s", self._disk.file(key), error)
-            self._disk.file(key).unlink(missing_ok=True)
+            self._disk.drop(key)
             with self._lock:
                 self._stats.dropped_files += 1
-            return None
-        if references is not None:
-            with self._lock:
-                self._stats.hits["disk"] += 1
-                self._stats.prefill_seconds_saved += references.prefill_seconds - (time.perf_counter() - start)
-        return references
+        except _FAILURES as error:
+            _logger.warning("references %s are made again: %s", key[:16], error)
+        return None
+
+    def _count_hit(self, tier: str, references: References, start: float) -> None:
+        with self._lock:
+            self._stats.hits[tier] += 1
+            self._stats.prefill_seconds_saved += references.prefill_seconds - (time.perf_counter() - start)
 
     # keeping
 
@@ -350,124 +491,190 @@ class ReferenceStore:
         """Keeps References that were made elsewhere, such as a pack; on disk whatever reading them back costs."""
         self._keep(references, device=references.device, write=True, asked=True)
 
-    def _keep(self, references: References, *, device: torch.device, write: bool, asked: bool = False) -> None:
-        with self._lock:
-            if references.device.type != "cpu":
-                going = self._device.put(references, pinned=self._pinned)
-                self._memory.pop(references.key)
-                self._stats.evictions["device"] += len(going)
-            else:
-                going = [references]
-            for one in going:  # down a tier
-                host = one.to("cpu")
-                if device.type == "cuda" and host.nbytes <= self._memory.budget:
-                    host = host.pin_memory()
-                gone = self._memory.put(host, pinned=self._pinned)
-                self._stats.evictions["memory"] += sum(g.key != one.key for g in gone)
-        if write and self._disk is not None and self._writer is not None:
-            if not asked and not self._worth_reading(references):
-                with self._lock:
-                    self._stats.refused += 1
-                return
-            future = self._writer.submit(self._write, references, asked)
-            self._writes.add(future)
-            future.add_done_callback(self._writes.discard)
+    def _keep(self, references: References, *, device: torch.device, write: bool, asked: bool = False) -> References:
+        """Puts an entry into the highest tier that has room for it; gives it as it is there. Failures are logged."""
+        try:
+            if write:
+                self._write_later(references, asked=asked)
+            if references.device != device and (device.type == "cpu" or self._has_room(references, device)):
+                return self.place(references, device=device)
+            host = references.device.type == "cpu"
+            if host and device.type == "cuda" and self._has_room(references, references.device):
+                references = references.to_host(page_locked=True)
+            if not self._put(references):
+                self._warn_of_budgets(references, device)
+                if not host:
+                    self._go_down(references)
+        except _FAILURES as error:
+            _logger.warning("references %s are not kept in memory: %s", references.key[:16], error)
+        return references
 
-    def _worth_reading(self, references: References) -> bool:
-        """Whether reading an entry back is expected to be cheaper than its prefill."""
-        assert self._disk is not None
-        rate = self._disk.seconds_per_byte
-        return rate is None or not references.prefill_seconds or rate * references.nbytes < references.prefill_seconds
+    def _has_room(self, references: References, device: torch.device) -> bool:
+        with self._lock:
+            return self._tier(device).has_room(references, pinned=self._pinned)
+
+    def _put(self, references: References) -> bool:
+        """Into the tier of the device where they are, if they have room there; what goes for them goes down."""
+        with self._lock:
+            tier = self._tier(references.device)
+            if not tier.has_room(references, pinned=self._pinned):
+                return False
+            gone = tier.put(references, pinned=self._pinned)
+            self._stats.evictions["memory" if tier is self._memory else "device"] += len(gone)
+        for victim in gone:
+            self._go_down(victim)
+        return True
+
+    def _go_down(self, references: References) -> None:
+        """From a device to host memory, from there to disk, if it is not there already. Failures are logged."""
+        with self._lock:
+            there = references.key in self._memory.entries
+        if there:
+            return
+        try:
+            if references.device.type != "cpu" and self._has_room(references, torch.device("cpu")):
+                self._put(references.to_host(page_locked=references.device.type == "cuda"))
+            else:
+                self._write_later(references)
+        except _FAILURES as error:
+            _logger.warning("references %s are not kept in memory: %s", references.key[:16], error)
+
+    def _warn_of_budgets(self, references: References, device: torch.device) -> None:
+        """Once, if an entry is over the budget of every tier: it will be made anew each time."""
+        disk = self._disk.budget if self._disk is not None and self._disk.writable else 0
+        budgets = {str(device): self._tier(device).budget, "memory": self._memory.budget, "disk": disk}
+        if self._warned or any(budget is None or budget >= references.nbytes for budget in budgets.values()):
+            return
+        self._warned = True
+        _logger.warning(
+            "references of %d bytes fit into no tier of the store (%s) and will be computed each time; raise "
+            "memory_bytes, or give disk_path and disk_bytes",
+            references.nbytes,
+            ", ".join(f"{name} {budget}" for name, budget in budgets.items()),
+        )
+
+    def _write_later(self, references: References, *, asked: bool = False) -> None:
+        """To disk, on the writer's thread. No more waits there than host memory may hold, and one entry in any case."""
+        disk = self._disk
+        if disk is None or self._writer is None or not disk.writable:
+            return
+        if not asked and disk.file(references.key).exists():
+            return
+        with self._lock:
+            waiting = self._stats.pending_bytes
+            full = waiting > 0 and waiting + references.nbytes > self._memory.budget
+            if not asked and (full or not disk.cost.is_worth_a_write(references)):
+                self._stats.refused += 1
+                return
+        if full:
+            self.flush()
+        with self._lock:
+            self._stats.pending_bytes += references.nbytes
+        self._writer.submit(self._write, references, asked)
 
     def _write(self, references: References, asked: bool) -> None:
-        """On the writer's thread: to disk, read back once to know what that costs, and back to the budget."""
-        disk = self._disk
+        disk, key = self._disk, references.key
         assert disk is not None
         try:
-            if disk.file(references.key).exists() or references.nbytes > disk.budget:
-                return
-            disk.write(references)
-            seconds = disk.time_read(references)
-            if not asked and references.prefill_seconds and seconds >= references.prefill_seconds:
-                disk.file(references.key).unlink(missing_ok=True)
-                with self._lock:
-                    self._stats.refused += 1
-                _logger.info(
-                    "references %s are not kept on disk: reading takes %.3f s, a prefill %.3f s",
-                    references.key[:16],
-                    seconds,
-                    references.prefill_seconds,
-                )
-            gone = disk.evict()
+            if not disk.file(key).exists():
+                disk.write(references, asked=asked or disk.pin_file(key).exists())
+        except _Refused as why:
             with self._lock:
-                self._stats.evictions["disk"] += gone
-        except (OutputError, InvalidRequest, OSError) as error:
+                self._stats.refused += 1
+            _logger.log(
+                logging.WARNING if asked else logging.INFO, "references %s are not kept on disk: %s", key[:16], why
+            )
+        except _FAILURES as error:
             with self._lock:
                 self._stats.failed_writes += 1
-            _logger.warning("references %s were not written to disk: %s", references.key[:16], error)
+            _logger.warning("references %s were not written to disk: %s", key[:16], error)
+        finally:
+            with self._lock:
+                self._stats.pending_bytes -= references.nbytes
+
+    def _touch_file(self, key: str) -> None:
+        """Tells the disk tier of a use in memory, now and then, so that what is used most is not evicted there first."""
+        if self._disk is None or self._writer is None or not self._disk.writable:
+            return
+        now = time.monotonic()
+        with self._lock:
+            if now - self._touched.get(key, -_TOUCH_SECONDS) < _TOUCH_SECONDS:
+                return
+            self._touched = {k: told for k, told in self._touched.items() if now - told < _TOUCH_SECONDS} | {key: now}
+        self._writer.submit(self._disk.touch, key)
 
     def flush(self) -> None:
         """Waits until all that was given to the disk tier is written."""
-        for future in list(self._writes):
-            future.result()
+        if self._writer is not None:
+            self._writer.submit(lambda: None).result()
 
     # managing
 
     def pin(self, key: str) -> None:
-        """Keeps an entry from eviction in every tier, on disk for all processes. Raises `InvalidRequest`."""
+        """Keeps an entry from eviction in every tier, on disk for all processes and also if it is yet to be written.
+
+        Raises `InvalidRequest` and `OutputError`.
+        """
         if key not in self:
             raise InvalidRequest("key", f"{key} is not in the store; prefill its references first")
         with self._lock:
             self._pinned.add(key)
-        if self._disk is not None and self._disk.file(key).exists():
-            self._disk.pin_file(key).touch()
+        if self._disk is not None:
+            with _typed(self._disk.pin_file(key)):
+                self._disk.pin_file(key).touch()
 
     def unpin(self, key: str) -> None:
-        """Lets an entry be evicted again."""
+        """Lets an entry be evicted again. Raises `OutputError`."""
         with self._lock:
             self._pinned.discard(key)
         if self._disk is not None:
-            self._disk.pin_file(key).unlink(missing_ok=True)
+            with _typed(self._disk.pin_file(key)):
+                self._disk.pin_file(key).unlink(missing_ok=True)
 
     def remove(self, key: str) -> bool:
-        """Forgets an entry in every tier; whether there was one. References in use stay whole."""
+        """Forgets an entry in every tier; whether there was one. References in use stay whole. Raises `OutputError`."""
         with self._lock:
             self._pinned.discard(key)
-            found = [tier.pop(key) for tier in (self._device, self._memory)] != [None, None]
+            found = any([tier.pop(key) is not None for tier in (self._memory, *self._devices.values())])  # noqa: C419 (all)
         if self._disk is not None:
             self.flush()
             path = self._disk.file(key)
             found = found or path.exists()
-            path.unlink(missing_ok=True)
-            self._disk.pin_file(key).unlink(missing_ok=True)
+            for file in (path, self._disk.pin_file(key)):
+                with _typed(file):
+                    file.unlink(missing_ok=True)
         return found
 
+    def file(self, key: str) -> Path | None:
+        """The file of an entry in the disk tier, if there is one."""
+        if self._disk is None or not self._disk.file(key).is_file():
+            return None
+        return self._disk.file(key)
+
     def entries(self) -> Iterator[StoreEntry]:
-        """Every entry of every tier, the least recently used of a tier first."""
+        """Every entry of every tier, the least recently used of a tier first; damaged files as such."""
         with self._lock:
-            kept = [
-                (name, references, used, key in self._pinned)
-                for name, tier in (("device", self._device), ("memory", self._memory))
-                for key, (references, used) in tier.entries.items()
-            ]
-        for name, references, used, pinned in kept:
-            yield StoreEntry(
-                key=references.key, tier=name, nbytes=references.nbytes, num_tokens=references.num_tokens,
-                num_references=len(references.reports), pinned=pinned, prefill_seconds=references.prefill_seconds,
-                used=used,
-            )  # fmt: skip
-        if self._disk is None:
-            return
-        for path, stat in self._disk.files():
+            tiers = [("device", tier) for tier in self._devices.values()] + [("memory", self._memory)]
+            found = [
+                StoreEntry(
+                    key=key, tier=name, nbytes=kept.references.nbytes, num_tokens=kept.references.num_tokens,
+                    num_references=len(kept.references.reports), pinned=key in self._pinned,
+                    prefill_seconds=kept.references.prefill_seconds, used=kept.used,
+                )
+                for name, tier in tiers
+                for key, kept in tier.entries.items()
+            ]  # fmt: skip
+        yield from found
+        for path, status in self._disk.files() if self._disk is not None else ():
+            identity, problem = None, None
             try:
                 identity = read_identity(path)
             except InvalidRequest as error:
-                _logger.warning("%s: %s", path, error)
-                continue
+                problem = str(error)
             yield StoreEntry(
-                key=path.stem, tier="disk", nbytes=stat.st_size, num_tokens=identity.num_tokens,
-                num_references=len(identity.reports), pinned=path.with_suffix(".pin").exists(),
-                prefill_seconds=identity.prefill_seconds, used=stat.st_mtime,
+                key=path.stem, tier="disk", nbytes=status.st_size, num_tokens=identity.num_tokens if identity else 0,
+                num_references=len(identity.reports) if identity else 0, pinned=path.with_suffix(".pin").exists(),
+                prefill_seconds=identity.prefill_seconds if identity else 0.0, used=status.st_mtime, problem=problem,
             )  # fmt: skip
 
     def verify(self) -> dict[str, str | None]:
@@ -486,34 +693,55 @@ class ReferenceStore:
         with self._lock:
             copy = StoreStats(**{f.name: getattr(self._stats, f.name) for f in fields(StoreStats)})
             copy.hits, copy.evictions = dict(self._stats.hits), dict(self._stats.evictions)
-            copy.nbytes = {"device": self._device.nbytes, "memory": self._memory.nbytes, "disk": 0}
-            copy.num_entries = {"device": len(self._device.entries), "memory": len(self._memory.entries), "disk": 0}
+            devices = list(self._devices.values())
+            copy.nbytes = {"device": sum(tier.nbytes for tier in devices), "memory": self._memory.nbytes, "disk": 0}
+            copy.num_entries = {
+                "device": sum(len(tier.entries) for tier in devices), "memory": len(self._memory.entries), "disk": 0
+            }  # fmt: skip
         if self._disk is not None:
             files = self._disk.files()
-            copy.nbytes["disk"], copy.num_entries["disk"] = sum(stat.st_size for _, stat in files), len(files)
+            copy.evictions["disk"] = self._disk.evictions
+            copy.nbytes["disk"], copy.num_entries["disk"] = sum(status.st_size for _, status in files), len(files)
         return copy
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` unless counts, budgets and keys agree; for tests."""
         with self._lock:
-            for tier in (self._device, self._memory):
-                assert tier.nbytes == sum(references.nbytes for references, _ in tier.entries.values())
-                assert all(key == references.key for key, (references, _) in tier.entries.items())
-                free = [r.nbytes for key, (r, _) in tier.entries.items() if key not in self._pinned]
-                assert tier.nbytes <= tier.budget or not free
-            both = set(self._device.entries) & set(self._memory.entries)
-            assert not both, f"in two tiers: {both}"
+            for device, tier in [(torch.device("cpu"), self._memory), *self._devices.items()]:
+                assert tier.nbytes == sum(kept.references.nbytes for kept in tier.entries.values()) <= tier.budget
+                for key, kept in tier.entries.items():
+                    assert (key, device) == (kept.references.key, kept.references.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: on the device and of the host."""
-        return self._device.nbytes + self._memory.nbytes
+        """Bytes in memory: on devices and of the host."""
+        return sum(tier.nbytes for tier in (self._memory, *self._devices.values()))
 
     def __len__(self) -> int:
         """Entries in memory."""
-        return len(self._device.entries) + len(self._memory.entries)
+        return len(set(self._memory.entries).union(*(tier.entries for tier in self._devices.values())))
 
     def __contains__(self, key: str) -> bool:
-        if key in self._device.entries or key in self._memory.entries:
+        if any(key in tier.entries for tier in (self._memory, *self._devices.values())):
             return True
         return self._disk is not None and self._disk.file(key).exists()
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """The device under the name that its tensors give it."""
+    device = torch.device(device)
+    return torch.empty(0, device=device).device if device.index is None else device
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+@contextlib.contextmanager
+def _typed(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"store: {file} cannot be changed ({error.strerror or error}); check the folder") from error

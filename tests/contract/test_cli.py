@@ -257,8 +257,51 @@ def test_packs_and_stores(files: Path, tiny_folder: Path) -> None:
     assert json.loads(run("refs", "ls", *store, "--json").stdout) == {"entries": []}
 
 
+def test_stores_are_neither_made_nor_emptied_by_looking(
+    files: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped folder, files of others, damaged entries, and a budget that was asked for."""
+    store = files / "store"
+    for command in (["ls"], ["rm", "0" * 8], ["verify"]):
+        assert main(["refs", *command, "--store", str(files / "typo")]) == 2
+        assert "typo is not a folder; check the name" in capsys.readouterr().err
+    assert not (files / "typo").exists()
+
+    pipe, keys = limner.Pipeline.from_pretrained(tiny_folder), []
+    for i in range(3):
+        refs = pipe.prefill(picture(64, 64, seed=i))
+        keys.append(refs.key)
+        kept = limner.ReferenceStore(disk_path=store)
+        kept.put(refs)
+        kept.flush()
+        os.utime(store / f"{refs.key}.safetensors", (i, i))
+    (store / "model.safetensors").write_bytes(b"x" * 100_000)
+    (store / f"{keys[2]}.safetensors").write_bytes(b"torn")
+    os.utime(store / f"{keys[2]}.safetensors", (2, 2))
+    assert main(["refs", "ls", "--store", str(store)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == keys
+    assert "damaged" in lines[2]
+    assert main(["refs", "verify", "--store", str(store)]) == 1
+    assert main(["refs", "rm", keys[2][:8], "--store", str(store)]) == 0
+    assert not (store / f"{keys[2]}.safetensors").exists()
+
+    capsys.readouterr()
+    warm = ["refs", "warm", str(files / "a.png"), "--store", str(store), "--model", str(tiny_folder)]
+    assert main([*warm, "--store-bytes", "100"]) == 2
+    assert "did not take" in capsys.readouterr().err
+    assert main(warm) == 0
+    assert len(list(store.glob("*.safetensors"))) == 4  # without a budget all stay
+    size = (store / f"{keys[0]}.safetensors").stat().st_size
+    (store / f"{capsys.readouterr().out.split(':')[0]}.safetensors").unlink()
+    assert main([*warm, "--store-bytes", str(3 * size)]) == 0
+    assert not (store / f"{keys[0]}.safetensors").exists()
+    assert (store / "model.safetensors").exists()
+
+
 def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
     picture(64, 64).save(files / "c.png")
+    (files / "store").mkdir()
     cases = [
         (("refs", "ls"), "--store: no folder is given"),
         (("refs", "rm", "0123", "--store", files / "store"), "KEY: '0123' is the start of 0 keys"),
@@ -266,7 +309,10 @@ def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
         (("refs", "pack", files / "no.png", "-o", files / "c.safetensors"), "image 1"),
         (("edit", "x", "-o", files / "o.png"), "--image: give either pictures"),
         (("edit", "x", "-i", files / "c.png", "--references", files / "c.png", "-o", files / "o.png"), "--image: give"),
-        (("edit", "x", "--references", files / "c.png", "-o", files / "o.png"), "references: .* cannot be read"),
+        (
+            ("edit", "x", "--references", files / "c.png", "-o", files / "o.png"),
+            "references: .* is damaged or no safetensors file",
+        ),
     ]
     for words, message in cases:
         done = run(*words)
