@@ -23,6 +23,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of files that tests load stay out of the user's folder of caches."""
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def make_transformer(
     head_dim: int = 16, *, width_in: int = 16, text_width: int = 48, double: int = 2, single: int = 3
 ) -> Any:

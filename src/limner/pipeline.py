@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -37,7 +38,7 @@ from limner.references import References, reference_key
 from limner.schedule import Schedule, euler_step
 from limner.store import ReferenceStore, Source
 from limner.tokens import image_ids, pack, reference_ids, text_ids, unpack
-from limner.weights.digest import WeightDigests, fingerprint
+from limner.weights.digest import WeightDigests, file_stamp, fingerprint
 from limner.weights.folder import (
     load_autoencoder,
     load_text_encoder,
@@ -188,6 +189,7 @@ class Pipeline:
         report = progress or _silent
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
+        before = {part: file_stamp(folder / part) for part in ("transformer", "vae", "text_encoder")}
         report("load", 0, 3)
         transformer = load_transformer(folder / "transformer", dtype=dtype, device=device, quantize=quantize)
         report("load", 1, 3)
@@ -202,7 +204,7 @@ class Pipeline:
         )
         report("load", 3, 3)
         _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
-        return cls(
+        pipe = cls(
             transformer=transformer,
             autoencoder=autoencoder,
             text_encoder=text_encoder,
@@ -213,6 +215,9 @@ class Pipeline:
             kv_cache_dtype=kv_cache_dtype,
             latent_preview=settings.preview,
         )
+        for part, module in (("transformer", transformer), ("vae", autoencoder), ("text_encoder", text_encoder)):
+            pipe._digests.loaded(module, folder / part, before=before[part])
+        return pipe
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
@@ -234,8 +239,13 @@ class Pipeline:
 
     @property
     def reference_weights(self) -> str:
-        """Digest of the weights that K/V of references depend on: transformer and autoencoder."""
-        parts = (self._digests.of(self.transformer), self._digests.of(self.autoencoder))
+        """Digest of what K/V of references depend on: weights of transformer and autoencoder, and their geometry.
+
+        Rotary base and axes, the norms' epsilons and groups are in no tensor.
+        """
+        network = {name: value for name, value in self.autoencoder.network.config.items() if not name.startswith("_")}
+        geometry = json.dumps([asdict(self.transformer.config), network], sort_keys=True, default=str)
+        parts = (self._digests.of(self.transformer), self._digests.of(self.autoencoder), geometry)
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @property
@@ -254,7 +264,7 @@ class Pipeline:
     @_typed_memory_errors
     def prefill(self, image: Picture | Sequence[Picture]) -> References:
         """The K/V of an ordered list of references, from the store or computed."""
-        return self._references(self._prepare(image))[0]
+        return self._references(self._prepare(image), num_own=0, batch=1)[0]
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
         single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
@@ -268,15 +278,15 @@ class Pipeline:
             for i, picture in enumerate(pictures, start=1)
         ]
 
-    def _references(self, prepared: list[PreparedReference]) -> tuple[References, Source]:
-        """The References of prepared pictures and where they came from."""
+    def _references(self, prepared: list[PreparedReference], *, num_own: int, batch: int) -> tuple[References, Source]:
+        """The References of prepared pictures and where they came from; own tokens are those to be drawn with them."""
         weights, kernel, quantization = self.reference_weights, self.kernel, self.kv_cache_dtype
         reports = tuple(p.report for p in prepared)
 
         @torch.no_grad()
         def make() -> References:
             sizes = [p.report.processed_size for p in prepared]
-            self._admit(num_ref=sum(w * h for w, h in sizes) // _GRID**2, num_own=0, batch=1)
+            self._admit(num_ref=sum(w * h for w, h in sizes) // _GRID**2, num_own=num_own, batch=batch)
             start = self._now()
             latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
@@ -297,7 +307,8 @@ class Pipeline:
             digests=[report.digest for report in reports],
             quantization=quantization,
         )
-        return self.store.get(key, make, device=self.device)
+        references, source = self.store.get(key, make, device=self.device)
+        return _with_reports(references, reports), source
 
     def _check_given(self, references: References) -> References:
         if not isinstance(references, References):
@@ -323,14 +334,17 @@ class Pipeline:
                 f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
                 "prefill the pictures again",
             )
-        return references.to(self.device)
+        return _with_reports(self.store.place(references, device=self.device), references.reports)
 
     def _admit(self, *, num_ref: int, num_own: int, batch: int) -> None:
-        """Refuses what cannot fit in free memory, with the numbers. Counts are of tokens of 16x16 pixels."""
+        """Refuses what cannot fit in free memory, with the numbers. Counts are of tokens of 16x16 pixels.
+
+        `num_ref` counts references that are yet to be prefilled: K/V that are kept already are in memory already.
+        """
         config, size = self.transformer.config, self.dtype.itemsize
         kept = num_ref * config.num_layers * 2 * config.width * size
         # widest moments: a block's fused projection, its output and the residual streams; the decoder at full size
-        blocks = (num_ref + batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
+        blocks = max(num_ref, batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
         decoder = (
             max(num_ref, num_own) * _GRID**2 * 3 * max(self.autoencoder.network.config.block_out_channels[:2]) * size
         )
@@ -451,9 +465,9 @@ class Pipeline:
         width = _check_side("width", width if width is not None else (sizes or [self.default_size])[0][0])
         height = _check_side("height", height if height is not None else (sizes or [self.default_size])[0][1])
         grid = (height // _GRID, width // _GRID)
-        num_ref = sum(w * h for w, h in sizes) // _GRID**2
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
-        self._admit(num_ref=num_ref, num_own=grid[0] * grid[1] + num_txt, batch=batch)
+        num_own = grid[0] * grid[1] + num_txt
+        self._admit(num_ref=0, num_own=num_own, batch=batch)
         levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
         generators, seeds = self._generators(generator, latents=latents, batch=batch)
 
@@ -471,7 +485,7 @@ class Pipeline:
         cache: Literal["none", "miss", "memory", "disk", "given"] = "given" if given else "none"
         if prepared:
             report("references", 0, 1)
-            given, cache = self._references(prepared)
+            given, cache = self._references(prepared, num_own=num_own, batch=batch)
             report("references", 1, 1)
         references_done = self._now()
 
@@ -646,6 +660,11 @@ class Pipeline:
             if asked is not None and asked != has:
                 raise InvalidRequest("latents", f"are for {name} {has}, {name}={asked} was asked; leave {name} out")
         return found
+
+
+def _with_reports(references: References, reports: tuple[ReferenceReport, ...]) -> References:
+    """What the store keeps under a key was perhaps made from other pictures with the same processed pixels."""
+    return references if references.reports == reports else replace(references, reports=reports)
 
 
 def _silent(part: str, done: int, of: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,16 @@ from PIL import Image
 from tests.conftest import generators, picture
 
 import limner
-from limner import Cancelled, CapacityError, InvalidRequest, NumericalError, Pipeline, ReferencePolicy
+from limner import (
+    Cancelled,
+    CapacityError,
+    InvalidRequest,
+    NumericalError,
+    Pipeline,
+    ReferencePolicy,
+    ReferenceStore,
+)
+from limner.images import prepare_reference
 
 
 def test_default_size_is_that_of_the_first_reference(pipe: Pipeline) -> None:
@@ -120,6 +131,71 @@ def test_writes_that_leave_no_version_are_seen(part: str, pipe: Pipeline) -> Non
     pipe("a dog", height=64, width=64)
     changed = not torch.equal(list(pipe._prompts.values())[-1][0], tokens)
     assert changed == (part == "text_encoder")
+
+
+def test_writes_to_some_rows_are_seen(pipe: Pipeline) -> None:
+    """A LoRA of the queries changes a part of a fused matrix, `.data` leaves no version."""
+    matrix = pipe.transformer.single_transformer_blocks[1].attn.to_qkv_mlp_proj.weight
+    seen = {pipe.reference_weights}
+    for rows in (slice(0, 32), slice(32, 33), slice(-1, None)):
+        matrix.data[rows] *= 3
+        seen.add(pipe.reference_weights)
+    matrix.data[:, 5] *= 3
+    assert len(seen | {pipe.reference_weights}) == 5
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 3000.0}, {"eps": 1e-5}, {"rope_axes": (2, 2, 4, 8)}], ids=str)
+def test_the_key_covers_the_geometry_of_the_transformer(change: dict[str, Any], pipe: Pipeline) -> None:
+    refs = pipe.prefill(picture(64, 64))
+    pipe.transformer.config = replace(pipe.transformer.config, **change)
+    assert pipe.prefill(picture(64, 64)).key != refs.key
+    with pytest.raises(InvalidRequest, match="they were made with weights"):
+        pipe("a dog", references=refs)
+
+
+@pytest.mark.parametrize("change", [{"norm_num_groups": 4}, {"batch_norm_eps": 1e-3}], ids=str)
+def test_the_key_covers_the_geometry_of_the_autoencoder(change: dict[str, Any], pipe: Pipeline) -> None:
+    before = pipe.reference_weights
+    pipe.autoencoder.network.register_to_config(**change)
+    assert pipe.reference_weights != before
+
+
+def test_a_hit_reports_the_pictures_that_were_given(pipe: Pipeline) -> None:
+    """A picture that was cut, and one that is what was left of it: the same reference, not the same report."""
+    large = picture(100, 70)
+    small = Image.fromarray(prepare_reference(large, policy=ReferencePolicy()).pixels.permute(1, 2, 0).numpy())
+    reports = [pipe("a dog", image=image).references[0] for image in (large, small)]
+    assert [report.original_size for report in reports] == [(100, 70), (96, 64)]
+    assert [report.cut for report in reports] == [(2, 3, 2, 3), (0, 0, 0, 0)]
+    assert pipe.store.stats().misses == 1
+    assert pipe.prefill(small).reports[0] == reports[1]
+    assert pipe.prefill(large).reports[0] == reports[0]
+
+
+def test_given_references_stay_where_the_store_leaves_them(pipe: Pipeline) -> None:
+    """Over the budget of the device they are brought layer by layer, as those that `image=` finds."""
+
+    class There(Pipeline):
+        device = torch.device("meta")  # type: ignore[assignment]
+
+    refs = pipe.prefill(picture(64, 64))
+    there = There(transformer=pipe.transformer, autoencoder=pipe.autoencoder, text_encoder=pipe.text_encoder)
+    for budget, place in ((0, "cpu"), (refs.nbytes, "meta")):
+        there.store = ReferenceStore(device_bytes=budget)
+        assert there._check_given(refs).device.type == place
+
+
+def test_kept_references_are_not_admitted_again(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their K/V are in memory already, and no activations of theirs are to come."""
+    pictures = [picture(256, 256, seed=i) for i in range(4)]
+    refs = pipe.prefill(pictures)
+    free = 12 << 20
+    monkeypatch.setattr("limner.pipeline.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    assert pipe("a dog", references=refs, width=64, height=64).reference_cache == "given"
+    assert pipe("a dog", image=pictures, width=64, height=64).reference_cache == "memory"
+    pipe.store = ReferenceStore(memory_bytes=0)
+    with pytest.raises(CapacityError, match=re.escape("1024 reference tokens")):
+        pipe("a dog", image=pictures, width=64, height=64)
 
 
 def test_progress_covers_every_part(pipe: Pipeline) -> None:

@@ -1,22 +1,37 @@
 """Content digests of networks: equal digests mean equal weights.
 
 A digest covers names, dtypes, shapes and bytes of all parameters and buffers. It is kept until a tensor is replaced or
-changed in place. That shows in its address and version, and, for writes that leave no trace there (`.data`), in a sample
-of its values; a write that hits none of the sampled values and no version is the one thing that would be missed.
+changed in place. That shows in its address and version, and, for writes that leave no trace there (`.data`), in samples
+of its values, at least one of each row; a write that hits none of them and no version is the one thing that is missed.
+
+Reading all bytes takes seconds for a large model. So digests of networks that were loaded from files are kept for later
+processes, under device, inode, size and times of the files, and taken only for a network whose samples are the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "WeightDigests", "fingerprint"]
+from limner.errors import OutputError
+from limner.images import write_beside
+
+__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "file_stamp", "fingerprint"]
 
 Fingerprint = tuple[tuple[tuple[int, int], ...], bytes]
+FileStamp = tuple[tuple[str, int, int, int, int, int], ...]
+_SETTLED = 2.0
+"""Seconds after which a file that is written again has another time, whatever the file system's clock."""
 
 
 class WeightDigests:
@@ -24,23 +39,86 @@ class WeightDigests:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[nn.Module, tuple[Fingerprint, str]] = WeakKeyDictionary()
+        self._loaded: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Path]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module) -> str:
         """SHA-256 in hex of a network's tensors."""
         state = fingerprint(module)
         known = self._known.get(module)
         if known is None or known[0] != state:
-            known = self._known[module] = (state, _digest(module.state_dict()))
+            known = self._known[module] = (state, self._find(module, state))
         return known[1]
+
+    def loaded(self, module: nn.Module, folder: Path, *, before: FileStamp | None) -> None:
+        """Says that a network was just loaded from a folder, whose `file_stamp` was `before`."""
+        cache = _cache_folder()
+        if cache is not None and before is not None and file_stamp(folder) == before:
+            name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
+            self._loaded[module] = fingerprint(module), cache / f"{name}.json"
+
+    def _find(self, module: nn.Module, state: Fingerprint) -> str:
+        """From the file that another process left, if the network is as it was loaded; else from its bytes."""
+        as_loaded, file = self._loaded.get(module, (None, None))
+        if file is None or as_loaded != state:
+            return _digest(module.state_dict())
+        samples = state[1].hex()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            kept = json.loads(file.read_text())
+            if kept.get("samples") == samples and re.fullmatch(r"[0-9a-f]{64}", str(kept.get("digest"))):
+                return str(kept["digest"])
+        digest = _digest(module.state_dict())
+        with contextlib.suppress(OSError, OutputError):  # a home that cannot be written: the next process hashes again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_beside(file, json.dumps({"samples": samples, "digest": digest}).encode())
+        return digest
 
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> Fingerprint:
-    """Cheap to make, and other after a change: address, version and 8 sampled values of each tensor."""
-    tensors = [t for t in module.state_dict(keep_vars=True).values() if t.numel()]
-    samples = [t.reshape(-1)[:: max(1, t.numel() // 8)][:8].double() for t in tensors]
-    values = hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).digest() if samples else b""
-    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors), values
+    """Cheap to make, and other after a change: address, version and samples of each tensor.
+
+    A step of one less than a row's length hits every row, each in another column.
+    """
+    tensors = [
+        t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None
+    ]
+    samples: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            step = max(1, t.numel() // t.shape[0] - 1) if t.dim() else 1
+            flat = t if t.is_contiguous() else t.reshape(-1)
+            samples.setdefault(t.dtype, []).append(flat.as_strided((-(-t.numel() // step),), (step,)))
+    values = hashlib.sha256()
+    for some in samples.values():
+        values.update(torch.cat(some).cpu().view(torch.uint8).numpy().data)
+    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors), values.digest()
+
+
+def file_stamp(folder: Path) -> FileStamp | None:
+    """What tells the files of a folder from what they were; None for files so new that a change might not show."""
+    found = []
+    try:
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            s = path.stat()
+            if max(s.st_mtime, s.st_ctime) > time.time() - _SETTLED:
+                return None
+            found.append((path.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    except OSError:
+        return None
+    return tuple(found)
+
+
+def _cache_folder() -> Path | None:
+    """`$LIMNER_CACHE`, or `limner` in the user's folder of caches; None where there is no such folder."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return Path(os.environ.get("LIMNER_CACHE") or caches / "limner") / "digests"
+
+
+def _layout(module: nn.Module) -> list[tuple[str, str, str, list[int]]]:
+    return [(name, t.device.type, str(t.dtype), list(t.shape)) for name, t in module.state_dict().items()]
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
