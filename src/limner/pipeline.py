@@ -6,6 +6,7 @@ HTTP or the command line.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -221,10 +222,12 @@ class Pipeline:
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
+        cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
             target = _check_device(target)
         for part in (self.transformer, self.autoencoder, self.text_encoder):
-            part.to(target)
+            with contextlib.nullcontext() if cast else self._digests.moving(part):
+                part.to(target)
         self.text_encoder.rebuild_rotary()
         self._prompts.clear()
         return self

@@ -558,6 +558,7 @@ class ReferenceStore:
         disk = self._disk
         if disk is None or self._writer is None or not disk.writable:
             return
+        asked = asked or disk.pin_file(references.key).exists()
         if not asked and disk.file(references.key).exists():
             return
         with self._lock:

@@ -87,6 +87,22 @@ def test_new_files_have_no_stamp(tiny_copy: Path) -> None:
     assert file_stamp(tiny_copy / "nothing") is None
 
 
+def test_a_move_changes_no_digest(tiny_copy: Path, hashed: list[Any]) -> None:
+    """To another device: other addresses, the same values. What was changed before it is hashed all the same."""
+    before = Pipeline.from_pretrained(tiny_copy).reference_weights
+    number = len(hashed)
+    pipe = Pipeline.from_pretrained(tiny_copy)
+    for _ in range(2):  # as it was loaded; then known
+        with pipe._digests.moving(pipe.transformer):
+            for parameter in pipe.transformer.parameters():
+                parameter.data = parameter.data.clone()
+        assert pipe.reference_weights == before
+    assert len(hashed) == number
+    pipe.transformer.x_embedder.weight.data[0] *= 2
+    assert pipe.to("cpu").reference_weights != before
+    assert pipe.to(torch.bfloat16).reference_weights != before
+
+
 def test_a_network_that_was_not_loaded_is_hashed(hashed: list[Any]) -> None:
     module, digests = torch.nn.Linear(3, 2), WeightDigests()
     assert len({digests.of(module) for _ in range(2)}) == 1

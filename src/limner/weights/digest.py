@@ -16,6 +16,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -55,6 +56,17 @@ class WeightDigests:
         if cache is not None and before is not None and file_stamp(folder) == before:
             name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
             self._loaded[module] = fingerprint(module), cache / f"{name}.json"
+
+    @contextlib.contextmanager
+    def moving(self, module: nn.Module) -> Iterator[None]:
+        """Around a move to another device, which changes no value: what is known of the network stays known."""
+        before = fingerprint(module)
+        known, loaded = self._known.get(module), self._loaded.get(module)
+        yield
+        if known is not None and known[0] == before:
+            self._known[module] = fingerprint(module), known[1]
+        if loaded is not None and loaded[0] == before:
+            self._loaded[module] = fingerprint(module), loaded[1]
 
     def _find(self, module: nn.Module, state: Fingerprint) -> str:
         """From the file that another process left, if the network is as it was loaded; else from its bytes."""
