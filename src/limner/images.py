@@ -276,11 +276,8 @@ def write_beside(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(path: Path, *, failures: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails.
-
-    Raises `OutputError` for what a writer raises as `failures`.
-    """
+def written_beside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails. Raises `OutputError`."""
     beside = path.with_name(f".limner-{os.getpid()}-{secrets.token_hex(8)}")
     try:
         yield beside
@@ -290,10 +287,11 @@ def written_beside(path: Path, *, failures: tuple[type[Exception], ...] = (OSErr
     except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        if not isinstance(error, failures):
+        if not isinstance(error, OSError):
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise OutputError(f"output: {path} cannot be written ({reason}); nothing was left there") from error
+        raise OutputError(
+            f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
