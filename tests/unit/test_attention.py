@@ -86,6 +86,8 @@ def test_native_takes_extreme_scores() -> None:
     found = attend(q, k, v, kernel="native")
     assert torch.isfinite(found).all()
     assert relative_error(found, truth(q, k, v, k[:, :0], v[:, :0])) <= 4e-3
+    huge = attend(q * 1000, k * 3000, v, kernel="native")
+    assert relative_error(huge, truth(q * 1000, k * 3000, v, k[:, :0], v[:, :0])) <= 4e-3
     flat = attend(torch.zeros_like(q), k, v, kernel="native")
     assert relative_error(flat[:, :1], v.double().mean(1, keepdim=True)) <= 4e-3
 
@@ -97,7 +99,7 @@ def test_native_is_chosen_where_it_runs() -> None:
     assert choose_kernel(torch.device("cpu"), torch.bfloat16, 24) != "native"
 
 
-@pytest.mark.parametrize("setting", [{"LIMNER_NATIVE": "0"}, {"CC": "/nowhere/cc"}])
+@pytest.mark.parametrize("setting", [{"LIMNER_NATIVE": "0"}, {"CC": "/nowhere/cc"}, {"CC": "gcc '"}])
 def test_works_without_the_native_kernel(setting: dict[str, str], tmp_path: Path) -> None:
     """Turned off, or with a compiler that is not there: another kernel, and an error that says so if it is asked for."""
     code = (
@@ -116,7 +118,86 @@ def test_works_without_the_native_kernel(setting: dict[str, str], tmp_path: Path
     assert field == "kernel"
 
 
+@has_native
+@pytest.mark.parametrize("fault", ["open", "empty", "unwritable"])
+def test_the_cache_of_built_kernels_is_not_trusted_blindly(fault: str, tmp_path: Path) -> None:
+    """A folder that others can write, a library that was cut short, no folder at all: built again, and it runs."""
+    folder = tmp_path / "limner"
+    folder.mkdir()
+    code = (
+        "import torch; from limner.native.kernels import native_library\n"
+        "from limner.model.attention import choose_kernel\n"
+        "print(choose_kernel(torch.device('cpu'), torch.bfloat16, 16), native_library()._name)"
+    )
+
+    def run(home: Path) -> list[str]:
+        environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(home)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    if fault == "unwritable":
+        (tmp_path / "file").touch()
+        chosen, path = run(tmp_path / "file")
+    elif fault == "open":
+        folder.chmod(0o777)
+        chosen, path = run(tmp_path)
+        assert not list(folder.iterdir())
+    else:
+        (made,) = [path for _, path in [run(tmp_path)]]
+        Path(made).write_bytes(b"")
+        chosen, path = run(tmp_path)
+        assert path == made
+    assert chosen == "native"
+    assert Path(path).parent == folder or fault != "empty"
+
+
 def test_native_refuses_what_it_cannot_do() -> None:
     x = torch.randn(1, 4, 1, 16)
     with pytest.raises(InvalidRequest, match="bfloat16"):
         attend(x, x, x, kernel="native")
+    with pytest.raises(InvalidRequest, match="meta"):
+        attend(x.to("meta"), x.to("meta"), x.to("meta"), kernel="native")
+
+
+@has_native
+def test_native_checks_what_it_is_given() -> None:
+    q, k, v = (torch.randn(2, 5, 4, 16).bfloat16() for _ in range(3))
+    for wrong in ((k[:, :, :2], v), (k, v[:, :4]), (k.float(), v)):
+        with pytest.raises(ValueError, match="do not fit"):
+            attend(q, *wrong, kernel="native")
+    with pytest.raises(ValueError, match="do not fit"):
+        attend(q, k, v, references=LayerKV(*(torch.randn(3, 5, 4, 16) for _ in range(2))), kernel="native")
+    wide = LayerKV(*(torch.randn(1, 5, 4, 16).double() for _ in range(2)))  # rounded to the dtype of the queries
+    narrow = LayerKV(*(x.bfloat16() for x in wide))
+    found = [attend(q, k, v, references=kept, kernel="native") for kept in (wide, narrow)]
+    assert torch.equal(*found)
+
+
+@has_native
+@pytest.mark.parametrize("which", ["q", "k", "v", "reference"])
+@pytest.mark.parametrize("num", [6, 7, 8])
+def test_native_hands_nan_on(which: str, num: int) -> None:
+    """A broken weight has to show in the picture's check, not to vanish in a maximum."""
+    q, k, v = (torch.randn(1, num, 1, 16).bfloat16() for _ in range(3))
+    kept = LayerKV(*(torch.randn(1, 9, 1, 16).bfloat16() for _ in range(2)))
+    {"q": q, "k": k, "v": v, "reference": kept.k}[which][0, 2, 0, 3] = float("nan")
+    found = attend(q, k, v, references=kept, kernel="native")
+    assert found[0, 2].isnan().any()
+    if which == "reference":
+        assert found.isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_each_input_alone_gets_its_gradient(which: int) -> None:
+    inputs = [torch.randn(1, n, 2, 16).bfloat16() for n in (4, 4, 4, 6, 6)]
+    inputs[which].requires_grad_()
+    q, k, v, *kept = inputs
+    attend(q, k, v, references=LayerKV(*kept)).float().square().sum().backward()
+    gradient = inputs[which].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    with pytest.raises(InvalidRequest):
+        attend(q, k, v, references=LayerKV(*kept), kernel="native")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.model.arithmetic import fast_dtype
-from limner.model.kv import AnyLayerKV, QuantizedLayerKV
+from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV
 from limner.native import kernels as native
 
 __all__ = ["KERNELS", "attend", "choose_kernel"]
@@ -54,7 +54,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     )
     if flash:
         name = "flash"
-    elif device.type == "cpu" and native.takes(dtype, head_dim) and native.native_library() is not None:
+    elif native.takes(device, dtype, head_dim):
         name = "native"
     else:
         name = "chunked_float32" if fast_dtype(device, dtype) != dtype else "chunked"
@@ -76,12 +76,17 @@ def attend(
     device, or the differentiable one while gradients are recorded.
     """
     if kernel is None:
-        records = torch.is_grad_enabled() and q_BSHD.requires_grad
+        records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
     if kernel == "native":
         return _native(q_BSHD, k_BSHD, v_BSHD, references)
     k_ref, v_ref = (None, None) if references is None else references.dense(v_BSHD.dtype)
     return _PLAIN[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref, v_ref)
+
+
+def _records(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> bool:
+    """Whether a gradient is wanted of any of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(references or ())))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
@@ -94,17 +99,22 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor 
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> Tensor:
-    if not native.takes(q.dtype, q.shape[-1]) or native.native_library() is None:
+    if not native.takes(q.device, q.dtype, q.shape[-1]):
         raise InvalidRequest(
             "kernel",
-            f"'native' does not run here in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples of "
-            "16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
+            f"'native' does not run on {q.device} in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples "
+            "of 16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
         )
-    if isinstance(references, QuantizedLayerKV) and references.k.dtype != torch.int8:
-        references = references.dense(q.dtype)
+    if _records(q, k, v, references):
+        raise InvalidRequest("kernel", "'native' records no gradients; leave kernel out, or use torch.no_grad()")
+    if references is not None:
+        if not (isinstance(references, QuantizedLayerKV) and references.k.dtype == torch.int8):
+            references = LayerKV(*(x.to(q.dtype) for x in references.dense(q.dtype)))
+        if references.k.shape[0] not in (1, q.shape[0]):
+            raise ValueError(f"references of batch {references.k.shape[0]} do not fit {q.shape[0]} images")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
-        kept = [native.Segment(*(x[b if x.shape[0] > 1 else 0] for x in references))] if references else []
+        kept = [] if references is None else [native.Segment(*(x[b if len(x) > 1 else 0] for x in references))]
         native.attend(q[b], [*kept, native.Segment(k[b], v[b])], out[b])
     return out
 

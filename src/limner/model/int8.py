@@ -103,12 +103,11 @@ class Int8Linear(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor | QuantizedRows:
         """Activations for several matrices that read the same ones: quantized once."""
-        return quantize_rows(x) if self.multiplies_int8() else x
+        return quantize_rows(x) if self._quantizes(x) else x
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """`rows` asks for a part of the output features alone."""
-        if not self.multiplies_int8():
-            assert isinstance(input, Tensor)
+        if isinstance(input, Tensor) and not self._quantizes(input):
             weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
             return F.linear(input, (weight.float() * scale[:, None]).to(input.dtype))
         x = input if isinstance(input, QuantizedRows) else quantize_rows(input)
@@ -123,6 +122,10 @@ class Int8Linear(nn.Module):
     def multiplies_int8(self) -> bool:
         """Whether its products are u8 x s8; else weights are widened."""
         return self.weight.device.type == "cpu" and has_int8_products()
+
+    def _quantizes(self, x: Tensor) -> bool:
+        """Not where a gradient is wanted: rounding has none, so the weights are widened."""
+        return self.multiplies_int8() and not (torch.is_grad_enabled() and x.requires_grad)
 
     def _pack(self, start: int, stop: int) -> Tensor:
         """The weight in oneDNN's layout, made when first used and again after a change or with other memory."""

@@ -43,7 +43,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Te
 
 def gated_silu(x: Tensor) -> Tensor:
     """silu(first half) * second half of the last axis."""
-    if native.runs_rows(x):
+    if native.runs_gate(x):
         return native.gated_silu(x)
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
@@ -51,8 +51,8 @@ def gated_silu(x: Tensor) -> Tensor:
 
 def norm_rope(x_BSHD: Tensor, norm: nn.RMSNorm, rope: Rope) -> Tensor:
     """RMSNorm of each head and rotation; one kernel in bfloat16 on a CPU that has it."""
-    if native.runs_rows(x_BSHD):
-        return native.norm_rope(x_BSHD, norm.weight, norm.eps or 0.0, rope.cos_SP, rope.sin_SP)
+    if norm.eps is not None and native.runs_norm(x_BSHD, norm.weight):
+        return native.norm_rope(x_BSHD, norm.weight, norm.eps, rope.cos_SP, rope.sin_SP)
     return apply_rope(norm(x_BSHD), rope)
 
 
@@ -224,7 +224,7 @@ class ParallelAttention(nn.Module):
         return norm_rope(k, self.norm_k, rope), v
 
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
-        if native.runs_rows(mlp):
+        if native.runs_gate(mlp) and native.runs_rows(attended):
             joined = attended.new_empty(*mlp.shape[:-1], self.width + mlp.shape[-1] // 2)
             joined[..., : self.width] = attended.flatten(2)
             native.gated_silu(mlp, out=joined[..., self.width :])

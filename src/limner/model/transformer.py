@@ -20,7 +20,7 @@ from limner.model.int8 import Int8Linear
 from limner.model.kv import AnyLayerKV, ReferenceKV, staged
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
-from limner.native.kernels import has_rows
+from limner.native.kernels import has_rows, source_digest
 from limner.tokens import TokenLayout
 
 __all__ = ["Transformer"]
@@ -59,10 +59,11 @@ class Transformer(nn.Module):
     def arithmetic(self) -> str:
         """What decides the last bits of a result besides the weights: device, attention kernel and kind of products."""
         kernel = self.kernel or choose_kernel(self.device, self.dtype, self.config.head_dim)
+        kernel = f"native {source_digest()}" if kernel == "native" else kernel
         products = self.x_embedder.arithmetic or fast_dtype(self.device, self.dtype)
         names = [self.device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(self.device)]
         int8 = {module.multiplies_int8() for module in self.modules() if isinstance(module, Int8Linear)}
-        names += ["native rows"] if has_rows(self.device, self.dtype) else []
+        names += [f"rows {source_digest()}"] if has_rows(self.device, self.dtype) else []
         names += sorted("int8 dot products" if instructions else "int8 widened" for instructions in int8)
         return "/".join(names)
 

@@ -9,6 +9,7 @@
    gets depends on neither batch nor threads. */
 
 #include <immintrin.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -29,10 +30,11 @@ typedef struct {
     i64 num;
 } Segment;
 
-/* 2^x for x <= 0, relative error 3e-7 (Taylor series of degree 5 around the nearest integer) */
+/* 2^x for x <= 0, relative error 3e-7 (Taylor series of degree 5 around the nearest integer). What rounding has put above
+   0 counts as 0. Of a NaN, minimum and maximum give the second operand: it stays NaN. */
 static inline __m512 exp2_negative(__m512 x)
 {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(_mm512_setzero_ps(), x));
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(1.3333558e-3f);
@@ -114,6 +116,16 @@ typedef struct {
     __m512 top[4], total[4];
 } Group;
 
+/* What one thread needs: half a megabyte, too much for a small stack. */
+typedef struct {
+    Group groups[GROUPS];
+    _Alignas(64) bf16 k[KEYS * MAX_DIM], v[KEYS * MAX_DIM];
+    _Alignas(64) float scores[KEYS * QUERIES];
+    _Alignas(64) int32_t weights[KEYS / 2 * QUERIES];
+} Workspace;
+
+i64 limner_workspace(void) { return sizeof(Workspace); }
+
 static const uint16_t INTERLEAVE[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11,
                                         27, 12, 28, 13, 29, 14, 30, 15, 31};
 
@@ -135,10 +147,11 @@ static void start(Group *group, const bf16 *q, i64 q_row, i64 num, i64 dim)
         }
 }
 
-static void add_block(Group *group, const bf16 *k, const bf16 *v, i64 some, i64 rows, i64 dim, __m512 scale)
+static void add_block(Group *group, Workspace *own, i64 some, i64 rows, i64 dim, __m512 scale)
 {
-    _Alignas(64) float scores[KEYS * QUERIES];
-    _Alignas(64) int32_t weights[KEYS / 2 * QUERIES];
+    const bf16 *k = own->k, *v = own->v;
+    float *scores = own->scores;
+    int32_t *weights = own->weights;
     __m512 highest[4];
     for (int j = 0; j < 4; j++) highest[j] = _mm512_set1_ps(LOWEST);
     for (i64 i = 0; i < rows; i += 4) {
@@ -149,7 +162,7 @@ static void add_block(Group *group, const bf16 *k, const bf16 *v, i64 some, i64 
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < 4; j++) {
                 if (i + r >= some) sum[r][j] = _mm512_set1_ps(LOWEST);
-                highest[j] = _mm512_max_ps(highest[j], sum[r][j]);
+                highest[j] = _mm512_max_ps(sum[r][j], highest[j]);
                 _mm512_store_ps(scores + (i + r) * QUERIES + 16 * j, sum[r][j]);
             }
     }
@@ -185,7 +198,7 @@ static void add_block(Group *group, const bf16 *k, const bf16 *v, i64 some, i64 
 static void finish(Group *group, i64 num, i64 dim, bf16 *out, i64 out_row)
 {
     for (int j = 0; j < 4; j++) {
-        __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), group->total[j]);
+        __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(1e-30f), group->total[j]));
         for (i64 d = 0; d < dim; d += 2) {
             __m512 even = _mm512_mul_ps(_mm512_load_ps(group->sums + d * QUERIES + 16 * j), inverse);
             __m512 odd = _mm512_mul_ps(_mm512_load_ps(group->sums + (d + 1) * QUERIES + 16 * j), inverse);
@@ -196,31 +209,32 @@ static void finish(Group *group, i64 num, i64 dim, bf16 *out, i64 out_row)
         for (i64 p = 0; p < dim / 2; p++) memcpy(out + i * out_row + 2 * p, group->queries + p * QUERIES + i, 4);
 }
 
-/* softmax(factor' q k^T) v over segments; q and out (S, H, D). `factor` is that of the scores times log2(e). */
+/* softmax(factor' q k^T) v over segments; q and out (S, H, D). `factor` is that of the scores times log2(e); `space` has a
+   Workspace for each thread, aligned to 64 bytes. */
 void limner_attend(const bf16 *q, i64 q_row, i64 q_head, i64 num_q, i64 heads, i64 dim, const Segment *segments,
-                   i64 num_segments, float factor, bf16 *out, i64 out_row, i64 out_head, int threads)
+                   i64 num_segments, float factor, bf16 *out, i64 out_row, i64 out_head, void *space, int threads)
 {
     i64 at_once = GROUPS * QUERIES;
     while (at_once > QUERIES && heads * ((num_q + at_once - 1) / at_once) < 4 * threads) at_once /= 2; /* work for all */
     const i64 blocks = (num_q + at_once - 1) / at_once;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (i64 task = 0; task < heads * blocks; task++) {
-        _Alignas(64) bf16 k[KEYS * MAX_DIM], v[KEYS * MAX_DIM];
-        Group groups[GROUPS];
+        Workspace *own = (Workspace *)space + omp_get_thread_num();
         i64 head = task / blocks, first = task % blocks * at_once, used = 0, num[GROUPS];
         for (; used * QUERIES < at_once && first + used * QUERIES < num_q; used++) {
             i64 from = first + used * QUERIES;
             num[used] = num_q - from < QUERIES ? num_q - from : QUERIES;
-            start(&groups[used], q + from * q_row + head * q_head, q_row, num[used], dim);
+            start(&own->groups[used], q + from * q_row + head * q_head, q_row, num[used], dim);
         }
         for (i64 s = 0; s < num_segments; s++)
             for (i64 key = 0; key < segments[s].num; key += KEYS) {
                 i64 some = segments[s].num - key < KEYS ? segments[s].num - key : KEYS, rows = (some + 3) / 4 * 4;
-                stage(&segments[s], head, heads, key, some, rows, dim, k, v);
-                for (i64 g = 0; g < used; g++) add_block(&groups[g], k, v, some, rows, dim, _mm512_set1_ps(factor));
+                stage(&segments[s], head, heads, key, some, rows, dim, own->k, own->v);
+                for (i64 g = 0; g < used; g++)
+                    add_block(&own->groups[g], own, some, rows, dim, _mm512_set1_ps(factor));
             }
         for (i64 g = 0; g < used; g++)
-            finish(&groups[g], num[g], dim, out + (first + g * QUERIES) * out_row + head * out_head, out_row);
+            finish(&own->groups[g], num[g], dim, out + (first + g * QUERIES) * out_row + head * out_head, out_row);
     }
 }
 
@@ -276,16 +290,18 @@ void limner_gated_silu(const bf16 *x, i64 x_row, i64 rows, i64 width, bf16 *out,
 }
 
 /* Rows of `width` (a multiple of 16) values to bytes around 128 and a scale a row: x = (byte - 128) * scale. The scale is
-   rounded to bfloat16, so that multiplying a bfloat16 result by it rounds nothing more; 127.5 becomes 255. */
+   rounded to bfloat16, so that multiplying a bfloat16 result by it rounds nothing more; 127.5 becomes 255. A row with a
+   NaN has the scale NaN: the largest is found on bits, where a NaN is above all numbers. */
 void limner_quantize_rows(const bf16 *x, i64 x_row, i64 rows, i64 width, uint8_t *out, float *scales, int threads)
 {
 #pragma omp parallel for num_threads(threads)
     for (i64 r = 0; r < rows; r++) {
         const bf16 *from = x + r * x_row;
-        __m512 highest = _mm512_setzero_ps();
-        for (i64 i = 0; i < width; i += 16) highest = _mm512_max_ps(highest, _mm512_abs_ps(load16(from + i)));
-        float top = _mm512_reduce_max_ps(highest) / 127.0f;
-        __m512 scale = _mm512_max_ps(_mm512_set1_ps(top), _mm512_set1_ps(1e-30f));
+        __m512i highest = _mm512_setzero_si512();
+        for (i64 i = 0; i < width; i += 16)
+            highest = _mm512_max_epi32(highest, _mm512_castps_si512(_mm512_abs_ps(load16(from + i))));
+        __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(highest)));
+        __m512 scale = _mm512_max_ps(_mm512_set1_ps(1e-30f), _mm512_div_ps(top, _mm512_set1_ps(127.0f)));
         scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(scale)), 16));
         scales[r] = _mm512_cvtss_f32(scale);
         __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), scale);

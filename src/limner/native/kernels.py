@@ -1,8 +1,11 @@
 """Builds and loads `kernels.c` where the CPU and a C compiler allow it; gives its functions to tensors.
 
 The library is compiled once, when first used (2 seconds), into `$XDG_CACHE_HOME/limner` under a name that holds the
-digest of the source and the compiler, and shares the OpenMP threads of torch. Without a compiler, or with
+digest of the source and the compiler, and shares the OpenMP threads of torch. A folder that others can write is not
+trusted: then, and where there is no folder to write, it is built for this process alone. Without a compiler, or with
 LIMNER_NATIVE=0, everything runs without it.
+
+None of the functions records gradients: `has_rows` and the callers' checks keep them out where those are wanted.
 """
 
 from __future__ import annotations
@@ -26,21 +29,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Segment",
-    "attend",
-    "gated_silu",
-    "has_rows",
-    "native_library",
-    "norm_rope",
-    "quantize_rows",
-    "runs_rows",
-    "takes",
-]
+    "Segment", "attend", "gated_silu", "has_rows", "native_library", "norm_rope", "quantize_rows", "runs_gate",
+    "runs_norm", "runs_rows", "source_digest", "takes",
+]  # fmt: skip
 
 _logger = logging.getLogger("limner")
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
+_LANES = 16
 _int: Any = ctypes.c_int64
 _pointer: Any = ctypes.c_void_p
 
@@ -63,23 +60,26 @@ class _Segment(ctypes.Structure):
     ]  # fmt: skip
 
 
+# building
+
+
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The library, built if need be; None where it cannot be, with the reason in the log."""
-    reason = _missing()
-    if reason is None:
-        try:
-            path = _built()
-            library = ctypes.CDLL(str(path))
-        except (OSError, subprocess.SubprocessError) as error:
-            output = getattr(error, "stderr", "") or ""
-            reason = f"{error} {output}".strip()
-        else:
-            _declare(library)
-            _logger.info("native kernels: %s", path)
-            return library
+    try:
+        reason = _missing()
+        if reason is None:
+            return _loaded()
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
+        reason = f"{error} {getattr(error, 'stderr', None) or ''}".strip()
     _logger.info("no native kernels: %s", reason)
     return None
+
+
+@cache
+def source_digest() -> str:
+    """What tells the bits of one version of the kernels from those of another."""
+    return hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
 
 
 def _missing() -> str | None:
@@ -87,39 +87,69 @@ def _missing() -> str | None:
         return "LIMNER_NATIVE is 0"
     if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
         return "the CPU has no AVX-512 BF16, or the system is not Linux"
-    if _compiler() is None:
+    if not _compiler():
         return "there is no C compiler (CC, cc, gcc or clang)"
     return None
 
 
-def _compiler() -> list[str] | None:
+def _compiler() -> list[str]:
     if os.environ.get("CC"):
         return shlex.split(os.environ["CC"])
     found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    return [found] if found else None
+    return [found] if found else []
 
 
-def _built() -> Path:
-    """The file of the library: built beside and renamed, so that processes that start at once do not meet half of one."""
-    compiler = _compiler()
-    assert compiler is not None
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+def _loaded() -> ctypes.CDLL:
+    """From the cache; built where it is not there or does not load (a machine that stopped while it was written)."""
+    folder = _cache_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as own:
+            return _load(_build(Path(own) / "native.so"))
+    version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"
     path = folder / f"native-{digest}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            made = Path(beside) / path.name
-            command = [*compiler, *_FLAGS, "-shared", "-o", str(made), str(_SOURCE)]
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
-            os.replace(made, path)
+    if _is_ours(path):
+        try:
+            return _load(path)
+        except (OSError, AttributeError) as error:
+            _logger.warning("%s is built again: %s", path, error)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        os.replace(_build(Path(beside) / path.name), path)
+    return _load(path)
+
+
+def _cache_folder() -> Path | None:
+    """The folder of built libraries; None if it cannot be written, or if others can."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if _is_ours(folder) and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder is there, belongs to this user, and nobody else can write it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _build(path: Path) -> Path:
+    command = [*_compiler(), *_FLAGS, "-shared", "-o", str(path), str(_SOURCE)]
+    subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
+    path.chmod(0o700)
     return path
 
 
-def _declare(library: ctypes.CDLL) -> None:
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.limner_workspace.restype = _int
     library.limner_attend.argtypes = [
-        _pointer, *[_int] * 5, ctypes.POINTER(_Segment), _int, ctypes.c_float, _pointer, _int, _int, ctypes.c_int,
+        _pointer, *[_int] * 5, ctypes.POINTER(_Segment), _int, ctypes.c_float, _pointer, _int, _int, _pointer,
+        ctypes.c_int,
     ]  # fmt: skip
     library.limner_norm_rope.argtypes = [
         _pointer, *[_int] * 4, _pointer, ctypes.c_float, _pointer, _pointer, _int, _pointer, ctypes.c_int,
@@ -128,6 +158,17 @@ def _declare(library: ctypes.CDLL) -> None:
     library.limner_quantize_rows.argtypes = [_pointer, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
     for name in ("attend", "norm_rope", "gated_silu", "quantize_rows"):
         getattr(library, f"limner_{name}").restype = None
+    _logger.info("native kernels: %s", path)
+    return library
+
+
+# what runs where
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the attention kernel is for such heads, and is here."""
+    fits = dtype == torch.bfloat16 and head_dim % _LANES == 0 and head_dim <= _MAX_DIM
+    return fits and device.type == "cpu" and native_library() is not None
 
 
 def has_rows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -135,24 +176,37 @@ def has_rows(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and native_library() is not None
 
 
-def runs_rows(x: Tensor) -> bool:
-    """Whether the row kernels take this tensor: rows of a multiple of 16, and no gradient."""
-    records = torch.is_grad_enabled() and x.requires_grad
-    return x.shape[-1] % 16 == 0 and not records and has_rows(x.device, x.dtype)
+def runs_rows(x: Tensor, *others: Tensor, width: int | None = None) -> bool:
+    """Whether the row kernels take rows of `width` values, that of x if not given: 16 at a time, and no gradient."""
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    return (width or x.shape[-1]) % _LANES == 0 and not records and has_rows(x.device, x.dtype)
 
 
-def takes(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel is for such heads."""
-    return dtype == torch.bfloat16 and head_dim % 16 == 0 and head_dim <= _MAX_DIM
+def runs_gate(x: Tensor) -> bool:
+    """Whether `gated_silu` takes x."""
+    return x.shape[-1] % 2 == 0 and runs_rows(x, width=x.shape[-1] // 2)
+
+
+def runs_norm(x_BSHD: Tensor, weight_D: Tensor) -> bool:
+    """Whether `norm_rope` takes x."""
+    return x_BSHD.shape[-1] <= _MAX_DIM and runs_rows(x_BSHD, weight_D)
+
+
+# kernels
 
 
 def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
-    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are read where they are."""
+    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are read where they are.
+
+    Raises `ValueError` for shapes, dtypes and devices that do not fit.
+    """
+    num, heads, dim = q_SHD.shape
+    if not takes(q_SHD.device, q_SHD.dtype, dim) or out_SHD.shape != q_SHD.shape or out_SHD.dtype != q_SHD.dtype:
+        raise ValueError(f"q {tuple(q_SHD.shape)} {q_SHD.dtype} on {q_SHD.device} is not for this kernel")
     library = native_library()
     assert library is not None
-    num, heads, dim = q_SHD.shape
     q_SHD = _last_contiguous(q_SHD)
-    read = [Segment(_last_contiguous(s.k), _last_contiguous(s.v), *_scales(s)) for s in segments]
+    read = [_checked(segment, heads, dim) for segment in segments]
     made = (_Segment * len(read))(
         *(
             _Segment(
@@ -163,29 +217,46 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
             for s in read
         )
     )  # fmt: skip
+    threads = torch.get_num_threads()
+    space = torch.empty(threads * library.limner_workspace() + 64, dtype=torch.uint8)
     library.limner_attend(
         q_SHD.data_ptr(), *q_SHD.stride()[:2], num, heads, dim, made, len(read), math.log2(math.e) / math.sqrt(dim),
-        out_SHD.data_ptr(), *out_SHD.stride()[:2], torch.get_num_threads(),
+        out_SHD.data_ptr(), *out_SHD.stride()[:2], (space.data_ptr() + 63) // 64 * 64, threads,
     )  # fmt: skip
+
+
+def _checked(segment: Segment, heads: int, dim: int) -> Segment:
+    """The segment in a layout that the kernel reads."""
+    k, v, k_scale, v_scale = segment
+    scaled = k_scale is not None and v_scale is not None
+    dtype = torch.int8 if scaled else torch.bfloat16
+    shape = (k.shape[0], heads, dim)
+    if any(x.shape != shape or x.dtype != dtype or x.device.type != "cpu" for x in (k, v)):
+        found = f"k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}"
+        raise ValueError(f"{found} do not fit queries of {heads} heads of {dim} ({dtype} is read)")
+    if k_scale is None or v_scale is None:
+        return Segment(_last_contiguous(k), _last_contiguous(v))
+    if any(x.shape[:2] != shape[:2] or x.numel() != k.shape[0] * heads for x in (k_scale, v_scale)):
+        raise ValueError(f"scales {tuple(k_scale.shape)} and {tuple(v_scale.shape)} are not one for each key and head")
+    k_scale, v_scale = (x.float().contiguous() for x in (k_scale, v_scale))
+    return Segment(_last_contiguous(k), _last_contiguous(v), k_scale, v_scale)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _scales(segment: Segment) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    if segment.k_scale is None or segment.v_scale is None:
-        return None, None
-    return segment.k_scale.contiguous(), segment.v_scale.contiguous()
-
-
 def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
     """RMSNorm of each head times `weight_D`, then rotation of neighbouring pairs, (B, S, H, D)."""
+    batch, num, heads, dim = x_BSHD.shape
+    if cos_SP.shape != (num, dim // 2) or sin_SP.shape != (num, dim // 2) or weight_D.shape != (dim,):
+        raise ValueError(f"{num} positions of {dim} values do not fit a rotary table {tuple(cos_SP.shape)}")
     library = native_library()
     assert library is not None
-    batch, num, heads, dim = x_BSHD.shape
-    x, row = _rows(x_BSHD.flatten(2))
     out = x_BSHD.new_empty(x_BSHD.shape)
+    if x_BSHD.numel() == 0:
+        return out
+    x, row = _rows(x_BSHD.flatten(2))
     weight, cos_SP, sin_SP = (t.detach().float().contiguous() for t in (weight_D, cos_SP, sin_SP))
     library.limner_norm_rope(
         x.data_ptr(), row, batch * num, heads, dim, weight.data_ptr(), eps, cos_SP.data_ptr(), sin_SP.data_ptr(), num,
@@ -200,8 +271,14 @@ def gated_silu(x: Tensor, out: Tensor | None = None) -> Tensor:
     assert library is not None
     width = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], width) if out is None else out
+    if out.shape != (*x.shape[:-1], width) or out.dtype != x.dtype:
+        raise ValueError(f"{tuple(out.shape)} {out.dtype} is not the place for a gate over {tuple(x.shape)}")
+    if x.numel() == 0:
+        return out
     x, row = _rows(x)
-    _, out_row = _rows(out, copies=False)
+    to, out_row = _rows(out)
+    if to is not out:
+        raise ValueError(f"rows of the result are not at one distance: strides {out.stride()}")
     library.limner_gated_silu(
         x.data_ptr(), row, x.numel() // (2 * width), width, out.data_ptr(), out_row, torch.get_num_threads()
     )
@@ -213,22 +290,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     library = native_library()
     assert library is not None
     width = x.shape[-1]
-    x, row = _rows(x)
     num = x.numel() // width
     values, scale = x.new_empty(num, width, dtype=torch.uint8), x.new_empty(num, 1, dtype=torch.float32)
-    library.limner_quantize_rows(
-        x.data_ptr(), row, num, width, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
-    )
+    if num:
+        x, row = _rows(x)
+        library.limner_quantize_rows(
+            x.data_ptr(), row, num, width, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
+        )
     return values, scale
 
 
-def _rows(x: Tensor, *, copies: bool = True) -> tuple[Tensor, int]:
-    """A tensor (..., K) whose rows lie at one distance, and that distance."""
-    row = x.stride(-2) if x.dim() > 1 else x.shape[-1]
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor (..., K) whose rows lie at one distance, a copy if need be, and that distance."""
     even = x.stride(-1) == 1 and all(
         x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)
     )
-    if even:
-        return x, row
-    assert copies, "rows at one distance are wanted"
-    return x.contiguous(), x.shape[-1]
+    x = x if even else x.contiguous()
+    return x, x.stride(-2) if x.dim() > 1 else x.shape[-1]
