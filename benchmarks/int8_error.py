@@ -24,7 +24,9 @@ from limner.tokens import image_ids, reference_ids, text_ids
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", type=int, nargs=3, default=[24, 5, 20], help="heads of 128, double, single blocks")
+    parser.add_argument(
+        "--geometry", type=int, nargs=3, default=[24, 5, 20], help="heads of 128, double, single blocks"
+    )
     parser.add_argument("--side", type=int, default=256, help="of output and reference, in pixels")
     parser.add_argument("--text", type=int, default=512, help="text tokens")
     parser.add_argument("--sigma", type=float, default=0.9, help="noise level")

@@ -1,8 +1,8 @@
 """Peak memory and seconds of one call that draws several images over the same references, each engine in a new process.
 
 In a process of its own an engine cannot reuse memory that another left behind. The peak is that of the call, over what the
-process held before it (weights, inputs). diffusers repeats references over the batch; Limner keeps them once. The last
-line is one JSON object.
+process held before it (weights, inputs); for `warm`, whose K/V were there before, they are added. diffusers repeats
+references over the batch; Limner keeps them once. The last line is one JSON object.
 
     .venv/bin/python benchmarks/memory.py -o benchmarks/results/memory.json
 """
@@ -49,7 +49,8 @@ def main() -> None:
             report = call(engine, args)
             (case,) = report.pop("cases")
             seconds[engine].append(case["seconds"][engine])
-            peaks[engine].append(case["peak_bytes"][engine])
+            before = case["kept_bytes"] if "warm" in engine else 0
+            peaks[engine].append(case["peak_bytes"][engine] + before)
             print(f"{engine}: {seconds[engine][-1]:.2f} s, {peaks[engine][-1] / 2**20:.0f} MiB", file=sys.stderr)
     result = {key: report[key] for key in ("device", "threads", "versions", "date", "geometry", "dtype")}
     result |= {"benchmark": "memory", "case": case["case"], "kept_bytes": case["kept_bytes"], "all_seconds": seconds}

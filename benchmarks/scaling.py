@@ -82,7 +82,10 @@ def main() -> None:
         rows = []
         for case in cases:
             row = bench.run(
-                case, rounds=args.rounds, engines=ENGINES, progress=lambda line: print(line, file=sys.stderr, flush=True)
+                case,
+                rounds=args.rounds,
+                engines=ENGINES,
+                progress=lambda line: print(line, file=sys.stderr, flush=True),
             )
             rate = row["plain_product_gflops"] / 1e3
             row["model_seconds"] = {

@@ -1,9 +1,9 @@
 """What a hit costs: in memory, for a decoded reference of 1 megapixel; from disk, beside its prefill at the 4B geometry.
 
-The memory hit is `pipe.prefill(picture)` of the bundled model with the picture known: preparing, digest, look-up. The disk hit is a new
-store that reads the entry of random weights (hidden 3072, 5 double- and 20 single-stream blocks by default), checksums
-included, with the file in the page cache and, where the system lets go of it, from the device. Medians; the last line is
-one JSON object.
+The memory hit is `pipe.prefill(picture)` of the bundled model with the picture known: preparing, digest, look-up. The disk
+hit is a new store that reads the entry of random weights (hidden 3072, 5 double- and 20 single-stream blocks by default),
+checksums included, with the file in the page cache and, where the system lets go of it, from the device. Medians; the last
+line is one JSON object.
 
     .venv/bin/python benchmarks/store.py -o benchmarks/results/store.json
 """
@@ -100,7 +100,9 @@ def disk_hit(geometry: list[int], side: int, rounds: int, folder: Path) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=1024, help="of the reference, in pixels")
-    parser.add_argument("--geometry", type=int, nargs=3, default=[24, 5, 20], help="heads of 128, double, single blocks")
+    parser.add_argument(
+        "--geometry", type=int, nargs=3, default=[24, 5, 20], help="heads of 128, double, single blocks"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
