@@ -178,8 +178,9 @@ def compile_blocks(transformer: Transformer) -> None:
     """Fuses what lies between the matrix products; one compilation for all lengths."""
     torch.fx.experimental._config.use_duck_shape = False
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        for name in ("forward", "prefill"):
-            setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
+        for name in ("forward", "prefill", "forward_last"):
+            if hasattr(block, name):
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
 
 
 def main() -> None:

@@ -83,14 +83,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt: int) -> int:
     """Multiplications and additions of one denoising step with kept references: matrices and attention.
 
-    A double-stream block has 4 C^2 + 3 C M weights a stream, a single-stream block 4 C^2 + 3 C M for all tokens;
-    attention costs 4 C for each pair of query and key.
+    A double-stream block has 4 C^2 + 3 C M weights a stream, a single-stream block 4 C^2 + 3 C M for all tokens; the last
+    one makes K and V of all tokens and the rest of image tokens alone. Attention costs 4 C for each pair of query and key.
     """
-    c, m = config.width, config.mlp_width
-    block = 2 * (4 * c * c + 3 * c * m)
-    matrices = num_own * block * config.num_layers
-    attention = 4 * c * num_own * (num_own + num_ref) * config.num_layers
-    edges = 2 * c * ((num_own - num_txt) * 2 * config.in_channels + num_txt * config.text_width)
+    c, m, full, num_img = config.width, config.mlp_width, config.num_layers - 1, num_own - num_txt
+    matrices = num_own * 2 * (4 * c * c + 3 * c * m) * full
+    matrices += num_own * 2 * 2 * c * c + num_img * 2 * (2 * c * c + 3 * c * m)
+    attention = 4 * c * (num_own * full + num_img) * (num_own + num_ref)
+    edges = 2 * c * (num_img * 2 * config.in_channels + num_txt * config.text_width)
     return matrices + attention + edges
 
 

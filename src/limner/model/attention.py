@@ -1,5 +1,7 @@
 """The only caller of attention kernels: own tokens attend to [references | own], references serve the whole batch.
 
+Queries may be fewer than own keys: those of the tokens whose result is wanted.
+
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
 All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1 and are neither repeated nor
 joined to others: `native` and `flash` read them where they are, `chunked` in half precision lays one layer's out anew in
@@ -131,11 +133,12 @@ def _in_chunks(
     q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None, *, dtype: torch.dtype
 ) -> Tensor:
     """For some heads and queries at a time: both products into one score buffer, softmax in place, both products out."""
-    batch, num_own, heads, dim = q.shape
+    batch, num_q, heads, dim = q.shape
+    num_own = k.shape[1]
     num_ref = 0 if k_ref is None else k_ref.shape[1]
     out_BSHD = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * (num_ref + num_own))))
-    scores = q.new_empty(heads_at_once * min(_CHUNK, num_own) * (num_ref + num_own), dtype=dtype)
+    scores = q.new_empty(heads_at_once * min(_CHUNK, num_q) * (num_ref + num_own), dtype=dtype)
     ref: tuple[Tensor, Tensor] | None = None
     for b in range(batch):
         if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == batch):
@@ -144,7 +147,7 @@ def _in_chunks(
         q_HSD = q_HSD * (1 / math.sqrt(dim))
         for h in range(0, heads, heads_at_once):
             some = slice(h, h + heads_at_once)
-            for start in range(0, num_own, _CHUNK):
+            for start in range(0, num_q, _CHUNK):
                 q_HQD = q_HSD[some, start : start + _CHUNK]
                 # contiguous for the last chunk too: a softmax in place of anything else gives wrong numbers
                 shape = (*q_HQD.shape[:2], num_ref + num_own)

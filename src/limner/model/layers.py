@@ -223,6 +223,12 @@ class ParallelAttention(nn.Module):
         k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
         return norm_rope(k, self.norm_k, rope), v
 
+    def project_q_mlp(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """q after norm and rotation, (B, S, H, D), and the MLP input (B, S, 2 M) alone."""
+        x = self.to_qkv_mlp_proj.prepare(x)
+        q = _heads(self.to_qkv_mlp_proj(x, slice(0, self.width)), self.head_dim)
+        return norm_rope(q, self.norm_q, rope), self.to_qkv_mlp_proj(x, slice(3 * self.width, None))
+
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
         if native.runs_gate(mlp) and native.runs_rows(attended):
             joined = attended.new_empty(*mlp.shape[:-1], self.width + mlp.shape[-1] // 2)
@@ -255,6 +261,24 @@ class SingleBlock(nn.Module):
             kernel=kernel,
         )
         return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))
+
+    def forward_last(
+        self,
+        x: Tensor,
+        *,
+        mod: Shift,
+        rope: Rope,
+        layout: TokenLayout,
+        references: AnyLayerKV | None,
+        kernel: str | None,
+    ) -> Tensor:
+        """(B, S, C) of [txt, img] to (B, S_img, C): what the last block would make of text tokens, nobody reads."""
+        normed = self._norm(x, mod)
+        k, v = self.attn.project_kv(normed, rope)
+        _, rope_img = rope.split(layout.num_txt)
+        q, mlp = self.attn.project_q_mlp(normed[:, layout.img], rope_img)
+        out = attend(q, k, v, references=references, kernel=kernel)
+        return torch.addcmul(x[:, layout.img], mod.gate, self.attn.merge(out, mlp))
 
     def prefill(self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same and the K/V that this layer keeps."""

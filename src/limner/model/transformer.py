@@ -128,8 +128,9 @@ class Transformer(nn.Module):
         rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
         kept = self._kept(references)
 
+        double, single, last = self._split_blocks()
         img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
-        for block in self.transformer_blocks:
+        for block in double:
             img, txt = block(
                 img,
                 txt,
@@ -141,9 +142,10 @@ class Transformer(nn.Module):
                 kernel=self.kernel,
             )
         x = layout.join(txt, img)
-        for block in self.single_transformer_blocks:
-            x = block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel)
-        velocity: Tensor = self.proj_out(self.norm_out(x[:, layout.img], embedding))
+        for single_block in single:
+            x = single_block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel)
+        img = last.forward_last(x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel)
+        velocity: Tensor = self.proj_out(self.norm_out(img, embedding))
         return velocity
 
     def _kept(self, references: ReferenceKV | None) -> Iterator[AnyLayerKV | None]:
