@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format bench benchmarks eval gallery clean
+.PHONY: demo test check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,10 @@ benchmarks: $(READY) bench
 
 eval: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/evaluate.py
+
+# The evaluation once for each format of weights, activations and K/V.
+eval-formats: $(READY) $(FONT)
+	$(BIN)/python recipes/stickers/quantization.py --write
 
 gallery: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/gallery.py
