@@ -34,7 +34,8 @@ __all__ = [
 ]  # fmt: skip
 
 _logger = logging.getLogger("limner")
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
+"""Read with this module, so that the two stay of one version where the files are replaced under a running process."""
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
 _LANES = 16
@@ -71,7 +72,8 @@ def native_library() -> ctypes.CDLL | None:
         if reason is None:
             return _loaded()
     except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
-        reason = f"{error} {getattr(error, 'stderr', None) or ''}".strip()
+        output = getattr(error, "stderr", None) or b""
+        reason = f"{error} {output.decode(errors='replace')}".strip()
     _logger.info("no native kernels: %s", reason)
     return None
 
@@ -79,7 +81,7 @@ def native_library() -> ctypes.CDLL | None:
 @cache
 def source_digest() -> str:
     """What tells the bits of one version of the kernels from those of another."""
-    return hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:8]
+    return hashlib.sha256(_SOURCE).hexdigest()[:8]
 
 
 def _missing() -> str | None:
@@ -106,7 +108,7 @@ def _loaded() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as own:
             return _load(_build(Path(own) / "native.so"))
     version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
+    digest = hashlib.sha256(b"\0".join([_SOURCE, version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
     path = folder / f"native-{digest}.so"
     if _is_ours(path):
         try:
@@ -138,8 +140,8 @@ def _is_ours(path: Path) -> bool:
 
 
 def _build(path: Path) -> Path:
-    command = [*_compiler(), *_FLAGS, "-shared", "-o", str(path), str(_SOURCE)]
-    subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
+    command = [*_compiler(), *_FLAGS, "-shared", "-o", str(path), "-x", "c", "-"]
+    subprocess.run(command, input=_SOURCE, capture_output=True, check=True, timeout=120)
     path.chmod(0o700)
     return path
 
