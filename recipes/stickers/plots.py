@@ -23,7 +23,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, help="log.jsonl of train_autoencoder.py")
-    parser.add_argument("--model", type=Path, help="log.jsonl of train.py")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="log.jsonl of train.py; of several runs, each from the last one's weights",
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -34,13 +40,20 @@ def main() -> None:
         axes.set(xlabel="step (16 crops)", ylabel="squared error, [-1, 1]", yscale="log", title="autoencoder")
         figure.savefig(args.out / "autoencoder.png", dpi=90)
     if args.model:
-        rows = read(args.model)
+        rows, starts = [], [0]
+        for path in args.model:
+            some = [row | {"step": starts[-1] + row["step"]} for row in read(path)]
+            rows += some
+            starts.append(some[-1]["step"])
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
         for count in range(5):
             name = f"loss_{count}_references"
             some = [r for r in rows if name in r]
             left.plot([r["step"] for r in some], [r[name] for r in some], label=f"{count} references")
-        left.set(xlabel="step (64 examples)", ylabel="weighted error of the velocity", yscale="log", title="training")
+        for start in starts[1:-1]:
+            left.axvline(start, color="tab:gray", linestyle=":")
+            right.axvline(start, color="tab:gray", linestyle=":")
+        left.set(xlabel="step", ylabel="weighted error of the velocity", yscale="log", title="training")
         left.legend()
         scored = [r for r in rows if "score" in r]
         for name in [n for n in (scored[0] if scored else {}) if n.startswith("psnr_")]:
