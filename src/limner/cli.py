@@ -494,6 +494,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     from limner.bench import Bench, BenchCase, as_markdown, machine
     from limner.config import TransformerConfig
+    from limner.model.attention import KERNELS
 
     heads, double, single = args.geometry
     for name in ("references", "side", "reference_side", "batch", "text", "rounds", "geometry"):
@@ -504,6 +505,14 @@ def _bench(args: argparse.Namespace) -> None:
     for name in ("side", "reference_side"):
         if getattr(args, name) % 16:
             raise InvalidRequest(f"--{name.replace('_', '-')}", f"{getattr(args, name)} is not a multiple of 16")
+    if args.kernel is not None and args.kernel not in KERNELS:
+        raise InvalidRequest("--kernel", f"{args.kernel!r} is not one of {', '.join(KERNELS)}")
+    path = Path(args.output) if args.output else None
+    if path is not None:  # before measuring for minutes
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest("--output", f"{path.parent} cannot be made ({error.strerror})") from error
     config = TransformerConfig(
         num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
     )
@@ -525,8 +534,7 @@ def _bench(args: argparse.Namespace) -> None:
     report["command"] = shlex.join(["limner", *sys.argv[1:]])
     report["cases"] = [bench.run(case, rounds=args.rounds, engines=args.engines, progress=progress) for case in cases]
     report["arithmetic"] = bench.ours.arithmetic
-    if args.output:
-        path = Path(args.output)
+    if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n")
         path.with_suffix(".md").write_text(as_markdown(report) + "\n")
     print(as_markdown(report))
