@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
-from limner.bench import machine
-from limner.config import TransformerConfig
+from limner.bench import geometry, machine, random_transformer
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
-from limner.model.transformer import Transformer
 from limner.tokens import image_ids, reference_ids, text_ids
 
 
@@ -32,16 +30,8 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=0.9, help="noise level")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    heads, double, single = args.geometry
-    config = TransformerConfig(
-        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Transformer(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    config = geometry(*args.geometry)
+    model = random_transformer(config)
     grid = (args.side // 16, args.side // 16)
     noise, ref = (torch.randn(1, grid[0] * grid[1], config.in_channels).bfloat16() for _ in range(2))
     txt = torch.randn(1, args.text, config.text_width).bfloat16()
@@ -66,7 +56,7 @@ def main() -> None:
     quantize_blocks(model)
     errors["int8 weights and activations"] = error(velocity(model.prefill(ref, reference_ids([grid]))))
     result = {"benchmark": "int8_error", **machine(torch.device("cpu")), "errors": errors}
-    result["geometry"] = {"hidden": config.width, "double": double, "single": single}
+    result["geometry"] = {"hidden": config.width, "double": args.geometry[1], "single": args.geometry[2]}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -21,7 +21,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 import torch
 
-from limner.bench import Bench, BenchCase, machine, prefill_flops, step_flops
+from limner.bench import Bench, BenchCase, geometry, machine, prefill_flops, step_flops
 from limner.config import TransformerConfig
 
 ENGINES = ("diffusers_kv", "cold", "warm", "int8_warm")
@@ -64,10 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("-o", "--output", type=Path, required=True, help="without suffix: .json and .png are made")
     args = parser.parse_args()
-    heads, double, single = args.geometry
-    config = TransformerConfig(
-        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
-    )
+    config = geometry(*args.geometry)
     bench = Bench(config, dtype=torch.bfloat16, device=args.device)
     common = {"reference_side": args.side, "num_text": args.text}
     sweeps = {
@@ -76,7 +73,7 @@ def main() -> None:
         "images": [BenchCase(num_references=2, side=args.side, batch=n, **common) for n in args.batches],
     }
     report: dict[str, Any] = {"benchmark": "scaling", **machine(bench.device), "command": shlex.join(sys.argv)}
-    report["geometry"] = {"hidden": config.width, "double": double, "single": single}
+    report["geometry"] = {"hidden": config.width, "double": args.geometry[1], "single": args.geometry[2]}
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for axes, (title, cases) in zip(panels, sweeps.items(), strict=True):
         rows = []

@@ -23,10 +23,8 @@ import torch
 from PIL import Image
 
 from limner import Pipeline, ReferenceStore
-from limner.bench import machine
-from limner.config import TransformerConfig
+from limner.bench import geometry, machine, random_transformer
 from limner.images import ReferenceReport
-from limner.model.transformer import Transformer
 from limner.references import References
 from limner.tokens import reference_ids
 
@@ -50,17 +48,9 @@ def memory_hit(side: int, rounds: int) -> float:
 
 
 @torch.no_grad()
-def disk_hit(geometry: list[int], side: int, rounds: int, folder: Path) -> dict[str, float]:
-    heads, double, single = geometry
-    config = TransformerConfig(
-        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        transformer = Transformer(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+def disk_hit(shape: list[int], side: int, rounds: int, folder: Path) -> dict[str, float]:
+    config = geometry(*shape)
+    transformer = random_transformer(config)
     grid = (side // 16, side // 16)
     tokens = torch.randn(1, grid[0] * grid[1], config.in_channels).bfloat16()
     transformer.prefill(tokens[:, :16], reference_ids([(4, 4)]))

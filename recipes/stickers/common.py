@@ -130,3 +130,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
+
+
+def snapshot(model: nn.Module, average: Average, optimizer: Optimizer, step: int, **more: Any) -> dict[str, Any]:
+    """All that `restore` needs to go on after `step` steps exactly as if nothing had happened."""
+    return {
+        "model": model.state_dict(),
+        "average": average.values,
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        **more,
+    }
+
+
+def restore(path: Path, model: nn.Module, average: Average, optimizer: Optimizer) -> dict[str, Any]:
+    """Puts a checkpoint's values back; gives the checkpoint."""
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    average.values = state["average"]
+    optimizer.load_state_dict(state["optimizer"])
+    return state

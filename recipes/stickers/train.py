@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common import Average, Log, Optimizer, arguments, save_checkpoint, step_rng
+from common import Average, Log, Optimizer, arguments, restore, save_checkpoint, snapshot, step_rng
 from limner.config import TransformerConfig
 from limner.model.layers import LayerKV
 from limner.model.transformer import ReferenceKV, Transformer
@@ -211,10 +211,7 @@ def main() -> None:
     average = Average(model, 0.997)
     first, best = 0, -math.inf
     if args.resume:
-        state = torch.load(args.out / "checkpoint.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        average.values = state["average"]
-        optimizer.load_state_dict(state["optimizer"])
+        state = restore(args.out / "checkpoint.pt", model, average, optimizer)
         first, best = state["step"], state["best"]
     log.write(parameters=sum(p.numel() for p in model.parameters()), sittings=len(data["sittings"]), first=first)
     if args.compile:
@@ -249,14 +246,7 @@ def main() -> None:
                 best = score
                 save_checkpoint(args.out / "best.pt", {"model": judged.state_dict(), "step": step + 1, "score": score})
         if stop or (step + 1) % 200 == 0:
-            state = {
-                "model": model.state_dict(),
-                "average": average.values,
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "best": best,
-            }
-            save_checkpoint(args.out / "checkpoint.pt", state)
+            save_checkpoint(args.out / "checkpoint.pt", snapshot(model, average, optimizer, step + 1, best=best))
         if stop:
             break
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 
-from common import Average, Log, Optimizer, arguments, find_font, save_checkpoint, step_rng
+from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
 from world import COLUMNS, ROWS, SCALES, SIZES, STICKERS, Picture, Renderer, Scene, Sticker, scene_names
 
 CROP = 64
@@ -55,6 +55,13 @@ def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], size: int) 
     return torch.stack(crops)
 
 
+def watched(renderer: Renderer, glyphs: list[int], *, seed: int) -> torch.Tensor:
+    """The pictures that the autoencoder is judged on, (48, 3, 128, 128)."""
+    rng = random.Random(f"{seed}/evaluation")
+    pictures = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
+    return torch.stack([pixels(renderer.render(p)) for p in pictures])
+
+
 @torch.no_grad()
 def evaluate(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> float:
     """PSNR in dB over whole pictures, posterior mean."""
@@ -78,14 +85,8 @@ def main() -> None:
     )
     first = 0
     if args.resume:
-        state = torch.load(args.out / "checkpoint.pt", weights_only=True)
-        vae.load_state_dict(state["model"])
-        average.values = state["average"]
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    rng = random.Random(f"{args.seed}/evaluation")
-    watched = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
-    truth = torch.stack([pixels(renderer.render(p)) for p in watched])
+        first = restore(args.out / "checkpoint.pt", vae, average, optimizer)["step"]
+    truth = watched(renderer, glyphs, seed=args.seed)
 
     for step in range(first, args.steps):
         rng, generator = step_rng(args.seed, step)
@@ -106,13 +107,7 @@ def main() -> None:
             log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
         stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
         if stop or (step + 1) % 500 == 0:
-            state = {
-                "model": vae.state_dict(),
-                "average": average.values,
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-            }
-            save_checkpoint(args.out / "checkpoint.pt", state)
+            save_checkpoint(args.out / "checkpoint.pt", snapshot(vae, average, optimizer, step + 1))
         if stop:
             break
 

@@ -8,7 +8,6 @@ transformer drew, so here some have noise.
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
-from common import Average, Log, Optimizer, arguments, find_font, save_checkpoint, step_rng
-from train_autoencoder import evaluate, pixels, random_picture
+from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
+from train_autoencoder import evaluate, pixels, random_picture, watched
 from world import SIZES, STICKERS, Renderer
 
 NOISE = 0.2
@@ -62,14 +61,8 @@ def main() -> None:
     )
     first = 0
     if args.resume:
-        state = torch.load(args.out / "checkpoint.pt", weights_only=True)
-        trained.load_state_dict(state["model"])
-        average.values = state["average"]
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    rng = random.Random(f"{args.seed}/evaluation")
-    watched = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
-    truth = torch.stack([pixels(renderer.render(p)) for p in watched])
+        first = restore(args.out / "checkpoint.pt", trained, average, optimizer)["step"]
+    truth = watched(renderer, glyphs, seed=args.seed)
     log.write(psnr=evaluate(vae, truth))
     deviation = deviations(vae)
 
@@ -89,13 +82,7 @@ def main() -> None:
             log.write(step=step, mse=error.square().mean().item())
         stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
         if stop or (step + 1) % 200 == 0:
-            state = {
-                "model": trained.state_dict(),
-                "average": average.values,
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-            }
-            save_checkpoint(args.out / "checkpoint.pt", state)
+            save_checkpoint(args.out / "checkpoint.pt", snapshot(trained, average, optimizer, step + 1))
         if stop:
             break
 

@@ -33,7 +33,16 @@ from limner.model.transformer import Transformer
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
 
-__all__ = ["Bench", "BenchCase", "as_markdown", "machine", "prefill_flops", "step_flops"]
+__all__ = [
+    "Bench",
+    "BenchCase",
+    "as_markdown",
+    "geometry",
+    "machine",
+    "prefill_flops",
+    "random_transformer",
+    "step_flops",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +87,24 @@ def machine(device: torch.device) -> dict[str, Any]:
         },
         "date": date.today().isoformat(),
     }
+
+
+def geometry(heads: int, double: int, single: int) -> TransformerConfig:
+    """A transformer of the family: heads of 128, double- and single-stream blocks (the 4B has 24, 5, 20)."""
+    return TransformerConfig(
+        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
+    )
+
+
+def random_transformer(config: TransformerConfig, *, seed: int = 0) -> Transformer:
+    """Random bfloat16 weights, made as such: no float32 copy of a large model."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return Transformer(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt: int) -> int:

@@ -208,7 +208,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**63:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
@@ -286,6 +286,11 @@ def _draw(args: argparse.Namespace) -> None:
         raise InvalidRequest(
             "--image", "give either pictures (-i FILE, again for more) or one pack (--references PACK)"
         )
+    for name in ("background", "max_pixels", "store", "kv_cache_dtype"):
+        if args.references and getattr(args, name) is not None:
+            raise InvalidRequest(
+                f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
+            )
     prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
 
     import torch
@@ -492,11 +497,9 @@ def _bench(args: argparse.Namespace) -> None:
 
     import torch
 
-    from limner.bench import Bench, BenchCase, as_markdown, machine
-    from limner.config import TransformerConfig
+    from limner.bench import Bench, BenchCase, as_markdown, geometry, machine
     from limner.model.attention import KERNELS
 
-    heads, double, single = args.geometry
     for name in ("references", "side", "reference_side", "batch", "text", "rounds", "geometry"):
         values = getattr(args, name)
         low = 0 if name == "references" else 1
@@ -513,9 +516,7 @@ def _bench(args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidRequest("--output", f"{path.parent} cannot be made ({error.strerror})") from error
-    config = TransformerConfig(
-        num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
-    )
+    config = geometry(*args.geometry)
     bench = Bench(config, dtype=getattr(torch, args.dtype), device=args.device)
     bench.ours.kernel = args.kernel
     cases = [
@@ -530,7 +531,10 @@ def _bench(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr, flush=True)
 
     report: dict[str, Any] = {"benchmark": "edit", **machine(bench.device)}
-    report |= {"dtype": args.dtype, "geometry": {"hidden": config.width, "double": double, "single": single}}
+    report |= {
+        "dtype": args.dtype,
+        "geometry": {"hidden": config.width, "double": args.geometry[1], "single": args.geometry[2]},
+    }
     report["command"] = shlex.join(["limner", *sys.argv[1:]])
     report["cases"] = [bench.run(case, rounds=args.rounds, engines=args.engines, progress=progress) for case in cases]
     report["arithmetic"] = bench.ours.arithmetic

@@ -359,11 +359,11 @@ class Pipeline:
         else:
             free = psutil.virtual_memory().available
         if needed > free:
-            raise CapacityError(
-                f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need "
-                f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use fewer or smaller references "
-                "(ReferencePolicy(max_pixels=...), --max-pixels), a smaller output or fewer images at once"
-            )
+            what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
+            if num_ref:
+                what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
+                remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
+            raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")
 
     # prompts
 

@@ -313,6 +313,8 @@ def _read_tensors(
     try:
         if header.tensors.keys() != identity.digests.keys():
             raise ValueError("its tensors are not those of its identity")
+        if max(_whole(entry["data_offsets"][1]) for entry in header.tensors.values()) != size:
+            raise ValueError("the file does not end with its last tensor")
         with ThreadPoolExecutor() as pool:
             found = {}
             for name, entry in header.tensors.items():

@@ -353,3 +353,45 @@ def test_bench_measures_the_same_edit(files: Path) -> None:
     assert "| Limner, references kept |" in (files / "bench.md").read_text()
     refused = run("bench", "--side", 100)
     assert (refused.returncode, "--side: 100 is not a multiple of 16" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "option", [("--background", "red"), ("--max-pixels", 300), ("--store", "kept"), ("--kv-cache-dtype", "int8")]
+)
+def test_options_of_pictures_are_refused_beside_a_pack(option: tuple[str, object], files: Path) -> None:
+    done = run("edit", "a dog", "--references", files / "none.safetensors", *option, "-o", files / "out.png")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"limner: {option[0]}: a pack is used as it is")
+
+
+def test_seeds_are_plain_digits(files: Path) -> None:
+    done = run("generate", "a dog", "--seed", "\N{SUPERSCRIPT TWO}", "-o", files / "out.png")
+    assert (done.returncode, "is not a whole number from 0" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "field"),
+    [
+        ("int8_error", ["--side", 64, "--text", 16], "errors"),
+        ("store", ["--side", 64, "--rounds", 1], "disk_hit_seconds"),
+        ("memory", ["--references", 1, "--batch", 2, "--side", 64, "--text", 16, "--rounds", 1], "share_of_diffusers"),
+        (
+            "scaling",
+            ["--references", 1, "--sides", 64, "--batches", 1, "--side", 64, "--text", 16, "--rounds", 1],
+            "images",
+        ),
+    ],
+)
+def test_benchmarks_run(script: str, words: list[object], field: str, tmp_path: Path) -> None:
+    """In miniature: they end, write what they print, and hold their numbers."""
+    file = Path(__file__).parents[2] / "benchmarks" / f"{script}.py"
+    command = [sys.executable, file, "--geometry", 2, 1, 1, *words, "-o", tmp_path / "out.json"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert report["benchmark"] == script
+    assert report[field]
+    if script == "int8_error":
+        assert 0 < report["errors"]["int8 weights and activations"] < 0.025
+        assert 0 < report["errors"]["int8 K/V"] < report["errors"]["fp8 K/V"]

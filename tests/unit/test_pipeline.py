@@ -333,6 +333,8 @@ def test_refuses_what_does_not_fit_in_memory(pipe: Pipeline, monkeypatch: pytest
         pipe.prefill([picture(1024, 1024)] * 3)
     assert len(pipe.store) == 0
     assert pipe.prefill(picture(64, 64)).num_tokens == 16
+    with pytest.raises(CapacityError, match=r"^size: 1 x \d+ own tokens need .* use a smaller output"):
+        pipe("a dog", image=picture(64, 64), width=1024, height=1024)
 
 
 def test_background_flattens_transparency(tiny_folder: Any) -> None:

@@ -262,3 +262,13 @@ def test_refuses_other_formats(tiny_folder: Path) -> None:
 def test_rows_of_zeros_are_quantized() -> None:
     layer = quantize_layer(LayerKV(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8)), "int8")
     assert all(torch.equal(x, torch.zeros(1, 3, 2, 8)) for x in layer.dense(torch.float32))
+
+
+def test_bytes_after_the_last_tensor_are_damage(pipe: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    refs = pipe.prefill(picture(64, 64))
+    refs.save(path)
+    assert References.load(path).key == refs.key
+    path.write_bytes(path.read_bytes() + b"xx")
+    with pytest.raises(DamagedPack, match="does not end with its last tensor"):
+        References.load(path)
