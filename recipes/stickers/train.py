@@ -118,6 +118,8 @@ class Batches:
     def draw(self, rng: random.Random, examples: int) -> dict[str, Any]:
         layouts = list(self._layouts.values())
         (sittings,) = rng.choices(layouts, [len(layout) for layout in layouts])
+        if not sittings[0]["references"]:  # the cheapest steps, and the task that needs the most examples
+            examples *= 2
         return self.collect([rng.choice(sittings) for _ in range(examples // len(sittings[0]["prompts"]))])
 
     def validation(self) -> dict[str, list[dict[str, Any]]]:

@@ -499,7 +499,9 @@ def _bench(args: argparse.Namespace) -> None:
 
     from limner.bench import Bench, BenchCase, as_markdown, geometry, machine
     from limner.model.attention import KERNELS
+    from limner.pipeline import check_device
 
+    check_device(args.device)
     for name in ("references", "side", "reference_side", "batch", "text", "rounds", "geometry"):
         values = getattr(args, name)
         low = 0 if name == "references" else 1

@@ -49,7 +49,7 @@ from limner.weights.folder import (
     resolve_model,
 )
 
-__all__ = ["Pipeline", "PipelineOutput", "PromptReport", "Timings"]
+__all__ = ["Pipeline", "PipelineOutput", "PromptReport", "Timings", "check_device"]
 
 _logger = logging.getLogger("limner")
 _GRID = 16
@@ -181,7 +181,7 @@ class Pipeline:
         _check_kv_cache_dtype(kv_cache_dtype)
         if quantize not in (None, "int8"):
             raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
-        device = _check_device(device)
+        device = check_device(device)
         folder = resolve_model(model)
         settings = read_settings(folder)
         dtype = dtype or torch_dtype or settings.default_dtype
@@ -224,7 +224,7 @@ class Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
         cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
-            target = _check_device(target)
+            target = check_device(target)
         for part in (self.transformer, self.autoencoder, self.text_encoder):
             with contextlib.nullcontext() if cast else self._digests.moving(part):
                 part.to(target)
@@ -751,7 +751,8 @@ def _check_side(name: str, value: int) -> int:
     return value
 
 
-def _check_device(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
+    """A device of this machine. Raises `InvalidRequest`."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
