@@ -9,10 +9,12 @@ __all__ = [
     "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "DeadlineExceeded",
     "InvalidRequest",
     "LimnerError",
     "NumericalError",
     "OutputError",
+    "QueueFull",
 ]
 
 
@@ -46,3 +48,11 @@ class OutputError(LimnerError):
 
 class Cancelled(LimnerError):
     """Raise it in a step callback to stop the run: it reaches the caller, and no picture is made."""
+
+
+class DeadlineExceeded(LimnerError):
+    """A request was not done within the time that it was given."""
+
+
+class QueueFull(LimnerError):
+    """As many requests wait as may, or no more are taken; the same request may be sent again later."""
