@@ -231,7 +231,7 @@ class Engine:
         self,
         request: EditRequest,
         *,
-        id: str,  # noqa: A002
+        id: str,
         listener: Listener,
         owner: str = "local",
         priority: int = 0,
@@ -254,7 +254,7 @@ class Engine:
         self,
         references: Sequence[PreparedReference],
         *,
-        id: str,  # noqa: A002
+        id: str,
         listener: Listener,
         owner: str = "local",
         priority: int = 0,
@@ -269,7 +269,7 @@ class Engine:
 
     def _enqueue(
         self,
-        id: str,  # noqa: A002
+        id: str,
         request: EditRequest,
         key: _BatchKey | None,
         listener: Listener,
@@ -301,7 +301,7 @@ class Engine:
             self._waiting.append(job)
             self._lock.notify_all()
 
-    def cancel(self, id: str) -> bool:  # noqa: A002
+    def cancel(self, id: str) -> bool:
         """Stops a request: at once if it waits, after the step that runs now otherwise. False: it is not here."""
         with self._lock:
             for job in self._waiting:
@@ -316,7 +316,7 @@ class Engine:
         self._fail(job, Cancelled(f"{id} was cancelled before it began"))
         return True
 
-    def position(self, id: str) -> int | None:  # noqa: A002
+    def position(self, id: str) -> int | None:
         """How many requests of the queue arrived before this one; None: it does not wait."""
         with self._lock:
             for i, job in enumerate(self._waiting):

@@ -9,6 +9,7 @@ __all__ = [
     "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "Conflict",
     "DeadlineExceeded",
     "InvalidRequest",
     "LimnerError",
@@ -56,3 +57,7 @@ class DeadlineExceeded(LimnerError):
 
 class QueueFull(LimnerError):
     """As many requests wait as may, or no more are taken; the same request may be sent again later."""
+
+
+class Conflict(LimnerError):
+    """The request contradicts what is there already."""

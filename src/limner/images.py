@@ -83,6 +83,10 @@ class PreparedReference:
     data: bytes
     report: ReferenceReport
 
+    def computed_digest(self) -> str:
+        """SHA-256 in hex of size and pixels; that of the report, unless somebody changed one of them."""
+        return _digest(self.data, self.report.processed_size)
+
     @property
     def pixels(self) -> Tensor:
         """(3, height, width) uint8; made when asked for: a reference whose K/V are kept needs its digest alone."""
@@ -226,8 +230,6 @@ def prepare_reference(
     if kept != (width, height):
         rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
     data = rgb.tobytes()
-    digest = hashlib.sha256(f"{kept[0]}x{kept[1]}:".encode())
-    digest.update(data)
     return PreparedReference(
         data=data,
         report=ReferenceReport(
@@ -236,9 +238,15 @@ def prepare_reference(
             resized_to=resized,
             cut=(left, top, width - kept[0] - left, height - kept[1] - top),
             processed_size=kept,
-            digest=digest.hexdigest(),
+            digest=_digest(data, kept),
         ),
     )
+
+
+def _digest(data: bytes, size: tuple[int, int]) -> str:
+    digest = hashlib.sha256(f"{size[0]}x{size[1]}:".encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def to_pixels(pixels: Tensor) -> Tensor:
