@@ -6,6 +6,7 @@ Every message names the field, the value that came, what is allowed and what to 
 from __future__ import annotations
 
 __all__ = [
+    "AccessDenied",
     "Cancelled",
     "CapacityError",
     "CheckpointError",
@@ -13,6 +14,8 @@ __all__ = [
     "LimnerError",
     "NumericalError",
     "OutputError",
+    "RateLimited",
+    "RemoteError",
 ]
 
 
@@ -46,3 +49,23 @@ class OutputError(LimnerError):
 
 class Cancelled(LimnerError):
     """Raise it in a step callback to stop the run: it reaches the caller, and no picture is made."""
+
+
+class AccessDenied(LimnerError):
+    """The caller may not use the service. `missing`: no key came at all; otherwise the one that came is not valid."""
+
+    def __init__(self, problem: str, *, missing: bool) -> None:
+        super().__init__(problem)
+        self.missing = missing
+
+
+class RateLimited(LimnerError):
+    """Too much at once from one caller; `retry_after` is in whole seconds, at least 1."""
+
+    def __init__(self, problem: str, *, retry_after: int) -> None:
+        super().__init__(f"{problem}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class RemoteError(LimnerError):
+    """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""

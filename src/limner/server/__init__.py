@@ -1,0 +1,1 @@
+"""The HTTP service: who may use it, what it may reach, and the dialects that it speaks."""
