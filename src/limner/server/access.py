@@ -86,10 +86,10 @@ class KeyRing:
         cannot be understood leaves the keys as they were and is reported in the log; one without any key locks everybody
         out. Raises InvalidRequest, naming file and line, if the file cannot be used at the start.
         """
-        ring = cls((), path=Path(path))
+        ring = cls((), path=(file := Path(path)))
         try:
-            ring._stamp = _stamp(ring._path)
-            ring._keys = _read_keys(ring._path)
+            ring._stamp = _stamp(file)  # before reading: a change in between is seen later
+            ring._keys = _read_keys(file)
         except OSError as error:
             raise InvalidRequest("keys", f"{path} cannot be read ({error.strerror}); {_REMEDY}") from None
         if not ring._keys:
@@ -318,7 +318,9 @@ class Slot:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 
@@ -334,7 +336,8 @@ def _digest(plain: str) -> bytes:
 def _check_name(name: str, field: str) -> None:
     if not _NAME.fullmatch(name) or name == LOCAL.name:
         raise InvalidRequest(
-            field, f"the name {name!r} is not allowed: 1 to 64 of A-Z a-z 0-9 . _ - after a letter or digit, not 'local'"
+            field,
+            f"the name {name!r} is not allowed: 1 to 64 of A-Z a-z 0-9 . _ - after a letter or digit, not 'local'",
         )
 
 

@@ -232,7 +232,8 @@ class OutboundClient:
                 if problem:
                     _log.warning("refused %s: its address %s %s", origin, text, problem)
                     raise InvalidRequest(
-                        field, f"the host {origin.host} has an address that is not public; only public ones may be named"
+                        field,
+                        f"the host {origin.host} has an address that is not public; only public ones may be named",
                     )
         return found
 
