@@ -6,6 +6,7 @@ Every message names the field, the value that came, what is allowed and what to 
 from __future__ import annotations
 
 __all__ = [
+    "AccessDenied",
     "Cancelled",
     "CapacityError",
     "CheckpointError",
@@ -16,6 +17,8 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "QueueFull",
+    "RateLimited",
+    "RemoteError",
 ]
 
 
@@ -61,3 +64,23 @@ class QueueFull(LimnerError):
 
 class Conflict(LimnerError):
     """The request contradicts what is there already."""
+
+
+class AccessDenied(LimnerError):
+    """The caller may not use the service. `missing`: no key came at all; otherwise the one that came is not valid."""
+
+    def __init__(self, problem: str, *, missing: bool) -> None:
+        super().__init__(problem)
+        self.missing = missing
+
+
+class RateLimited(LimnerError):
+    """Too much at once from one caller; `retry_after` is in whole seconds, at least 1."""
+
+    def __init__(self, problem: str, *, retry_after: int) -> None:
+        super().__init__(f"{problem}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class RemoteError(LimnerError):
+    """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""
