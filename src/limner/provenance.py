@@ -384,12 +384,14 @@ class ProvenanceReport:
 
     `metadata` is what Limner wrote beside the pixels, {} if nothing; anybody can change it in a file without a manifest.
     `state` is None without a manifest, else "Trusted", "Valid" (whole, by somebody whom no given certificate vouches
-    for) or "Invalid". `ingredients` are the relationships of the references. `generation` is the signed metadata.
+    for) or "Invalid". `remote` is where the file says that its manifest is kept; nothing is fetched from there.
+    `ingredients` are the relationships of the references. `generation` is the signed metadata.
     """
 
     format: str
     metadata: dict[str, Any]
     state: Literal["Trusted", "Valid", "Invalid"] | None = None
+    remote: str = ""
     title: str = ""
     generator: str = ""
     signed_by: str = ""
@@ -412,7 +414,9 @@ class ProvenanceReport:
         shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in self.metadata.items())
         lines = [f"metadata: {shown or 'none of Limner'}"]
         if self.state is None:
-            lines.append("C2PA: no manifest")
+            lines.append(
+                f"C2PA: not in the file; kept at {self.remote}, not fetched" if self.remote else "C2PA: no manifest"
+            )
         else:
             word = {"Trusted": "whole, trusted", "Valid": "whole, untrusted", "Invalid": "broken"}[self.state]
             signer = ", ".join(part for part in (self.signed_by, self.issuer, self.signed_at) if part)
@@ -448,35 +452,42 @@ def read(source: str | os.PathLike[str] | bytes, *, trust: bytes | None = None) 
     kind = _kind(data)
     if kind is None:
         raise InvalidRequest("file", f"{shown} is not a PNG, JPEG or WebP picture; give one")
+    damaged = f"{shown} is truncated or damaged; get it again"
+    begun = _JUMBF.search(data) is not None
     problems: list[str] = []
     metadata: dict[str, Any] = {}
     try:
         metadata = images.read_metadata(data)
-    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError) as error:
-        problems.append(f"the metadata cannot be read ({error})")
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        if not begun:
+            raise InvalidRequest("file", damaged) from None
+        problems.append("the picture cannot be opened")
+    except (ValueError, RecursionError):
+        problems.append("Limner's metadata was changed and cannot be read")
     _need("c2pa", package="c2pa-python")
     import c2pa
 
     settings = {**_SETTINGS, "trust": {"user_anchors": trust.decode("ascii", "replace")}} if trust else _SETTINGS
-    store: dict[str, Any] | None = None
     try:
         with c2pa.Context.from_dict(settings) as context:
             reader = c2pa.Reader.try_create(MIME_TYPES[kind], io.BytesIO(data), context=context)
             if reader is not None:
                 with reader:
                     store = json.loads(reader.json())
+                return _report(store, kind=kind, metadata=metadata, problems=problems)
+        unread = "it is not found, though a part of it is there"
     except (c2pa.C2paError, ValueError, RecursionError) as error:
-        if not _JUMBF.search(data):
-            raise InvalidRequest("file", f"{shown} is truncated or damaged ({error}); get it again") from None
-        problems.append(f"the manifest cannot be read ({error})")
-    if store is None:
-        if not problems and _JUMBF.search(data):
-            problems.append("there is a manifest, or a part of one, that cannot be read")
-        broken = _JUMBF.search(data) is not None
-        return ProvenanceReport(
-            format=kind, metadata=metadata, state="Invalid" if broken else None, problems=tuple(problems)
-        )
-    return _report(store, kind=kind, metadata=metadata, problems=problems)
+        elsewhere = re.search(r"^Remote: .*?(https?://\S+)", str(error))
+        if elsewhere:
+            return ProvenanceReport(format=kind, metadata=metadata, remote=elsewhere[1], problems=tuple(problems))
+        if not begun:
+            raise InvalidRequest("file", damaged) from None
+        unread = str(error)
+    if begun:
+        problems.append(f"the manifest cannot be read ({unread})")
+    return ProvenanceReport(
+        format=kind, metadata=metadata, state="Invalid" if begun else None, problems=tuple(problems)
+    )
 
 
 def _picture_bytes(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
@@ -538,7 +549,14 @@ def _report(store: dict[str, Any], *, kind: str, metadata: dict[str, Any], probl
         development=info.get("common_name") == _DEVELOPMENT or generation.get("development") is True,
         actions=tuple(str(action.get("action", "")) for action in actions),
         source_type=", ".join(dict.fromkeys(sources)),
-        ingredients=tuple(str(i.get("relationship", "")) for i in manifest.get("ingredients", [])),
+        ingredients=tuple(_relationship(ingredient) for ingredient in manifest.get("ingredients", [])),
         generation=generation,
         problems=tuple(problems),
     )
+
+
+def _relationship(ingredient: dict[str, Any]) -> str:
+    """As "inputTo", and whether what the reference told of itself was broken when it was taken in."""
+    failures = ((ingredient.get("validation_results") or {}).get("activeManifest") or {}).get("failure") or []
+    broken = any(failure.get("code") != _UNTRUSTED for failure in failures)
+    return f"{ingredient.get('relationship', '')}{' (its own manifest is broken)' if broken else ''}"
