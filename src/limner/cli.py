@@ -72,6 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--json", action="store_true", help="print one JSON object")
     quantize.set_defaults(run=_quantize)
 
+    verify = commands.add_parser(
+        "verify",
+        help="say where pictures come from: metadata and C2PA manifest",
+        description="Read the metadata and check the C2PA manifest of pictures; exit code 1 if one is broken.",
+    )
+    verify.add_argument("file", nargs="+", metavar="FILE", help="pictures: PNG, JPEG or WebP")
+    verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_verify_pictures)
+
     bench = commands.add_parser(
         "bench",
         help="measure a 4-step edit beside diffusers",
@@ -605,3 +615,29 @@ def _verify(args: argparse.Namespace) -> int:
     lines = [f"{name}: {'whole' if problem is None else problem}" for name, problem in found.items()]
     _print(args, {"files": found}, "\n".join(lines) or "nothing to verify")
     return int(any(found.values()))
+
+
+def _verify_pictures(args: argparse.Namespace) -> int:
+    from limner.images import printable
+    from limner.provenance import read
+
+    try:
+        trust = Path(args.trust).read_bytes() if args.trust else None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("--trust", f"{args.trust} cannot be read ({error}); give a PEM file") from None
+    code, found = 0, []
+    for file in args.file:
+        try:
+            report = read(file, trust=trust)
+        except InvalidRequest as error:  # the others are looked at all the same
+            print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
+            found.append({"file": file, "error": str(error)})
+            code = 2
+            continue
+        found.append({"file": file, "whole": report.whole, **asdict(report)})
+        code = max(code, int(not report.whole))
+        if not args.json:
+            print("\n  ".join([f"{printable(file)}:", *report.describe()]))
+    if args.json:
+        print(json.dumps({"files": found}))
+    return code

@@ -14,6 +14,7 @@ __all__ = [
     "DeadlineExceeded",
     "InvalidRequest",
     "LimnerError",
+    "MissingExtra",
     "NumericalError",
     "OutputError",
     "QueueFull",
@@ -40,6 +41,13 @@ class CheckpointError(LimnerError):
 
 class CapacityError(LimnerError):
     """The request is valid and does not fit in memory; the message has the numbers."""
+
+
+class MissingExtra(LimnerError, ImportError):
+    """What was asked for needs packages of an optional extra: the message has the command that installs them."""
+
+    def __init__(self, what: str, *, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed; pip install 'limner[{extra}]'")
 
 
 class NumericalError(LimnerError):

@@ -35,6 +35,7 @@ __all__ = [
     "ReferenceReport",
     "check_output",
     "decode",
+    "encode",
     "prepare_reference",
     "printable",
     "read_metadata",
@@ -302,15 +303,25 @@ def written_beside(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Saves a picture as its ending says, `metadata` with it; `read_metadata` reads it back.
+def encode(
+    image: Image.Image,
+    format: str,  # noqa: A002
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    quality: int = 95,
+) -> bytes:
+    """A picture as the bytes of a file, `metadata` with it; `read_metadata` reads it back.
 
-    JPEG and WebP take 60,000 bytes of metadata; of a longer prompt they get the start, and its length and digest.
+    `format` is PNG, JPEG or WEBP in any case; `quality` (1 to 100) is for the last two. JPEG and WebP take 60,000 bytes
+    of metadata; of a longer prompt they get the start, and its length and digest. Raises `InvalidRequest`.
     """
-    path = check_output(path)
+    kind = format.upper()
+    if kind not in FORMATS.values():
+        raise InvalidRequest("format", f"{format!r} is not written; use {', '.join(sorted(set(FORMATS.values())))}")
+    if not 1 <= quality <= 100:
+        raise InvalidRequest("quality", f"{quality} is not within 1 to 100")
     text = json.dumps(dict(metadata or {}), ensure_ascii=True, sort_keys=True)
     buffer = io.BytesIO()
-    kind = FORMATS[path.suffix.lower()]
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_text(_METADATA_KEY, text)
@@ -319,8 +330,14 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = _METADATA_KEY
         exif[ExifTags.Base.ImageDescription] = text if len(text) <= _EXIF_BYTES else _shortened(metadata or {})
-        image.save(buffer, kind, quality=95, exif=exif)
-    write_beside(path, buffer.getvalue())
+        image.save(buffer, kind, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Saves a picture as its ending says, as `encode` makes it."""
+    path = check_output(path)
+    write_beside(path, encode(image, FORMATS[path.suffix.lower()], metadata=metadata))
 
 
 def _shortened(metadata: Mapping[str, Any]) -> str:
@@ -333,9 +350,9 @@ def _shortened(metadata: Mapping[str, Any]) -> str:
     return json.dumps({**metadata, **start}, ensure_ascii=True, sort_keys=True)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata that `save` wrote, or {}."""
-    with Image.open(path) as image:
+def read_metadata(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """The metadata that `save` or `encode` wrote, or {}; from a file or its bytes."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         text = image.info.get(_METADATA_KEY)
         if text is None and image.getexif().get(ExifTags.Base.Software) == _METADATA_KEY:
             text = image.getexif().get(ExifTags.Base.ImageDescription)
