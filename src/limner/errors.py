@@ -15,6 +15,7 @@ __all__ = [
     "InvalidRequest",
     "LimnerError",
     "MissingExtra",
+    "NotFound",
     "NumericalError",
     "OutputError",
     "QueueFull",
@@ -92,3 +93,7 @@ class RateLimited(LimnerError):
 
 class RemoteError(LimnerError):
     """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""
+
+
+class NotFound(LimnerError):
+    """What was named is not here, or not for this caller."""

@@ -144,9 +144,7 @@ class JobRunner:
     async def accept(self, job: Job, pictures: Sequence[PreparedReference], slot: Slot) -> tuple[Job, bool]:
         """Writes a job down and queues it; gives it as kept, and whether it is new. Raises what the engine refuses."""
         try:
-            await self._loop.run_in_executor(
-                None, self.engine.check, self._request(job, tuple(pictures))
-            )
+            await self._loop.run_in_executor(None, self.engine.check, self._request(job, tuple(pictures)))
             self.engine.check_room()
             kept, new = await self.store(self.jobs.add, job, pictures)
         except BaseException:
@@ -292,9 +290,7 @@ class JobRunner:
     async def _deliver(self, job: Job, result: EditResult) -> None:
         """Checks and writes the pictures of a job, then ends it."""
         try:
-            finding = await self.aside(
-                self.checks.check_images, result.images, role="output", tolerance=job.tolerance
-            )
+            finding = await self.aside(self.checks.check_images, result.images, role="output", tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "content_moderated", {"finding": asdict(finding)})
                 return
@@ -311,7 +307,13 @@ class JobRunner:
     def _encode(self, job: Job, result: EditResult) -> list[bytes]:
         files = []
         for image, seed in zip(result.images, result.seeds, strict=True):
-            metadata = {"prompt": job.prompt, "seed": seed, "version": __version__, "model": self._model, **result.metadata}
+            metadata = {
+                "prompt": job.prompt,
+                "seed": seed,
+                "version": __version__,
+                "model": self._model,
+                **result.metadata,
+            }
             data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
             if self.signer is not None:
                 used = [
@@ -382,9 +384,7 @@ class JobRunner:
                 again = None
                 if result.outcome is Outcome.RETRY:
                     now = time.time()
-                    again = next_attempt(
-                        job.webhook_attempts + 1, now, rng, first_attempt=job.webhook_first or now
-                    )
+                    again = next_attempt(job.webhook_attempts + 1, now, rng, first_attempt=job.webhook_first or now)
                 if result.outcome is not Outcome.DELIVERED:
                     _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
                 await self.store(self.jobs.webhook_attempted, job.id, again=again)
