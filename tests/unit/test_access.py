@@ -249,7 +249,7 @@ def test_without_keys_this_machine_is_served(host: str) -> None:
     ["0.0.0.0", "::", "", "192.168.1.5", "8.8.8.8", "example.org", "localhost.example.org", "127.1", "::ffff:0.0.0.0"],
 )
 def test_without_keys_other_machines_are_not(host: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"host.*127\.0\.0\.1.*limner serve keys add NAME.*--keys"):
+    with pytest.raises(InvalidRequest, match=r"host.*127\.0\.0\.1.*limner serve --keys FILE --new-key NAME.*--keys"):
         check_bind(host, KeyRing.open())
     check_bind(host, KeyRing.from_environment("0123456789abcdef"))
 

@@ -39,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _KEY = re.compile(r"[!-+\--9;-~]+")  # printable ASCII without space, comma and colon
 _PREFIX = "limner_"  # lets scanners for secrets find a key that was published by mistake
-_REMEDY = "make keys with `limner serve keys add NAME`"
+_REMEDY = "make keys with `limner serve --keys FILE --new-key NAME`"
 
 _log = logging.getLogger(__name__)
 

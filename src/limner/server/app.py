@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,7 +71,7 @@ def create_app(
         def describe(job: Job) -> dict[str, Any]:
             return bfl.as_result(job, service.result_urls(job, base), None)
 
-        runner.describe = describe  # type: ignore[method-assign]
+        runner.describe = describe
         await runner.start()
         service.ready = True
         try:
@@ -103,6 +104,8 @@ def create_app(
         check_key=keyring.identify,
         error_body=error_body,
     )
+    if keyring.is_open:  # a page elsewhere could name this server by a name that it lets point here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "testserver"])
     app.add_middleware(_Observed, metrics=metrics)
     return app
 

@@ -193,8 +193,8 @@ def routes(service: Service) -> APIRouter:
         async def hosted(
             request: Request,
             inputs: Inputs,
-            owner: Annotated[Owner, Depends(service.paying)],
-            idempotency: Annotated[str | None, key] = None,
+            owner: Owner = Depends(service.paying),
+            idempotency: str | None = key,
         ) -> dict[str, Any]:
             return await submit(request, inputs, owner, idempotency)
 
@@ -211,8 +211,8 @@ def routes(service: Service) -> APIRouter:
     async def edit(
         request: Request,
         inputs: EditInputs,
-        owner: Annotated[Owner, Depends(service.paying)],
-        idempotency: Annotated[str | None, key] = None,
+        owner: Owner = Depends(service.paying),
+        idempotency: str | None = key,
     ) -> dict[str, Any]:
         return await submit(request, inputs, owner, idempotency)
 
@@ -225,8 +225,8 @@ def routes(service: Service) -> APIRouter:
     async def get_result(
         request: Request,
         response: Response,
-        owner: Annotated[Owner, Depends(service.owner)],
-        id: Annotated[str, Query(max_length=200)],
+        owner: Owner = Depends(service.owner),
+        id: str = Query(max_length=200),
     ) -> dict[str, Any]:
         job = await service.runner.store(service.jobs.get, id, owner=owner.id)
         if job is None:

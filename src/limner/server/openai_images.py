@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request
 from PIL import Image
@@ -160,8 +160,8 @@ def routes(service: Service) -> APIRouter:
     async def generations(
         request: Request,
         fields: Generation,
-        owner: Annotated[Owner, Depends(service.paying)],
-        idempotency: Annotated[str | None, key] = None,
+        owner: Owner = Depends(service.paying),
+        idempotency: str | None = key,
     ) -> Response:
         if fields.input_fidelity is not None:
             raise InvalidRequest("input_fidelity", "is for edits; leave it out")
@@ -176,18 +176,18 @@ def routes(service: Service) -> APIRouter:
     )
     async def edits(
         request: Request,
-        owner: Annotated[Owner, Depends(service.paying)],
-        idempotency: Annotated[str | None, key] = None,
+        owner: Owner = Depends(service.paying),
+        idempotency: str | None = key,
     ) -> Response:
         asked = await _read_form(service, request)
         return await answer(request, owner, asked, idempotency)
 
     @router.get("/v1/models", response_model=Models, responses=OPENAI_ERRORS, summary="What can be named as model")
-    async def models(owner: Annotated[Owner, Depends(service.owner)]) -> Models:
+    async def models(owner: Owner = Depends(service.owner)) -> Models:
         return Models(data=[ModelEntry(id=name) for name in model_names(service)])
 
     @router.get("/v1/models/{name}", response_model=ModelEntry, responses=OPENAI_ERRORS, summary="One model")
-    async def model(name: str, owner: Annotated[Owner, Depends(service.owner)]) -> ModelEntry:
+    async def model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
         if name not in model_names(service):
             raise NotFound(f"model: {name[:80]!r} is not one of {', '.join(model_names(service))}")
         return ModelEntry(id=name)

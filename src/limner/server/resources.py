@@ -11,7 +11,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -114,7 +114,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Upload references once; their K/V are computed and kept",
     )
-    async def add(request: Request, owner: Annotated[Owner, Depends(service.paying)]) -> dict[str, Any]:
+    async def add(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
         pictures, tolerance = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
@@ -139,11 +139,11 @@ def routes(service: Service) -> APIRouter:
         return {**_reference(handle), "cache": source, "seconds_saved": saved}
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
-    async def listed(owner: Annotated[Owner, Depends(service.owner)]) -> dict[str, Any]:
+    async def listed(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return {"data": [_reference(handle) for handle in await runner.store(jobs.handles, owner.id)]}
 
     @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
-    async def one(id: str, owner: Annotated[Owner, Depends(service.owner)]) -> dict[str, Any]:
+    async def one(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         handle = await service.handle(owner, id)
         return {**_reference(handle), "cache": "memory" if id in service.engine.pipe.store else None}
 
@@ -153,7 +153,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A reference as the model reads it",
     )
-    async def picture(id: str, number: int, owner: Annotated[Owner, Depends(service.owner)]) -> Response:
+    async def picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
@@ -161,7 +161,7 @@ def routes(service: Service) -> APIRouter:
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
-    async def remove(id: str, owner: Annotated[Owner, Depends(service.owner)]) -> dict[str, Any]:
+    async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
         await runner.store(jobs.remove_handle, owner.id, id)
         if id not in await runner.store(jobs.all_keys):  # nobody else holds them
@@ -171,18 +171,18 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
     async def job_list(
         request: Request,
-        owner: Annotated[Owner, Depends(service.owner)],
-        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        owner: Owner = Depends(service.owner),
+        limit: int = Query(50, ge=1, le=200),
     ) -> dict[str, Any]:
         found = await runner.store(jobs.of_owner, owner.id, limit=limit)
         return {"data": [_entry(service, request, job) for job in found]}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
-    async def job_one(request: Request, id: str, owner: Annotated[Owner, Depends(service.owner)]) -> dict[str, Any]:
+    async def job_one(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
     @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def job_cancel(request: Request, id: str, owner: Annotated[Owner, Depends(service.owner)]) -> dict[str, Any]:
+    async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.job(owner, id)
         if await runner.cancel(id):
             await runner.wait(id)
@@ -194,7 +194,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="Updates of a job as they come",
     )
-    async def events(request: Request, id: str, owner: Annotated[Owner, Depends(service.owner)]) -> Response:
+    async def events(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -208,8 +208,8 @@ def routes(service: Service) -> APIRouter:
     async def result(
         id: str,
         name: str,
-        expires: Annotated[int, Query(ge=0, le=2**40)],
-        signature: Annotated[str, Query(max_length=128)],
+        expires: int = Query(ge=0, le=2**40),
+        signature: str = Query(max_length=128),
     ) -> Response:
         number, _, suffix = name.partition(".")
         if not (number.isascii() and number.isdecimal() and len(number) < 4):
