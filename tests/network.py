@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,12 @@ def reply(
 
 def redirect(location: str, status: str = "302 Found") -> bytes:
     return reply(b"", status=status, headers={"Location": location})
+
+
+@functools.cache
+def default_context() -> ssl.SSLContext:
+    """What the client makes by itself, made once: reading all authorities takes longer than most tests."""
+    return httpcore2.default_ssl_context()
 
 
 class Stream(httpcore2.AsyncNetworkStream):

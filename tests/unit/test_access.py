@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import subprocess
@@ -280,17 +281,30 @@ def test_a_burst_then_the_rate() -> None:
         limiter.admit(ANNA)
 
 
-@pytest.mark.parametrize("rate", [0.7, 7, 33, 120, 100_000])
-def test_who_waits_as_long_as_told_is_admitted(rate: float) -> None:
+@pytest.mark.parametrize("seconds", [0.001, 0.5, 1, 7, 22, 60, 85.7])  # for a token
+def test_who_waits_as_long_as_told_is_admitted(seconds: float) -> None:
+    """Also if he asks in between: parts of a token add up to one, for all that floating point says (2 s and 5 s of 7)."""
     clock = Clock()
-    limiter = Limiter(LimitPolicy(requests_per_minute=rate, burst=1), clock=clock)
-    for _ in range(200):
+    limiter = Limiter(LimitPolicy(requests_per_minute=60 / seconds, burst=1), clock=clock)
+    for waited in range(max(1, math.floor(seconds))):
         limiter.admit(ANNA)
+        clock.now += waited
         with pytest.raises(RateLimited) as caught:
             limiter.admit(ANNA)
         assert isinstance(caught.value.retry_after, int)
-        assert caught.value.retry_after >= 1
+        assert caught.value.retry_after == max(1, math.ceil(seconds - waited))
         clock.now += caught.value.retry_after
+
+
+def test_no_more_than_the_burst_is_saved_up() -> None:
+    clock = Clock()
+    limiter = Limiter(LimitPolicy(requests_per_minute=60, burst=10), clock=clock)
+    limiter.admit(ANNA)
+    clock.now += 9.5  # 9 tokens and 9.5 more
+    for _ in range(10):
+        limiter.admit(ANNA)
+    with pytest.raises(RateLimited):
+        limiter.admit(ANNA)
 
 
 def test_memory_is_bounded() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpcore2
 import pytest
-from tests.network import FILE, PUBLIC, PUBLIC_6, Network, redirect, reply, serving
+from tests.network import FILE, PUBLIC, PUBLIC_6, Network, default_context, redirect, reply, serving
 
 from limner.errors import InvalidRequest, RemoteError
 from limner.server.fetch import decode_picture, fetch_picture, read_picture
@@ -27,7 +27,9 @@ MAX = 10_000
 
 def fetch(url: str, network: Network, *, max_bytes: int = MAX, **policy: Any) -> bytes:
     async def run() -> bytes:
-        client = OutboundClient(OutboundPolicy(**policy), resolver=network.resolve, connector=network)
+        client = OutboundClient(
+            OutboundPolicy(**policy), resolver=network.resolve, connector=network, ssl_context=default_context()
+        )
         return await fetch_picture(url, client=client, max_bytes=max_bytes)
 
     return asyncio.run(run())

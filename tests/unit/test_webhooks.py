@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from tests.network import PUBLIC, Network, redirect, reply, serving
+from tests.network import PUBLIC, Network, default_context, redirect, reply, serving
 
 from limner.errors import InvalidRequest
 from limner.server.outbound import Origin, OutboundClient, OutboundPolicy
@@ -55,7 +55,9 @@ def attempt(network: Network, url: str = HOOK, secret: str | None = "secret", **
     network.names.setdefault("hooks.example.org", [PUBLIC])
 
     async def run() -> DeliveryResult:
-        client = OutboundClient(OutboundPolicy(**policy), resolver=network.resolve, connector=network)  # type: ignore[arg-type]
+        client = OutboundClient(
+            OutboundPolicy(**policy), resolver=network.resolve, connector=network, ssl_context=default_context()
+        )  # type: ignore[arg-type]
         return await deliver(url, BODY, secret, client=client)
 
     return asyncio.run(run())

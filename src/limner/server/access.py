@@ -41,6 +41,8 @@ _KEY = re.compile(r"[!-+\--9;-~]+")  # printable ASCII without space, comma and 
 _PREFIX = "limner_"  # lets scanners for secrets find a key that was published by mistake
 _REMEDY = "make keys with `limner serve --keys FILE --new-key NAME`"
 
+_TOKEN = 1 - 1e-9  # parts of a token that were counted one by one add up to a little less than one
+
 _log = logging.getLogger(__name__)
 
 
@@ -235,14 +237,13 @@ class Limiter:
             self._forget_full(now)
             tokens, counted = self._buckets.get(owner.id, (float(self.policy.burst), now))
             tokens = min(self.policy.burst, tokens + (now - counted) * self._rate)
-            # A hair of tolerance: who waits exactly as long as he was told is not refused for a rounding error.
-            admitted = tokens >= 1 - 1e-9
+            admitted = tokens >= _TOKEN
             self._buckets[owner.id] = (max(0.0, tokens - 1) if admitted else tokens, now)
             self._buckets.move_to_end(owner.id)
             if not admitted:
                 raise RateLimited(
                     f"{owner.name} may send {self.policy.requests_per_minute:g} requests a minute",
-                    retry_after=_whole_seconds((1 - tokens) / self._rate),
+                    retry_after=_whole_seconds((_TOKEN - tokens) / self._rate),
                 )
 
     def hold(self, owner: Owner, *, beyond_limit: bool = False) -> Slot:
@@ -325,8 +326,8 @@ class Slot:
 
 
 def _whole_seconds(seconds: float) -> int:
-    """Rounded up, so that who waits as long is not refused again; a ten-thousandth is rounding error."""
-    return max(1, math.ceil(seconds - 1e-4))
+    """Rounded up, so that who waits as long is not refused again."""
+    return max(1, math.ceil(seconds))
 
 
 def _digest(plain: str) -> bytes:
