@@ -215,7 +215,7 @@ def test_a_bad_file_is_refused_at_the_start(tmp_path: Path, content: bytes, prob
 
 
 def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="cannot be read.*limner serve keys add"):
+    with pytest.raises(InvalidRequest, match="cannot be read.*limner serve --keys FILE --new-key"):
         KeyRing.from_file(tmp_path / "none")
 
 
