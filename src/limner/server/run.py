@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
     _log_to_stderr(options.log)
     address = f"{'https' if options.tls_certificate else 'http'}://{options.host}:{options.port}"
     print(f"limner: {model_name} at {address}, jobs in {options.data}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a shutdown that went well
     uvicorn.run(
         app,
         host=options.host,
