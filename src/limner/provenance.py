@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -44,7 +43,7 @@ _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 _PURPOSES = ("1.3.6.1.4.1.62558.2.1", "1.3.6.1.5.5.7.3.36", "1.3.6.1.5.5.7.3.4")
 
 
-def _settings(*, trust: bytes | None = None, hosts: Sequence[str] = ()) -> dict[str, Any]:
+def _settings(*, trust: bytes | None = None) -> dict[str, Any]:
     """Settings of the c2pa library.
 
     References and results are private, so no thumbnail of them goes into a manifest; nothing is fetched, whatever a file
@@ -53,7 +52,6 @@ def _settings(*, trust: bytes | None = None, hosts: Sequence[str] = ()) -> dict[
     return {
         "version": 1,
         "builder": {"thumbnail": {"enabled": False}},
-        "core": {"allowed_network_hosts": list(hosts)},
         "trust": {"user_anchors": trust.decode("ascii", "replace")} if trust else {},
         "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
     }
@@ -68,7 +66,8 @@ def _need(module: str, *, package: str) -> None:
 class Ingredient:
     """A reference picture: the bytes of a PNG, JPEG or WebP file, and the name that the manifest gives it.
 
-    The manifest keeps the name, the format and, if the file has one, the file's own manifest; nothing of the pixels.
+    The manifest keeps the name, the format and, if the file has one, the file's own manifest with all that it holds.
+    Limner adds nothing of the pixels.
     """
 
     data: bytes = field(repr=False)
@@ -322,7 +321,6 @@ def sign(
 
     manifest = _manifest(title, action=action, ingredients=len(ingredients), metadata=metadata or {}, signer=signer)
     source, result = io.BytesIO(data), io.BytesIO()
-    hosts = [urlsplit(signer.timestamp_url).hostname or ""] if signer.timestamp_url else []
     info = c2pa.C2paSignerInfo(
         alg=signer.algorithm,
         sign_cert=signer.certificates,
@@ -331,7 +329,7 @@ def sign(
     )
     try:
         with (
-            c2pa.Context.from_dict(_settings(hosts=hosts)) as context,
+            c2pa.Context.from_dict(_settings()) as context,
             c2pa.Builder(manifest, context) as builder,
             c2pa.Signer.from_info(info) as native,
         ):

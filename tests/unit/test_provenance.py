@@ -192,12 +192,34 @@ def test_refuses_what_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_text_of_a_file_cannot_steer_a_terminal(signer: Signer) -> None:
+    """Metadata, and the names in a manifest of somebody else's."""
     data = encode(picture(64, 48), "PNG", metadata={"prompt": "\x1b[2J"})
-    signed = sign(
-        data, format="PNG", title="\x1b]0;x\x07", action="created", metadata={"prompt": "\x1b"}, signer=signer
-    )
-    lines = read(signed).describe()
-    assert all(line.isprintable() for line in lines)
+    signed = by_somebody(data, "PNG", signer, name="\x1b]0;x\x07")
+    report = read(signed)
+    assert "\x1b" in report.generator
+    assert all(line.isprintable() for line in report.describe())
+
+
+def by_somebody(data: bytes, format: str, signer: Signer, *, name: str = "other", remote: str = "") -> bytes:  # noqa: A002
+    """A picture signed by another program, its manifest in it or kept at an address."""
+    source_type = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
+    actions = [{"action": "c2pa.created", "digitalSourceType": source_type}]
+    definition = {
+        "claim_generator_info": [{"name": name}],
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}],
+    }
+    info = c2pa.C2paSignerInfo("es256", signer.certificates, signer.private_key, None)
+    result = io.BytesIO()
+    with (
+        c2pa.Context.from_dict({"verify": {"verify_after_sign": False}}) as context,
+        c2pa.Builder(definition, context) as builder,
+        c2pa.Signer.from_info(info) as native,
+    ):
+        if remote:
+            builder.set_no_embed()
+            builder.set_remote_url(remote)
+        builder.sign(native, MIME_TYPES[format], io.BytesIO(data), result)
+    return result.getvalue()
 
 
 @pytest.mark.parametrize("format", MIME_TYPES)
@@ -303,23 +325,7 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("format", MIME_TYPES)
 def test_nothing_is_fetched(format: str, signer: Signer, server: Server) -> None:  # noqa: A002
     """A reference may name an address for its manifest; nobody goes there, though the library would."""
-    info = c2pa.C2paSignerInfo("es256", signer.certificates, signer.private_key, None)
-    definition = {
-        "claim_generator_info": [{"name": "other"}],
-        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [
-            {"action": "c2pa.created", "digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"}
-        ]}}],
-    }  # fmt: skip
-    result = io.BytesIO()
-    with (
-        c2pa.Context.from_dict({"verify": {"verify_after_sign": False}}) as context,
-        c2pa.Builder(definition, context) as builder,
-        c2pa.Signer.from_info(info) as native,
-    ):
-        builder.set_no_embed()
-        builder.set_remote_url(f"{server.url}m.c2pa")
-        builder.sign(native, MIME_TYPES[format], io.BytesIO(made(format)), result)
-    remote = result.getvalue()
+    remote = by_somebody(made(format), format, signer, remote=f"{server.url}m.c2pa")
     report = read(remote)
     assert (report.state, report.remote, report.whole) == (None, f"{server.url}m.c2pa", True)
     assert report.describe()[1] == f"C2PA: not in the file; kept at {server.url}m.c2pa, not fetched"

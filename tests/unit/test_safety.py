@@ -41,7 +41,7 @@ ORDINARY = (
     "the town of Scunthorpe in Essex and Sussex, unisex hats",
     "a poster for the minor league, B minor",
     "a 12 year old whisky in a crystal glass",
-    "a class of sextants, Middlesex county",
+    "a class of children with sextants, Middlesex county",
     "make him smile, replace his tie",
     "ein Kind im Garten, 子供が公園で遊ぶ",
     "",
