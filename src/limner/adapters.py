@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -313,7 +314,7 @@ def _matrix(transformer: nn.Module, name: str) -> tuple[Linear, nn.Parameter]:
             "unfused (they act beside int8 weights, unrounded), or load the model without quantize",
         )
     assert isinstance(module, Linear)
-    return module, module.weight
+    return module, cast("nn.Parameter", module.weight)
 
 
 def _find(transformer: nn.Module, name: str) -> nn.Module | None:

@@ -146,19 +146,19 @@ def test_scales_of_configurations(shapes: dict[str, tuple[int, int]], tmp_path: 
             load_lora(file, shapes=shapes)
 
 
-def kron_tensors(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def kron_tensors(*, rows: int = 8) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """LoKr of some original matrices, one with a decomposed factor and an alpha, and what they make."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tensors, whole = {}, {}
     for name, (num_out, num_in) in {
         name: (SHAPES | OTHERS)[name]
         for name in ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_attn.qkv", "single_blocks.2.linear1", "img_in",
                      "final_layer.adaLN_modulation.1")
     }.items():  # fmt: skip
-        left, right = torch.randn(8, 4) * 0.3, torch.randn(num_out // 8, num_in // 4) * 0.2
+        left, right = torch.randn(rows, 4) * 0.3, torch.randn(num_out // rows, num_in // 4) * 0.2
         module = f"diffusion_model.{name}"
         if "single" in name:
-            a, b = torch.randn(num_out // 8, 2) * 0.3, torch.randn(2, num_in // 4) * 0.2
+            a, b = torch.randn(num_out // rows, 2) * 0.3, torch.randn(2, num_in // 4) * 0.2
             tensors |= {f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b, f"{module}.alpha": torch.tensor(1.0)}
             right = 0.5 * a @ b
         else:
@@ -361,7 +361,7 @@ def theirs(tiny_folder: Path) -> Any:
 
 def pictures(pipe: Any, **options: Any) -> Tensor:
     return pipe(
-        "a dog", image=picture(64, 64), generator=generators(1)[0], output_type="latent", max_sequence_length=MAX_TOKENS,
+        prompt="a dog", image=picture(64, 64), generator=generators(1)[0], output_type="latent", max_sequence_length=MAX_TOKENS,
         num_inference_steps=2, **options,
     ).images  # fmt: skip
 
@@ -376,7 +376,7 @@ THEIR_DIALECTS = {
     "original": lambda: original(WITHOUT_NORM_OUT),
     "PEFT": lambda: peft(WITHOUT_NORM_OUT),
     "kohya": lambda: kohya(EVERYWHERE, alpha=2.5),
-    "LoKr": lambda: {k: v for k, v in kron_tensors()[0].items() if "adaLN" not in k},
+    "LoKr": lambda: {k: v for k, v in kron_tensors(rows=4)[0].items() if "adaLN" not in k},
 }
 
 
@@ -389,6 +389,7 @@ def test_same_pictures_as_diffusers(dialect: str, pipe: Pipeline, theirs: Any, t
     assert relative_error(pictures(pipe), before) > 0.05  # and the LoRA matters
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT: that there are several adapters, and that they are merged
 def test_several_with_strengths_as_in_diffusers(pipe: Pipeline, theirs: Any, tmp_path: Path) -> None:
     """The same calls of both give the same pictures, and the same names of what is active."""
     header = json.dumps(
@@ -624,8 +625,7 @@ def test_bad_arguments(pipe: Pipeline) -> None:
     assert pipe.get_active_adapters() == ["a"]
     pipe.set_adapters("a", {"transformer": 0.5})
     assert pipe._adapters.applied[0].strength == 0.5
-    pipe.transformer.x_embedder.weight.data[0, 0] = 3e38
-    pipe.set_adapters("a", 3e38)
+    pipe.set_adapters("a", 1e39)
     before = dict(pipe.transformer.named_parameters())
     with pytest.raises(InvalidRequest, match="is not finite in torch.float32"):
         pipe.fuse_lora()

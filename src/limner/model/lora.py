@@ -39,7 +39,7 @@ class LowRank:
 
     def add_to(self, weight: Tensor, strength: float) -> None:
         """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
-        weight.addmm_(self.up.to(weight), self.down.to(weight), alpha=strength * self.scale)
+        weight.addmm_(self.up.to(weight) * (strength * self.scale), self.down.to(weight))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -65,8 +65,8 @@ class Kronecker:
 
     def add_to(self, weight: Tensor, strength: float) -> None:
         """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
-        whole = torch.kron(self.left.to(weight), self.right.to(weight))
-        weight.add_(whole.roll(-self.first_row, 0)[: self.num_rows], alpha=strength * self.scale)
+        whole = torch.kron(self.left.to(weight) * (strength * self.scale), self.right.to(weight))
+        weight.add_(whole.roll(-self.first_row, 0)[: self.num_rows])
 
 
 Update = LowRank | Kronecker
@@ -97,20 +97,23 @@ class _Branch:
 
     @torch.no_grad()
     def __init__(self, terms: Terms, *, device: torch.device, dtype: torch.dtype) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
         low = [(update, strength) for update, strength in terms if isinstance(update, LowRank)]
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self._down_t: Tensor | None = None
         if low:
-            # strength and scale go into `up`, multiplied in float32 or wider and rounded once
-            ups = [
-                u.up.to(torch.promote_types(u.up.dtype, torch.float32)) * (strength * u.scale) for u, strength in low
-            ]
+            # strength and scale go into one factor, multiplied in float32 or wider and rounded once
+            ups = [u.up.to(torch.promote_types(u.up.dtype, wide)) * (strength * u.scale) for u, strength in low]
             self._down_t = torch.cat([u.down.to(**place) for u, _ in low]).t()
             self._up_t = torch.cat([up.to(**place) for up in ups], dim=1).t()
         self._kronecker = [
-            (update, update.left.to(**place), update.right.to(**place), strength * update.scale)
-            for update, strength in terms
-            if isinstance(update, Kronecker)
+            (
+                u,
+                (u.left.to(torch.promote_types(u.left.dtype, wide)) * (strength * u.scale)).to(**place),
+                u.right.to(**place),
+            )
+            for u, strength in terms
+            if isinstance(u, Kronecker)
         ]
 
     def add(self, product: Tensor, x: Tensor, rows: slice) -> None:
@@ -118,11 +121,11 @@ class _Branch:
         x, out = x.reshape(-1, x.shape[-1]), product.view(-1, product.shape[-1])
         if self._down_t is not None:
             out.addmm_(x @ self._down_t, self._up_t[:, rows])
-        for update, left, right, factor in self._kronecker:
+        for update, left, right in self._kronecker:
             # kron(A, B) x = A X B^T for x laid out as X (M, Q): far fewer products than those of the whole matrix
             both = left @ (x.reshape(-1, left.shape[1], right.shape[1]) @ right.t())
             whole = both.flatten(1).roll(-update.first_row, 1)[:, : update.num_rows]
-            out.add_(whole[:, rows], alpha=factor)
+            out.add_(whole[:, rows])
 
 
 class Branches:
@@ -155,9 +158,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _attach(module: nn.Module, branch: _Branch) -> RemovableHandle:
-    def after(
-        module: nn.Module, args: tuple[Tensor | QuantizedRows, ...], options: dict[str, Any], product: Tensor
-    ) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], product: Tensor) -> None:
         x = args[0].source if isinstance(args[0], QuantizedRows) else args[0]
         rows = args[1] if len(args) > 1 else options.get("rows")
         branch.add(product, x, slice(None) if rows is None else rows)
