@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import cast
 
 import torch
@@ -53,7 +54,15 @@ class _Acting:
 
 
 class Adapters:
-    """The LoRAs of a transformer. Every change is made whole or not at all."""
+    """The LoRAs of a transformer, one for all who share it (`of`). Every change is made whole or not at all."""
+
+    @classmethod
+    def of(cls, transformer: Transformer, digests: WeightDigests) -> Adapters:
+        """Those that the transformer has, else none. `digests` remembers what fused weights are made of."""
+        found = transformer.beside
+        if not isinstance(found, cls) or found.transformer is not transformer:
+            found = transformer.beside = cls(transformer, digests)
+        return found
 
     def __init__(self, transformer: Transformer, digests: WeightDigests) -> None:
         self.transformer = transformer
@@ -81,6 +90,7 @@ class Adapters:
     @property
     def applied(self) -> tuple[AppliedLora, ...]:
         """What acts, with strengths other than 0: fused ones first."""
+        self._keep_up()
         found = [(one, True) for one in self._fused if one.strength] + [(one, False) for one in self._beside()]
         return tuple(
             AppliedLora(name=one.name, digest=one.lora.digest, strength=one.strength, fused=fused)
@@ -89,8 +99,7 @@ class Adapters:
 
     def weights_digest(self) -> str:
         """The digest of what the transformer computes with: that of its tensors, and of what runs beside them."""
-        if self._branches is not None and not self._branches.are_in(self.transformer):
-            self._attach(self._active)  # other matrices were put in the places of those it was beside
+        self._keep_up()
         weights = self._digests.of(self.transformer)
         beside = self._beside()
         return _derived("beside", weights, beside) if beside else weights
@@ -261,6 +270,11 @@ class Adapters:
         self._detach()
         self._branches, self._active, self._strengths = made, list(active), dict(strengths)
 
+    def _keep_up(self) -> None:
+        """Attaches again if other matrices were put in the places of those that branches are beside."""
+        if self._branches is not None and not self._branches.are_in(self.transformer):
+            self._attach(self._active)
+
     def _detach(self) -> None:
         if self._branches is not None:
             self._branches.remove()
@@ -283,7 +297,7 @@ def check_strength(value: object, *, field: str = "adapter_weights") -> float:
         value = value["transformer"]
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidRequest(field, f"{value!r} is not a finite number")
     return float(value)
 

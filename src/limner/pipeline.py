@@ -153,7 +153,7 @@ class Pipeline:
         self.kv_cache_dtype = _check_kv_cache_dtype(kv_cache_dtype)
         self.latent_preview = latent_preview
         self._digests = WeightDigests()
-        self._lora_adapters = Adapters(transformer, self._digests)
+        self._last_adapters = Adapters.of(transformer, self._digests)
         self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
         self._interrupt = False  # diffusers' way to stop: a callback sets it, the remaining steps are left out
 
@@ -272,11 +272,11 @@ class Pipeline:
 
     @property
     def _adapters(self) -> Adapters:
-        if self._lora_adapters.transformer is not self.transformer:  # another one was put in its place
-            if self._lora_adapters.names:
-                _logger.warning("lora: the transformer was replaced; %s are not loaded", self._lora_adapters.names)
-            self._lora_adapters = Adapters(self.transformer, self._digests)
-        return self._lora_adapters
+        found = Adapters.of(self.transformer, self._digests)
+        if found is not self._last_adapters and self._last_adapters.names:
+            _logger.warning("lora: another transformer is in place; %s were of the last one", self._last_adapters.names)
+        self._last_adapters = found
+        return found
 
     @_typed_memory_errors
     def load_lora_weights(

@@ -194,7 +194,7 @@ def test_lokr_of_other_trainers(shapes: dict[str, tuple[int, int]]) -> None:
 def test_unknown_tensors_are_named(pipe: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     strange = {
         "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
-        "diffusion_model.double_blocks.99999999999.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
+        "diffusion_model.double_blocks.999999999.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
         "diffusion_model.double_blocks.0.img_attn.qkv.diff": torch.zeros(96, 32),
         "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 16),
         "diffusion_model.guidance_in.in_layer.lora_A.weight": torch.zeros(4, 32),
@@ -746,6 +746,14 @@ def test_replaced_matrices_get_their_branches_again(tiny_folder: Path, pipe: Pip
     for each in (pipe, expected):
         each.load_lora_weights(original(PAIRS))
     quantize_blocks(pipe.transformer)
+    alone = {
+        "prompt": "a dog",
+        "height": 64,
+        "width": 64,
+        "output_type": "pt",
+    }  # without references no key is asked for
+    found, wanted = (each(**alone, generator=generators(1)[0]).images for each in (pipe, expected))
+    assert torch.equal(found, wanted)
     assert pipe.reference_weights == expected.reference_weights
     assert torch.equal(velocity(pipe), velocity(expected))
     assert torch.equal(draw(pipe).images, draw(expected).images)
@@ -759,8 +767,35 @@ def test_a_replaced_transformer_has_no_loras(
     pipe.transformer = Pipeline.from_pretrained(tiny_folder).transformer
     with caplog.at_level(logging.WARNING, "limner"):
         assert pipe.reference_weights == key
-    assert "['default_0'] are not loaded" in caplog.text
+    assert "['default_0'] were of the last one" in caplog.text
     assert pipe.get_list_adapters() == {}
+
+
+def test_pipelines_that_share_a_transformer_share_its_loras(pipe: Pipeline) -> None:
+    """Else one would keep K/V made with the LoRA of the other under the key of the base."""
+    other = Pipeline(transformer=pipe.transformer, autoencoder=pipe.autoencoder, text_encoder=pipe.text_encoder)
+    base = other.reference_weights
+    pipe.load_lora_weights(original(PAIRS), "a")
+    assert other.get_active_adapters() == ["a"]
+    assert other.reference_weights == pipe.reference_weights != base
+    other.unload_lora_weights()
+    assert pipe.reference_weights == base
+
+
+def test_a_file_may_be_written_over(pipe: Pipeline, tmp_path: Path) -> None:
+    """By the next training, in place: what was loaded stays what its digest says, as do tensors that were given."""
+    file, tensors = write(tmp_path, original(PAIRS)), {k: v.clone() for k, v in original(PAIRS).items()}
+    pipe.load_lora_weights(file, "a")
+    pipe.load_lora_weights(tensors, "b")
+    data = bytearray(file.read_bytes())
+    data[-4000:] = bytes(4000)
+    with file.open("rb+") as same:
+        same.write(data)
+    for value in tensors.values():
+        value.zero_()
+    for name in ("a", "b"):
+        for target, expected in deltas(PAIRS).items():
+            torch.testing.assert_close(deltas_of(pipe, name)[target], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_matrices_replaced_while_fused_are_not_written_over(pipe: Pipeline) -> None:

@@ -191,7 +191,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # copies, since files of LoRAs are written over by the next training
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"lora: {path}: cannot be read ({error}); it is no safetensors file, or truncated or damaged: download it again"
@@ -214,7 +215,7 @@ def _checked_tensors(source: Tensors) -> dict[str, Tensor]:
     for name, value in source.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InvalidRequest("lora", f"{name!r}: {type(value).__name__}: a mapping has to be of names to tensors")
-    return dict(source)
+    return {name: value.detach().clone() for name, value in source.items()}
 
 
 # dialects
@@ -228,7 +229,7 @@ def _convert(
     unknown = []
     for key in tensors:
         match = _KEY.fullmatch(key)
-        if match and not re.search(r"\d{4}", match["module"]):  # converters count up to the block's number
+        if match and not re.search(r"\d{3}", match["module"]):  # converters count up to the block's number
             groups.setdefault(match["module"], {})[match["part"]] = key
         else:
             unknown.append(key)
