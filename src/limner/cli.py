@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -138,6 +139,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _lora_argument(parser)
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
@@ -195,6 +197,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
         parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
         parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+        _lora_argument(parser)
         parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
         _kv_argument(parser)
         _reference_arguments(parser)
@@ -232,6 +235,17 @@ def _kv_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _lora_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",
+    )
+
+
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
     parser.add_argument(
@@ -248,6 +262,7 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    _lora_argument(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
 
@@ -266,6 +281,22 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 512x512")
     return int(match[1]), int(match[2])
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file and a strength; a file whose name has a colon is taken as it is."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not file or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: strength {strength!r} is not a finite number; give FILE or FILE:STRENGTH, as style.safetensors:0.8"
+        )
+    return file, value
 
 
 def _seed(text: str) -> int:
@@ -316,6 +347,23 @@ def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedRef
     return [prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1)]
 
 
+def _lora_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The files of LoRAs and their strengths; what is no LoRA file is refused before a model is loaded."""
+    if not args.lora:
+        return []
+    from limner.weights.lora import resolve_lora
+
+    return [(resolve_lora(source), strength) for source, strength in args.lora]
+
+
+def _load_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> None:
+    if loras:
+        names = [f"{file.stem}-{i}" for i, (file, _) in enumerate(loras, start=1)]
+        for name, (file, _) in zip(names, loras, strict=True):
+            pipe.load_lora_weights(file, name)
+        pipe.set_adapters(names, [strength for _, strength in loras])
+
+
 class _Progress:
     """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
 
@@ -353,6 +401,7 @@ def _draw(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
             )
     prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
+    loras = _lora_files(args)
 
     import torch
 
@@ -373,6 +422,7 @@ def _draw(args: argparse.Namespace) -> None:
             kv_cache_dtype=args.kv_cache_dtype,
             progress=progress,
         )
+        _load_loras(pipe, loras)
         generators = None
         if args.seed is not None:
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
@@ -496,6 +546,7 @@ def _existing_store(args: argparse.Namespace) -> ReferenceStore:
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
     prepared = _prepare(args, args.file)
+    loras = _lora_files(args)
 
     import torch
 
@@ -509,6 +560,7 @@ def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> R
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
     )
+    _load_loras(pipe, loras)
     return pipe.prefill(prepared)
 
 
@@ -623,6 +675,7 @@ def _serve(args: argparse.Namespace) -> None:
     from limner.pipeline import Pipeline
 
     data = args.data or default_data()
+    loras = _lora_files(args)
     pipe = Pipeline.from_pretrained(
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -632,6 +685,7 @@ def _serve(args: argparse.Namespace) -> None:
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
     )
+    _load_loras(pipe, loras)
     options = ServeOptions(
         host=args.host, port=args.port, data=data, keys=args.keys, unsafe=args.unsafe_no_checks, terms=args.terms,
         certificate=args.c2pa_certificate, private_key=args.c2pa_key, development_certificate=args.c2pa_development,

@@ -16,14 +16,14 @@ LAYERS = (
     {"safety", "provenance"},
     {"model"},
     {"weights", "references"},
-    {"store"},
+    {"store", "adapters"},
     {"pipeline"},
     {"engine", "bench"},
     {"cli", "server"},
     {"deploy", "__main__"},
 )
 INSIDE_MODEL = (
-    "arithmetic", "rope", "attention", "kv", "layers", "transformer", "autoencoder", "preview", "text_encoder",
+    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "autoencoder", "preview", "text_encoder",
 )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ class Transformer(nn.Module):
 
     kernel: str | None = None
     """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
+    beside: object | None = None
+    """What runs beside the matrices, LoRAs: kept here by who attaches it, so that all who share the network know of it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from limner.errors import OutputError
 from limner.images import write_beside
 
-__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "file_stamp", "fingerprint"]
+__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_stamp", "fingerprint"]
 
 Fingerprint = tuple[tuple[tuple[int, int], ...], bytes]
 FileStamp = tuple[tuple[str, int, int, int, int, int], ...]
@@ -56,6 +56,12 @@ class WeightDigests:
         if cache is not None and before is not None and file_stamp(folder) == before:
             name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
             self._loaded[module] = fingerprint(module), cache / f"{name}.json"
+
+    def remember(self, module: nn.Module, digest: str, *, at: Fingerprint | None = None) -> None:
+        """Says the digest of a network as it is now, which was made from what is known; `at`: only if that is its state."""
+        state = fingerprint(module)
+        if at is None or at == state:
+            self._known[module] = state, digest
 
     @contextlib.contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
@@ -131,6 +137,11 @@ def _cache_folder() -> Path | None:
 
 def _layout(module: nn.Module) -> list[tuple[str, str, str, list[int]]]:
     return [(name, t.device.type, str(t.dtype), list(t.shape)) for name, t in module.state_dict().items()]
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex of names, dtypes, shapes and bytes, in this order."""
+    return _digest(dict(tensors))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
