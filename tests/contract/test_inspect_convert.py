@@ -254,6 +254,11 @@ def test_nothing_is_written_over_or_left_half(
     refused("GiB are free there; free some space", files["original"], "-o", tmp_path / "x", "--to", "int8")
 
 
+def test_nothing_to_convert(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "convert", tiny_folder, "-o", tmp_path / "x", "--to", "diffusers")
+    assert (code, "is in diffusers' layout already" in err) == (2, True)
+
+
 def test_a_part_without_int8(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "convert", tiny_folder / "vae", "-o", tmp_path / "x", "--to", "int8")
     assert (code, "int8 is a layout of the transformer" in err) == (2, True)

@@ -156,6 +156,27 @@ def test_fp8(per_row: bool, scale: str, wide_state: dict[str, torch.Tensor], tmp
     assert (back - converted(wide)[name].float()).norm() < 0.01 * back.norm()
 
 
+def test_int8_with_fused_projections(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """One scale for each row of q, k and v together: each takes its third."""
+    from limner.model.int8 import quantize_weight
+
+    stored = {}
+    for name, value in made.original(wide_state).items():
+        if made.quantized_matrix(name, value):
+            stored[name], stored[f"{name}_scale"] = quantize_weight(value)
+        else:
+            stored[name] = value
+    file = made.save(stored, tmp_path / "int8.safetensors")
+    found = load_transformer(file, dtype=None, device=CPU)
+    plain = made.save(made.original(wide_state), tmp_path / "wide.safetensors")
+    assert found.quantization == "int8"
+    assert same(found.state_dict(), load_transformer(plain, dtype=None, device=CPU, quantize="int8").state_dict())
+    stored["single_blocks.0.linear2.weight"] = wide_state["single_transformer_blocks.0.attn.to_out.weight"]
+    del stored["single_blocks.0.linear2.weight_scale"]
+    with pytest.raises(CheckpointError, match="single_blocks.0.linear2.weight is not int8, others are"):
+        load_transformer(made.save(stored, tmp_path / "half.safetensors"), dtype=None, device=CPU)
+
+
 def test_a_transformer_has_one_dtype(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     tensors = {n: v.float() if "norm" in n else v for n, v in made.original(wide_state).items()}
     loaded = load_transformer(made.save(tensors, tmp_path / "mixed.safetensors"), dtype=None, device=CPU)

@@ -144,10 +144,8 @@ class Checkpoint:
         source = self._source(rule)
         if source is None:
             raise CheckpointError(f"{self.where}: missing {self._shown(rule.source)}; the file is incomplete")
-        stored, wide = self.layout.tensors[source], dtype or self.natural_dtype
-        index, of = rule.part
-        height = stored.shape[0] // of if of > 1 else 0
-        rows = slice(index * height, (index + 1) * height) if of > 1 else None
+        wide, whole = dtype or self.natural_dtype, rule.part[1] == 1
+        rows = None if whole else self._rows(rule, source)
         if isinstance(self.file, GgufFile):
             value = self.file.read_as(self._full(source), wide, rows)
         else:
@@ -167,13 +165,15 @@ class Checkpoint:
     def read_int8(self, target: str, dtype: torch.dtype | None = None, *, check: bool = True) -> tuple[Tensor, Tensor]:
         """A matrix as Limner's int8, (weight, weight_scale): as it is stored, or quantized now."""
         if self.layout.quantization == "int8":
-            stored = self.layout.tensors.get(target)
-            if stored is None or stored.dtype != "I8":
-                raise CheckpointError(f"{self.where}: {target} is not int8, others are; quantize the model again")
-            scale = self.file.read(self._full(self.layout.scales[target])).float()
+            rule = self.layout.names.rule(target)
+            name = self._shown(rule.source)
+            if self.layout.tensors[rule.source].dtype != "I8":
+                raise CheckpointError(f"{self.where}: {name} is not int8, others are; quantize the model again")
+            scale = self.file.read(self._full(self.layout.scales[rule.source])).float()
             if check:
-                _check_finite(scale, name=self._shown(self.layout.scales[target]), where=self.where)
-            return self.file.read(self._full(target)), scale
+                _check_finite(scale, name=self._shown(self.layout.scales[rule.source]), where=self.where)
+            rows = self._rows(rule, rule.source)
+            return self.file.read(self._full(rule.source))[rows], scale[rows]
         return quantize_weight(self._finite(target, dtype) if check else self.read(target, dtype))
 
     def stream(
@@ -208,6 +208,11 @@ class Checkpoint:
         if of > 1:
             shape = (shape[0] // of if shape and shape[0] % of == 0 else -1, *shape[1:])
         return shape
+
+    def _rows(self, rule: Rule, source: str) -> slice:
+        index, of = rule.part
+        height = self.layout.tensors[source].shape[0] // of
+        return slice(index * height, (index + 1) * height)
 
     def _full(self, source: str) -> str:
         """The name in the file: a language model's head stands outside of the prefix."""

@@ -129,6 +129,8 @@ def convert(
         checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
         if not (whole and to == "diffusers" and dtype is None and checkpoint.layout.kind == "diffusers"):
             outputs.append(_plan(name, checkpoint, to=to, dtype=dtype))
+    if not outputs:
+        raise InvalidRequest("to", f"{source} is in diffusers' layout already; copy it, or ask for another dtype")
     changed = {output.part for output in outputs}
     copied = [path for path in source.iterdir() if path.name not in changed] if whole else []
     _check_space(target, sum(output.nbytes for output in outputs) + sum(_size(path) for path in copied))

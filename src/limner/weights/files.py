@@ -11,7 +11,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
 _ALIGNED = 64
+_open: Callable[..., Any] = safe_open  # its methods have no types
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _ZIP = b"PK\x03\x04"
 
@@ -87,7 +88,7 @@ class SafetensorsFile(TensorFile):
         check_regular(path)
         self.path, self.files = path, (path,)
         try:
-            self._file: Any = safe_open(path, framework="pt")
+            self._file = _open(path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
             self.infos = {name: _info(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
             self.metadata = self._file.metadata() or {}
