@@ -82,6 +82,34 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify_pictures)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file or folder of weights is, and what is missing from it",
+        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; exit code 1 if damaged.",
+    )
+    inspect.add_argument(
+        "source", metavar="FILE", help="weights: a file of any layout, a part's folder, a model's folder"
+    )
+    inspect.add_argument(
+        "--verify", action="store_true", help="load every tensor, look for NaN, give the weights' digest"
+    )
+    inspect.add_argument("--no-digest", action="store_true", help="headers alone: do not read the bytes of the files")
+    _part_arguments(inspect)
+    inspect.set_defaults(run=_inspect_weights)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write weights in another layout",
+        description="Write a model, or a part of one, in another layout. Nothing is written over.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a file of any layout, a part's folder, a model's folder")
+    convert.add_argument(
+        "-o", "--output", required=True, metavar="TARGET", help="folder or file to write; has to be new"
+    )
+    convert.add_argument("--to", required=True, choices=("diffusers", "int8", "original"), help="layout to write")
+    convert.add_argument("--dtype", choices=DTYPES, help="of what is not int8; default: that of the files")
+    _part_arguments(convert)
+    convert.set_defaults(run=_convert)
 
     bench = commands.add_parser(
         "bench",
@@ -100,6 +128,16 @@ def build_parser() -> argparse.ArgumentParser:
     refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
     _refs_parser(refs)
     return parser
+
+
+def _part_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", choices=("transformer", "vae", "text_encoder"), help="which part, where there are several"
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +174,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
@@ -195,6 +234,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
     warm.add_argument("--pin", action="store_true", help="keep them from eviction")
     for parser in (pack, warm):
         parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+        _weights_arguments(parser)
         parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
         parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
         _lora_argument(parser)
@@ -260,11 +300,17 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     _lora_argument(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
+
+
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in ("transformer", "vae", "text-encoder"):
+        parser.add_argument(f"--{name}", metavar="FILE", help="file or folder to take this part from instead")
 
 
 def _reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -415,6 +461,7 @@ def _draw(args: argparse.Namespace) -> None:
     try:
         pipe = Pipeline.from_pretrained(
             args.model,
+            **_parts(args),
             torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
             store=store,
@@ -554,6 +601,7 @@ def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> R
 
     pipe = Pipeline.from_pretrained(
         args.model,
+        **_parts(args),
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=args.device,
         store=store,
@@ -684,6 +732,7 @@ def _serve(args: argparse.Namespace) -> None:
         reference_policy=_policy(args),
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        **_parts(args),
     )
     _load_loras(pipe, loras)
     options = ServeOptions(
@@ -698,19 +747,62 @@ def _serve(args: argparse.Namespace) -> None:
     serve(pipe, options, model_name=name)
 
 
+def _parts(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
+    return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
+
+
 def _quantize(args: argparse.Namespace) -> None:
     import torch
 
-    from limner.weights.folder import load_transformer, resolve_model, save_quantized
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
 
     source, target = resolve_model(args.model), Path(args.output)
     if target.exists():
         raise InvalidRequest("--output", f"{target} is there already; give a new folder")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    transformer = load_transformer(source / "transformer", dtype=dtype, device=torch.device("cpu"), quantize="int8")
-    save_quantized(transformer, source, target)
+    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None)
     file = target / "transformer" / "diffusion_pytorch_model.safetensors"
     _print(args, {"folder": str(target), "nbytes": file.stat().st_size}, f"{target}: {file.stat().st_size} bytes")
+
+
+def _inspect_weights(args: argparse.Namespace) -> int:
+    from limner.images import printable
+    from limner.weights.folder import resolve_model
+    from limner.weights.inspect import inspect
+
+    source = Path(args.source)
+    if not source.exists():
+        source = resolve_model(args.source)
+    report = inspect(
+        source,
+        like=resolve_model(args.model) if args.model else None,
+        part=args.part,
+        digests=not args.no_digest,
+        verify=args.verify,
+    )
+    _print(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
+    return int(not report.whole)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
+
+    source, target = Path(args.source), Path(args.output)
+    if not source.exists():
+        source = resolve_model(args.source)
+    nbytes = convert(
+        source,
+        target,
+        to=args.to,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        part=args.part,
+        like=resolve_model(args.model) if args.model else None,
+    )
+    _print(args, {"output": str(target), "layout": args.to, "nbytes": nbytes}, f"{target}: {nbytes} bytes of weights")
 
 
 def _ls(args: argparse.Namespace) -> None:

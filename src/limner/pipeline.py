@@ -49,7 +49,9 @@ from limner.weights.folder import (
     read_json,
     read_settings,
     resolve_model,
+    resolve_part,
 )
+from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 from limner.weights.lora import load_lora
 
 __all__ = [
@@ -174,6 +176,9 @@ class Pipeline:
         cls,
         model: str | os.PathLike[str] | None = None,
         *,
+        transformer: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -186,11 +191,13 @@ class Pipeline:
     ) -> Pipeline:
         """Loads a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
-        `torch_dtype` None keeps the dtype of the files (the bundled model: float32); `dtype` is its newer name. Weights
-        are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes weights and
-        activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so). `kv_cache_dtype` is
-        the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8", half the bytes of
-        bfloat16. Raises `CheckpointError` and `InvalidRequest`.
+        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
+        GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
+        `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
+        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
+        weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so).
+        `kv_cache_dtype` is the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8",
+        half the bytes of bfloat16. Raises `CheckpointError` and `InvalidRequest`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -198,33 +205,39 @@ class Pipeline:
         if quantize not in (None, "int8"):
             raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
         device = check_device(device)
-        folder = resolve_model(model)
+        given = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+        folder = resolve_model(model, without=[part for part, source in given.items() if source is not None])
         settings = read_settings(folder)
+        sources = {part: resolve_part(part, source, model=folder) for part, source in given.items()}
+        like = {part: folder / part / "config.json" for part in sources}
         dtype = dtype or torch_dtype or settings.default_dtype
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
         report = progress or _silent
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
-        before = {part: file_stamp(folder / part) for part in ("transformer", "vae", "text_encoder")}
+        before = {part: file_stamp(source) for part, source in sources.items()}
         report("load", 0, 3)
-        transformer = load_transformer(folder / "transformer", dtype=dtype, device=device, quantize=quantize)
+        loaded_transformer = load_transformer(
+            sources["transformer"], dtype=dtype, device=device, quantize=quantize, like=like["transformer"]
+        )
         report("load", 1, 3)
-        autoencoder = load_autoencoder(folder / "vae", dtype=dtype, device=device)
+        autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"])
         report("load", 2, 3)
-        text_encoder = load_text_encoder(
-            folder / "text_encoder",
+        loaded_text_encoder = load_text_encoder(
+            sources["text_encoder"],
             folder / "tokenizer",
             dtype=dtype,
             device=device,
             out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
+            like=like["text_encoder"],
         )
         report("load", 3, 3)
-        _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
+        _check_parts(loaded_transformer, autoencoder, loaded_text_encoder, settings.preview, folder)
         pipe = cls(
-            transformer=transformer,
+            transformer=loaded_transformer,
             autoencoder=autoencoder,
-            text_encoder=text_encoder,
+            text_encoder=loaded_text_encoder,
             schedule=schedule,
             default_size=settings.default_size,
             store=store,
@@ -232,9 +245,50 @@ class Pipeline:
             kv_cache_dtype=kv_cache_dtype,
             latent_preview=settings.preview,
         )
-        for part, module in (("transformer", transformer), ("vae", autoencoder), ("text_encoder", text_encoder)):
-            pipe._digests.loaded(module, folder / part, before=before[part])
+        modules = {"transformer": loaded_transformer, "vae": autoencoder, "text_encoder": loaded_text_encoder}
+        for part, module in modules.items():
+            pipe._digests.loaded(module, sources[part], before=before[part])
         return pipe
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        pipeline: Any,
+        *,
+        default_size: tuple[int, int] = (1024, 1024),
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        kv_cache_dtype: str | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+    ) -> Pipeline:
+        """Takes over a klein pipeline of diffusers that is in memory: the tensors are shared, none is copied.
+
+        It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out. A
+        change of the shared weights in place (training) is one of both, and References made before it are refused.
+        Raises `CheckpointError` for base models and for parts with LoRA layers or quantized or offloaded weights.
+        """
+        kind = type(pipeline).__name__
+        parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+        if not kind.startswith("Flux2Klein") or not all(hasattr(pipeline, part) for part in parts):
+            raise CheckpointError(f"pipeline: is a {kind}; allowed: the klein pipelines of diffusers (Flux2Klein...)")
+        if pipeline.config.get("is_distilled") is False:
+            raise CheckpointError("pipeline: is_distilled is false; base models need guidance, which is not supported")
+        transformer = share_transformer(pipeline.transformer)
+        autoencoder = share_autoencoder(pipeline.vae)
+        text_encoder = share_text_encoder(
+            pipeline.text_encoder, pipeline.tokenizer, out_layers=_check_layers(text_encoder_out_layers)
+        )
+        _check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
+        return cls(
+            transformer=transformer,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
+            default_size=default_size,
+            store=store,
+            reference_policy=reference_policy,
+            kv_cache_dtype=kv_cache_dtype,
+        )
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
@@ -917,7 +971,7 @@ def _check_parts(
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     preview: LatentPreview | None,
-    folder: Path,
+    folder: Path | str,
 ) -> None:
     """Parts of different models do not fit together; say so before the first run."""
     config = transformer.config

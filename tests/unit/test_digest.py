@@ -38,6 +38,18 @@ def test_a_second_process_hashes_nothing(tiny_copy: Path, hashed: list[Any]) -> 
     assert len(hashed) == 6
 
 
+def test_nor_for_a_single_file(tiny_copy: Path, hashed: list[Any]) -> None:
+    file = tiny_copy / FILE
+    first = Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights
+    number = len(hashed)
+    assert Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights == first
+    assert len(hashed) == number
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights != first
+
+
 @pytest.mark.parametrize("how", ["version", "data", "replaced"])
 def test_changed_tensors_are_hashed(how: str, tiny_copy: Path, hashed: list[Any]) -> None:
     before = Pipeline.from_pretrained(tiny_copy).reference_weights

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from limner.errors import OutputError
 from limner.images import write_beside
 
-__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_stamp", "fingerprint"]
+__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_stamp", "fingerprint", "sample"]
 
 Fingerprint = tuple[tuple[tuple[int, int], ...], bytes]
 FileStamp = tuple[tuple[str, int, int, int, int, int], ...]
@@ -50,10 +50,10 @@ class WeightDigests:
             known = self._known[module] = (state, self._find(module, state))
         return known[1]
 
-    def loaded(self, module: nn.Module, folder: Path, *, before: FileStamp | None) -> None:
-        """Says that a network was just loaded from a folder, whose `file_stamp` was `before`."""
+    def loaded(self, module: nn.Module, source: Path, *, before: FileStamp | None) -> None:
+        """Says that a network was just loaded from a file or folder, whose `file_stamp` was `before`."""
         cache = _cache_folder()
-        if cache is not None and before is not None and file_stamp(folder) == before:
+        if cache is not None and before is not None and file_stamp(source) == before:
             name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
             self._loaded[module] = fingerprint(module), cache / f"{name}.json"
 
@@ -103,20 +103,25 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     samples: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         if t.numel():
-            step = max(1, t.numel() // t.shape[0] - 1) if t.dim() else 1
-            flat = t if t.is_contiguous() else t.reshape(-1)
-            samples.setdefault(t.dtype, []).append(flat.as_strided((-(-t.numel() // step),), (step,)))
+            samples.setdefault(t.dtype, []).append(sample(t))
     values = hashlib.sha256()
     for some in samples.values():
         values.update(torch.cat(some).cpu().view(torch.uint8).numpy().data)
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors), values.digest()
 
 
-def file_stamp(folder: Path) -> FileStamp | None:
-    """What tells the files of a folder from what they were; None for files so new that a change might not show."""
+def sample(tensor: Tensor) -> Tensor:
+    """Values of a tensor, at least one of each row, as one axis."""
+    step = max(1, tensor.numel() // tensor.shape[0] - 1) if tensor.dim() and tensor.numel() else 1
+    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+    return flat.as_strided((-(-tensor.numel() // step),), (step,))
+
+
+def file_stamp(source: Path) -> FileStamp | None:
+    """What tells a file, or the files of a folder, from what they were; None if so new that a change might not show."""
     found = []
     try:
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        for path in [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file()):
             s = path.stat()
             if max(s.st_mtime, s.st_ctime) > time.time() - _SETTLED:
                 return None
@@ -139,9 +144,12 @@ def _layout(module: nn.Module) -> list[tuple[str, str, str, list[int]]]:
     return [(name, t.device.type, str(t.dtype), list(t.shape)) for name, t in module.state_dict().items()]
 
 
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 in hex of names, dtypes, shapes and bytes, in this order."""
-    return _digest(dict(tensors))
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The digest of tensors that come one at a time, in the order of their network: that of the network."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name}\0".encode() + _digest_tensor(tensor))
+    return total.hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
