@@ -150,8 +150,8 @@ def test_refuses_damage(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
         file.write_bytes(whole[:at] + (2**62).to_bytes(8, "little") + whole[at + 8 :])
         with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
             GgufFile(file)
+    file.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match=r"ends at byte \d+, the file at \d+\); it is truncated"):
-        file.write_bytes(whole[:-1])
         GgufFile(file)
     file.write_bytes(b"GGUX" + whole[4:])
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
