@@ -1,6 +1,6 @@
 """What the routes of all dialects share: the parts of a running server, who calls, pictures and jobs from a request.
 
-Owns the settings, the table of errors to HTTP statuses, signed URLs of results. Knows no wire schema.
+Owns the settings and the signed URLs of results. Knows no wire schema.
 """
 
 from __future__ import annotations
@@ -24,18 +24,7 @@ from starlette.requests import Request
 from limner import images
 from limner.config import ReferencePolicy
 from limner.engine import Engine
-from limner.errors import (
-    AccessDenied,
-    CapacityError,
-    Conflict,
-    DeadlineExceeded,
-    InvalidRequest,
-    LimnerError,
-    NotFound,
-    QueueFull,
-    RateLimited,
-    RemoteError,
-)
+from limner.errors import AccessDenied, InvalidRequest, NotFound
 from limner.images import PreparedReference
 from limner.safety import check_tolerance
 from limner.server.access import KeyRing, Limiter, LimitPolicy, Owner
@@ -44,28 +33,11 @@ from limner.server.jobs import Handle, Job, JobStore, check_idempotency_key
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.runner import SUFFIXES, JobRunner, RunnerSettings
 
-__all__ = ["ServeSettings", "Service", "status_of"]
+__all__ = ["MEDIA_TYPES", "ServeSettings", "Service", "until_gone"]
 
 _logger = logging.getLogger("limner.server")
 _KEY = re.compile(r"[0-9a-f]{64}")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-STATUSES: tuple[tuple[type[LimnerError], int], ...] = (
-    (AccessDenied, 403),
-    (RateLimited, 429),
-    (QueueFull, 503),
-    (NotFound, 404),
-    (Conflict, 409),
-    (DeadlineExceeded, 504),
-    (InvalidRequest, 422),
-    (CapacityError, 422),
-    (RemoteError, 422),
-)
-"""Which status an error becomes; the first match counts, and what is not here is 500."""
-
-
-def status_of(error: LimnerError) -> int:
-    return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +45,8 @@ class ServeSettings:
     """How a server works. Sizes in bytes, times in seconds.
 
     `public_url` is what callers reach the server under, if it is not what their requests name. `fetch_urls`: pictures may
-    be named by URL. `webhooks`: jobs may name a URL that hears of their end.
+    be named by URL. `webhooks`: jobs may name a URL that hears of their end. `max_references` are those of a job,
+    `max_handles` those that are kept for a key.
     """
 
     data: Path
@@ -83,6 +56,7 @@ class ServeSettings:
     body_seconds: float = 30.0
     max_picture_bytes: int = 20 << 20
     max_references: int = 16
+    max_handles: int = 1000
     max_output_pixels: int = 4 << 20
     fetch_urls: bool = False
     webhooks: bool = True
@@ -195,34 +169,30 @@ class Service:
             if pictures:
                 raise InvalidRequest("references", "a handle and pictures are both given; give one of them")
             handle = await self.handle(owner, references)
-            pictures = tuple([await self.runner.aside(self.jobs.picture, digest) for digest in handle.references])
+            pictures = tuple([await self.runner.aside(self.jobs.picture, report) for report in handle.references])
             options["references_checked"] = handle.described.get("tolerance") == more.get("tolerance", 2)
         if not 1 <= num_images <= self.engine.max_batch:
-            raise InvalidRequest("n", f"{num_images} images; 1 to {self.engine.max_batch} are allowed")
-        if seed is None:
-            options["drawn_seeds"] = True
-            seed = secrets.randbelow(2**31)
+            raise InvalidRequest("num_images", f"{num_images} images; 1 to {self.engine.max_batch} are allowed")
+        first = secrets.randbelow(2**31) if seed is None else seed
         job = Job(
             owner=owner.id,
             prompt=prompt,
-            seeds=tuple(seed + i for i in range(num_images)),
-            references=tuple(p.report.digest for p in pictures),
+            seeds=tuple(first + i for i in range(num_images)),
+            drawn_seeds=seed is None,
+            references=tuple(p.report for p in pictures),
             idempotency=idempotency,
             options=options,
             **more,
         )
         width, height = self._size(job, pictures)
-        if width * height * num_images > self.settings.max_output_pixels * self.engine.max_batch:
-            raise InvalidRequest("width", f"{width}x{height} has too many pixels for this server")
         if width * height > self.settings.max_output_pixels:
             raise InvalidRequest(
                 "width", f"{width}x{height} is over the {self.settings.max_output_pixels} pixels that are allowed"
             )
         job = replace(job, width=width, height=height)
-        if idempotency is not None:  # asked for again, it takes no place
-            known = await self.runner.store(self.jobs.by_idempotency, owner.id, idempotency)
-            if known is not None:
-                return await self.runner.store(self.jobs.add, job, pictures)
+        known = await self.runner.store(self.jobs.known, job)
+        if known is not None:  # asked for again, it takes no place
+            return known, False
         slot = self.limiter.hold(owner)
         return await self.runner.accept(job, pictures, slot)
 
