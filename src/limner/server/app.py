@@ -80,7 +80,7 @@ def create_app(
         try:
             yield
         finally:
-            service.ready = False
+            service.refuse()
             await runner.stop()
             outbound.close()
             webhook_client.close()

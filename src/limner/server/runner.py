@@ -110,7 +110,7 @@ class JobRunner:
         self._prefills: set[asyncio.Future[Prefilled]] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._ways: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stop_by: float | None = None
         self._webhook_due = asyncio.Event()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="limner-files")  # files and checks, beside the device
         self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="limner-jobs")  # SQLite writes one at a time anyway
@@ -133,8 +133,9 @@ class JobRunner:
         What the engine has drawn is checked, written and ended before the store closes, if that takes no longer than
         `drain` again.
         """
-        self._stopping = True
-        end = time.monotonic() + self.settings.drain
+        self.refuse()
+        assert self._stop_by is not None
+        end = self._stop_by
         while self._coming and time.monotonic() < end:  # promised, and not in the queue yet
             await asyncio.sleep(0.01)
         left = await asyncio.to_thread(self.engine.close, timeout=max(0.0, end - time.monotonic()))
@@ -157,6 +158,11 @@ class JobRunner:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._store_pool.shutdown(wait=True)
 
+    def refuse(self) -> None:
+        """Takes no more jobs, and `stop` waits until `drain` seconds from now."""
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + self.settings.drain
+
     # callers
 
     async def store(self, call: Callable[..., _R], *args: Any, **kwargs: Any) -> _R:
@@ -172,7 +178,7 @@ class JobRunner:
         begun = False
         self._coming += 1
         try:
-            if self._stopping:
+            if self._stop_by is not None:
                 raise QueueFull("the server shuts down; send the request again later")
             self.engine.check(self._request(job, tuple(pictures)))
             self.engine.check_room(beside=self._coming - 1)
@@ -312,7 +318,7 @@ class JobRunner:
                 timeout=timeout, accepted=True,
             )  # fmt: skip
         except QueueFull:
-            if not self._stopping:  # the engine takes what was accepted, unless it is closed
+            if self._stop_by is None:  # the engine takes what was accepted, unless it is closed
                 raise
             _logger.info("job %s is left for the next start", job.id)
         except Exception as error:

@@ -89,6 +89,11 @@ class Service:
         self.outbound = outbound
         self.ready = False
 
+    def refuse(self) -> None:
+        """The beginning of a shutdown: not ready, and no more jobs are taken; what was accepted goes on."""
+        self.ready = False
+        self.runner.refuse()
+
     @property
     def policy(self) -> ReferencePolicy:
         return self.engine.pipe.reference_policy
