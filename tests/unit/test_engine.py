@@ -86,7 +86,9 @@ def reference(seed: int = 0) -> PreparedReference:
     return prepare_reference(picture(64, 64, seed=seed), policy=ReferencePolicy())
 
 
-def request(prompt: str = "a dog", *seeds: int, references: tuple[PreparedReference, ...] = (), **more: Any) -> EditRequest:
+def request(
+    prompt: str = "a dog", *seeds: int, references: tuple[PreparedReference, ...] = (), **more: Any
+) -> EditRequest:
     size = {} if references else {"width": 64, "height": 64}
     return EditRequest(prompt=prompt, seeds=seeds or (0,), references=references, **{**size, **more})
 

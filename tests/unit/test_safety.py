@@ -158,7 +158,9 @@ def test_no_false_alarm_at_the_strictest(nsfw: NsfwImageCheck) -> None:
     ramp = np.linspace(0, 255, 256).astype(np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2)
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     images = [Image.open(file) for file in SAMPLES]
-    images += [Image.new("RGB", (64, 64), c) for c in ("black", "white", "#e0ac69", "#8d5524", "#ffdbac", "red", "pink")]
+    images += [
+        Image.new("RGB", (64, 64), c) for c in ("black", "white", "#e0ac69", "#8d5524", "#ffdbac", "red", "pink")
+    ]
     images += [picture(128, 96), picture(96, 200, seed=1), Image.fromarray(ramp), Image.fromarray(noise)]
     assert len(SAMPLES) == 6
     for image in images:
