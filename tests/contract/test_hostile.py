@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 from tests.network import Network, default_context
 from tests.serving import Served, opened, text
 
-from limner import Pipeline
+from limner import InvalidRequest, Pipeline
 from limner.images import prepare_reference
 from limner.server.access import LimitPolicy
 from limner.server.outbound import OutboundClient, OutboundPolicy
@@ -29,6 +30,7 @@ def corpus() -> ModuleType:
     return module
 
 
+@pytest.mark.filterwarnings("ignore")  # a decoder warns of what it reads; a server logs that
 def test_each_is_refused_and_the_service_goes_on(pipe: Pipeline, tmp_path: Path, corpus: ModuleType) -> None:
     network = Network()
     client = OutboundClient(
@@ -53,12 +55,9 @@ def test_each_is_refused_and_the_service_goes_on(pipe: Pipeline, tmp_path: Path,
         assert served.http.get("/readyz").status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_no_picture_makes_the_decoder_fail_otherwise(pipe: Pipeline, corpus: ModuleType) -> None:
     """Files that are damaged anywhere: read, or refused in words, never anything else."""
-    import random
-
-    from limner.errors import InvalidRequest
-
     rng = random.Random(0)
     read = 0
     exif = {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"}

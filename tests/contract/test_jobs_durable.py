@@ -90,7 +90,13 @@ def test_a_restart_takes_up_what_was_left(pipe: Pipeline, tmp_path: Path, monkey
         gate.shut()
         ids = [served.submit(seed=seed, input_image=text(png(seed=seed)), output_format="png")["id"] for seed in (1, 2)]
         assert gate.entered.wait(60)
-        threading.Timer(0.5, gate.open).start()  # the step that runs has to end before the thread can
+
+        def dropped() -> None:  # what runs has to end before the engine's thread can
+            while not served.engine._closed or served.engine._waiting:
+                time.sleep(0.01)
+            gate.open()
+
+        threading.Thread(target=dropped).start()
     store = JobStore(data)
     assert {job.id for job in store.pending()} == set(ids)
     store.close()
@@ -181,7 +187,8 @@ def test_a_watcher_who_goes_away_is_forgotten(served: Served, monkeypatch: pytes
     id_ = served.submit()["id"]
     live = served.service.runner._live[id_]
     with served.http.stream("GET", f"/v1/jobs/{id_}/events") as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert len(live.watchers) == 1
     end = time.monotonic() + 60
     while live.watchers:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["ServeOptions", "add_key", "default_data", "make_server", "serve"]
+__all__ = ["ServeOptions", "add_key", "check_options", "default_data", "make_server", "serve"]
 
 _logger = logging.getLogger("limner.server")
 
@@ -80,6 +80,11 @@ def add_key(name: str, *, file: str) -> str:
     except OSError as error:
         raise OutputError(f"keys: {file} cannot be written ({error.strerror or error})") from error
     return plain
+
+
+def check_options(options: ServeOptions) -> None:
+    """Raises what can be known to be wrong before a model is loaded."""
+    check_bind(options.host, _keyring(options))
 
 
 def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:

@@ -169,6 +169,8 @@ class Service:
         """
         check_idempotency_key(idempotency)
         check_tolerance(more.get("tolerance", 2))
+        if "\0" in prompt:  # cuts a text short in some of what reads it later
+            raise InvalidRequest("prompt", f"has a NUL character at {prompt.index(chr(0))}; leave it out")
         options = dict(more.pop("options", {}))
         if references is not None:
             if pictures:
