@@ -96,10 +96,11 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (bfl.routes, openai_images.routes, resources.routes, page.routes):
+    for routes in (bfl.routes, openai_images.routes, resources.routes, resources.results, page.routes):
         app.include_router(routes(service))
     _health(app, service, metrics)
     _errors(app)
+    _document(app)
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
@@ -147,6 +148,23 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def metrics_() -> Response:
         body, kind = await asyncio.to_thread(metrics.text)
         return Response(body, headers={"content-type": kind})
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document, without the 422 that FastAPI writes to every route: the OpenAI dialect says 400."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            for path, operations in made()["paths"].items():
+                for operation in operations.values() if is_openai(path) else ():
+                    operation["responses"].pop("422", None)
+            schemas = made()["components"]["schemas"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+        return made()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _errors(app: FastAPI) -> None:

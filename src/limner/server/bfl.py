@@ -17,7 +17,7 @@ from limner.errors import InvalidRequest
 from limner.server.access import Owner
 from limner.server.jobs import Job, Webhook
 from limner.server.runner import Update
-from limner.server.service import Service
+from limner.server.service import KEYS, Service
 from limner.server.webhooks import check_webhook_url
 from limner.server.wire import ERRORS, StrictRoute, cache_report
 
@@ -136,7 +136,7 @@ def _megapixels(*sizes: tuple[int, int]) -> float:
 
 def routes(service: Service) -> APIRouter:
     """The routes of this dialect."""
-    router = APIRouter(tags=["hosted dialect"], route_class=StrictRoute)
+    router = APIRouter(tags=["hosted dialect"], route_class=StrictRoute, dependencies=KEYS)
 
     async def submit(request: Request, inputs: Inputs, owner: Owner, idempotency: str | None) -> dict[str, Any]:
         given = {name: text for name in _FIELDS if (text := getattr(inputs, name)) is not None}

@@ -26,7 +26,7 @@ from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimnerErr
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.jobs import Job
-from limner.server.service import Service, until_gone
+from limner.server.service import KEYS, Service, until_gone
 from limner.server.wire import OPENAI_ERRORS, SafeJSON, StrictRoute, answer_of, cache_report
 
 __all__ = ["routes"]
@@ -122,7 +122,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of this dialect."""
-    router = APIRouter(tags=["OpenAI Images dialect"], route_class=StrictRoute)
+    router = APIRouter(tags=["OpenAI Images dialect"], route_class=StrictRoute, dependencies=KEYS)
     key = Header(None, alias="Idempotency-Key", max_length=255)
 
     async def answer(request: Request, owner: Owner, asked: _Asked, idempotency: str | None) -> Response:

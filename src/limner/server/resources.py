@@ -25,10 +25,10 @@ from limner.server.access import Owner
 from limner.server.bfl import as_result
 from limner.server.jobs import Handle, Job
 from limner.server.runner import SUFFIXES, Update
-from limner.server.service import MEDIA_TYPES, Service
+from limner.server.service import KEYS, MEDIA_TYPES, Service
 from limner.server.wire import ERRORS, StrictRoute
 
-__all__ = ["routes"]
+__all__ = ["results", "routes"]
 
 
 class ReferenceInputs(BaseModel):
@@ -104,7 +104,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of resources."""
-    router = APIRouter(tags=["resources"], route_class=StrictRoute)
+    router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
     runner, jobs = service.runner, service.jobs
 
     @router.post(
@@ -198,6 +198,14 @@ def routes(service: Service) -> APIRouter:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    return router
+
+
+def results(service: Service) -> APIRouter:
+    """The pictures of jobs, which need no key: their URLs are signed."""
+    router = APIRouter(tags=["resources"])
+    runner, jobs = service.runner, service.jobs
 
     @router.get(
         "/v1/results/{id}/{name}",

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.requests import Request
 
 from limner import images
@@ -33,11 +35,18 @@ from limner.server.jobs import Handle, Job, JobStore, check_idempotency_key
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.runner import SUFFIXES, JobRunner, RunnerSettings
 
-__all__ = ["MEDIA_TYPES", "ServeSettings", "Service", "until_gone"]
+__all__ = ["KEYS", "MEDIA_TYPES", "ServeSettings", "Service", "until_gone"]
 
 _logger = logging.getLogger("limner.server")
 _KEY = re.compile(r"[0-9a-f]{64}")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+KEYS = [
+    Security(APIKeyHeader(name="x-key", scheme_name="key", auto_error=False)),
+    Security(HTTPBearer(scheme_name="bearer", auto_error=False)),
+]
+"""For the OpenAPI document: either way to send a key. `Service.owner` is what reads and checks it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
