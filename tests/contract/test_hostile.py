@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import socket
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from tests.serving import Served, opened, text
 from limner import InvalidRequest, Pipeline
 from limner.images import prepare_reference
 from limner.server.access import LimitPolicy
+from limner.server.connection import HastyProtocol
 from limner.server.outbound import OutboundClient, OutboundPolicy
 
 
@@ -78,3 +81,21 @@ def test_no_picture_makes_the_decoder_fail_otherwise(pipe: Pipeline, corpus: Mod
                 pass
     assert read > 20
     assert opened(corpus.picture()).size == (96, 80)
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HastyProtocol, "head_seconds", 0.3)
+    with Served(pipe, tmp_path / "data") as served:
+        for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: ", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h"):
+            with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+                connection.sendall(sent)
+                answer = b""
+                while more := connection.recv(65536):  # until the server closes
+                    answer += more
+            assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+        end = time.monotonic() + 1.0  # one that is answered for longer than a head may take
+        while time.monotonic() < end:
+            assert served.http.get("/healthz").status_code == 200
+            time.sleep(0.1)

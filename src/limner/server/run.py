@@ -152,6 +152,8 @@ def make_server(
     """uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
+    from limner.server.connection import HastyProtocol
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.service.refuse()  # before it waits for callers whose jobs run
@@ -162,7 +164,7 @@ def make_server(
             app,
             host=host,
             port=port,
-            http="h11",
+            http=HastyProtocol,
             ws="none",
             log_config=None,
             access_log=False,
