@@ -15,7 +15,9 @@ from PIL import Image
 from limner import Pipeline
 from limner.weights.folder import bundled_model
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; threads of OpenMP beside each other would wait and spin
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; threads of OpenMP beside each other would wait and spin
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for what tests start
 

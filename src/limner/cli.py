@@ -186,6 +186,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
     limits.add_argument("--max-batch", type=int, default=10, metavar="N", help="images drawn at once (10)")
+    limits.add_argument("--images-per-key", type=int, metavar="N", help="images a key may have in all (no limit)")
     limits.add_argument("--requests-per-minute", type=float, default=600, metavar="N", help="of one key (600)")
     limits.add_argument("--concurrent", type=int, default=24, metavar="N", help="unfinished jobs of one key (24)")
     limits.add_argument("--keep-results", type=float, default=600, metavar="S", help="seconds (600)")
@@ -709,7 +710,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from limner.server.run import ServeOptions, add_key, default_data, serve
+    from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
     if args.new_key is not None:
         if args.keys is None:
@@ -718,11 +719,19 @@ def _serve(args: argparse.Namespace) -> None:
         return
     if not 0 <= args.port <= 65535:
         raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
+    options = ServeOptions(
+        host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys, unsafe=args.unsafe_no_checks,
+        terms=args.terms, certificate=args.c2pa_certificate, private_key=args.c2pa_key,
+        development_certificate=args.c2pa_development, fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
+        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
+        max_batch=args.max_batch, images_per_key=args.images_per_key, keep_results=args.keep_results, drain=args.drain,
+        public_url=args.public_url, tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
+    )  # fmt: skip
+    check_options(options)
     import torch
 
     from limner.pipeline import Pipeline
 
-    data = args.data or default_data()
     loras = _lora_files(args)
     pipe = Pipeline.from_pretrained(
         args.model,
@@ -735,14 +744,6 @@ def _serve(args: argparse.Namespace) -> None:
         **_parts(args),
     )
     _load_loras(pipe, loras)
-    options = ServeOptions(
-        host=args.host, port=args.port, data=data, keys=args.keys, unsafe=args.unsafe_no_checks, terms=args.terms,
-        certificate=args.c2pa_certificate, private_key=args.c2pa_key, development_certificate=args.c2pa_development,
-        fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
-        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
-        max_batch=args.max_batch, keep_results=args.keep_results, drain=args.drain, public_url=args.public_url,
-        tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
-    )  # fmt: skip
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
 

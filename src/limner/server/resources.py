@@ -6,7 +6,7 @@ listed, watched and cancelled, results are read under signed URLs.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -14,20 +14,21 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
-from limner.errors import InvalidRequest, NotFound
+from limner.errors import InvalidRequest, Moderated, NotFound
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.bfl import as_result
 from limner.server.jobs import Handle, Job
 from limner.server.runner import SUFFIXES, Update
-from limner.server.service import MEDIA_TYPES, Service
-from limner.server.wire import ERRORS
+from limner.server.service import KEYS, MEDIA_TYPES, Service
+from limner.server.wire import ERRORS, StrictRoute
 
-__all__ = ["routes"]
+__all__ = ["results", "routes"]
 
 
 class ReferenceInputs(BaseModel):
@@ -103,7 +104,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of resources."""
-    router = APIRouter(tags=["resources"])
+    router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
     runner, jobs = service.runner, service.jobs
 
     @router.post(
@@ -118,22 +119,22 @@ def routes(service: Service) -> APIRouter:
         pictures, tolerance = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
-            raise InvalidRequest("images", finding.reason)
+            raise Moderated(finding.reason)
         with service.limiter.hold(owner):
             service.engine.check_room()
             references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
         described = {
-            "reports": [asdict(p.report) for p in pictures],
             "num_tokens": references.num_tokens,
             "nbytes": references.nbytes,
             "prefill_seconds": round(references.prefill_seconds, 4),
             "tolerance": tolerance,
         }
-        digests = tuple(p.report.digest for p in pictures)
+        reports = tuple(p.report for p in pictures)
         handle = await runner.store(
             jobs.add_handle,
-            Handle(owner=owner.id, key=references.key, references=digests, described=described),
+            Handle(owner=owner.id, key=references.key, references=reports, described=described),
             pictures,
+            max_handles=service.settings.max_handles,
         )
         saved = 0.0 if source == "miss" else round(references.prefill_seconds, 4)
         return {**_reference(handle), "cache": source, "seconds_saved": saved}
@@ -157,14 +158,13 @@ def routes(service: Service) -> APIRouter:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
-        data = await runner.aside(jobs.picture_file(handle.references[number - 1]).read_bytes)
+        data = await runner.aside(jobs.picture_file(handle.references[number - 1].digest).read_bytes)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
     async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
-        await runner.store(jobs.remove_handle, owner.id, id)
-        if id not in await runner.store(jobs.all_keys):  # nobody else holds them
+        if await runner.store(jobs.remove_handle, owner.id, id):  # nobody else has them
             await runner.aside(service.engine.pipe.store.remove, id)
         return {"id": id, "deleted": True}
 
@@ -184,7 +184,7 @@ def routes(service: Service) -> APIRouter:
     @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
     async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.job(owner, id)
-        if await runner.cancel(id):
+        if runner.cancel(id):
             await runner.wait(id)
         return _entry(service, request, await service.job(owner, id))
 
@@ -198,6 +198,14 @@ def routes(service: Service) -> APIRouter:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    return router
+
+
+def results(service: Service) -> APIRouter:
+    """The pictures of jobs, which need no key: their URLs are signed."""
+    router = APIRouter(tags=["resources"])
+    runner, jobs = service.runner, service.jobs
 
     @router.get(
         "/v1/results/{id}/{name}",
@@ -233,7 +241,12 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
     """Pictures and tolerance of a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        inputs = ReferenceInputs.model_validate_json(await request.body())
+        try:
+            inputs = ReferenceInputs.model_validate(await request.json())
+        except json.JSONDecodeError as error:
+            raise InvalidRequest("body", f"is not JSON ({error})") from None
+        except ValidationError as error:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
         return await service.prepare_texts(texts), inputs.safety_tolerance
     if kind != "multipart/form-data":
@@ -258,7 +271,8 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
 def _reference(handle: Handle) -> dict[str, Any]:
     told = handle.described
     return {
-        "id": handle.key, "created": handle.created, "references": told["reports"], "num_tokens": told["num_tokens"],
+        "id": handle.key, "created": handle.created, "references": [asdict(report) for report in handle.references],
+        "num_tokens": told["num_tokens"],
         "nbytes": told["nbytes"], "prefill_seconds": told["prefill_seconds"],
     }  # fmt: skip
 
@@ -282,23 +296,11 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
 
 async def _events(service: Service, request: Request, job: Job) -> AsyncIterator[str]:
     """Each update as an event named by its state; a comment line now and then keeps the connection."""
-    updates = service.runner.watch(job.id)
-    upcoming: asyncio.Future[Update] | None = None
-    try:
-        while True:
-            upcoming = upcoming or asyncio.ensure_future(anext(updates))
-            done, _ = await asyncio.wait({upcoming}, timeout=15)
-            if not done:
+    async with contextlib.aclosing(service.runner.watch(job.id, idle=15)) as updates:
+        async for update in updates:
+            if update is None:
                 yield ": waiting\n\n"
                 continue
-            try:
-                update = upcoming.result()
-            except StopAsyncIteration:
-                return
-            upcoming = None
             current = await service.runner.store(service.jobs.get, job.id) if update.progress == 1.0 else job
             entry = _entry(service, request, current or job, update)
             yield f"event: {update.state}\ndata: {json.dumps(entry)}\n\n"
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()
