@@ -22,7 +22,7 @@ export function seconds(value) {
   return `${value >= 10 ? value.toFixed(0) : value >= 0.1 ? value.toFixed(1) : value.toFixed(2)} s`;
 }
 
-export const size = ([width, height]) => `${width}×${height}`;
+export const size = ([width, height]) => `${width}x${height}`;
 
 export function plural(count, one, many = `${one}s`) {
   return `${count} ${count === 1 ? one : many}`;

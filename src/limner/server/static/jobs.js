@@ -145,7 +145,7 @@ export class Jobs extends EventTarget {
       const open = h("button", { type: "button", className: "picture", title: "Compare", onclick: () => this.#emit("compare", `${entry.id}/${i + 1}`) }, image);
       const tools = h("div", { className: "tools" },
         h("a", { className: "button", href: path, download: name, textContent: "Download" }),
-        h("button", { type: "button", textContent: "Use as reference", onclick: () => this.#emit("reference", { path, name }) }),
+        h("button", { type: "button", textContent: "As reference", title: "Use this result as a reference", onclick: () => this.#emit("reference", { path, name }) }),
         h("button", { type: "button", textContent: "Compare", onclick: () => this.#emit("compare", `${entry.id}/${i + 1}`) }));
       const seed = h("button", { type: "button", className: "seed small", title: "Use this seed", textContent: `seed ${seeds[i]}`, "aria-label": `Use seed ${seeds[i]}`, onclick: () => this.#emit("seed", seeds[i]) });
       const figure = h("figure", {}, open, h("figcaption", {}, seed, tools));
