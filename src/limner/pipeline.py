@@ -429,6 +429,16 @@ class Pipeline:
         """What `prefill` gives, and where it came from: "miss", "memory" or "disk"."""
         return self._references(self._prepare(image), num_own=0, batch=1)
 
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """The content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        return reference_key(
+            weights=self.reference_weights,
+            dtype=self.dtype,
+            kernel=self.kernel,
+            digests=[p.report.digest for p in prepared],
+            quantization=self.kv_cache_dtype,
+        )
+
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
         single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
         pictures = [image] if single else image
@@ -463,14 +473,7 @@ class Pipeline:
                 prefill_seconds=self._now() - start,
             )
 
-        key = reference_key(
-            weights=weights,
-            dtype=self.dtype,
-            kernel=kernel,
-            digests=[report.digest for report in reports],
-            quantization=quantization,
-        )
-        references, source = self.store.get(key, make, device=self.device)
+        references, source = self.store.get(self.key_of(prepared), make, device=self.device)
         return _with_reports(references, reports), source
 
     def _check_given(self, references: References) -> References:
