@@ -2,8 +2,8 @@
 
 The memory hit is `pipe.prefill(picture)` of the bundled model with the picture known: preparing, digest, look-up. The disk
 hit is a new store that reads the entry of random weights (hidden 3072, 5 double- and 20 single-stream blocks by default),
-checksums included, with the file in the page cache and, where the system lets go of it, from the device. Medians, of the prefill
-one run; the last line is one JSON object.
+checksums included, with the file in the page cache and, where the system lets go of it, from the device. Medians, of the
+prefill one run; the last line is one JSON object.
 
     .venv/bin/python benchmarks/store.py -o benchmarks/results/store.json
 """

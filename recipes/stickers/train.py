@@ -42,6 +42,8 @@ GEOMETRY = TransformerConfig(
 DECAY_PART = 0.4
 NUM_STEPS = 4
 LATER_SHARES = (0.15, 0.2, 0.65)
+DRAW_WEIGHT = 2
+"""How much oftener a sitting without references is drawn than one with them."""
 
 
 class Model(nn.Module):
@@ -107,7 +109,8 @@ def grid(size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Batches:
-    """Batches of sittings of one layout each (sizes of result and references), drawn in proportion to their number."""
+    """Batches of sittings of one layout each (sizes of result and references), drawn in proportion to their number,
+    those to draw from text `DRAW_WEIGHT` times as often."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data
@@ -117,7 +120,10 @@ class Batches:
 
     def draw(self, rng: random.Random, examples: int) -> dict[str, Any]:
         layouts = list(self._layouts.values())
-        (sittings,) = rng.choices(layouts, [len(layout) for layout in layouts])
+        shares = [len(layout) * (1 if layout[0]["references"] else DRAW_WEIGHT) for layout in layouts]
+        (sittings,) = rng.choices(layouts, shares)
+        if not sittings[0]["references"]:  # the cheapest steps, and the task that needs the most examples
+            examples *= 2
         return self.collect([rng.choice(sittings) for _ in range(examples // len(sittings[0]["prompts"]))])
 
     def validation(self) -> dict[str, list[dict[str, Any]]]:

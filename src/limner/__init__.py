@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         CheckpointError,
         InvalidRequest,
         LimnerError,
+        MissingExtra,
         NumericalError,
         OutputError,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "Flux2KleinKVPipeline",
     "InvalidRequest",
     "LimnerError",
+    "MissingExtra",
     "NumericalError",
     "OutputError",
     "Pipeline",
@@ -57,6 +59,7 @@ _HOMES = {
         "CheckpointError",
         "InvalidRequest",
         "LimnerError",
+        "MissingExtra",
         "NumericalError",
         "OutputError",
     ),

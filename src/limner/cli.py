@@ -101,12 +101,29 @@ def build_parser() -> argparse.ArgumentParser:
     _part_arguments(convert)
     convert.set_defaults(run=_convert)
 
+    verify = commands.add_parser(
+        "verify",
+        help="say where pictures come from: metadata and C2PA manifest",
+        description="Read the metadata and check the C2PA manifest of pictures; exit code 1 if one is broken.",
+    )
+    verify.add_argument("file", nargs="+", metavar="FILE", help="pictures: PNG, JPEG or WebP")
+    verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_verify_pictures)
+
     bench = commands.add_parser(
         "bench",
         help="measure a 4-step edit beside diffusers",
         description="Measure a 4-step edit beside diffusers: the same random weights, one run, medians.",
     )
     _bench_arguments(bench)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve the model over HTTP: two API dialects, references as handles, a page",
+        description="Serve the model over HTTP: two API dialects, references as handles, a page at /.",
+    )
+    _serve_arguments(serve)
 
     refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
     _refs_parser(refs)
@@ -146,6 +163,50 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", help="attention kernel of Limner; default: the device's")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here, and the table beside it as .md")
     parser.set_defaults(run=_bench)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of jobs and results (default: ~/.local/share/limner/serve)"
+    )
+    parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
+    parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _store_argument(parser, help="folder in which K/V of references are kept across restarts")
+    _budget_argument(parser)
+    _kv_argument(parser)
+    _reference_arguments(parser)
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
+    limits.add_argument("--max-batch", type=int, default=10, metavar="N", help="images drawn at once (10)")
+    limits.add_argument("--requests-per-minute", type=float, default=600, metavar="N", help="of one key (600)")
+    limits.add_argument("--concurrent", type=int, default=24, metavar="N", help="unfinished jobs of one key (24)")
+    limits.add_argument("--keep-results", type=float, default=600, metavar="S", help="seconds (600)")
+    limits.add_argument("--drain", type=float, default=30, metavar="S", help="seconds a shutdown waits for jobs (30)")
+    reach = parser.add_argument_group("reach")
+    reach.add_argument("--public-url", metavar="URL", help="what callers reach the server under, for URLs in answers")
+    reach.add_argument("--tls-certificate", metavar="FILE", help="PEM chain; serves https")
+    reach.add_argument("--tls-key", metavar="FILE", help="PEM key")
+    reach.add_argument("--fetch-urls", action="store_true", help="fetch pictures that are named by https URL")
+    reach.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="an origin that webhooks and fetches may reach although it is not public, as http://127.0.0.1:9000",
+    )  # fmt: skip
+    safe = parser.add_argument_group("safety and provenance")
+    safe.add_argument("--unsafe-no-checks", action="store_true", help="check neither prompts nor pictures")
+    safe.add_argument("--terms", metavar="FILE", help="more terms that prompts may not have, one a line")
+    safe.add_argument("--c2pa-certificate", metavar="FILE", help="sign results: PEM chain")
+    safe.add_argument("--c2pa-key", metavar="FILE", help="sign results: PEM key")
+    safe.add_argument(
+        "--c2pa-development", action="store_true", help="sign with a certificate made here, marked as such"
+    )
+    parser.add_argument("--log", choices=("json", "text"), default="json", help="form of the log on stderr")
+    parser.set_defaults(run=_serve)
 
 
 def _refs_parser(refs: argparse.ArgumentParser) -> None:
@@ -547,7 +608,9 @@ def _bench(args: argparse.Namespace) -> None:
 
     from limner.bench import Bench, BenchCase, as_markdown, geometry, machine
     from limner.model.attention import KERNELS
+    from limner.pipeline import check_device
 
+    check_device(args.device)
     for name in ("references", "side", "reference_side", "batch", "text", "rounds", "geometry"):
         values = getattr(args, name)
         low = 0 if name == "references" else 1
@@ -596,6 +659,42 @@ def _bench(args: argparse.Namespace) -> None:
 def _parts(args: argparse.Namespace) -> dict[str, Any]:
     """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
     return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from limner.server.run import ServeOptions, add_key, default_data, serve
+
+    if args.new_key is not None:
+        if args.keys is None:
+            raise InvalidRequest("--new-key", "needs --keys FILE, to which its hash is added")
+        print(add_key(args.new_key, file=args.keys))
+        return
+    if not 0 <= args.port <= 65535:
+        raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
+    import torch
+
+    from limner.pipeline import Pipeline
+
+    data = args.data or default_data()
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
+        device=args.device,
+        store=_store(args, disk_bytes=args.store_bytes) if args.store else None,
+        reference_policy=_policy(args),
+        quantize=args.quantize,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    options = ServeOptions(
+        host=args.host, port=args.port, data=data, keys=args.keys, unsafe=args.unsafe_no_checks, terms=args.terms,
+        certificate=args.c2pa_certificate, private_key=args.c2pa_key, development_certificate=args.c2pa_development,
+        fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
+        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
+        max_batch=args.max_batch, keep_results=args.keep_results, drain=args.drain, public_url=args.public_url,
+        tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
+    )  # fmt: skip
+    name = "limner-stickers" if args.model is None else Path(args.model).name
+    serve(pipe, options, model_name=name)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -694,3 +793,29 @@ def _verify(args: argparse.Namespace) -> int:
     lines = [f"{name}: {'whole' if problem is None else problem}" for name, problem in found.items()]
     _print(args, {"files": found}, "\n".join(lines) or "nothing to verify")
     return int(any(found.values()))
+
+
+def _verify_pictures(args: argparse.Namespace) -> int:
+    from limner.images import printable
+    from limner.provenance import read
+
+    try:
+        trust = Path(args.trust).read_bytes() if args.trust else None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("--trust", f"{args.trust} cannot be read ({error}); give a PEM file") from None
+    code, found = 0, []
+    for file in args.file:
+        try:
+            report = read(file, trust=trust)
+        except InvalidRequest as error:  # the others are looked at all the same
+            print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
+            found.append({"file": file, "error": str(error)})
+            code = 2
+            continue
+        found.append({"file": file, "whole": report.whole, **asdict(report)})
+        code = max(code, int(not report.whole))
+        if not args.json:
+            print("\n  ".join([f"{printable(file)}:", *report.describe()]))
+    if args.json:
+        print(json.dumps({"files": found}))
+    return code

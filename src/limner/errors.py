@@ -6,13 +6,21 @@ Every message names the field, the value that came, what is allowed and what to 
 from __future__ import annotations
 
 __all__ = [
+    "AccessDenied",
     "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "Conflict",
+    "DeadlineExceeded",
     "InvalidRequest",
     "LimnerError",
+    "MissingExtra",
+    "NotFound",
     "NumericalError",
     "OutputError",
+    "QueueFull",
+    "RateLimited",
+    "RemoteError",
 ]
 
 
@@ -36,6 +44,13 @@ class CapacityError(LimnerError):
     """The request is valid and does not fit in memory; the message has the numbers."""
 
 
+class MissingExtra(LimnerError, ImportError):
+    """What was asked for needs packages of an optional extra: the message has the command that installs them."""
+
+    def __init__(self, what: str, *, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed; pip install 'limner[{extra}]'")
+
+
 class NumericalError(LimnerError):
     """The arithmetic broke down: values that are not finite, from damaged weights or too narrow a dtype."""
 
@@ -46,3 +61,39 @@ class OutputError(LimnerError):
 
 class Cancelled(LimnerError):
     """Raise it in a step callback to stop the run: it reaches the caller, and no picture is made."""
+
+
+class DeadlineExceeded(LimnerError):
+    """A request was not done within the time that it was given."""
+
+
+class QueueFull(LimnerError):
+    """As many requests wait as may, or no more are taken; the same request may be sent again later."""
+
+
+class Conflict(LimnerError):
+    """The request contradicts what is there already."""
+
+
+class AccessDenied(LimnerError):
+    """The caller may not use the service. `missing`: no key came at all; otherwise the one that came is not valid."""
+
+    def __init__(self, problem: str, *, missing: bool) -> None:
+        super().__init__(problem)
+        self.missing = missing
+
+
+class RateLimited(LimnerError):
+    """Too much at once from one caller; `retry_after` is in whole seconds, at least 1."""
+
+    def __init__(self, problem: str, *, retry_after: int) -> None:
+        super().__init__(f"{problem}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class RemoteError(LimnerError):
+    """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""
+
+
+class NotFound(LimnerError):
+    """What was named is not here, or not for this caller."""

@@ -17,15 +17,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FORMATS",
@@ -35,6 +36,7 @@ __all__ = [
     "ReferenceReport",
     "check_output",
     "decode",
+    "encode",
     "prepare_reference",
     "printable",
     "read_metadata",
@@ -83,9 +85,15 @@ class PreparedReference:
     data: bytes
     report: ReferenceReport
 
+    def computed_digest(self) -> str:
+        """SHA-256 in hex of size and pixels; that of the report, unless somebody changed one of them."""
+        return _digest(self.data, self.report.processed_size)
+
     @property
     def pixels(self) -> Tensor:
         """(3, height, width) uint8; made when asked for: a reference whose K/V are kept needs its digest alone."""
+        import torch  # here: who reads the metadata of a file needs none of it
+
         width, height = self.report.processed_size
         values = np.frombuffer(self.data, np.uint8).reshape(height, width, 3)
         return torch.from_numpy(values.transpose(2, 0, 1).copy())
@@ -226,8 +234,6 @@ def prepare_reference(
     if kept != (width, height):
         rgb = rgb.crop((left, top, left + kept[0], top + kept[1]))
     data = rgb.tobytes()
-    digest = hashlib.sha256(f"{kept[0]}x{kept[1]}:".encode())
-    digest.update(data)
     return PreparedReference(
         data=data,
         report=ReferenceReport(
@@ -236,9 +242,15 @@ def prepare_reference(
             resized_to=resized,
             cut=(left, top, width - kept[0] - left, height - kept[1] - top),
             processed_size=kept,
-            digest=digest.hexdigest(),
+            digest=_digest(data, kept),
         ),
     )
+
+
+def _digest(data: bytes, size: tuple[int, int]) -> str:
+    digest = hashlib.sha256(f"{size[0]}x{size[1]}:".encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def to_pixels(pixels: Tensor) -> Tensor:
@@ -294,15 +306,25 @@ def written_beside(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Saves a picture as its ending says, `metadata` with it; `read_metadata` reads it back.
+def encode(
+    image: Image.Image,
+    format: str,  # noqa: A002
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    quality: int = 95,
+) -> bytes:
+    """A picture as the bytes of a file, `metadata` with it; `read_metadata` reads it back.
 
-    JPEG and WebP take 60,000 bytes of metadata; of a longer prompt they get the start, and its length and digest.
+    `format` is PNG, JPEG or WEBP in any case; `quality` (1 to 100) is for the last two. JPEG and WebP take 60,000 bytes
+    of metadata; of a longer prompt they get the start, and its length and digest. Raises `InvalidRequest`.
     """
-    path = check_output(path)
+    kind = format.upper()
+    if kind not in FORMATS.values():
+        raise InvalidRequest("format", f"{format!r} is not written; use {', '.join(sorted(set(FORMATS.values())))}")
+    if not 1 <= quality <= 100:
+        raise InvalidRequest("quality", f"{quality} is not within 1 to 100")
     text = json.dumps(dict(metadata or {}), ensure_ascii=True, sort_keys=True)
     buffer = io.BytesIO()
-    kind = FORMATS[path.suffix.lower()]
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_text(_METADATA_KEY, text)
@@ -311,8 +333,14 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = _METADATA_KEY
         exif[ExifTags.Base.ImageDescription] = text if len(text) <= _EXIF_BYTES else _shortened(metadata or {})
-        image.save(buffer, kind, quality=95, exif=exif)
-    write_beside(path, buffer.getvalue())
+        image.save(buffer, kind, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Saves a picture as its ending says, as `encode` makes it."""
+    path = check_output(path)
+    write_beside(path, encode(image, FORMATS[path.suffix.lower()], metadata=metadata))
 
 
 def _shortened(metadata: Mapping[str, Any]) -> str:
@@ -325,9 +353,9 @@ def _shortened(metadata: Mapping[str, Any]) -> str:
     return json.dumps({**metadata, **start}, ensure_ascii=True, sort_keys=True)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata that `save` wrote, or {}."""
-    with Image.open(path) as image:
+def read_metadata(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """The metadata that `save` or `encode` wrote, or {}; from a file or its bytes."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         text = image.info.get(_METADATA_KEY)
         if text is None and image.getexif().get(ExifTags.Base.Software) == _METADATA_KEY:
             text = image.getexif().get(ExifTags.Base.ImageDescription)

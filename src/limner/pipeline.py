@@ -51,7 +51,16 @@ from limner.weights.folder import (
 )
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 
-__all__ = ["Pipeline", "PipelineOutput", "PromptReport", "Timings"]
+__all__ = [
+    "Pipeline",
+    "PipelineOutput",
+    "PromptReport",
+    "Timings",
+    "check_device",
+    "check_fits",
+    "check_prompt",
+    "check_size",
+]
 
 _logger = logging.getLogger("limner")
 _GRID = 16
@@ -114,7 +123,8 @@ class PipelineOutput:
     `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
     latents, as `output_type` asked. `seeds` has one entry an image: the seed that makes it alone, or None where there is
     none (given latents, a generator used before, the later images of a batch that shares one generator).
-    `reference_cache` says where the K/V came from; `references` what happened to each picture.
+    `reference_cache` says where the K/V came from, `reference_key` what they are kept under, `seconds_saved` what making
+    them took where that was not done again; `references` say what happened to each picture.
     """
 
     images: Any
@@ -122,6 +132,8 @@ class PipelineOutput:
     timings: Timings
     reference_cache: Literal["none", "miss", "memory", "disk", "given"]
     references: tuple[ReferenceReport, ...] = ()
+    reference_key: str | None = None
+    seconds_saved: float = 0.0
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -188,7 +200,7 @@ class Pipeline:
         _check_kv_cache_dtype(kv_cache_dtype)
         if quantize not in (None, "int8"):
             raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
-        device = _check_device(device)
+        device = check_device(device)
         given = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
         folder = resolve_model(model, without=[part for part, source in given.items() if source is not None])
         settings = read_settings(folder)
@@ -278,7 +290,7 @@ class Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
         cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
-            target = _check_device(target)
+            target = check_device(target)
         for part in (self.transformer, self.autoencoder, self.text_encoder):
             with contextlib.nullcontext() if cast else self._digests.moving(part):
                 part.to(target)
@@ -321,7 +333,12 @@ class Pipeline:
     @_typed_memory_errors
     def prefill(self, image: Picture | Sequence[Picture]) -> References:
         """The K/V of an ordered list of references, from the store or computed."""
-        return self._references(self._prepare(image), num_own=0, batch=1)[0]
+        return self.prefill_from(image)[0]
+
+    @_typed_memory_errors
+    def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
+        """What `prefill` gives, and where it came from: "miss", "memory" or "disk"."""
+        return self._references(self._prepare(image), num_own=0, batch=1)
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
         single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
@@ -394,9 +411,20 @@ class Pipeline:
         return _with_reports(self.store.place(references, device=self.device), references.reports)
 
     def _admit(self, *, num_ref: int, num_own: int, batch: int) -> None:
-        """Refuses what cannot fit in free memory, with the numbers. Counts are of tokens of 16x16 pixels.
+        """Refuses what cannot fit in free memory, with the numbers; arguments as of `memory_needed`."""
+        needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + unused
+        else:
+            free = psutil.virtual_memory().available
+        check_fits(needed, free, num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
+        """Bytes that a call takes at its widest moment, beside the weights. Counts are of tokens of 16x16 pixels.
 
         `num_ref` counts references that are yet to be prefilled: K/V that are kept already are in memory already.
+        `num_own` are the text and output tokens of one image.
         """
         config, size = self.transformer.config, self.dtype.itemsize
         kept = num_ref * config.num_layers * 2 * config.width * size
@@ -406,18 +434,7 @@ class Pipeline:
             max(num_ref, num_own) * _GRID**2 * 3 * max(self.autoencoder.network.config.block_out_channels[:2]) * size
         )
         pictures = batch * num_own * _GRID**2 * 3 * 4
-        needed = kept + max(blocks, decoder) + pictures
-        if self.device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            free = torch.cuda.mem_get_info(self.device)[0] + unused
-        else:
-            free = psutil.virtual_memory().available
-        if needed > free:
-            what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
-            if num_ref:
-                what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
-                remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
-            raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")
+        return int(kept + max(blocks, decoder) + pictures)
 
     # prompts
 
@@ -481,7 +498,8 @@ class Pipeline:
         `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
         `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
         `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
-        (B, S_img, C), and may give back changed latents and prompt_embeds; it may also ask for denoised, the clean tokens
+        (B, S_img, C), and may give back changed latents and prompt_embeds, and rows, the list of those images of the
+        batch that go on (the others are dropped, also from the output); it may also ask for denoised, the clean tokens
         that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
         raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps. `progress(part, done, of)`
         hears of every part. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
@@ -519,8 +537,8 @@ class Pipeline:
         batch = num_prompts * num_images_per_prompt
         if latents is not None:
             height, width = self._check_latents(latents, batch=batch, height=height, width=width)
-        width = _check_side("width", width if width is not None else (sizes or [self.default_size])[0][0])
-        height = _check_side("height", height if height is not None else (sizes or [self.default_size])[0][1])
+        width = check_size("width", width if width is not None else (sizes or [self.default_size])[0][0])
+        height = check_size("height", height if height is not None else (sizes or [self.default_size])[0][1])
         grid = (height // _GRID, width // _GRID)
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
         num_own = grid[0] * grid[1] + num_txt
@@ -546,7 +564,7 @@ class Pipeline:
             report("references", 1, 1)
         references_done = self._now()
 
-        tokens, step_seconds = self._denoise(
+        tokens, step_seconds, rows = self._denoise(
             pack(noise),
             prompt_embeds,
             levels,
@@ -575,10 +593,12 @@ class Pipeline:
             return (pictures,)
         return PipelineOutput(
             images=pictures,
-            seeds=seeds,
+            seeds=tuple(seeds[row] for row in rows),
             timings=timings,
             reference_cache=cache,
             references=given.reports if given else (),
+            reference_key=given.key if given else None,
+            seconds_saved=given.prefill_seconds if given and cache != "miss" else 0.0,
             prompts=prompt_reports,
             metadata={
                 "height": height,
@@ -600,8 +620,9 @@ class Pipeline:
         callback: StepCallback | None,
         callback_inputs: Sequence[str],
         report: Progress,
-    ) -> tuple[Tensor, tuple[float, ...]]:
-        """Noise tokens (B, S_img, C) to clean ones in float32, and the seconds of each step."""
+    ) -> tuple[Tensor, tuple[float, ...], list[int]]:
+        """Noise tokens (B, S_img, C) to clean ones in float32, the seconds of each step, and which images they are."""
+        rows = list(range(len(latents)))
         img_ids, txt_ids = image_ids(grid), text_ids(prompt_embeds.shape[1])
         rope = self.transformer.rope(torch.cat([txt_ids, img_ids]))
         timesteps, levels = (levels[:-1] * 1000).to(self.device), levels.to(self.device)
@@ -634,11 +655,19 @@ class Pipeline:
                         raise InvalidRequest("callback_on_step_end", f"gave back {name} that are not {list(old.shape)}")
                 latents = changed.get("latents", latents).to(self.device)
                 prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                if (kept := changed.get("rows")) is not None:
+                    if not kept or sorted({*kept} & {*range(len(rows))}) != list(kept):
+                        raise InvalidRequest(
+                            "callback_on_step_end",
+                            f"gave back rows {kept}; allowed: rising numbers of the {len(rows)} images of the batch",
+                        )
+                    rows = [rows[i] for i in kept]
+                    latents, prompt_embeds = latents[kept], prompt_embeds[kept]
             seconds.append(self._now() - start)
             if self._interrupt:
                 break
         report("step", len(timesteps), len(timesteps))
-        return latents, tuple(seconds)
+        return latents, tuple(seconds), rows
 
     def _now(self) -> float:
         """Seconds of a clock, after all work that was given to the device is done."""
@@ -724,6 +753,17 @@ def _with_reports(references: References, reports: tuple[ReferenceReport, ...]) 
     return references if references.reports == reports else replace(references, reports=reports)
 
 
+def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int) -> None:
+    """Raises `CapacityError` with the numbers where `needed` bytes are more than `free`."""
+    if needed <= free:
+        return
+    what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
+    if num_ref:
+        what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
+        remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
+    raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")
+
+
 def _silent(part: str, done: int, of: int) -> None:
     """The progress of callers that do not ask for it."""
 
@@ -745,17 +785,20 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
     if not prompts:
         raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
     for text in prompts:
-        if not isinstance(text, str):
-            raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
-        if not text.strip():
-            raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                "prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8"
-            ) from None
+        check_prompt(text)
     return prompts
+
+
+def check_prompt(text: object) -> None:
+    """Raises `InvalidRequest` where a prompt is no text to draw from."""
+    if not isinstance(text, str):
+        raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
+    if not text.strip():
+        raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8") from None
 
 
 def _check_embeds(prompt_embeds: Tensor | None, transformer: Transformer) -> int:
@@ -795,7 +838,8 @@ def _check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(layers)
 
 
-def _check_side(name: str, value: int) -> int:
+def check_size(name: str, value: int) -> int:
+    """A side of the output in pixels. Raises `InvalidRequest`."""
     if not isinstance(value, int):
         raise InvalidRequest(name, f"{name}={value!r} is not a whole number of pixels")
     if value < 64 or value % _GRID:
@@ -805,7 +849,8 @@ def _check_side(name: str, value: int) -> int:
     return value
 
 
-def _check_device(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
+    """A device of this machine. Raises `InvalidRequest`."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):

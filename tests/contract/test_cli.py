@@ -351,6 +351,9 @@ def test_bench_measures_the_same_edit(files: Path) -> None:
     assert 0 < two["relative_difference"]["int8_warm"] < 0.1
     assert two["kept_bytes"] == 2 * 16 * 3 * 2 * 128 * 4
     assert "| Limner, references kept |" in (files / "bench.md").read_text()
+    refused = run("bench", "--device", "cuda:99")
+    assert refused.returncode == 2
+    assert "device: cuda:99 is not on this machine" in refused.stderr
     refused = run("bench", "--side", 100)
     assert (refused.returncode, "--side: 100 is not a multiple of 16" in refused.stderr) == (2, True)
 

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from tests.conftest import picture
 
 from limner import InvalidRequest, OutputError, ReferencePolicy
-from limner.images import FORMATS, decode, prepare_reference, read_metadata, save, to_pil, to_pixels
+from limner.images import FORMATS, decode, encode, prepare_reference, read_metadata, save, to_pil, to_pixels
 
 POLICY = ReferencePolicy()
 
@@ -211,6 +211,26 @@ def test_saves_with_metadata(ending: str, tmp_path: Path) -> None:
         assert difference.max() == 0 if ending == ".png" else difference.mean() < 12
     assert stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444 & ~_umask()
     assert os.listdir(tmp_path) == [file.name]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_encode_makes_the_bytes_that_save_writes(ending: str, tmp_path: Path) -> None:
+    metadata = {"prompt": "a cat", "seed": 7}
+    image = picture(64, 48)
+    save(image, tmp_path / f"out{ending}", metadata=metadata)
+    data = encode(image, FORMATS[ending].lower(), metadata=metadata)
+    assert data == (tmp_path / f"out{ending}").read_bytes()
+    assert read_metadata(data) == metadata
+    if ending != ".png":
+        assert len(encode(image, FORMATS[ending], quality=30)) < len(data) / 2
+
+
+def test_encode_refuses() -> None:
+    with pytest.raises(InvalidRequest, match="format: 'gif' is not written; use JPEG, PNG, WEBP"):
+        encode(picture(64, 64), "gif")
+    for quality in (0, 101):
+        with pytest.raises(InvalidRequest, match=f"quality: {quality} is not within 1 to 100"):
+            encode(picture(64, 64), "jpeg", quality=quality)
 
 
 def _umask() -> int:

@@ -13,6 +13,7 @@ SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native"},
     {"tokens", "schedule", "images"},
+    {"safety", "provenance"},
     {"model"},
     {"weights", "references"},
     {"store"},

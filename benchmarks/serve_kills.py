@@ -1,0 +1,159 @@
+"""A server that is killed under load, again and again: every job that it accepted has to end, once.
+
+Each round starts the server on the same folder, lets clients submit edits, and sends SIGKILL at a random moment. After the
+last round a server finishes what is left. A job is lost if its id was answered and it does not end as Ready or Error; it is
+doubled if what it ended as, its end time or its picture ever changes, or if an idempotency key has two jobs. The last line
+is one JSON object.
+
+    .venv/bin/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import random
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service import MANY, Server, as_text, free_port, machine, reference_sets
+
+OPTIONS = (*MANY, "--unsafe-no-checks", "--keep-results", "100000")
+
+
+class Watch:
+    """What was accepted, and what became of it as far as anybody saw."""
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, str] = {}
+        self.ended: dict[str, tuple[str, float, str]] = {}
+        self.problems: list[str] = []
+
+    def accept(self, key: str, id_: str) -> None:
+        if self.accepted.setdefault(key, id_) != id_:
+            self.problems.append(f"{key} has two jobs: {self.accepted[key]} and {id_}")
+
+    def end(self, id_: str, state: tuple[str, float, str]) -> None:
+        if self.ended.setdefault(id_, state) != state:
+            self.problems.append(f"{id_} ended twice: {self.ended[id_]} and {state}")
+
+
+async def submit(client: httpx.AsyncClient, watch: Watch, number: int, rng: random.Random, sets: list[Any]) -> None:
+    """One job; sent again under its key where no answer came, as a careful client does."""
+    key = f"key-{number}"
+    names = ("input_image", "input_image_2", "input_image_3")
+    body = {"prompt": "make the sticker bigger", "seed": number, "output_format": "png"}
+    body |= dict(zip(names, map(as_text, sets[number % len(sets)]), strict=False))
+    for _ in range(rng.choice((1, 2))):
+        try:
+            answer = await client.post("/v1/edit", json=body, headers={"Idempotency-Key": key})
+        except httpx.TransportError:
+            continue
+        if answer.status_code == 200:
+            watch.accept(key, answer.json()["id"])
+        else:
+            watch.problems.append(f"{key}: {answer.status_code} {answer.text[:200]}")
+
+
+async def look(client: httpx.AsyncClient, watch: Watch, id_: str) -> str:
+    answer = await client.get("/v1/get_result", params={"id": id_})
+    found = answer.json()
+    if found["status"] in ("Ready", "Error"):
+        digest = ""
+        if found["status"] == "Ready":
+            sample = await client.get(found["result"]["sample"])
+            digest = hashlib.sha256(sample.content).hexdigest()
+            if sample.status_code != 200:
+                watch.problems.append(f"{id_} is Ready and its picture is not there")
+        watch.end(id_, (found["status"], (found["result"] or {}).get("end_time", 0.0), digest))
+    return str(found["status"])
+
+
+async def load(server: Server, watch: Watch, rng: random.Random, numbers: Any, seconds: float, sets: list[Any]) -> None:
+    """Submits and looks until the server is killed."""
+
+    async def work(client: httpx.AsyncClient) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and server.process.poll() is None:
+            await submit(client, watch, next(numbers), rng, sets)
+            known = list(watch.accepted.values())
+            if known:
+                try:
+                    await look(client, watch, rng.choice(known))
+                except httpx.TransportError:
+                    return
+            await asyncio.sleep(rng.uniform(0, 0.3))
+
+    async def kill() -> None:
+        await asyncio.sleep(rng.uniform(0.05, seconds))
+        server.kill()
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        await asyncio.gather(kill(), *(work(client) for _ in range(4)))
+
+
+async def finish(server: Server, watch: Watch, seconds: float) -> None:
+    """Waits until every accepted job has ended."""
+    end = time.monotonic() + seconds
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        waiting = list(watch.accepted.values())
+        while waiting and time.monotonic() < end:
+            waiting = [id_ for id_ in waiting if await look(client, watch, id_) == "Pending"]
+            print(f"{len(waiting)} jobs left", file=sys.stderr, flush=True)
+            await asyncio.sleep(1)
+        for id_ in watch.accepted.values():
+            await look(client, watch, id_)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=4.0, help="longest time from ready to a kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    rng, watch = random.Random(args.seed), Watch()
+    numbers, sets, port = iter(range(10**9)), reference_sets(4), free_port()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        for kill in range(1, args.kills + 1):
+            server = Server(data, *OPTIONS, port=port)
+            if rng.random() < 0.2:  # also while it starts and takes up jobs
+                time.sleep(rng.uniform(1, 8))
+                server.kill()
+            else:
+                server.wait()
+                asyncio.run(load(server, watch, rng, numbers, args.seconds, sets))
+            print(
+                f"kill {kill}: {len(watch.accepted)} accepted, {len(watch.ended)} seen to end",
+                file=sys.stderr,
+                flush=True,
+            )
+        server = Server(data, *OPTIONS, port=port)
+        server.wait()
+        asyncio.run(finish(server, watch, 1200))
+        code = server.stop()
+        lost = sorted(set(watch.accepted.values()) - set(watch.ended))
+        files = len(list((data / "results").glob("*.png")))
+    report = {
+        "benchmark": "serve_kills", **machine(), "command": shlex.join(sys.argv), "kills": args.kills,
+        "seconds": round(time.monotonic() - start, 1), "accepted": len(watch.accepted), "ended": len(watch.ended),
+        "ready": sum(state == "Ready" for state, _, _ in watch.ended.values()), "lost": lost,
+        "problems": watch.problems, "result_files": files, "exit_code": code,
+    }  # fmt: skip
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The ASGI application: the parts of a server put together, errors in the dialect of their path, health and metrics.
+
+Owns the life of the parts and what holds for all routes. The routes of the dialects live in their own modules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from limner import __version__
+from limner.engine import Engine
+from limner.errors import AccessDenied, Cancelled, LimnerError, QueueFull, RateLimited
+from limner.provenance import Signer
+from limner.safety import Checks
+from limner.server import bfl, openai_images, page, resources
+from limner.server.access import KeyRing, Limiter
+from limner.server.jobs import Job, JobStore
+from limner.server.limits import BodyLimits
+from limner.server.metrics import Metrics
+from limner.server.openai_images import Moderated
+from limner.server.outbound import OutboundClient
+from limner.server.runner import JobRunner
+from limner.server.service import ServeSettings, Service, status_of
+from limner.server.wire import ERRORS, SafeJSON, error_body, is_openai
+
+__all__ = ["create_app"]
+
+_logger = logging.getLogger("limner.server")
+
+
+def create_app(
+    *,
+    engine: Engine,
+    keyring: KeyRing,
+    checks: Checks,
+    settings: ServeSettings,
+    signer: Signer | None = None,
+    outbound: OutboundClient | None = None,
+) -> FastAPI:
+    """The application over an engine. Serving starts its jobs and stopping drains them; it is served once."""
+    jobs = JobStore(settings.data)
+    limiter = Limiter(settings.limits)
+    outbound = outbound or OutboundClient(settings.outbound)
+    runner = JobRunner(
+        engine=engine, jobs=jobs, limiter=limiter, checks=checks, settings=settings.runner, signer=signer,
+        outbound=outbound if settings.webhooks else None,
+    )  # fmt: skip
+    service = Service(
+        engine=engine, jobs=jobs, runner=runner, keyring=keyring, limiter=limiter, settings=settings, outbound=outbound
+    )
+    metrics = Metrics(engine=engine, jobs=jobs, runner=runner)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        base = (settings.public_url or "").rstrip("/")
+
+        def describe(job: Job) -> dict[str, Any]:
+            return bfl.as_result(job, service.result_urls(job, base), None)
+
+        runner.describe = describe
+        await runner.start()
+        service.ready = True
+        try:
+            yield
+        finally:
+            service.ready = False
+            await runner.stop()
+            outbound.close()
+            jobs.close()
+
+    app = FastAPI(
+        title="Limner",
+        version=__version__,
+        summary="Draw and edit pictures; the K/V of references are computed once and kept.",
+        lifespan=lifespan,
+        default_response_class=SafeJSON,
+        docs_url=None,  # the usual page for it fetches scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    for routes in (bfl.routes, openai_images.routes, resources.routes, page.routes):
+        app.include_router(routes(service))
+    _health(app, service, metrics)
+    _errors(app)
+    app.add_middleware(
+        BodyLimits,
+        max_bytes=settings.max_body_bytes,
+        max_buffered=settings.max_buffered_bytes,
+        seconds=settings.body_seconds,
+        check_key=keyring.identify,
+        error_body=error_body,
+    )
+    if keyring.is_open:  # a page elsewhere could name this server by a name that it lets point here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "testserver"])
+    app.add_middleware(_Observed, metrics=metrics)
+    return app
+
+
+def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/healthz", tags=["health"], summary="Whether the process answers")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok", "version": __version__}
+
+    unready: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready", "model": dict[str, str]}}
+
+    @app.get("/readyz", tags=["health"], responses=unready, summary="Whether requests are taken")
+    async def readyz() -> Response:
+        problem = ""
+        if not service.ready or not service.engine.is_alive:
+            problem = "starting or shutting down"
+        else:
+            try:
+                service.engine.check_room()
+                await service.runner.store(service.jobs.counts)
+            except QueueFull:
+                problem = "the queue is full"
+            except Exception as error:
+                problem = f"the job store fails ({error})"
+        return SafeJSON({"status": problem or "ready"}, status_code=503 if problem else 200)
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        responses={**ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus text"}},
+        response_class=Response,
+        dependencies=[Depends(service.owner)],
+        summary="Prometheus metrics",
+    )
+    async def metrics_() -> Response:
+        body, kind = await asyncio.to_thread(metrics.text)
+        return Response(body, headers={"content-type": kind})
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(LimnerError)
+    async def known(request: Request, error: LimnerError) -> Response:
+        path, status = request.url.path, status_of(error)
+        if is_openai(path):
+            status = {403: 401, 422: 400}.get(status, status)
+        code = None
+        if isinstance(error, Moderated):
+            status, code = 400, "moderation_blocked"
+        if isinstance(error, Cancelled):
+            status, code = 409, "cancelled"
+        if status == 500:
+            _logger.error("%s failed", path, exc_info=error)
+        headers = {}
+        if isinstance(error, RateLimited):
+            headers["retry-after"] = str(error.retry_after)
+        elif isinstance(error, QueueFull):
+            headers["retry-after"] = "5"
+        elif isinstance(error, AccessDenied):
+            headers["www-authenticate"] = "Bearer"
+        field = getattr(error, "field", None)
+        return SafeJSON(
+            error_body(path, status, str(error), field=field, code=code), status_code=status, headers=headers
+        )
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValidationError)
+    async def invalid(request: Request, error: RequestValidationError | ValidationError) -> Response:
+        path, found = request.url.path, error.errors()
+        if is_openai(path):
+            first = found[0]
+            field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+            return SafeJSON(error_body(path, 400, f"{field or 'body'}: {first['msg']}", field=field), status_code=400)
+        detail = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in found]  # without what was sent
+        return SafeJSON({"detail": detail}, status_code=422)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        body = error_body(request.url.path, error.status_code, str(error.detail))
+        return SafeJSON(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        body = error_body(request.url.path, 500, "an error inside the server; its log has more")
+        return SafeJSON(body, status_code=500)
+
+
+class _Observed:
+    """Counts and times requests, and writes a line for each to the log."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            seconds = time.perf_counter() - start
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(method=scope["method"], route=route, status=status, seconds=seconds)
+            if route not in ("/healthz", "/readyz", "/metrics"):
+                owner = scope.get("state", {}).get("owner")
+                line = {
+                    "event": "request", "method": scope["method"], "route": route, "status": status,
+                    "ms": round(seconds * 1e3, 1), "owner": getattr(owner, "name", None),
+                }  # fmt: skip
+                _logger.info("%s", json.dumps(line))

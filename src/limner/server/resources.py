@@ -1,0 +1,304 @@
+"""References, jobs and results as resources, for both dialects and the page.
+
+Owns these wire schemas: POST /v1/references makes a handle (the content key, for the key that made it), jobs can be
+listed, watched and cancelled, results are read under signed URLs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+from starlette.responses import Response, StreamingResponse
+
+from limner.errors import InvalidRequest, NotFound
+from limner.images import PreparedReference
+from limner.server.access import Owner
+from limner.server.bfl import as_result
+from limner.server.jobs import Handle, Job
+from limner.server.runner import SUFFIXES, Update
+from limner.server.service import MEDIA_TYPES, Service
+from limner.server.wire import ERRORS
+
+__all__ = ["routes"]
+
+
+class ReferenceInputs(BaseModel):
+    """JSON body of POST /v1/references; a form with files named image is taken as well."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
+    safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+
+
+class Reference(BaseModel):
+    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk."""
+
+    id: str
+    created: float
+    references: list[dict[str, Any]]
+    num_tokens: int
+    nbytes: int
+    prefill_seconds: float
+    cache: str | None = None
+    seconds_saved: float | None = None
+
+
+class ReferenceList(BaseModel):
+    data: list[Reference]
+
+
+class Removed(BaseModel):
+    id: str
+    deleted: bool
+
+
+class JobEntry(BaseModel):
+    id: str
+    status: str
+    created: float
+    prompt: str
+    num_images: int
+    seeds: list[int] = []
+    width: int | None
+    height: int | None
+    references: str | None = None
+    result: dict[str, Any] | None = None
+    progress: float | None = None
+    details: dict[str, Any] | None = None
+    preview: dict[str, Any] | None = None
+
+
+class JobList(BaseModel):
+    data: list[JobEntry]
+
+
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": ReferenceInputs.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
+                        "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
+                        "safety_tolerance": {"type": "string"},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of resources."""
+    router = APIRouter(tags=["resources"])
+    runner, jobs = service.runner, service.jobs
+
+    @router.post(
+        "/v1/references",
+        status_code=201,
+        response_model=Reference,
+        responses=ERRORS,
+        openapi_extra=_FORM,
+        summary="Upload references once; their K/V are computed and kept",
+    )
+    async def add(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
+        pictures, tolerance = await _read(service, request)
+        finding = await runner.check_pictures(pictures, tolerance=tolerance)
+        if finding is not None:
+            raise InvalidRequest("images", finding.reason)
+        with service.limiter.hold(owner):
+            service.engine.check_room()
+            references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
+        described = {
+            "reports": [asdict(p.report) for p in pictures],
+            "num_tokens": references.num_tokens,
+            "nbytes": references.nbytes,
+            "prefill_seconds": round(references.prefill_seconds, 4),
+            "tolerance": tolerance,
+        }
+        digests = tuple(p.report.digest for p in pictures)
+        handle = await runner.store(
+            jobs.add_handle,
+            Handle(owner=owner.id, key=references.key, references=digests, described=described),
+            pictures,
+        )
+        saved = 0.0 if source == "miss" else round(references.prefill_seconds, 4)
+        return {**_reference(handle), "cache": source, "seconds_saved": saved}
+
+    @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
+    async def listed(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        return {"data": [_reference(handle) for handle in await runner.store(jobs.handles, owner.id)]}
+
+    @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
+    async def one(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        handle = await service.handle(owner, id)
+        return {**_reference(handle), "cache": "memory" if id in service.engine.pipe.store else None}
+
+    @router.get(
+        "/v1/references/{id}/{number}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
+        response_class=Response,
+        summary="A reference as the model reads it",
+    )
+    async def picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        handle = await service.handle(owner, id)
+        if not 1 <= number <= len(handle.references):
+            raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
+        data = await runner.aside(jobs.picture_file(handle.references[number - 1]).read_bytes)
+        return Response(data, media_type="image/png", headers=_PRIVATE)
+
+    @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
+    async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        await service.handle(owner, id)
+        await runner.store(jobs.remove_handle, owner.id, id)
+        if id not in await runner.store(jobs.all_keys):  # nobody else holds them
+            await runner.aside(service.engine.pipe.store.remove, id)
+        return {"id": id, "deleted": True}
+
+    @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
+    async def job_list(
+        request: Request,
+        owner: Owner = Depends(service.owner),
+        limit: int = Query(50, ge=1, le=200),
+    ) -> dict[str, Any]:
+        found = await runner.store(jobs.of_owner, owner.id, limit=limit)
+        return {"data": [_entry(service, request, job) for job in found]}
+
+    @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
+    async def job_one(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        return _entry(service, request, await service.job(owner, id))
+
+    @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
+    async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        await service.job(owner, id)
+        if await runner.cancel(id):
+            await runner.wait(id)
+        return _entry(service, request, await service.job(owner, id))
+
+    @router.get(
+        "/v1/jobs/{id}/events",
+        responses={**ERRORS, 200: {"content": {"text/event-stream": {}}, "description": "One event an update"}},
+        response_class=Response,
+        summary="Updates of a job as they come",
+    )
+    async def events(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        stream = _events(service, request, job)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    @router.get(
+        "/v1/results/{id}/{name}",
+        responses={**ERRORS, 200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}, "description": "A picture"}},
+        response_class=Response,
+        summary="A result, under a signed URL",
+    )
+    async def result(
+        id: str,
+        name: str,
+        expires: int = Query(ge=0, le=2**40),
+        signature: str = Query(max_length=128),
+    ) -> Response:
+        number, _, suffix = name.partition(".")
+        if not (number.isascii() and number.isdecimal() and len(number) < 4):
+            raise NotFound(f"name: {name[:80]!r} is not a result")
+        service.check_signature(id, int(number), expires, signature)
+        job = await runner.store(jobs.get, id)
+        data = None
+        if job is not None and suffix == SUFFIXES[job.output_format]:
+            data = await runner.aside(jobs.read_result, job, int(number))
+        if job is None or data is None:
+            raise NotFound("name: this result has expired, or never was")
+        return Response(data, media_type=MEDIA_TYPES[job.output_format], headers=_PRIVATE)
+
+    return router
+
+
+_PRIVATE = {"cache-control": "private, max-age=600", "x-content-type-options": "nosniff"}
+
+
+async def _read(service: Service, request: Request) -> tuple[tuple[PreparedReference, ...], int]:
+    """Pictures and tolerance of a JSON body or a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        inputs = ReferenceInputs.model_validate_json(await request.body())
+        texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
+        return await service.prepare_texts(texts), inputs.safety_tolerance
+    if kind != "multipart/form-data":
+        raise InvalidRequest("body", f"{kind[:80]!r} is neither application/json nor multipart/form-data")
+    limit, files, tolerance = service.settings.max_picture_bytes, [], 2
+    async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile) and name in ("image", "image[]"):
+                files.append(await value.read(limit + 1))
+            elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
+                tolerance = int(value)
+            else:
+                raise InvalidRequest(
+                    name, "is not a field; pictures are files named image, and safety_tolerance is 0 to 5"
+                )
+    if not files:
+        raise InvalidRequest("image", "is missing; send one or more pictures")
+    pictures = tuple([await service.prepare(data, name=f"image {i}") for i, data in enumerate(files, start=1)])
+    return service.check_count(pictures), tolerance
+
+
+def _reference(handle: Handle) -> dict[str, Any]:
+    told = handle.described
+    return {
+        "id": handle.key, "created": handle.created, "references": told["reports"], "num_tokens": told["num_tokens"],
+        "nbytes": told["nbytes"], "prefill_seconds": told["prefill_seconds"],
+    }  # fmt: skip
+
+
+def _entry(service: Service, request: Request, job: Job, update: Update | None = None) -> dict[str, Any]:
+    update = update or (service.runner.update(job.id) if job.status == "pending" else None)
+    shown = as_result(job, service.result_urls(job, service.base_url(request)), update)
+    return {
+        "id": job.id,
+        "status": job.status,
+        "created": job.created,
+        "prompt": job.prompt,
+        "num_images": len(job.seeds),
+        "seeds": list(job.seeds),
+        "width": job.width,
+        "height": job.height,
+        "references": job.result.get("reference_key"),
+        **{name: shown[name] for name in ("result", "progress", "details", "preview")},
+    }
+
+
+async def _events(service: Service, request: Request, job: Job) -> AsyncIterator[str]:
+    """Each update as an event named by its state; a comment line now and then keeps the connection."""
+    updates = service.runner.watch(job.id)
+    upcoming: asyncio.Future[Update] | None = None
+    try:
+        while True:
+            upcoming = upcoming or asyncio.ensure_future(anext(updates))
+            done, _ = await asyncio.wait({upcoming}, timeout=15)
+            if not done:
+                yield ": waiting\n\n"
+                continue
+            try:
+                update = upcoming.result()
+            except StopAsyncIteration:
+                return
+            upcoming = None
+            current = await service.runner.store(service.jobs.get, job.id) if update.progress == 1.0 else job
+            entry = _entry(service, request, current or job, update)
+            yield f"event: {update.state}\ndata: {json.dumps(entry)}\n\n"
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()

@@ -1,0 +1,177 @@
+"""`limner serve`: a pipeline, an engine and the application under uvicorn.
+
+Owns how the parts are chosen from the command's options, structured logs and the shutdown. Knows no wire schema.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limner import provenance, safety
+from limner.engine import Engine
+from limner.errors import InvalidRequest, MissingExtra, OutputError
+from limner.images import write_beside
+from limner.pipeline import Pipeline
+from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
+from limner.server.outbound import Origin, OutboundPolicy
+
+__all__ = ["ServeOptions", "add_key", "default_data", "serve"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """What the command line says; files and folders as text."""
+
+    host: str
+    port: int
+    data: str
+    keys: str | None
+    unsafe: bool = False
+    terms: str | None = None
+    certificate: str | None = None
+    private_key: str | None = None
+    development_certificate: bool = False
+    fetch_urls: bool = False
+    allow_origins: tuple[str, ...] = ()
+    requests_per_minute: float = 600.0
+    concurrent: int = 24
+    max_waiting: int = 256
+    max_batch: int = 10
+    keep_results: float = 600.0
+    drain: float = 30.0
+    public_url: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    log: str = "json"
+
+
+def default_data() -> str:
+    """`$XDG_DATA_HOME/limner/serve`, as the base directory specification says."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return str(Path(home) / "limner" / "serve")
+
+
+def add_key(name: str, *, file: str) -> str:
+    """Appends a new key to a key file; gives the key, which is written down nowhere. Raises `OutputError`."""
+    plain, line = new_key(name)
+    path = Path(file)
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        gap = b"" if not before or before.endswith(b"\n") else b"\n"
+        write_beside(path, before + gap + line.encode() + b"\n")
+        path.chmod(0o600)
+    except OSError as error:
+        raise OutputError(f"keys: {file} cannot be written ({error.strerror or error})") from error
+    return plain
+
+
+def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
+    """Serves until a signal stops it; then waits `drain` seconds for what runs. Raises what the options get wrong."""
+    try:
+        import uvicorn
+
+        from limner.server.app import create_app
+        from limner.server.runner import RunnerSettings
+        from limner.server.service import ServeSettings
+    except ModuleNotFoundError as error:
+        raise MissingExtra("limner serve", package=str(error.name), extra="serve") from error
+
+    keyring = _keyring(options)
+    check_bind(options.host, keyring)
+    try:
+        allowed = frozenset(Origin.parse(text) for text in options.allow_origins)
+    except ValueError as error:
+        raise InvalidRequest("--allow-origin", str(error)) from None
+    app = create_app(
+        engine=Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch),
+        keyring=keyring,
+        checks=safety.no_checks() if options.unsafe else safety.default_checks(terms=options.terms),
+        settings=ServeSettings(
+            data=Path(options.data),
+            public_url=options.public_url,
+            fetch_urls=options.fetch_urls,
+            outbound=OutboundPolicy(allowed=allowed),
+            limits=LimitPolicy(
+                requests_per_minute=options.requests_per_minute,
+                burst=max(1, round(options.requests_per_minute)),
+                concurrent=options.concurrent,
+            ),
+            runner=RunnerSettings(keep_results=options.keep_results, drain=options.drain),
+            model_name=model_name,
+        ),
+        signer=_signer(options),
+    )
+    _log_to_stderr(options.log)
+    address = f"{'https' if options.tls_certificate else 'http'}://{options.host}:{options.port}"
+    print(f"limner: {model_name} at {address}, jobs in {options.data}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a shutdown that went well
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(options.drain) + 5,
+        h11_max_incomplete_event_size=32768,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+    )
+
+
+def _keyring(options: ServeOptions) -> KeyRing:
+    if options.keys is not None:
+        return KeyRing.from_file(options.keys)
+    value = os.environ.get("LIMNER_KEYS")
+    return KeyRing.from_environment(value) if value else KeyRing.open()
+
+
+def _signer(options: ServeOptions) -> provenance.Signer | None:
+    if options.development_certificate:
+        if options.certificate:
+            raise InvalidRequest("--c2pa-development", "a certificate is given as well; give one of them")
+        return provenance.development_credentials(Path(options.data) / "c2pa-development")
+    if (options.certificate is None) != (options.private_key is None):
+        raise InvalidRequest("--c2pa-certificate", "needs --c2pa-key, and the other way round")
+    if options.certificate is None or options.private_key is None:
+        return None
+    return provenance.Signer.from_files(options.certificate, options.private_key)
+
+
+class _JSONLines(logging.Formatter):
+    """One JSON object a line; a message that is one already is taken into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+        }
+        message = record.getMessage()
+        try:
+            own = json.loads(message) if message.startswith("{") else None
+        except ValueError:
+            own = None
+        found |= own if isinstance(own, dict) else {"message": message}
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
+def _log_to_stderr(kind: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JSONLines() if kind == "json" else logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("limner")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+    logger.propagate = False
