@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 __all__ = ["decode", "encode"]
 
-_PIXELS = 1 << 16
-"""Pixels of a strip: 64 rows of a picture that is 1024 wide."""
-_LEAST = 16
+_PIXELS = 1 << 15
+"""Pixels of a strip: 32 rows of a picture that is 1024 wide."""
+_LEAST = 8
 """Rows of a strip at least: the rows that strips share are computed with twice."""
 
 Rows = Callable[[int, int], Tensor]
