@@ -10,6 +10,8 @@ CPU all of a phase's bytes are the device's.
 How weights are kept (`Staging`): "whole", all of them all the time; "parts", those of one network at a time; "layers",
 also a network's layers by turns, where a network alone is over the limit.
 
+Staging is for the CPU alone: on another device all weights are there, all the time.
+
 The counts of live tensors in activations (`_LIVE_*`) are those of the code in `model`, checked against measured peaks
 (benchmarks/full_size.py).
 """
@@ -44,7 +46,10 @@ __all__ = [
 ]
 
 Staging = Literal["whole", "parts", "layers"]
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
 _TOKEN_PIXELS = 256
 _BASE_ANONYMOUS = 330 << 20
 LIBRARIES = 370 << 20
@@ -103,17 +108,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formats:
-    """In what form weights and K/V are: bytes of a value (`itemsize`), int8 or not, and whether weights are the file.
+    """In what form weights and K/V are: bytes of a value (`itemsize`), int8 or not, and which weights are no files.
 
-    `packed`: int8 products of this CPU have a layout of their own, a second copy of the matrices. `mapped` is False where
-    weights are converted or quantized as they are loaded.
+    `packed`: int8 products of this CPU have a layout of their own, a second copy of the matrices. `anonymous` names the
+    networks ("text_encoder", "transformer", "autoencoder") whose weights are converted or quantized as they are loaded.
     """
 
     itemsize: int = 2
     quantize: str | None = None
     kv: str | None = None
     packed: bool = True
-    mapped: bool = True
+    anonymous: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +136,8 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What a request takes. `components` are bytes by name; `device` is where phases are counted, `host` what staging to
-    a device keeps beside it."""
+    """What a request takes. `components` are bytes by name; `device` is where phases are counted, `host` what the process
+    has beside another device."""
 
     device: str
     staging: Staging
@@ -237,7 +242,7 @@ def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str 
 
 
 def _block_activations(config: TransformerConfig, tokens: int, itemsize: int) -> int:
-    """The widest moment of a block: the stream, its norm, the fused projection, q and k rotated, the result, both joined."""
+    """The widest moment of a block: stream, norm, fused projection, q and k rotated, the attended, that and MLP joined."""
     return tokens * (8 * config.width + 3 * config.mlp_width) * itemsize
 
 
@@ -305,6 +310,10 @@ def activations(
         )
         found["prefill"] = _block_activations(config, request.num_ref, size) + wide
     found["denoise"] = _block_activations(config, request.batch * request.num_own, size)
+    if formats.quantize is not None and not formats.packed:  # the largest matrix, widened for its product
+        widened = config.width * (3 * config.width + 2 * config.mlp_width) * (8 + size)
+        for name in {"prefill", "denoise"} & found.keys():
+            found[name] += widened
     at_once = min(request.batch, max(1, WHOLE_PIXELS // pixels))
     found["decode"] = at_once * decode + request.batch * pixels * 3 * (size + 4)
     return found
@@ -336,19 +345,25 @@ def make_plan(
     working = activations(geometry, request, formats=formats, whole_pixels=whole_pixels)
     owner = {"encode text": "text_encoder", "encode references": "autoencoder", "decode": "autoencoder"}
     started = {"encode text": 0, "encode references": embeds}
+    on_device = device != "cpu"
+    files = {part: 0 if part in formats.anonymous else nbytes for part, nbytes in weights.items()}
+    base = _DEVICE_BASE if on_device else _BASE_ANONYMOUS + sum(weights.values()) - sum(files.values())
     phases = []
     for name, own in working.items():
         part = owner.get(name, "transformer")
-        kept = started.get(name, embeds + kept_kv) + own
-        kept += packed if name in ("prefill", "denoise", "decode") else 0
-        # matrices that are packed are not read again, so that under staging their pages go at once
-        used = dict(weights)
-        if packed and staging != "whole":
-            used["transformer"] = weights["transformer"] - _matrices(config)
-        resident = sum(weights.values()) if staging == "whole" else used[part]
-        phases.append(
-            _phase(name, kept, resident, used[part], formats, device, staging, limit, weights, geometry, part)
-        )
+        anonymous = base + started.get(name, embeds + kept_kv) + own
+        anonymous += packed if name in ("prefill", "denoise", "decode") else 0
+        if on_device:
+            phases.append(Phase(name=name, anonymous=anonymous + sum(weights.values()), file_backed=0))
+            continue
+        resident = sum(files.values())
+        if staging != "whole":
+            # the products of packed matrices read the packed copies: one layer's pages at a time are read, to pack them
+            resident = least_resident(geometry, formats, part) if packed and part == "transformer" else files[part]
+        if staging == "layers" and part not in formats.anonymous:
+            least = least_resident(geometry, formats, part)
+            resident = min(resident, max(least, 0 if limit is None else limit - anonymous - LIBRARIES))
+        phases.append(Phase(name=name, anonymous=anonymous, file_backed=LIBRARIES + min(resident, sum(files.values()))))
     components = {
         **{f"{name} weights": value for name, value in weights.items()},
         **({"int8 weights as packed for this CPU": packed} if packed else {}),
@@ -357,60 +372,37 @@ def make_plan(
         "activations": max(working.values()),
         "process": _BASE_ANONYMOUS + LIBRARIES,
     }
-    host = 0
-    if device != "cpu":
-        host = _BASE_ANONYMOUS + LIBRARIES + (sum(weights.values()) if staging != "whole" else 0)
+    host = _BASE_ANONYMOUS + LIBRARIES if on_device else 0
     return MemoryPlan(
         device=device, staging=staging, formats=formats, components=components, phases=tuple(phases), host=host
     )
 
 
-def _phase(
-    name: str,
-    kept: int,
-    resident: int,
-    own: int,
-    formats: Formats,
-    device: str,
-    staging: Staging,
-    limit: int | None,
-    weights: Mapping[str, int],
-    geometry: ModelGeometry,
-    part: str,
-) -> Phase:
-    if device != "cpu":
-        return Phase(name=name, anonymous=_DEVICE_BASE + kept + resident, file_backed=0)
-    anonymous = _BASE_ANONYMOUS + kept
-    if not formats.mapped:  # nothing can be dropped: what was converted has no file behind it
-        return Phase(name=name, anonymous=anonymous + sum(weights.values()), file_backed=LIBRARIES)
-    if staging == "layers":
-        least = least_resident(geometry, formats, part, own)
-        room = own if limit is None else limit - anonymous - LIBRARIES
-        resident = min(own, max(least, room))
-    return Phase(name=name, anonymous=anonymous, file_backed=LIBRARIES + resident)
-
-
-def least_resident(geometry: ModelGeometry, formats: Formats, part: str, own: int) -> int:
-    """The smallest share of a network's pages with which it runs: what is in no layer, and three of its layers."""
+def least_resident(geometry: ModelGeometry, formats: Formats, part: str) -> int:
+    """The smallest share of a network's pages with which it runs: what is in no layer, and the layer that runs with the
+    one that is read ahead (of packed matrices no page is read ahead)."""
     if part == "autoencoder":
-        return own
+        return autoencoder_bytes(geometry.autoencoder, itemsize=formats.itemsize)
     if part == "text_encoder":
         text = geometry.text_encoder
-        return min(own, (text.vocab_size * text.width + 3 * _text_layer(text)) * formats.itemsize)
-    blocks = _matrices(geometry.transformer) * (formats.itemsize if formats.quantize is None else 1)
-    largest = 2 * _block_weights(geometry.transformer) * (formats.itemsize if formats.quantize is None else 1)
-    whole = transformer_bytes(geometry.transformer, formats)
-    return min(whole, whole - blocks + 3 * largest)
+        return (text.vocab_size * text.width + min(2, text.num_used) * _text_layer(text)) * formats.itemsize
+    config, packed = geometry.transformer, formats.quantize is not None and formats.packed
+    of_matrix = formats.itemsize if formats.quantize is None else 1
+    largest = (2 if config.num_double_blocks else 1) * _block_weights(config) * of_matrix
+    whole = transformer_bytes(config, formats)
+    return min(whole, whole - _matrices(config) * of_matrix + (1 if packed else 2) * largest)
 
 
 def choices(formats: Formats, *, device: str, fixed: bool) -> Iterator[tuple[Formats, Staging]]:
     """Settings from the cheapest on: what changes no bit and costs no time first, what is slow last."""
     kinds = [formats]
     if not fixed:
-        kinds += [replace(formats, kv=formats.kv or "int8"), replace(formats, quantize="int8", kv=formats.kv or "int8")]
+        kinds += [replace(formats, kv=formats.kv or "int8"), replace(formats, quantize="int8")]
+        kinds.append(replace(formats, quantize="int8", kv=formats.kv or "int8"))
     for kind in kinds:
         yield kind, "whole"
-        yield kind, "parts"
+        if device == "cpu":
+            yield kind, "parts"
     if device == "cpu":
         for kind in kinds:
             yield kind, "layers"

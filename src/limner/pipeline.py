@@ -355,6 +355,13 @@ class Pipeline:
             autoencoder=AutoencoderConfig.from_diffusers(dict(self.autoencoder.network.config)),
         )
 
+    def _anonymous(self) -> frozenset[str]:
+        """The networks whose weights are no mapped files; asked for under a limit alone."""
+        if self.residency is None:
+            return frozenset()
+        parts = {"transformer": self.transformer, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
+        return frozenset(name for name, part in parts.items() if not self.residency.mapped(part))
+
     @property
     def _formats(self) -> Formats:
         return Formats(
@@ -362,7 +369,7 @@ class Pipeline:
             quantize=self.transformer.quantization,
             kv=self.kv_cache_dtype,
             packed=self.device.type == "cpu" and has_int8_products(),
-            mapped=self.residency is None or self.residency.mapped(self.transformer),
+            anonymous=self._anonymous(),
         )
 
     @property
@@ -707,10 +714,10 @@ class Pipeline:
         size = (grid[1] * _GRID, grid[0] * _GRID)
         request = Request(size=size, batch=latents.shape[0], num_text=prompt_embeds.shape[1])
         seconds = []
-        for i, timestep in enumerate(timesteps):
-            report("step", i, len(timesteps))
-            start = time.perf_counter()
-            with self._working("denoise", request):
+        with self._working("denoise", request):
+            for i, timestep in enumerate(timesteps):
+                report("step", i, len(timesteps))
+                start = time.perf_counter()
                 velocity = self.transformer(
                     latents.to(self.dtype),
                     prompt_embeds.to(self.device, self.dtype),
@@ -720,33 +727,35 @@ class Pipeline:
                     references=references,
                     rope=rope,
                 )
-            before, latents = latents, euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
-            if callback is not None:
-                offered = {"latents": latents, "prompt_embeds": prompt_embeds}
-                if {"denoised", "preview"} & set(callback_inputs):
-                    clean = euler_step(before, velocity, sigma=levels[i], next_sigma=torch.zeros_like(levels[i]))
-                    offered["denoised"] = clean
-                    if self.latent_preview is not None:
-                        offered["preview"] = self.latent_preview(unpack(clean, grid=grid))
-                changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
-                for name in ("latents", "prompt_embeds"):
-                    old = offered[name]
-                    new = changed.get(name, old)
-                    if not isinstance(new, Tensor) or new.shape != old.shape:
-                        raise InvalidRequest("callback_on_step_end", f"gave back {name} that are not {list(old.shape)}")
-                latents = changed.get("latents", latents).to(self.device)
-                prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                if (kept := changed.get("rows")) is not None:
-                    if not kept or sorted({*kept} & {*range(len(rows))}) != list(kept):
-                        raise InvalidRequest(
-                            "callback_on_step_end",
-                            f"gave back rows {kept}; allowed: rising numbers of the {len(rows)} images of the batch",
-                        )
-                    rows = [rows[i] for i in kept]
-                    latents, prompt_embeds = latents[kept], prompt_embeds[kept]
-            seconds.append(self._now() - start)
-            if self._interrupt:
-                break
+                before, latents = latents, euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
+                if callback is not None:
+                    offered = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    if {"denoised", "preview"} & set(callback_inputs):
+                        clean = euler_step(before, velocity, sigma=levels[i], next_sigma=torch.zeros_like(levels[i]))
+                        offered["denoised"] = clean
+                        if self.latent_preview is not None:
+                            offered["preview"] = self.latent_preview(unpack(clean, grid=grid))
+                    changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
+                    for name in ("latents", "prompt_embeds"):
+                        old = offered[name]
+                        new = changed.get(name, old)
+                        if not isinstance(new, Tensor) or new.shape != old.shape:
+                            raise InvalidRequest(
+                                "callback_on_step_end", f"gave back {name} that are not {list(old.shape)}"
+                            )
+                    latents = changed.get("latents", latents).to(self.device)
+                    prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                    if (kept := changed.get("rows")) is not None:
+                        if not kept or sorted({*kept} & {*range(len(rows))}) != list(kept):
+                            raise InvalidRequest(
+                                "callback_on_step_end",
+                                f"gave back rows {kept}; allowed: rising numbers of the {len(rows)} images of the batch",
+                            )
+                        rows = [rows[i] for i in kept]
+                        latents, prompt_embeds = latents[kept], prompt_embeds[kept]
+                seconds.append(self._now() - start)
+                if self._interrupt:
+                    break
         report("step", len(timesteps), len(timesteps))
         return latents, tuple(seconds), rows
 

@@ -181,11 +181,13 @@ class Residency:
 
         Its pages stay after it, until another network works: the next phase is often the same one's.
         """
-        self._enter(network, growth)
+        before = self._kept
+        self._kept = None
         try:
+            self._enter(network, growth)
             yield
         finally:
-            self._kept = None
+            self._kept = before
 
     def _enter(self, network: nn.Module, growth: int) -> None:
         growth += sum(m.weight.nbytes - m.packed_bytes for m in network.modules() if _packs(m))
@@ -205,8 +207,9 @@ class Residency:
         if room < 0 or not sizes:
             raise CapacityError(
                 f"memory_limit: {show_bytes(self.limit)} are too little for {type(network).__name__}: "
-                f"{show_bytes(abs(room))} are missing beside {show_bytes(growth)} of activations and K/V; raise the limit, or "
-                "use fewer or smaller references, a smaller output, fewer images at once, or an int8 model (limner quantize)"
+                f"{show_bytes(abs(room))} are missing beside {show_bytes(growth)} of activations and K/V; raise the limit, "
+                "or use fewer or smaller references, a smaller output, fewer images at once, or an int8 model (limner "
+                "quantize)"
             )
         kept: list[nn.Module] = []
         for layer, size in () if packs else sizes.items():

@@ -130,7 +130,7 @@ def _convolved(conv: nn.Conv2d, read: Rows, shape: torch.Size) -> Tensor:
 
 
 def _resnet(block: Any, x: Tensor) -> Tensor:
-    """A residual block. The result takes the place of x, or of the map between the convolutions if x is of another width."""
+    """A residual block. The result takes the place of x, or of the map between its convolutions if widths differ."""
     height, width = x.shape[2:]
     norm, act = _Moments.of(block.norm1, x).normaliser(), block.nonlinearity
     hidden = x.new_empty(x.shape[0], block.conv1.out_channels, height, width)
@@ -157,7 +157,7 @@ def _resnet(block: Any, x: Tensor) -> Tensor:
 
 def _downsampled(down: Any, x: Tensor) -> Tensor:
     """Half the size: a convolution with stride 2 and a row and column of zeros below and right of the map."""
-    batch, _, height, width = x.shape
+    height, width = x.shape[2:]
     conv, beyond = down.conv, 1 if down.padding == 0 else 0
     full = height + beyond + 2 * int(conv.padding[0])
     out_height = (full - conv.kernel_size[0]) // conv.stride[0] + 1
