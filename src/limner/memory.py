@@ -199,10 +199,14 @@ def _text_layer(config: TextConfig) -> int:
     return config.width * (heads + 3 * config.mlp_width) + 2 * config.width + 2 * config.head_dim
 
 
+def _embedding(config: TextConfig) -> int:
+    return config.vocab_size * config.width
+
+
 def text_bytes(config: TextConfig, *, itemsize: int) -> int:
     """The embedding and the layers that are read, without head and (unless all layers are read) final norm."""
     norm = config.width if config.num_used == config.num_layers else 0
-    return (config.vocab_size * config.width + config.num_used * _text_layer(config) + norm) * itemsize
+    return (_embedding(config) + config.num_used * _text_layer(config) + norm) * itemsize
 
 
 def autoencoder_bytes(config: AutoencoderConfig, *, itemsize: int) -> int:
@@ -360,6 +364,8 @@ def make_plan(
         if staging != "whole":
             # the products of packed matrices read the packed copies: one layer's pages at a time are read, to pack them
             resident = least_resident(geometry, formats, part) if packed and part == "transformer" else files[part]
+            if part == "text_encoder" and resident:  # of the embedding a few rows are read
+                resident -= _embedding(geometry.text_encoder) * size
         if staging == "layers" and part not in formats.anonymous:
             least = least_resident(geometry, formats, part)
             resident = min(resident, max(least, 0 if limit is None else limit - anonymous - LIBRARIES))
@@ -385,7 +391,7 @@ def least_resident(geometry: ModelGeometry, formats: Formats, part: str) -> int:
         return autoencoder_bytes(geometry.autoencoder, itemsize=formats.itemsize)
     if part == "text_encoder":
         text = geometry.text_encoder
-        return (text.vocab_size * text.width + min(2, text.num_used) * _text_layer(text)) * formats.itemsize
+        return min(2, text.num_used) * _text_layer(text) * formats.itemsize
     config, packed = geometry.transformer, formats.quantize is not None and formats.packed
     of_matrix = formats.itemsize if formats.quantize is None else 1
     largest = (2 if config.num_double_blocks else 1) * _block_weights(config) * of_matrix

@@ -327,7 +327,8 @@ class Pipeline:
             return
         transformer = self.transformer
         self.residency.adopt(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
-        self.residency.adopt(self.text_encoder, list(self.text_encoder.network.layers), hooks=True)
+        text = self.text_encoder.network
+        self.residency.adopt(self.text_encoder, list(text.layers), tables=[text.embed_tokens], hooks=True)
         self.residency.adopt(self.autoencoder)
         transformer.visit = self.residency.visit
 

@@ -122,7 +122,7 @@ def _scan(pagemap: int, start: int, stop: int) -> int:
         _FILE, _FILE, _PRESENT | _SWAPPED, _PRESENT,
     )  # fmt: skip
     argument = bytearray(b"".join(value.to_bytes(8, "little") for value in fields))
-    return fcntl.ioctl(pagemap, _SCAN, argument, True)
+    return int(fcntl.ioctl(pagemap, _SCAN, argument, True))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -152,13 +152,24 @@ class Residency:
         self._following: dict[nn.Module, nn.Module] = {}
         self._kept: frozenset[nn.Module] | None = None  # layers that stay while the others leave; None: all stay
 
-    def adopt(self, network: nn.Module, layers: Sequence[nn.Module] = (), *, hooks: bool = False) -> None:
-        """Puts a network under the limit. `layers` run one after the other; with `hooks` they are watched from outside."""
+    def adopt(
+        self,
+        network: nn.Module,
+        layers: Sequence[nn.Module] = (),
+        *,
+        tables: Sequence[nn.Module] = (),
+        hooks: bool = False,
+    ) -> None:
+        """Puts a network under the limit. `layers` run one after the other; with `hooks` they are watched from outside.
+
+        Of `tables` a few rows are read; they are not counted.
+        """
         known = network in self._networks
         self._networks[network] = tuple(layers)
         mapped = {id(t) for t in file_backed(_tensors(network))}
         for module in (network, *layers):
             self._bytes[module] = sum(t.nbytes for t in _tensors(module) if id(t) in mapped)
+        self._bytes[network] -= sum(t.nbytes for table in tables for t in _tensors(table) if id(t) in mapped)
         weights = sum(self._bytes[other] for other in self._networks)
         self._tight = resident()[1] + self._libraries + weights + _SPARE > self.limit
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))

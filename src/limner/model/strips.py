@@ -43,7 +43,7 @@ def encode(network: Any, pixels: Tensor) -> Tensor:
         for down in block.downsamplers or ():
             x = _downsampled(down, x)
     x = _out(encoder, encoder.mid_block(x))
-    return x if network.quant_conv is None else network.quant_conv(x)  # type: ignore[no-any-return]
+    return x if network.quant_conv is None else network.quant_conv(x)
 
 
 def decode(network: Any, latents: Tensor) -> Tensor:
