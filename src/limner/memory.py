@@ -289,7 +289,7 @@ def call_bytes(
     reference_pixels = num_ref * _TOKEN_PIXELS if reference_pixels is None else reference_pixels
     blocks = _block_activations(transformer, max(num_ref, batch * num_own), size)
     encode = _autoencoder_activations(
-        autoencoder.encoder_channels, reference_pixels, _LIVE_ENCODE, size, whole=whole_pixels
+        autoencoder.encoder_channels, reference_pixels, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
     )
     at_once = min(batch, max(1, WHOLE_PIXELS // max(pixels, 1)))
     decode = at_once * _autoencoder_activations(

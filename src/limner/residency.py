@@ -175,6 +175,7 @@ class Residency:
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))
         if hooks and not known:
             for layer in layers:
+                layer.register_forward_pre_hook(self._runs)
                 layer.register_forward_hook(self._ran)
 
     def mapped(self, network: nn.Module) -> bool:
@@ -240,17 +241,18 @@ class Residency:
     def visit(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
         """The layers in order; what has no room leaves after it ran."""
         for layer in layers:
-            self._read_ahead(self._following.get(layer))
+            self._runs(layer)
             yield layer
             self._ran(layer)
 
-    def _read_ahead(self, layer: nn.Module | None) -> None:
-        if layer is None or self._kept is None or layer in self._kept:
+    def _runs(self, layer: nn.Module, *_: Any) -> None:
+        """Before a layer runs: the next one is on its way, unless it stays or is packed already."""
+        following = self._following.get(layer)
+        if following is None or self._kept is None or following in self._kept:
             return
-        if any(_packs(m) and m.packed_bytes for m in layer.modules()):
-            return
-        for tensor in _tensors(layer):
-            read_ahead(tensor)
+        if not any(_packs(m) and m.packed_bytes for m in following.modules()):
+            for tensor in _tensors(following):
+                read_ahead(tensor)
 
     def _ran(self, layer: nn.Module, *_: Any) -> None:
         if self._kept is not None and layer not in self._kept:
