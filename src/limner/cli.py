@@ -22,7 +22,9 @@ from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, LimnerError, OutputError
 
 if TYPE_CHECKING:
+    from limner.config import ModelGeometry
     from limner.images import PreparedReference
+    from limner.memory import MemoryPlan, Staging
     from limner.pipeline import Pipeline, PipelineOutput
     from limner.references import References
     from limner.store import ReferenceStore
@@ -73,15 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--json", action="store_true", help="print one JSON object")
     quantize.set_defaults(run=_quantize)
 
-    verify = commands.add_parser(
-        "verify",
-        help="say where pictures come from: metadata and C2PA manifest",
-        description="Read the metadata and check the C2PA manifest of pictures; exit code 1 if one is broken.",
-    )
-    verify.add_argument("file", nargs="+", metavar="FILE", help="pictures: PNG, JPEG or WebP")
-    verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.set_defaults(run=_verify_pictures)
     inspect = commands.add_parser(
         "inspect",
         help="what a file or folder of weights is, and what is missing from it",
@@ -111,6 +104,23 @@ def build_parser() -> argparse.ArgumentParser:
     _part_arguments(convert)
     convert.set_defaults(run=_convert)
 
+    verify = commands.add_parser(
+        "verify",
+        help="say where pictures come from: metadata and C2PA manifest",
+        description="Read the metadata and check the C2PA manifest of pictures; exit code 1 if one is broken.",
+    )
+    verify.add_argument("file", nargs="+", metavar="FILE", help="pictures: PNG, JPEG or WebP")
+    verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_verify_pictures)
+
+    plan = commands.add_parser(
+        "plan",
+        help="how much memory a request takes, and the cheapest setting that fits",
+        description="The budget of memory of a request, by component and phase, without loading or computing anything.",
+    )
+    _plan_arguments(plan)
+
     bench = commands.add_parser(
         "bench",
         help="measure a 4-step edit beside diffusers",
@@ -138,6 +148,26 @@ def _part_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="MODEL", help="klein-9b, klein-4b, a folder or hub id; default: the bundled one"
+    )
+    parser.add_argument("--references", type=int, default=0, metavar="N", help="number of references (default: 0)")
+    parser.add_argument("--reference-size", type=_size, default=(1024, 1024), metavar="WxH", help="of each (1024x1024)")
+    parser.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="of the output (1024x1024)")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: 512)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: bfloat16)")
+    parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
+    _kv_argument(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="what there is, as 24GiB: finds the cheapest setting that fits"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_plan)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +212,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
+    _limit_argument(parser)
     _reference_arguments(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
@@ -241,6 +272,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
         _lora_argument(parser)
         parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
         _kv_argument(parser)
+        _limit_argument(parser)
         _reference_arguments(parser)
 
     ls = add("ls", "list what a store holds, the least recently used first", _ls)
@@ -306,7 +338,15 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     _lora_argument(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _limit_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
+
+
+def _limit_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
+    )  # fmt: skip
 
 
 def _weights_arguments(parser: argparse.ArgumentParser) -> None:
@@ -468,6 +508,7 @@ def _draw(args: argparse.Namespace) -> None:
             store=store,
             quantize=args.quantize,
             kv_cache_dtype=args.kv_cache_dtype,
+            memory_limit=args.memory_limit,
             progress=progress,
         )
         _load_loras(pipe, loras)
@@ -608,6 +649,7 @@ def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> R
         store=store,
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        memory_limit=args.memory_limit,
     )
     _load_loras(pipe, loras)
     return pipe.prefill(prepared)
@@ -709,6 +751,102 @@ def _bench(args: argparse.Namespace) -> None:
     print(json.dumps(report))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from limner.memory import Formats, Request, cheapest, make_plan, parse_bytes
+
+    for name, low in (("references", 0), ("num_images", 1), ("text", 1)):
+        if getattr(args, name) < low:
+            raise InvalidRequest(f"--{name.replace('_', '-')}", f"{getattr(args, name)} has to be {low} or more")
+    for name in ("size", "reference_size"):
+        if any(side < 64 or side % 16 for side in getattr(args, name)):
+            shown = "x".join(map(str, getattr(args, name)))
+            raise InvalidRequest(
+                f"--{name.replace('_', '-')}", f"{shown}: sides have to be multiples of 16, at least 64"
+            )
+    limit = None if args.memory is None else parse_bytes(args.memory, field="--memory")
+    geometry, int8 = _geometry(args.model)
+    packed = False
+    if args.device == "cpu":
+        from limner.model.int8 import has_int8_products
+
+        packed = has_int8_products()
+    formats = Formats(
+        itemsize=4 if args.dtype == "float32" else 2,
+        quantize="int8" if int8 else args.quantize,
+        kv=args.kv_cache_dtype,
+        packed=packed,
+    )
+    request = Request(
+        size=args.size, references=(args.reference_size,) * args.references, batch=args.num_images, num_text=args.text
+    )
+    if limit is not None:
+        plan = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
+    else:
+        plan = make_plan(geometry, request, formats=formats, device=args.device)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    peaks = {
+        how: make_plan(geometry, request, formats=plan.formats, device=args.device, staging=how, limit=0).peak
+        for how in stagings
+    }
+    found = {"model": args.model or "bundled", **plan.as_json(), "peaks": peaks, "options": _plan_options(args, plan)}
+    _print(args, found, "\n".join(_plan_lines(found)))
+
+
+def _geometry(model: str | None) -> tuple[ModelGeometry, bool]:
+    """Geometry by name or from a folder's configurations, and whether its transformer is int8."""
+    from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+
+    if model is not None and model.lower() in MODELS:
+        return MODELS[model.lower()], False
+    from limner.weights.folder import read_json, resolve_model
+
+    folder = resolve_model(model)
+    configs = {part: read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae")}
+    geometry = ModelGeometry(
+        transformer=TransformerConfig.from_diffusers(configs["transformer"]),
+        text_encoder=TextConfig.from_transformers(configs["text_encoder"]),
+        autoencoder=AutoencoderConfig.from_diffusers(configs["vae"]),
+    )
+    return geometry, "quantization_config" in configs["transformer"]
+
+
+def _plan_options(args: argparse.Namespace, plan: MemoryPlan) -> str:
+    """The options of `limner edit` that a plan stands for."""
+    options = []
+    if plan.staging != "whole" and args.memory is not None:
+        options.append(f"--memory-limit {args.memory}")
+    if plan.formats.kv:
+        options.append(f"--kv-cache-dtype {plan.formats.kv}")
+    if plan.formats.quantize:
+        options.append("--model FOLDER, one that limner quantize wrote")
+    return " ".join(options)
+
+
+def _plan_lines(found: dict[str, Any]) -> list[str]:
+    def gib(number: int) -> str:
+        return f"{number / 2**30:9.2f}"
+
+    lines = [f"{found['model']} on {found['device']}, GiB", ""]
+    lines += [f"{name:38} {gib(nbytes)}" for name, nbytes in found["components"].items()]
+    lines += ["", f"{'phase':20} {'anonymous':>9} {'files':>9} {'total':>9}"]
+    lines += [
+        f"{name:20} {gib(p['anonymous'])} {gib(p['file_backed'])} {gib(p['total'])}"
+        for name, p in found["phases"].items()
+    ]
+    lines += ["", f"peak, weights {found['staging']:24} {gib(found['peak'])}"]
+    lines += [f"least peak, weights {how:18} {gib(peak)}" for how, peak in found["peaks"].items()]
+    if found["device"] != "cpu":
+        lines.append(f"{'beside the device, on the host':38} {gib(found['host'])}")
+    if found["options"]:
+        lines.append(f"options: {found['options']}")
+    return lines
+
+
+def _parts(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
+    return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
+
+
 def _serve(args: argparse.Namespace) -> None:
     from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
@@ -742,15 +880,11 @@ def _serve(args: argparse.Namespace) -> None:
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
         **_parts(args),
+        memory_limit=args.memory_limit,
     )
     _load_loras(pipe, loras)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
-
-
-def _parts(args: argparse.Namespace) -> dict[str, Any]:
-    """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
-    return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
 
 
 def _quantize(args: argparse.Namespace) -> None:

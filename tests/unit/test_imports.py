@@ -12,10 +12,11 @@ import limner
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native"},
+    {"memory"},
     {"tokens", "schedule", "images"},
     {"safety", "provenance"},
     {"model"},
-    {"weights", "references"},
+    {"weights", "references", "residency"},
     {"store", "adapters"},
     {"pipeline"},
     {"engine", "bench"},

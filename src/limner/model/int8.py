@@ -140,6 +140,11 @@ class Int8Linear(nn.Module):
         """Whether its products are u8 x s8; else weights are widened."""
         return self.weight.device.type == "cpu" and has_int8_products()
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copies in oneDNN's layout that were made so far."""
+        return sum((stop - start) * self.in_features for start, stop in self._packed)
+
     def _quantizes(self, x: Tensor) -> bool:
         """Not where a gradient is wanted: rounding has none, so the weights are widened."""
         return self.multiplies_int8() and not (torch.is_grad_enabled() and x.requires_grad)

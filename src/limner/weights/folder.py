@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError
@@ -115,15 +115,21 @@ def assign(
     device: torch.device,
     used: int | None = None,
     depth: int | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Makes the tensors of a checkpoint those of a module built on the meta device, one at a time.
 
     int8 matrices of the module are quantized as they come, unless they are stored so: a model is never in memory both
-    wide and narrow. `used` and `depth` are for a text encoder that is cut. Raises `CheckpointError`.
+    wide and narrow. `used` and `depth` are for a text encoder that is cut; `after` is told of each tensor that was looked
+    at. Raises `CheckpointError`.
     """
     expected = module.state_dict()
     checkpoint.check(expected, used=used, depth=depth)
-    tensors = {name: value.to(device) for name, value in checkpoint.stream(expected, dtype)}
+    tensors = {}
+    for name, value in checkpoint.stream(expected, dtype):
+        tensors[name] = value.to(device)
+        if after is not None:
+            after(tensors[name])
     module.load_state_dict(tensors, strict=True, assign=True)
     module.requires_grad_(False)
     module.eval()
@@ -136,6 +142,7 @@ def load_transformer(
     device: torch.device,
     quantize: str | None = None,
     like: Path | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> Transformer:
     """The transformer of a folder or file of any layout; `like` is a config.json that may say what a file does not.
 
@@ -145,17 +152,22 @@ def load_transformer(
     config = TransformerConfig.from_diffusers(checkpoint.config, where=str(source))
     int8 = quantize == "int8" or checkpoint.layout.quantization == "int8"
     transformer = empty_transformer(config, int8=int8, where=source)
-    assign(transformer, checkpoint, dtype=dtype, device=device)
+    assign(transformer, checkpoint, dtype=dtype, device=device, after=after)
     return transformer
 
 
 def load_autoencoder(
-    source: Path, *, dtype: torch.dtype | None, device: torch.device, like: Path | None = None
+    source: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    like: Path | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> Autoencoder:
     """The autoencoder of a diffusers folder, or of a file with diffusers' or the original's names."""
     checkpoint = open_part("vae", source, like=like)
     network = empty_autoencoder(checkpoint.config, where=source / "config.json" if source.is_dir() else source)
-    assign(network, checkpoint, dtype=dtype, device=device)
+    assign(network, checkpoint, dtype=dtype, device=device, after=after)
     return Autoencoder(network)
 
 
@@ -167,6 +179,7 @@ def load_text_encoder(
     device: torch.device,
     out_layers: tuple[int, ...] | None = None,
     like: Path | None = None,
+    after: Callable[[Tensor], None] | None = None,
 ) -> TextEncoder:
     """A Qwen3 from a folder or file, up to the last layer that is read; later layers and the head are left on disk."""
     from transformers import AutoTokenizer
@@ -176,7 +189,7 @@ def load_text_encoder(
     used = max(layers)
     where = source / "config.json" if source.is_dir() else source
     network = empty_text_network(checkpoint.config, used=used, depth=depth, where=where)
-    assign(network, checkpoint, dtype=dtype, device=device, used=used, depth=depth)
+    assign(network, checkpoint, dtype=dtype, device=device, used=used, depth=depth, after=after)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         encoder = TextEncoder(network, tokenizer, out_layers=layers)
