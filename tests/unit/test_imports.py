@@ -18,7 +18,7 @@ LAYERS = (
     {"weights", "references"},
     {"store"},
     {"pipeline"},
-    {"engine", "bench"},
+    {"engine", "bench", "batch"},
     {"cli", "server"},
     {"deploy", "__main__"},
 )
