@@ -495,7 +495,7 @@ class Drawer:
 
 def _write_whole(options: BatchOptions, name: str, data: bytes) -> None:
     """Writes a file of the folder by way of the hidden one, where nothing that is half written stays for long."""
-    part = options.hidden / name
+    part = options.hidden / f"part-{secrets.token_hex(8)}"
     write_beside(part, data)
     try:
         os.replace(part, options.folder / name)

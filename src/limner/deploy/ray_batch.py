@@ -77,7 +77,8 @@ def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, 
 class Cluster:
     """A connection to Ray for one batch. `address`: "local" (this machine alone), "auto" or "HOST:PORT".
 
-    Raises `MissingExtra`, and `InvalidRequest` where there is no cluster. Sends no usage statistics, starts no dashboard.
+    Raises `MissingExtra`, `InvalidRequest`, and `RemoteError` where there is no cluster. Sends no
+    usage statistics, starts no dashboard.
     """
 
     def __init__(self, address: str = "local", *, workers: int | None = None) -> None:
@@ -104,8 +105,11 @@ class Cluster:
         try:
             with _quiet():
                 ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-            raise InvalidRequest("--ray", f"{address}: {_first(error)}; start one with `ray start --head`") from error
+        except Exception as error:  # of all kinds, `Exception` itself among them
+            remedy = (
+                "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
+            )
+            raise RemoteError(f"--ray {address}: {_first(error)}; {remedy}") from error
 
     def __enter__(self) -> Cluster:
         return self
@@ -162,7 +166,7 @@ class Cluster:
 
         if not groups:
             return
-        workers, threads = self._share(model)
+        workers, threads = self.share(model)
         with _quiet():
             context = ray.data.DataContext.get_current().copy()
             context.enable_progress_bars = False
@@ -203,7 +207,7 @@ class Cluster:
             )
         batch.record(result)
 
-    def _share(self, model: ModelOptions) -> tuple[int, int]:
+    def share(self, model: ModelOptions) -> tuple[int, int]:
         """How many workers, and how many threads each has: as many as fit the nodes."""
         import ray
 
@@ -275,7 +279,9 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise InvalidRequest("--ray", f"no cluster at {asked} ({error}); start one with `ray start --head`") from error
+        raise RemoteError(
+            f"--ray {address}: no cluster at {asked} ({error}); start one with `ray start --head`"
+        ) from error
 
 
 @contextlib.contextmanager
