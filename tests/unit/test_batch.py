@@ -57,11 +57,15 @@ def write(folder: Path, rows: list[dict[str, Any]] | bytes) -> None:
 
 
 def run(
-    folder: Path, pipe: Pipeline, progress: Callable[[int, int, int], None] | None = None, **options: Any
+    folder: Path,
+    pipe: Pipeline,
+    progress: Callable[[int, int, int], None] | None = None,
+    *,
+    out: str = "out",
+    **options: Any,
 ) -> BatchSummary:
-    with Batch(
-        BatchOptions(**{"manifest": folder / "rows.jsonl", "folder": folder / "out", **options}), progress=progress
-    ) as batch:
+    options |= {"manifest": folder / "rows.jsonl", "folder": folder / out}
+    with Batch(BatchOptions(**options), progress=progress) as batch:
         pipe.store = batch.store
         batch.draw(pipe, batch.plan(pipe))
         return batch.finish()
@@ -130,7 +134,7 @@ def test_seeds_come_from_ids_and_stay() -> None:
 @pytest.mark.parametrize("rows", range(1, 6))
 def test_goes_on_where_it_was_stopped(rows: int, folder: Path, pipe: Pipeline) -> None:
     whole = folder / "whole"
-    run(folder, pipe, folder=whole)
+    run(folder, pipe, out="whole")
     with pytest.raises(KeyboardInterrupt):
         run(folder, pipe, stop_after(rows))
     written = {path.name: path.stat().st_mtime_ns for path in (folder / "out").glob("*.png")}
@@ -314,7 +318,7 @@ def test_a_row_that_cannot_be_drawn_stops_no_other(
 
 
 def test_images_at_once_are_the_same_but_for_rounding(folder: Path, pipe: Pipeline) -> None:
-    run(folder, pipe, folder=folder / "single")
+    run(folder, pipe, out="single")
     sizes = []
     call = pipe.transformer.forward
     pipe.transformer.forward = lambda x, *a, **k: sizes.append(len(x)) or call(x, *a, **k)  # type: ignore[func-returns-value]
@@ -348,7 +352,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_and_loses_nothing(
     assert (summary.done_before, summary.drawn, summary.prefills_in_all) == (2, 4, 2)
     (folder / "file").write_text("")
     with pytest.raises(InvalidRequest, match="file cannot be written"):
-        run(folder, pipe, folder=folder / "file")
+        run(folder, pipe, out="file")
     (folder / "out" / "one.png").unlink()
     (folder / "out" / "one.png").mkdir()
     assert run(folder, pipe).failed == 1

@@ -19,8 +19,10 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"engine", "bench", "batch"},
-    {"cli", "server"},
-    {"deploy", "__main__"},
+    {"server"},
+    {"deploy"},
+    {"cli"},
+    {"__main__"},
 )
 INSIDE_MODEL = (
     "arithmetic", "rope", "attention", "kv", "layers", "transformer", "autoencoder", "preview", "text_encoder",
