@@ -6,22 +6,24 @@ Imports nothing heavy before a command runs; knows nothing of models beyond the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 
 if TYPE_CHECKING:
+    from limner.batch import Batch
     from limner.config import ModelGeometry
     from limner.images import PreparedReference
     from limner.memory import MemoryPlan, Staging
@@ -65,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.set_defaults(
         run=_draw, image=None, references=None, store=None, kv_cache_dtype=None, background=None, max_pixels=None
     )
+
+    batch = commands.add_parser(
+        "batch",
+        help="draw all rows of a manifest; goes on where it was stopped",
+        description="Draw all rows of a manifest; run again, it goes on where it was stopped. Exit code 1 if a row failed.",
+    )
+    _batch_arguments(batch)
 
     quantize = commands.add_parser(
         "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
@@ -193,6 +202,44 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", help="attention kernel of Limner; default: the device's")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here, and the table beside it as .md")
     parser.set_defaults(run=_bench)
+
+
+def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help='JSON lines: {"id": "a", "prompt": "...", "references": ["cat.png"], "seed": 1, "size": "512x512", '
+        '"steps": 4}; all but id and prompt may be left out; files are relative to the manifest',
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of <id>.png and results.jsonl; made if it is not there",
+    )
+    parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (png)")
+    parser.add_argument(
+        "--images-at-once", type=int, default=1, metavar="N",
+        help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _store_argument(parser, help="folder in which K/V of references are kept beyond this batch")
+    _budget_argument(parser)
+    _kv_argument(parser)
+    _reference_arguments(parser)
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw on many processes: local (this machine), auto, or HOST:PORT of a Ray cluster",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="with --ray: processes; default: one a core, or a GPU")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: rows, failed, prefills, images a second"
+    )
+    parser.set_defaults(run=_batch)
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -885,6 +932,90 @@ def _serve(args: argparse.Namespace) -> None:
     _load_loras(pipe, loras)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
+
+
+class _BatchProgress:
+    """A bar over rows on a terminal, a line now and then elsewhere."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._start = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, of: int, failed: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._start = done, now
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=of, initial=done, unit="row", leave=False)
+            self._bar.set_postfix(failed=failed, refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        elif now - self._told >= self.SECONDS:
+            self._told = now
+            rate = (done - self._first) / max(now - self._start, 1e-6)
+            print(f"limner: {done} of {of} rows, {failed} failed, {rate:.2f} a second", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except (OutputError, RemoteError) as error:
+        kept = f"{batch.num_done} of {len(batch.rows)} rows are done and kept"
+        raise type(error)(f"{error}; {kept}: mend that and run the same command again") from error
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from limner.batch import Batch, BatchOptions, ModelOptions
+    from limner.images import printable
+    from limner.pipeline import check_device
+
+    if args.workers is not None and args.ray is None:
+        raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
+    options = BatchOptions(
+        manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
+        store=Path(os.path.abspath(args.store)) if args.store else None, store_bytes=args.store_bytes,
+    )  # fmt: skip
+    model = ModelOptions(
+        model=args.model, dtype=args.dtype, quantize=args.quantize, device=args.device,
+        kv_cache_dtype=args.kv_cache_dtype, background=args.background, max_pixels=args.max_pixels,
+    )  # fmt: skip
+    model.check()
+    progress = _BatchProgress()
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        batch = stack.enter_context(Batch(options, progress=progress))
+        stack.enter_context(_says_how_to_go_on(batch))
+        if args.ray is None:
+            check_device(args.device)
+            pipe = model.load(store=batch.store)
+            batch.draw(pipe, batch.plan(pipe))
+        else:
+            from limner.deploy.ray_batch import Cluster
+
+            cluster = stack.enter_context(Cluster(args.ray, workers=args.workers))
+            cluster.check(batch.options)
+            # what rows are and which are done depends on the weights, not on where they are
+            groups = batch.plan(replace(model, device="cpu").load(store=batch.store))
+            cluster.draw(batch, groups, model)
+        summary = batch.finish()
+    for failure in batch.failures[:10]:
+        name = f" ({failure['id']})" if failure["id"] else ""
+        print(printable(f"limner: line {failure['line']}{name}: {failure['error']['message']}"), file=sys.stderr)
+    if len(batch.failures) > 10:
+        print(f"limner: {len(batch.failures) - 10} more failed; see {summary.results}", file=sys.stderr)
+    _print(args, asdict(summary), summary.describe())
+    return int(summary.failed > 0)
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -19,9 +19,11 @@ LAYERS = (
     {"weights", "references", "residency"},
     {"store", "adapters"},
     {"pipeline"},
-    {"engine", "bench"},
-    {"cli", "server"},
-    {"deploy", "__main__"},
+    {"engine", "bench", "batch"},
+    {"server"},
+    {"deploy"},
+    {"cli"},
+    {"__main__"},
 )
 INSIDE_MODEL = (
     "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "autoencoder", "preview", "text_encoder",

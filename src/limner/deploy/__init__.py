@@ -1,1 +1,1 @@
-"""Limner on many machines: which replica a request goes to, and what runs it there."""
+"""Limner on more than one process: routing, bulk editing."""
