@@ -18,7 +18,7 @@ import ctypes
 import logging
 import mmap
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -149,6 +149,7 @@ class Residency:
         self._tight = True
         self._networks: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self._bytes: dict[nn.Module, int] = {}  # of a network's or layer's tensors that are mapped from files
+        self._files: dict[nn.Module, int] = {}  # the same of a network, tables included
         self._following: dict[nn.Module, nn.Module] = {}
         self._kept: frozenset[nn.Module] | None = None  # layers that stay while the others leave; None: all stay
 
@@ -166,10 +167,11 @@ class Residency:
         """
         known = network in self._networks
         self._networks[network] = tuple(layers)
-        mapped = {id(t) for t in file_backed(_tensors(network))}
+        mapped = {t.data_ptr() for t in file_backed(_tensors(network))}
         for module in (network, *layers):
-            self._bytes[module] = sum(t.nbytes for t in _tensors(module) if id(t) in mapped)
-        self._bytes[network] -= sum(t.nbytes for table in tables for t in _tensors(table) if id(t) in mapped)
+            self._bytes[module] = self._bytes_of(module, mapped)
+        self._files[network] = self._bytes[network]
+        self._bytes[network] -= sum(self._bytes_of(table, mapped) for table in tables)
         weights = sum(self._bytes[other] for other in self._networks)
         self._tight = resident()[1] + self._libraries + weights + _SPARE > self.limit
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))
@@ -180,7 +182,12 @@ class Residency:
 
     def mapped(self, network: nn.Module) -> bool:
         """Whether most of a network's weights are mapped from files."""
-        return 2 * self._bytes[network] > sum(t.nbytes for t in _tensors(network))
+        return 2 * self._files[network] > sum(t.nbytes for t in _tensors(network))
+
+    @staticmethod
+    def _bytes_of(module: nn.Module, places: Collection[int]) -> int:
+        """Bytes of a module's tensors that are at some addresses."""
+        return sum(t.nbytes for t in _tensors(module) if t.data_ptr() in places)
 
     def after_read(self, tensor: Tensor) -> None:
         """For whoever reads weights once (checks, digests): a tensor's pages leave again, unless all have room."""

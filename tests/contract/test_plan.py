@@ -24,7 +24,7 @@ def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["components"]["K/V of references"] == 4 * 4096 * 2**19
     assert found["peak"] == max(phase["total"] for phase in found["phases"].values())
-    assert found["peaks"]["whole"] == found["peak"] > found["peaks"]["parts"] > found["peaks"]["layers"]
+    assert found["peaks"]["whole"] == found["peak"] > found["peaks"]["parts"] >= found["peaks"]["layers"]
     assert found["options"] == "--model FOLDER, one that limner quantize wrote"
 
 

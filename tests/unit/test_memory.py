@@ -135,7 +135,7 @@ def test_what_fits_nowhere_is_told_with_numbers() -> None:
     ):
         cheapest(MODELS["klein-9b"], EDIT, formats=Formats(), limit=GIB)
     geometry = MODELS["klein-9b"]
-    with pytest.raises(CapacityError, match="quantize=int8, kv_cache_dtype=int8, staging whole"):
+    with pytest.raises(CapacityError, match="quantize=int8, kv_cache_dtype=None, staging whole"):
         cheapest(geometry, EDIT, formats=Formats(), limit=16 * GIB, device="cuda")  # a device has no staging
     card = cheapest(geometry, EDIT, formats=Formats(packed=False), limit=24 * GIB, device="cuda")
     assert (card.staging, card.formats.quantize, card.phases[0].file_backed) == ("whole", "int8", 0)
@@ -189,19 +189,34 @@ def call(pipe: Pipeline) -> torch.Tensor:
 
 
 class Watched(Residency):
-    """Says what left."""
+    """Says what left. With `room` each network has room for itself alone ("parts"), or not even that ("layers")."""
+
+    room: str | None = None
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
-        self.left: list[str] = []
+        self.left: set[str] = set()
+
+    def _enter(self, network: torch.nn.Module, growth: int) -> None:
+        if self.room is not None:
+            own, sizes = self._bytes[network], [self._bytes[layer] for layer in self._networks[network]]
+            if self.room == "layers" and sizes:
+                own += 2 * max(sizes) + (sizes[0] if len(sizes) > 3 else 0) - sum(sizes)
+            unpacked = sum(
+                m.weight.nbytes - m.packed_bytes
+                for m in network.modules()
+                if isinstance(m, Int8Linear) and m.multiplies_int8()
+            )
+            self.limit, self._libraries = growth + unpacked + own, -resident()[1]
+        super()._enter(network, growth)
 
     def release(self, network: torch.nn.Module) -> None:
-        self.left.append(type(network).__name__)
+        self.left.add(type(network).__name__)
         super().release(network)
 
     def _ran(self, layer: torch.nn.Module, *_: object) -> None:
         if self._kept is not None and layer not in self._kept:
-            self.left.append(type(layer).__name__)
+            self.left.add(type(layer).__name__)
         super()._ran(layer)
 
 
@@ -218,30 +233,55 @@ def test_a_limit_changes_no_bit(
         convert(tiny_folder, folder := tmp_path / "int8", to="int8")
     expected = call(Pipeline.from_pretrained(folder))
     monkeypatch.setattr(limner.pipeline, "Residency", Watched)
-    pipe = Pipeline.from_pretrained(folder, memory_limit="1TiB")
-    assert isinstance(pipe.residency, Watched)
-    assert torch.equal(call(pipe), expected)
-    if quantize is None:
-        assert pipe.residency.left == []  # there is room for all
-    weights = {type(n).__name__: pipe.residency._bytes[n] for n in pipe.residency._networks}
-    assert min(weights.values()) > 0
-    # a small limit, whatever else this process holds: what is resident counts as nothing
-    monkeypatch.setattr("limner.residency.resident", lambda: (0, 0))
-    layer = max(pipe.residency._bytes[block] for block in pipe.transformer.transformer_blocks)
-    least = weights["Transformer"] - 5 * layer
-    for name, room in (("parts", max(weights.values()) + 300_000), ("layers", least + 500_000)):
-        tight = Pipeline.from_pretrained(folder, memory_limit="1TiB")
-        assert isinstance(tight.residency, Watched)
-        tight.residency._libraries = 0
-        tight.residency.limit, tight.residency._tight = room, True
-        monkeypatch.setattr(tight, "_check_limit", lambda request: None)
-        assert torch.equal(call(tight), expected), name
-        assert {"Transformer", "Autoencoder", "TextEncoder"} & set(tight.residency.left)
-        assert ("DoubleBlock" in tight.residency.left) == (name == "layers" or bool(quantize))
-        assert torch.equal(call(tight), expected), name
-    if quantize:
-        packed = [m.packed_bytes for m in pipe.transformer.modules() if isinstance(m, Int8Linear)]
-        assert max(packed) > 0 or not pipe._formats.packed
+    networks = {"Transformer", "Autoencoder", "TextEncoder"}
+    for room in (None, "parts", "layers"):
+        pipe = Pipeline.from_pretrained(folder, memory_limit="1TiB")
+        residency = pipe.residency
+        assert isinstance(residency, Watched)
+        assert pipe._formats.anonymous == frozenset()
+        residency.room = room
+        monkeypatch.setattr(pipe, "_check_limit", lambda request: None)
+        assert torch.equal(call(pipe), expected), room
+        packs = quantize is not None and pipe._formats.packed
+        if room is None and not packs:
+            assert residency.left == set()  # there is room for all
+        if room is not None:
+            assert networks <= residency.left
+            layers = {"Qwen3DecoderLayer", "DoubleBlock", "SingleBlock"}
+            assert residency.left - networks == (
+                layers if room == "layers" else {"DoubleBlock", "SingleBlock"} if packs else set()
+            )
+        assert torch.equal(call(pipe), expected), room
+
+
+@needs_release
+def test_layers_that_ran_leave(tmp_path: Path) -> None:
+    """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(6)}, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        network = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        network.load_state_dict({f"{i}.weight": file.get_tensor(f"{i}.weight") for i in range(6)}, assign=True)
+    size = 4 << 20
+    x = torch.ones(1, 1024)
+    with torch.no_grad():
+        expected = network(x)
+    residency = Residency(1 << 40)
+    residency.adopt(network, list(network))
+    residency.release(network)
+    base = resident()[0] - resident()[1]
+    residency._libraries, residency.limit = 0, resident()[1] + 4 * size + (1 << 20)
+    seen = []
+    with torch.no_grad(), residency.working(network, growth=0):
+        for layer in residency.visit(network):
+            x = layer(x)
+            seen.append(round((resident()[0] - resident()[1] - base) / size))
+    assert torch.equal(x, expected)
+    assert seen == [1, 2, 3, 3, 3, 3]
+    assert residency._kept is None
 
 
 @needs_release

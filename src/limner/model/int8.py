@@ -177,9 +177,11 @@ def quantize_blocks(transformer: nn.Module) -> None:
         if isinstance(module, Linear) and "transformer_blocks." in name:
             path, _, last = name.rpartition(".")
             parent = transformer.get_submodule(path)
-            made = (
-                Int8Linear(module.in_features, module.out_features) if module.weight.is_meta else Int8Linear.of(module)
-            )
+            if module.weight.is_meta:
+                with torch.device("meta"):
+                    made = Int8Linear(module.in_features, module.out_features)
+            else:
+                made = Int8Linear.of(module)
             if isinstance(parent, nn.ModuleList):
                 parent[int(last)] = made
             else:
