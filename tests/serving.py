@@ -13,7 +13,6 @@ from typing import Any, Self
 import httpx
 import pytest
 from PIL import Image
-from tests.conftest import picture
 
 from limner import Pipeline
 from limner.engine import Engine
@@ -24,6 +23,7 @@ from limner.server.app import create_app
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.run import make_server
 from limner.server.service import ServeSettings
+from tests.conftest import picture
 
 ANNA, BOB = "anna-key-0123456789", "bob-key-0123456789a"
 KEYS = KeyRing.from_environment(f"anna:{ANNA},bob:{BOB}")

@@ -88,7 +88,11 @@ def test_a_head_that_does_not_come_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(HastyProtocol, "head_seconds", 0.3)
     with Served(pipe, tmp_path / "data") as served:
-        for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: ", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h"):
+        for sent in (
+            b"",
+            b"GET /healthz HTTP/1.1\r\nHost: ",
+            b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h",
+        ):
             with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
                 connection.sendall(sent)
                 answer = b""

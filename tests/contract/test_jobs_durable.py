@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.serving import ANNA, BOB, KEYS, SIZE, Gate, Served, opened, png, text, types
+from tests.serving import BOB, KEYS, SIZE, Gate, Served, opened, png, text, types
 
 from limner import Pipeline
 from limner.errors import OutputError
