@@ -168,8 +168,8 @@ def test_moderated(client: openai.OpenAI, served: Served) -> None:
         with pytest.raises(openai.APIError, match="output is refused") as told:
             list(events)
         assert told.value.code == "moderation_blocked"
+        words.refuse = {"input"}
         with pytest.raises(openai.BadRequestError, match="input is refused"):
-            words.refuse = {"input"}
             client.images.edit(image=png(), prompt="a")
     finally:
         words.refuse = set()
@@ -211,12 +211,8 @@ def test_a_caller_who_goes_away_frees_the_device(
 
         monkeypatch.setattr(Engine, "_drop_stopped", held)
         body = {"prompt": "a", "size": "64x64", "stream": stream, "num_inference_steps": 50}
-        with pytest.raises(httpx.ReadTimeout):
-            if stream:
-                with httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=0.5) as answer:
-                    list(answer.iter_text())
-            else:
-                httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=0.5)
+        with pytest.raises(httpx.ReadTimeout):  # reads the whole stream, too
+            httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=0.5)
         assert reached.wait(60)
         end = time.monotonic() + 60
         while not any(live.cancelled for live in served.service.runner._live.values()):  # told of the loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -358,8 +357,4 @@ def test_newest_first(store: JobStore, clock: Clock) -> None:
 def test_the_database_refuses_what_is_not_of_its_kind(store: JobStore) -> None:
     with pytest.raises(OutputError), store._transaction() as db:
         db.execute("INSERT INTO spent VALUES ('a', 'many')")
-    with pytest.raises(ZeroDivisionError), store._transaction() as db:
-        db.execute("INSERT INTO spent VALUES ('a', 1)")
-        raise ZeroDivisionError
     assert store.spent("a") == 0
-    assert isinstance(store._db, sqlite3.Connection)

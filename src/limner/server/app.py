@@ -31,7 +31,7 @@ from limner.server.limits import BodyLimits, LocalCallers
 from limner.server.metrics import Metrics
 from limner.server.outbound import OutboundClient
 from limner.server.runner import JobRunner
-from limner.server.service import ServeSettings, Service
+from limner.server.service import KEYS, ServeSettings, Service
 from limner.server.wire import ERRORS, INTERNAL, SafeJSON, answer_of, error_body, is_openai
 
 __all__ = ["create_app"]
@@ -92,6 +92,7 @@ def create_app(
         summary="Draw and edit pictures; the K/V of references are computed once and kept.",
         lifespan=lifespan,
         default_response_class=SafeJSON,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
         docs_url=None,  # the usual page for it fetches scripts from elsewhere
         redoc_url=None,
     )
@@ -142,10 +143,10 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         tags=["health"],
         responses={**ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus text"}},
         response_class=Response,
-        dependencies=[Depends(service.owner)],
+        dependencies=[*KEYS, Depends(service.owner)],
         summary="Prometheus metrics",
     )
-    async def metrics_() -> Response:
+    async def read_metrics() -> Response:
         body, kind = await asyncio.to_thread(metrics.text)
         return Response(body, headers={"content-type": kind})
 

@@ -160,7 +160,7 @@ def routes(service: Service) -> APIRouter:
         return SafeJSON(await _images(service, request, job, asked))
 
     @router.post("/v1/images/generations", response_model=Images, responses=OPENAI_ERRORS, summary="Pictures from text")
-    async def generations(
+    async def generate_images(
         request: Request,
         fields: Generation,
         owner: Owner = Depends(service.paying),
@@ -177,7 +177,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Pictures from text and references",
     )
-    async def edits(
+    async def edit_images(
         request: Request,
         owner: Owner = Depends(service.paying),
         idempotency: str | None = key,
@@ -186,11 +186,11 @@ def routes(service: Service) -> APIRouter:
         return await answer(request, owner, asked, idempotency)
 
     @router.get("/v1/models", response_model=Models, responses=OPENAI_ERRORS, summary="What can be named as model")
-    async def models(owner: Owner = Depends(service.owner)) -> Models:
+    async def list_models(owner: Owner = Depends(service.owner)) -> Models:
         return Models(data=[ModelEntry(id=name) for name in model_names(service)])
 
     @router.get("/v1/models/{name}", response_model=ModelEntry, responses=OPENAI_ERRORS, summary="One model")
-    async def model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
+    async def get_model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
         if name not in model_names(service):
             raise NotFound(f"model: {name[:80]!r} is not one of {', '.join(model_names(service))}")
         return ModelEntry(id=name)

@@ -139,7 +139,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Upload references once; their K/V are computed and kept",
     )
-    async def add(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
+    async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
         pictures, tolerance, prefill = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
@@ -168,11 +168,11 @@ def routes(service: Service) -> APIRouter:
         return {**_reference(handle), **now}
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
-    async def listed(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return {"data": [_reference(handle) for handle in await runner.store(jobs.handles, owner.id)]}
 
     @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
-    async def one(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         handle = await service.handle(owner, id)
         return {**_reference(handle), "cache": "memory" if id in service.engine.pipe.store else None}
 
@@ -182,7 +182,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A reference as the model reads it",
     )
-    async def picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+    async def get_reference_picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
@@ -190,14 +190,14 @@ def routes(service: Service) -> APIRouter:
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
-    async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
         if await runner.store(jobs.remove_handle, owner.id, id):  # nobody else has them
             await runner.aside(service.engine.pipe.store.remove, id)
         return {"id": id, "deleted": True}
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
-    async def job_list(
+    async def list_jobs(
         request: Request,
         owner: Owner = Depends(service.owner),
         limit: int = Query(50, ge=1, le=200),
@@ -206,11 +206,11 @@ def routes(service: Service) -> APIRouter:
         return {"data": [_entry(service, request, job) for job in found]}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
-    async def job_one(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
     @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def cancel_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.job(owner, id)
         if runner.cancel(id):
             await runner.wait(id)
@@ -222,7 +222,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="Updates of a job as they come",
     )
-    async def events(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
+    async def watch_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -241,7 +241,7 @@ def results(service: Service) -> APIRouter:
         response_class=Response,
         summary="A result, under a signed URL",
     )
-    async def result(
+    async def get_result_picture(
         id: str,
         name: str,
         expires: int = Query(ge=0, le=2**40),

@@ -153,7 +153,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": OpenAIProblems, "description": meaning}
     for status, meaning in _MEANINGS.items()
-    if status not in (402, 422)
+    if status not in (402, 403, 422)
 }
 STATUSES: tuple[tuple[type[LimnerError], int], ...] = (
     (AccessDenied, 403),
