@@ -35,7 +35,7 @@ PROMPTS = ("make the sticker bigger", "make the sticker blue", "put image 1 on a
 def reference_sets(number: int) -> list[list[str]]:
     """Different ordered lists of one to three sample pictures."""
     names = sorted(str(path) for path in SAMPLES.glob("*.png"))
-    found = [list(names) for length in (1, 2, 3) for names in itertools.permutations(names, length)]
+    found = [list(chosen) for length in (1, 2, 3) for chosen in itertools.permutations(names, length)]
     if number > len(found):
         raise SystemExit(f"--sets: {number} is over {len(found)}, which is all that the samples give")
     return found[:number]

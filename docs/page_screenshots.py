@@ -51,8 +51,9 @@ def served() -> Iterator[str]:
             process.wait()
 
 
-def opened(browser: Browser, address: str, scheme: str, width: int, height: int) -> Page:
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+def opened(browser: Browser, address: str, width: int, height: int, *, mobile: bool = False) -> Page:
+    size = {"width": width, "height": height}
+    page = browser.new_page(viewport=size, color_scheme="light", is_mobile=mobile, has_touch=mobile)
     page.set_default_timeout(PATIENCE)
     page.goto(address)
     page.wait_for_selector("html[data-ready]")
@@ -69,15 +70,18 @@ def draw(page: Page, prompt: str, *, variations: int, seed: int) -> None:
 
 
 def settled(page: Page) -> None:
-    page.wait_for_function("[...document.images].every((e) => !e.src || e.complete)")
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
+    page.wait_for_function(
+        "() => [...document.images].every((e) => e.complete || !e.checkVisibility() || e.getBoundingClientRect().top > innerHeight)"
+    )
 
 
 def save(page: Page, name: str) -> None:
     image = Image.open(BytesIO(page.screenshot())).convert("RGB")
     file = DOCS / name
-    for colours in (256, 128, 64):
-        image.quantize(colours, dither=Image.Dither.NONE).save(file, optimize=True)
+    for colours in (None, 256, 128, 64):
+        kept = image.quantize(colours, dither=Image.Dither.NONE) if colours else image
+        kept.save(file, optimize=True)
         if file.stat().st_size < MAX_BYTES:
             break
     print(f"{file}: {image.width}x{image.height}, {file.stat().st_size} bytes")
@@ -89,7 +93,7 @@ def main() -> None:
     url = parser.parse_args().url
     with contextlib.nullcontext(url) if url else served() as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = opened(browser, address, "light", 1200, 900)
+        page = opened(browser, address, 1200, 860)
         page.set_input_files("#files", [SAMPLES / "meadow.png", SAMPLES / "dog.png"])
         draw(page, "put the dog from image 2 into image 1 on the left", variations=1, seed=4)
         draw(page, "put the dog from image 2 into image 1 on the right", variations=3, seed=7)
@@ -98,16 +102,16 @@ def main() -> None:
         page.emulate_media(color_scheme="dark")
         page.locator("button.picture").first.click()
         page.wait_for_function(
-            "[...document.querySelectorAll('#stage img')].every((e) => e.complete && e.naturalWidth)"
+            "() => [...document.querySelectorAll('#stage img')].every((e) => e.complete && e.naturalWidth)"
         )
         for _ in range(14):
             page.keyboard.press("ArrowRight")
         save(page, "page-dark.png")
         page.close()
-        phone = opened(browser, address, "light", 390, 1500)
+        phone = opened(browser, address, 390, 1150, mobile=True)
         phone.set_input_files("#files", [SAMPLES / "meadow.png", SAMPLES / "dog.png"])
         phone.fill("#prompt", "put the dog from image 2 into image 1 on the right")
-        phone.wait_for_function("document.querySelectorAll('#references .note:not(:empty)').length === 2")
+        phone.wait_for_function("() => document.querySelectorAll('#references .note:not(:empty)').length === 2")
         settled(phone)
         save(phone, "page-phone.png")
         browser.close()

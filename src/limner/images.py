@@ -156,6 +156,10 @@ def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
 def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
     """The picture as RGB with its EXIF orientation applied, and whether that changed it."""
     try:
+        if data := image.info.get("exif"):
+            Image.Exif().load(
+                data
+            )  # raises where getexif() gives nothing, having failed once while the file was opened
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # of many kinds: the file says what is read as what
         raise InvalidRequest(field, f"its EXIF data is damaged ({error}); save it again") from None

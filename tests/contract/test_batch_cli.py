@@ -222,7 +222,7 @@ def test_a_bar_on_a_terminal(folder: Path, tiny_folder: Path, monkeypatch: pytes
         monkeypatch.setattr(sys, "stderr", terminal)
         assert batch(folder, tiny_folder) == 0
         monkeypatch.undo()
-    shown = os.read(parent, 65536).decode()
+        shown = os.read(parent, 65536).decode()
     os.close(parent)
     assert "4/4" in shown
     assert "failed=0" in shown

@@ -282,7 +282,7 @@ def test_two_pictures_are_compared_by_keyboard(open_page) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#compare")).to_be_visible()
     labels = "(e) => e.selectedOptions[0].label"
-    assert page.eval_on_selector("#compare-a", labels) == "its image 1"
+    assert page.eval_on_selector("#compare-a", labels) == "reference, image 1"
     assert page.eval_on_selector("#compare-b", labels).startswith("result, seed ")
     loaded(page, "#stage img")
 
@@ -314,12 +314,12 @@ def test_a_download_is_the_file_of_the_server(open_page, server: str, tmp_path: 
     add(page, file(picture(64, 64, seed=9), "x.png"))
     draw(page, "put the sticker in the snow")
     with page.expect_download() as waiting:
-        page.get_by_role("link", name="Download").click()
+        page.get_by_role("link", name="Save picture 1").click()
     seed = page.inner_text(".seed").removeprefix("seed ")
     assert waiting.value.suggested_filename == f"put-the-sticker-in-the-snow-{seed}.png"
     waiting.value.save_as(tmp_path / "out.png")
     data = (tmp_path / "out.png").read_bytes()
-    with urlopen(server + page.get_by_role("link", name="Download").get_attribute("href")) as answer:
+    with urlopen(server + page.get_by_role("link", name="Save picture 1").get_attribute("href")) as answer:
         assert data == answer.read()
     told = read_metadata(data)
     assert (told["prompt"], str(told["seed"])) == ("put the sticker in the snow", seed)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
 from limner.engine import Engine
-from limner.errors import LimnerError, QueueFull
+from limner.errors import LimnerError
 from limner.provenance import Signer
 from limner.safety import Checks
 from limner.server import bfl, openai_images, page, resources
@@ -130,12 +130,12 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             problem = "starting or shutting down"
         else:
             try:
-                service.engine.check_room()
                 await service.runner.store(service.jobs.counts)
-            except QueueFull:
+            except LimnerError as error:
+                _logger.warning("not ready: %s", error)
+                problem = "the job store fails"
+            if service.engine.stats().waiting >= service.engine.max_waiting:
                 problem = "the queue is full"
-            except Exception as error:
-                problem = f"the job store fails ({error})"
         return SafeJSON({"status": problem or "ready"}, status_code=503 if problem else 200)
 
     @app.get(

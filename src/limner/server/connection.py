@@ -30,6 +30,11 @@ class HastyProtocol(H11Protocol):
         super().data_received(data)
         self._time_head()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # the next request has begun
+            self._time_head()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)

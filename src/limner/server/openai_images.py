@@ -27,7 +27,7 @@ from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.jobs import Job
 from limner.server.service import KEYS, Service, until_gone
-from limner.server.wire import OPENAI_ERRORS, SafeJSON, StrictRoute, answer_of, cache_report
+from limner.server.wire import OPENAI_ERRORS, SafeJSON, StrictRoute, answer_of, cache_report, check_form
 
 __all__ = ["routes"]
 
@@ -220,9 +220,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 
 async def _read_form(service: Service, request: Request) -> _Asked:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise InvalidRequest("body", f"{kind[:80]!r} is not multipart/form-data")
+    check_form(request)
     values: dict[str, str] = {}
     files: list[tuple[str, bytes]] = []
     limit = service.settings.max_picture_bytes

@@ -27,7 +27,7 @@ from limner.server.bfl import as_result
 from limner.server.jobs import Handle, Job
 from limner.server.runner import SUFFIXES, Update
 from limner.server.service import KEYS, MEDIA_TYPES, Service
-from limner.server.wire import ERRORS, StrictRoute
+from limner.server.wire import ERRORS, StrictRoute, check_form
 
 __all__ = ["results", "routes"]
 
@@ -302,8 +302,7 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
         return await service.prepare_texts(texts), inputs.safety_tolerance, inputs.prefill
-    if kind != "multipart/form-data":
-        raise InvalidRequest("body", f"{kind[:80]!r} is neither application/json nor multipart/form-data")
+    check_form(request)
     limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
     async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
         for name, value in form.multi_items():

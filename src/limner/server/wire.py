@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from limner.errors import (
     AccessDenied,
@@ -43,6 +44,7 @@ __all__ = [
     "StrictRoute",
     "answer_of",
     "cache_report",
+    "check_form",
     "error_body",
     "is_openai",
 ]
@@ -53,10 +55,8 @@ _MAX_PARTS = 100_000
 INTERNAL = "an error inside the server; its log has more"
 
 
-class SafeJSON(Response):
+class SafeJSON(JSONResponse):
     """JSON in ASCII: a lone surrogate, which JSON may hold and UTF-8 may not, goes back as it came."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
@@ -102,6 +102,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON; give a number")
+
+
+def check_form(request: Request) -> None:
+    """Raises `InvalidRequest` unless the body is a form of UTF-8: other codecs may fail, or compute for long."""
+    kind, options = parse_options_header(request.headers.get("content-type", "").encode("latin-1"))
+    if kind != b"multipart/form-data":
+        raise InvalidRequest("body", f"{kind.decode('latin-1')[:80]!r} is not multipart/form-data")
+    charset = options.get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise InvalidRequest("body", f"the charset {charset.decode('latin-1')[:80]!r} is not read; send UTF-8")
 
 
 class Problem(BaseModel):

@@ -144,7 +144,7 @@ export class Jobs extends EventTarget {
       const image = h("img", { src: path, alt: `${entry.prompt}, seed ${seeds[i]}`, loading: "lazy", width: entry.width, height: entry.height });
       const open = h("button", { type: "button", className: "picture", title: "Compare", onclick: () => this.#emit("compare", `${entry.id}/${i + 1}`) }, image);
       const tools = h("div", { className: "tools" },
-        h("a", { className: "button", href: path, download: name, textContent: "Download" }),
+        h("a", { className: "button", href: path, download: name, textContent: "Save", title: "Download the file of the server", "aria-label": `Save picture ${i + 1}` }),
         h("button", { type: "button", textContent: "As reference", title: "Use this result as a reference", onclick: () => this.#emit("reference", { path, name }) }),
         h("button", { type: "button", textContent: "Compare", onclick: () => this.#emit("compare", `${entry.id}/${i + 1}`) }));
       const seed = h("button", { type: "button", className: "seed small", title: "Use this seed", textContent: `seed ${seeds[i]}`, "aria-label": `Use seed ${seeds[i]}`, onclick: () => this.#emit("seed", seeds[i]) });

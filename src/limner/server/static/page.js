@@ -203,7 +203,7 @@ function pictures() {
       found.push({ id: `${entry.id}/${i + 1}`, group, name: `result, seed ${entry.seeds[i]}`, url: place.pathname + place.search });
     });
     for (let n = 1; n <= entry.num_references; n += 1) {
-      found.push({ id: `${entry.id}/reference/${n}`, group, name: `its image ${n}`, path: `/v1/jobs/${entry.id}/references/${n}.png` });
+      found.push({ id: `${entry.id}/reference/${n}`, group, name: `reference, image ${n}`, path: `/v1/jobs/${entry.id}/references/${n}.png` });
     }
   }
   return found;
