@@ -18,7 +18,7 @@ from limner import Pipeline
 from limner.engine import Engine
 from limner.provenance import Signer
 from limner.safety import Checks, Finding
-from limner.server.access import KeyRing
+from limner.server.access import KeyRing, LimitPolicy
 from limner.server.app import create_app
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.run import make_server
@@ -92,6 +92,9 @@ class Served:
     ) -> None:
         if outbound_policy is not None:
             settings["outbound"] = outbound_policy
+        settings.setdefault(
+            "limits", LimitPolicy(requests_per_minute=1e6, burst=10**6)
+        )  # tests send faster than callers may
         keyring = keys or KeyRing.open()
         self.engine = Engine(pipe, max_waiting=max_waiting, max_batch=max_batch, memory_bytes=1 << 30)
         self.app = create_app(

@@ -95,7 +95,7 @@ class Capabilities(BaseModel):
 
     model: str
     version: str
-    default_size: tuple[int, int]
+    default_size: list[int]
     grid: int = Field(description="output sides are multiples of it")
     max_output_pixels: int
     max_images: int
@@ -263,6 +263,7 @@ def results(service: Service) -> APIRouter:
         "/v1/jobs/{id}/references/{number}.png",
         responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
         response_class=Response,
+        dependencies=KEYS,
         summary="A reference of a job as the model reads it",
     )
     async def job_reference(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
@@ -272,11 +273,17 @@ def results(service: Service) -> APIRouter:
         data = await runner.aside(jobs.picture_file(job.references[number - 1].digest).read_bytes)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
-    @router.get("/v1/capabilities", response_model=Capabilities, responses=ERRORS, summary="What may be asked for")
+    @router.get(
+        "/v1/capabilities",
+        response_model=Capabilities,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What may be asked for",
+    )
     async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
         settings, pipe = service.settings, service.engine.pipe
         return Capabilities(
-            model=settings.model_name, version=__version__, default_size=pipe.default_size, grid=_PATCH,
+            model=settings.model_name, version=__version__, default_size=list(pipe.default_size), grid=_PATCH,
             max_output_pixels=settings.max_output_pixels, max_images=service.engine.max_batch,
             max_references=settings.max_references, max_picture_bytes=settings.max_picture_bytes,
             previews=pipe.latent_preview is not None, keep_seconds=settings.runner.keep_results,
