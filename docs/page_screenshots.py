@@ -72,8 +72,8 @@ def draw(page: Page, prompt: str, *, variations: int, seed: int) -> None:
 def settled(page: Page) -> None:
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     page.wait_for_function(
-        """() => [...document.images].every((e) =>
-            e.complete || !e.checkVisibility() || e.getBoundingClientRect().top > innerHeight)"""
+        "() => [...document.images].every((e) => e.complete || !e.checkVisibility() "
+        "|| e.getBoundingClientRect().top > innerHeight)"
     )
 
 

@@ -6,7 +6,7 @@ listed, watched and cancelled, results are read under signed URLs. GET /v1/capab
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -14,21 +14,22 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
 from limner import __version__
-from limner.errors import InvalidRequest, NotFound
+from limner.errors import InvalidRequest, Moderated, NotFound
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.bfl import as_result
 from limner.server.jobs import Handle, Job
 from limner.server.runner import SUFFIXES, Update
-from limner.server.service import MEDIA_TYPES, Service
-from limner.server.wire import ERRORS
+from limner.server.service import KEYS, MEDIA_TYPES, Service
+from limner.server.wire import ERRORS, StrictRoute, check_form
 
-__all__ = ["routes"]
+__all__ = ["results", "routes"]
 
 
 class ReferenceInputs(BaseModel):
@@ -127,7 +128,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of resources."""
-    router = APIRouter(tags=["resources"])
+    router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
     runner, jobs = service.runner, service.jobs
 
     @router.post(
@@ -138,11 +139,11 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Upload references once; their K/V are computed and kept",
     )
-    async def add(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
+    async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
         pictures, tolerance, prefill = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
-            raise InvalidRequest("images", finding.reason)
+            raise Moderated(finding.reason)
         described: dict[str, Any] = {"tolerance": tolerance}
         if prefill:
             with service.limiter.hold(owner):
@@ -155,23 +156,23 @@ def routes(service: Service) -> APIRouter:
             key = await runner.aside(service.engine.pipe.key_of, pictures)
             now = {"cache": "memory" if key in service.engine.pipe.store else None}
         described |= {
-            "reports": [asdict(p.report) for p in pictures],
             "num_tokens": sum(w * h for w, h in (p.report.processed_size for p in pictures)) // _PATCH**2,
         }
-        digests = tuple(p.report.digest for p in pictures)
+        reports = tuple(p.report for p in pictures)
         handle = await runner.store(
             jobs.add_handle,
-            Handle(owner=owner.id, key=key, references=digests, described=described),
+            Handle(owner=owner.id, key=key, references=reports, described=described),
             pictures,
+            max_handles=service.settings.max_handles,
         )
         return {**_reference(handle), **now}
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
-    async def listed(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return {"data": [_reference(handle) for handle in await runner.store(jobs.handles, owner.id)]}
 
     @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
-    async def one(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         handle = await service.handle(owner, id)
         return {**_reference(handle), "cache": "memory" if id in service.engine.pipe.store else None}
 
@@ -181,23 +182,22 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A reference as the model reads it",
     )
-    async def picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+    async def get_reference_picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
-        data = await runner.aside(jobs.picture_file(handle.references[number - 1]).read_bytes)
+        data = await runner.aside(jobs.picture_file(handle.references[number - 1].digest).read_bytes)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
-    async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
-        await runner.store(jobs.remove_handle, owner.id, id)
-        if id not in await runner.store(jobs.all_keys):  # nobody else holds them
+        if await runner.store(jobs.remove_handle, owner.id, id):  # nobody else has them
             await runner.aside(service.engine.pipe.store.remove, id)
         return {"id": id, "deleted": True}
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
-    async def job_list(
+    async def list_jobs(
         request: Request,
         owner: Owner = Depends(service.owner),
         limit: int = Query(50, ge=1, le=200),
@@ -206,13 +206,13 @@ def routes(service: Service) -> APIRouter:
         return {"data": [_entry(service, request, job) for job in found]}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
-    async def job_one(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
     @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def cancel_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.job(owner, id)
-        if await runner.cancel(id):
+        if runner.cancel(id):
             await runner.wait(id)
         return _entry(service, request, await service.job(owner, id))
 
@@ -222,10 +222,18 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="Updates of a job as they come",
     )
-    async def events(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
+    async def watch_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    return router
+
+
+def results(service: Service) -> APIRouter:
+    """The pictures of jobs, which need no key: their URLs are signed."""
+    router = APIRouter(tags=["resources"])
+    runner, jobs = service.runner, service.jobs
 
     @router.get(
         "/v1/results/{id}/{name}",
@@ -233,7 +241,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A result, under a signed URL",
     )
-    async def result(
+    async def get_result_picture(
         id: str,
         name: str,
         expires: int = Query(ge=0, le=2**40),
@@ -261,7 +269,7 @@ def routes(service: Service) -> APIRouter:
         job = await service.job(owner, id)
         if not 1 <= number <= len(job.references):
             raise NotFound(f"number: {number} is not within 1 to {len(job.references)}")
-        data = await runner.aside(jobs.picture_file(job.references[number - 1]).read_bytes)
+        data = await runner.aside(jobs.picture_file(job.references[number - 1].digest).read_bytes)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.get("/v1/capabilities", response_model=Capabilities, responses=ERRORS, summary="What may be asked for")
@@ -286,11 +294,15 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
     """Pictures, tolerance and whether to compute K/V now, of a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        inputs = ReferenceInputs.model_validate_json(await request.body())
+        try:
+            inputs = ReferenceInputs.model_validate(await request.json())
+        except json.JSONDecodeError as error:
+            raise InvalidRequest("body", f"is not JSON ({error})") from None
+        except ValidationError as error:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
         return await service.prepare_texts(texts), inputs.safety_tolerance, inputs.prefill
-    if kind != "multipart/form-data":
-        raise InvalidRequest("body", f"{kind[:80]!r} is neither application/json nor multipart/form-data")
+    check_form(request)
     limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
     async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
         for name, value in form.multi_items():
@@ -314,8 +326,8 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
 def _reference(handle: Handle) -> dict[str, Any]:
     told = handle.described
     return {
-        "id": handle.key, "created": handle.created, "references": told["reports"], "num_tokens": told["num_tokens"],
-        "nbytes": told.get("nbytes"), "prefill_seconds": told.get("prefill_seconds"),
+        "id": handle.key, "created": handle.created, "references": [asdict(report) for report in handle.references],
+        "num_tokens": told["num_tokens"], "nbytes": told.get("nbytes"), "prefill_seconds": told.get("prefill_seconds"),
     }  # fmt: skip
 
 
@@ -341,23 +353,11 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
 
 async def _events(service: Service, request: Request, job: Job) -> AsyncIterator[str]:
     """Each update as an event named by its state; a comment line now and then keeps the connection."""
-    updates = service.runner.watch(job.id)
-    upcoming: asyncio.Future[Update] | None = None
-    try:
-        while True:
-            upcoming = upcoming or asyncio.ensure_future(anext(updates))
-            done, _ = await asyncio.wait({upcoming}, timeout=15)
-            if not done:
+    async with contextlib.aclosing(service.runner.watch(job.id, idle=15)) as updates:
+        async for update in updates:
+            if update is None:
                 yield ": waiting\n\n"
                 continue
-            try:
-                update = upcoming.result()
-            except StopAsyncIteration:
-                return
-            upcoming = None
             current = await service.runner.store(service.jobs.get, job.id) if update.progress == 1.0 else job
             entry = _entry(service, request, current or job, update)
             yield f"event: {update.state}\ndata: {json.dumps(entry)}\n\n"
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()

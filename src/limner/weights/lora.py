@@ -473,7 +473,7 @@ def _digest(updates: Mapping[str, Update]) -> str:
         [name, type(u).__name__, repr(u.scale), *((u.first_row, u.num_rows) if isinstance(u, Kronecker) else ())]
         for name, u in updates.items()
     ]
-    return hashlib.sha256(f"{json.dumps(scales)}\0{digest_tensors(tensors)}".encode()).hexdigest()
+    return hashlib.sha256(f"{json.dumps(scales)}\0{digest_tensors(tensors.items())}".encode()).hexdigest()
 
 
 def _some(names: tuple[str, ...]) -> str:
