@@ -388,3 +388,11 @@ def test_output_says_what_a_hit_saved(pipe: Pipeline) -> None:
     assert second.seconds_saved == references.prefill_seconds > 0
     assert first.reference_key == second.reference_key == references.key
     assert pipe("a dog", width=64, height=64).reference_key is None
+
+
+def test_the_key_of_pictures_is_that_of_their_references(pipe: Pipeline) -> None:
+    a, b = (prepare_reference(picture(64, 64, seed=seed), policy=pipe.reference_policy) for seed in (1, 2))
+    key = pipe.key_of([a, b])
+    assert key not in pipe.store
+    assert pipe.prefill([a, b]).key == key
+    assert pipe.key_of([b, a]) != key
