@@ -23,7 +23,7 @@ from limner.errors import InvalidRequest, LimnerError, OutputError
 if TYPE_CHECKING:
     from limner.config import ModelGeometry
     from limner.images import PreparedReference
-    from limner.memory import MemoryPlan
+    from limner.memory import MemoryPlan, Staging
     from limner.pipeline import Pipeline, PipelineOutput
     from limner.references import References
     from limner.store import ReferenceStore
@@ -729,7 +729,7 @@ def _plan(args: argparse.Namespace) -> None:
         plan = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
     else:
         plan = make_plan(geometry, request, formats=formats, device=args.device)
-    stagings = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
     peaks = {
         how: make_plan(geometry, request, formats=plan.formats, device=args.device, staging=how, limit=0).peak
         for how in stagings
