@@ -150,9 +150,28 @@ def test_refuses_damage(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
         file.write_bytes(whole[:at] + (2**62).to_bytes(8, "little") + whole[at + 8 :])
         with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
             GgufFile(file)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"ends at byte \d+, the file at \d+\); it is truncated"):
+        GgufFile(file)
     file.write_bytes(b"GGUX" + whole[4:])
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
         load_transformer(file, dtype=None, device=CPU)
+
+
+def test_a_count_that_no_file_could_hold(tmp_path: Path) -> None:
+    """The package reads what lies past the end as empty, and would count to the end."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    writer.add_array("some.array", [7, 7, 7])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = (tmp_path / "a.gguf").read_bytes()
+    at = data.index(b"some.array") + len(b"some.array") + 8  # after the types of field and items
+    assert data[at : at + 8] == (3).to_bytes(8, "little")
+    (tmp_path / "a.gguf").write_bytes(data[:at] + (100_000).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(CheckpointError, match="a header or tensor ends at byte"):
+        GgufFile(tmp_path / "a.gguf")
 
 
 def test_names_the_tensor_that_is_not_finite(state: dict[str, torch.Tensor], tmp_path: Path) -> None:

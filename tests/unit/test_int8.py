@@ -119,6 +119,15 @@ def test_velocity_with_int8(dtype: torch.dtype) -> None:
     assert 0 < relative_error(found, expected) < 6e-2  # narrow layers (width 128); the benchmark has klein's widths
 
 
+def test_some_rows_at_a_time_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 64)
+    whole = quantize_weight(weight)
+    monkeypatch.setattr("limner.model.int8._AT_ONCE", 5 * 64)
+    for part, expected in zip(quantize_weight(weight), whole, strict=True):
+        assert torch.equal(part, expected)
+    assert torch.equal(whole[1], weight.abs().amax(dim=1) / 127)
+
+
 def test_casting_keeps_scales_in_float32() -> None:
     made = Int8Linear.of(Linear(64, 32)).to(torch.bfloat16)
     assert (made.weight.dtype, made.weight_scale.dtype) == (torch.int8, torch.float32)
