@@ -6,21 +6,24 @@ Imports nothing heavy before a command runs; knows nothing of models beyond the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 
 if TYPE_CHECKING:
+    from limner.batch import Batch
     from limner.config import ModelGeometry
     from limner.images import PreparedReference
     from limner.memory import MemoryPlan, Staging
@@ -64,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.set_defaults(
         run=_draw, image=None, references=None, store=None, kv_cache_dtype=None, background=None, max_pixels=None
     )
+
+    batch = commands.add_parser(
+        "batch",
+        help="draw all rows of a manifest; goes on where it was stopped",
+        description="Draw all rows of a manifest; run again, it goes on where it was stopped. Exit code 1 if a row failed.",
+    )
+    _batch_arguments(batch)
 
     quantize = commands.add_parser(
         "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
@@ -194,6 +204,44 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
 
 
+def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help='JSON lines: {"id": "a", "prompt": "...", "references": ["cat.png"], "seed": 1, "size": "512x512", '
+        '"steps": 4}; all but id and prompt may be left out; files are relative to the manifest',
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of <id>.png and results.jsonl; made if it is not there",
+    )
+    parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (png)")
+    parser.add_argument(
+        "--images-at-once", type=int, default=1, metavar="N",
+        help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _store_argument(parser, help="folder in which K/V of references are kept beyond this batch")
+    _budget_argument(parser)
+    _kv_argument(parser)
+    _reference_arguments(parser)
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw on many processes: local (this machine), auto, or HOST:PORT of a Ray cluster",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="with --ray: processes; default: one a core, or a GPU")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: rows, failed, prefills, images a second"
+    )
+    parser.set_defaults(run=_batch)
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
@@ -203,9 +251,11 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _lora_argument(parser)
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
@@ -214,6 +264,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
     limits.add_argument("--max-batch", type=int, default=10, metavar="N", help="images drawn at once (10)")
+    limits.add_argument("--images-per-key", type=int, metavar="N", help="images a key may have in all (no limit)")
     limits.add_argument("--requests-per-minute", type=float, default=600, metavar="N", help="of one key (600)")
     limits.add_argument("--concurrent", type=int, default=24, metavar="N", help="unfinished jobs of one key (24)")
     limits.add_argument("--keep-results", type=float, default=600, metavar="S", help="seconds (600)")
@@ -265,6 +316,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
         _weights_arguments(parser)
         parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
         parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+        _lora_argument(parser)
         parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
         _kv_argument(parser)
         _limit_argument(parser)
@@ -303,6 +355,17 @@ def _kv_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _lora_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",
+    )
+
+
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
     parser.add_argument(
@@ -320,6 +383,7 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    _lora_argument(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     _limit_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
@@ -351,6 +415,22 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 512x512")
     return int(match[1]), int(match[2])
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file and a strength; a file whose name has a colon is taken as it is."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not file or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: strength {strength!r} is not a finite number; give FILE or FILE:STRENGTH, as style.safetensors:0.8"
+        )
+    return file, value
 
 
 def _seed(text: str) -> int:
@@ -401,6 +481,23 @@ def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedRef
     return [prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1)]
 
 
+def _lora_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The files of LoRAs and their strengths; what is no LoRA file is refused before a model is loaded."""
+    if not args.lora:
+        return []
+    from limner.weights.lora import resolve_lora
+
+    return [(resolve_lora(source), strength) for source, strength in args.lora]
+
+
+def _load_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> None:
+    if loras:
+        names = [f"{file.stem}-{i}" for i, (file, _) in enumerate(loras, start=1)]
+        for name, (file, _) in zip(names, loras, strict=True):
+            pipe.load_lora_weights(file, name)
+        pipe.set_adapters(names, [strength for _, strength in loras])
+
+
 class _Progress:
     """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
 
@@ -438,6 +535,7 @@ def _draw(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
             )
     prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
+    loras = _lora_files(args)
 
     import torch
 
@@ -460,6 +558,7 @@ def _draw(args: argparse.Namespace) -> None:
             memory_limit=args.memory_limit,
             progress=progress,
         )
+        _load_loras(pipe, loras)
         generators = None
         if args.seed is not None:
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
@@ -583,6 +682,7 @@ def _existing_store(args: argparse.Namespace) -> ReferenceStore:
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
     prepared = _prepare(args, args.file)
+    loras = _lora_files(args)
 
     import torch
 
@@ -598,6 +698,7 @@ def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> R
         kv_cache_dtype=args.kv_cache_dtype,
         memory_limit=args.memory_limit,
     )
+    _load_loras(pipe, loras)
     return pipe.prefill(prepared)
 
 
@@ -794,7 +895,7 @@ def _parts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from limner.server.run import ServeOptions, add_key, default_data, serve
+    from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
     if args.new_key is not None:
         if args.keys is None:
@@ -803,11 +904,20 @@ def _serve(args: argparse.Namespace) -> None:
         return
     if not 0 <= args.port <= 65535:
         raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
+    options = ServeOptions(
+        host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys, unsafe=args.unsafe_no_checks,
+        terms=args.terms, certificate=args.c2pa_certificate, private_key=args.c2pa_key,
+        development_certificate=args.c2pa_development, fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
+        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
+        max_batch=args.max_batch, images_per_key=args.images_per_key, keep_results=args.keep_results, drain=args.drain,
+        public_url=args.public_url, tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
+    )  # fmt: skip
+    check_options(options)
     import torch
 
     from limner.pipeline import Pipeline
 
-    data = args.data or default_data()
+    loras = _lora_files(args)
     pipe = Pipeline.from_pretrained(
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -816,18 +926,96 @@ def _serve(args: argparse.Namespace) -> None:
         reference_policy=_policy(args),
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        **_parts(args),
         memory_limit=args.memory_limit,
     )
-    options = ServeOptions(
-        host=args.host, port=args.port, data=data, keys=args.keys, unsafe=args.unsafe_no_checks, terms=args.terms,
-        certificate=args.c2pa_certificate, private_key=args.c2pa_key, development_certificate=args.c2pa_development,
-        fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
-        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
-        max_batch=args.max_batch, keep_results=args.keep_results, drain=args.drain, public_url=args.public_url,
-        tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
-    )  # fmt: skip
+    _load_loras(pipe, loras)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
+
+
+class _BatchProgress:
+    """A bar over rows on a terminal, a line now and then elsewhere."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._start = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, of: int, failed: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._start = done, now
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=of, initial=done, unit="row", leave=False)
+            self._bar.set_postfix(failed=failed, refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        elif now - self._told >= self.SECONDS:
+            self._told = now
+            rate = (done - self._first) / max(now - self._start, 1e-6)
+            print(f"limner: {done} of {of} rows, {failed} failed, {rate:.2f} a second", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except (OutputError, RemoteError) as error:
+        kept = f"{batch.num_done} of {len(batch.rows)} rows are done and kept"
+        raise type(error)(f"{error}; {kept}: mend that and run the same command again") from error
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from limner.batch import Batch, BatchOptions, ModelOptions
+    from limner.images import printable
+    from limner.pipeline import check_device
+
+    if args.workers is not None and args.ray is None:
+        raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
+    options = BatchOptions(
+        manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
+        store=Path(os.path.abspath(args.store)) if args.store else None, store_bytes=args.store_bytes,
+    )  # fmt: skip
+    model = ModelOptions(
+        model=args.model, dtype=args.dtype, quantize=args.quantize, device=args.device,
+        kv_cache_dtype=args.kv_cache_dtype, background=args.background, max_pixels=args.max_pixels,
+    )  # fmt: skip
+    model.check()
+    progress = _BatchProgress()
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        batch = stack.enter_context(Batch(options, progress=progress))
+        stack.enter_context(_says_how_to_go_on(batch))
+        if args.ray is None:
+            check_device(args.device)
+            pipe = model.load(store=batch.store)
+            batch.draw(pipe, batch.plan(pipe))
+        else:
+            from limner.deploy.ray_batch import Cluster
+
+            cluster = stack.enter_context(Cluster(args.ray, workers=args.workers))
+            cluster.check(batch.options)
+            # what rows are and which are done depends on the weights, not on where they are
+            groups = batch.plan(replace(model, device="cpu").load(store=batch.store))
+            cluster.draw(batch, groups, model)
+        summary = batch.finish()
+    for failure in batch.failures[:10]:
+        name = f" ({failure['id']})" if failure["id"] else ""
+        print(printable(f"limner: line {failure['line']}{name}: {failure['error']['message']}"), file=sys.stderr)
+    if len(batch.failures) > 10:
+        print(f"limner: {len(batch.failures) - 10} more failed; see {summary.results}", file=sys.stderr)
+    _print(args, asdict(summary), summary.describe())
+    return int(summary.failed > 0)
 
 
 def _quantize(args: argparse.Namespace) -> None:

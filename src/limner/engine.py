@@ -217,15 +217,16 @@ class Engine:
     def _own_tokens(self, size: tuple[int, int]) -> int:
         return size[0] * size[1] // 256 + min(512, self.pipe.text_encoder.max_length)
 
-    def check_room(self) -> None:
-        """Raises `QueueFull` where no more requests may wait."""
+    def check_room(self, *, beside: int = 0) -> None:
+        """Raises `QueueFull` where no more requests may wait; `beside` are on their way to the queue."""
         with self._lock:
-            self._check_room()
+            self._check_room(beside)
 
-    def _check_room(self) -> None:
-        if len(self._waiting) >= self.max_waiting:
+    def _check_room(self, beside: int = 0) -> None:
+        waiting = len(self._waiting) + beside
+        if waiting >= self.max_waiting:
             self._stats.refused += 1
-            raise QueueFull(f"{len(self._waiting)} requests wait, which is all that may; try again later")
+            raise QueueFull(f"{waiting} requests wait, which is all that may; try again later")
 
     def submit(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDenied",
+    "BudgetSpent",
     "Cancelled",
     "CapacityError",
     "CheckpointError",
@@ -15,6 +16,7 @@ __all__ = [
     "InvalidRequest",
     "LimnerError",
     "MissingExtra",
+    "Moderated",
     "NotFound",
     "NumericalError",
     "OutputError",
@@ -91,8 +93,16 @@ class RateLimited(LimnerError):
         self.retry_after = retry_after
 
 
+class BudgetSpent(LimnerError):
+    """The caller has had as much as was granted; waiting does not help, more has to be granted."""
+
+
 class RemoteError(LimnerError):
     """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""
+
+
+class Moderated(LimnerError):
+    """A safety check refuses the request or its result; the message repeats nothing of either."""
 
 
 class NotFound(LimnerError):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageError
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, OutputError
@@ -56,6 +56,12 @@ MAX_DECODED_PIXELS = 64 * 1000 * 1000
 _METADATA_KEY = "limner"
 _GRID = 16
 _EXIF_BYTES = 60_000
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What brings a picture upright, by its EXIF orientation; the rest of its EXIF is not looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,12 +132,12 @@ def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> I
         raise InvalidRequest(field, f"{shown} is not a PNG, JPEG or WebP picture; convert it to one") from None
     except Image.DecompressionBombError as error:
         raise InvalidRequest(field, f"{shown}: {error}; at most {MAX_DECODED_PIXELS} pixels are allowed") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise what they stumble over: struct.error, EOFError, KeyError, ...
         raise InvalidRequest(field, f"{shown} is damaged ({error}); save it again") from None
     _check_header(image, data, field=f"{field} {shown}")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
         raise InvalidRequest(field, f"{shown} is truncated or damaged ({error}); save it again") from None
     return image
 
@@ -149,9 +155,18 @@ def _check_header(image: Image.Image, data: bytes, *, field: str) -> None:
 
 def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
     """The picture as RGB with its EXIF orientation applied, and whether that changed it."""
-    oriented = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    if oriented:
-        image = ImageOps.exif_transpose(image)
+    try:
+        if data := image.info.get("exif"):
+            Image.Exif().load(
+                data
+            )  # raises where getexif() gives nothing, having failed once while the file was opened
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # of many kinds: the file says what is read as what
+        raise InvalidRequest(field, f"its EXIF data is damaged ({error}); save it again") from None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    oriented = turn is not None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):

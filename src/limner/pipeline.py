@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from limner import images
+from limner.adapters import Adapters
 from limner.config import AutoencoderConfig, ModelGeometry, ReferencePolicy, TextConfig
 from limner.errors import CapacityError, CheckpointError, InvalidRequest, NumericalError
 from limner.images import PreparedReference, ReferenceReport, prepare_reference
@@ -35,6 +36,7 @@ from limner.memory import Formats, Request, activations, call_bytes, cheapest, k
 from limner.model.autoencoder import Autoencoder
 from limner.model.int8 import has_int8_products
 from limner.model.kv import KV_FORMATS
+from limner.model.lora import matrix_shapes
 from limner.model.preview import LatentPreview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
@@ -54,6 +56,7 @@ from limner.weights.folder import (
     resolve_part,
 )
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.lora import load_lora
 
 __all__ = [
     "Pipeline",
@@ -171,6 +174,7 @@ class Pipeline:
         self.latent_preview = latent_preview
         self.residency = residency
         self._digests = WeightDigests(after=residency.after_read if residency else None)
+        self._last_adapters = Adapters.of(transformer, self._digests)
         self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
         self._interrupt = False  # diffusers' way to stop: a callback sets it, the remaining steps are left out
         self._adopt()
@@ -313,9 +317,10 @@ class Pipeline:
         cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
             target = check_device(target)
-        for part in (self.transformer, self.autoencoder, self.text_encoder):
-            with contextlib.nullcontext() if cast else self._digests.moving(part):
-                part.to(target)
+        with self._adapters.removed():  # and put back in the new place
+            for part in (self.transformer, self.autoencoder, self.text_encoder):
+                with contextlib.nullcontext() if cast else self._digests.moving(part):
+                    part.to(target)
         self.text_encoder.rebuild_rotary()
         self._prompts.clear()
         self._adopt()
@@ -383,13 +388,14 @@ class Pipeline:
 
     @property
     def reference_weights(self) -> str:
-        """Digest of what K/V of references depend on: weights of transformer and autoencoder, and their geometry.
+        """Digest of what K/V of references depend on: weights of transformer (LoRAs and their strengths included) and
+        autoencoder, and their geometry.
 
         Rotary base and axes, the norms' epsilons and groups are in no tensor.
         """
         network = {name: value for name, value in self.autoencoder.network.config.items() if not name.startswith("_")}
         geometry = json.dumps([asdict(self.transformer.config), network], sort_keys=True, default=str)
-        parts = (self._digests.of(self.transformer), self._digests.of(self.autoencoder), geometry)
+        parts = (self._adapters.weights_digest(), self._digests.of(self.autoencoder), geometry)
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @property
@@ -403,6 +409,89 @@ class Pipeline:
         """The attention kernel and the dtype of matrix products that run."""
         return self.transformer.arithmetic
 
+    # LoRAs, with diffusers' names and meanings
+
+    @property
+    def _adapters(self) -> Adapters:
+        found = Adapters.of(self.transformer, self._digests)
+        if found is not self._last_adapters and self._last_adapters.names:
+            _logger.warning("lora: another transformer is in place; %s were of the last one", self._last_adapters.names)
+        self._last_adapters = found
+        return found
+
+    @_typed_memory_errors
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Loads a LoRA of the transformer: a .safetensors file, a folder or hub id, or tensors by name.
+
+        It acts at once and alone, with strength 1; `set_adapters` lets several act. It runs beside the weights, which may
+        be quantized. `adapter_name` left out is default_0, default_1, ...; `weight_name` is the file of a folder or hub id.
+        Tensors that are not for this transformer are an error that names them; `strict=False` logs them. References
+        that were prefilled with other LoRAs, or strengths, are not taken. Raises `CheckpointError`, `InvalidRequest`.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        shapes = matrix_shapes(self.transformer)
+        self._adapters.add(load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict), adapter_name)
+
+    @_typed_memory_errors
+    def set_adapters(
+        self, adapter_names: Sequence[str] | str, adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Lets these adapters act, and no others, each with its weight; one number is for all, None is 1."""
+        self._adapters.set(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that act."""
+        return self._adapters.active
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of the adapters that are loaded, by part."""
+        return {"transformer": self._adapters.names} if self._adapters.names else {}
+
+    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
+        """Forgets adapters."""
+        self._adapters.delete(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """Forgets all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse_lora`."""
+        self._adapters.clear()
+
+    @_typed_memory_errors
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = True,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Adds adapters, the active ones or `adapter_names`, times `lora_scale`, to the weights, in float32, rounded once.
+
+        Nothing runs beside the weights then, and the weights are in memory twice: the old ones are kept for
+        `unfuse_lora`. Sums that are not finite are always refused (`safe_fusing`). Not for int8 weights.
+        """
+        _check_components(components)
+        self._adapters.fuse(adapter_names, lora_scale)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Puts the very tensors back that were there before `fuse_lora`; adapters act beside them again."""
+        _check_components(components)
+        self._adapters.unfuse()
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of adapters that are fused."""
+        return set(self._adapters.fused)
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
+
     # references
 
     @_typed_memory_errors
@@ -414,6 +503,16 @@ class Pipeline:
     def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
         """What `prefill` gives, and where it came from: "miss", "memory" or "disk"."""
         return self._references(self._prepare(image), num_own=0, batch=1)
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """The content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        return reference_key(
+            weights=self.reference_weights,
+            dtype=self.dtype,
+            kernel=self.kernel,
+            digests=[p.report.digest for p in prepared],
+            quantization=self.kv_cache_dtype,
+        )
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
         single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
@@ -452,14 +551,7 @@ class Pipeline:
                 prefill_seconds=self._now() - start,
             )
 
-        key = reference_key(
-            weights=weights,
-            dtype=self.dtype,
-            kernel=kernel,
-            digests=[report.digest for report in reports],
-            quantization=quantization,
-        )
-        references, source = self.store.get(key, make, device=self.device)
+        references, source = self.store.get(self.key_of(prepared), make, device=self.device)
         return _with_reports(references, reports), source
 
     def _check_given(self, references: References) -> References:
@@ -627,6 +719,7 @@ class Pipeline:
         grid = (height // _GRID, width // _GRID)
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
         num_own = grid[0] * grid[1] + num_txt
+        loras = [asdict(lora) for lora in self._adapters.applied]
         self._admit(num_ref=0, num_own=num_own, batch=batch)
         self._check_limit(Request(size=(width, height), references=tuple(sizes), batch=batch, num_text=num_txt))
         levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
@@ -693,6 +786,7 @@ class Pipeline:
                 "sigmas": [round(level, 6) for level in levels.tolist()],
                 "references": [r.digest for r in given.reports] if given else [],
                 "dtype": str(self.dtype).removeprefix("torch."),
+                **({"loras": loras} if loras else {}),
             },
         )
 
@@ -714,7 +808,7 @@ class Pipeline:
         timesteps, levels = (levels[:-1] * 1000).to(self.device), levels.to(self.device)
         size = (grid[1] * _GRID, grid[0] * _GRID)
         request = Request(size=size, batch=latents.shape[0], num_text=prompt_embeds.shape[1])
-        seconds = []
+        seconds, loras = [], self._adapters.applied
         with self._working("denoise", request):
             for i, timestep in enumerate(timesteps):
                 report("step", i, len(timesteps))
@@ -754,6 +848,12 @@ class Pipeline:
                             )
                         rows = [rows[i] for i in kept]
                         latents, prompt_embeds = latents[kept], prompt_embeds[kept]
+                    if references is not None and self._adapters.applied != loras:
+                        raise InvalidRequest(
+                            "callback_on_step_end",
+                            "changed the LoRAs, and the K/V of the references were made with those before; change them "
+                            "between calls, or draw without references",
+                        )
                 seconds.append(self._now() - start)
                 if self._interrupt:
                     break
@@ -917,6 +1017,11 @@ def _check_kv_cache_dtype(kind: str | None) -> str | None:
     if kind is not None and kind not in KV_FORMATS:
         raise InvalidRequest("kv_cache_dtype", f"{kind!r} is not one of None, {', '.join(map(repr, KV_FORMATS))}")
     return kind
+
+
+def _check_components(components: Sequence[str]) -> None:
+    if list(components) != ["transformer"]:
+        raise InvalidRequest("components", f"{list(components)} has to be ['transformer'], the part that has LoRAs")
 
 
 def _check_count(name: str, value: int) -> None:

@@ -17,14 +17,16 @@ LAYERS = (
     {"safety", "provenance"},
     {"model"},
     {"weights", "references", "residency"},
-    {"store"},
+    {"store", "adapters"},
     {"pipeline"},
-    {"engine", "bench"},
-    {"cli", "server"},
-    {"deploy", "__main__"},
+    {"engine", "bench", "batch"},
+    {"server"},
+    {"deploy"},
+    {"cli"},
+    {"__main__"},
 )
 INSIDE_MODEL = (
-    "arithmetic", "rope", "attention", "kv", "layers", "transformer", "autoencoder", "preview", "text_encoder",
+    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "autoencoder", "preview", "text_encoder",
 )  # fmt: skip
 
 

@@ -31,12 +31,19 @@ _AT_ONCE = 1 << 20
 
 
 class QuantizedRows(NamedTuple):
-    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with the shape and dtype they came in."""
+    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with what they were made of (..., K)."""
 
     values: Tensor
     scale: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
+    source: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
 
 @cache
@@ -72,13 +79,13 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows(x: Tensor) -> QuantizedRows:
     """Activations (..., K) for several products with the same input."""
     if native.runs_rows(x):
-        return QuantizedRows(*native.quantize_rows(x), x.shape, x.dtype)
+        return QuantizedRows(*native.quantize_rows(x), x)
     rows = x.reshape(-1, x.shape[-1])
     # a scale of 8 bits, as bfloat16 has: multiplying the result by it rounds nothing more
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _TOP).clamp(min=_TINY).bfloat16().float()
     # bfloat16 may round the scale down by 1/256: 127.5 is clamped
     values = torch.addcmul(torch.full((), _ZERO + 0.5), rows, scale.reciprocal()).clamp_(1, 255).to(torch.uint8)
-    return QuantizedRows(values, scale, x.shape, x.dtype)
+    return QuantizedRows(values, scale, x)
 
 
 class _Packed(NamedTuple):

@@ -33,6 +33,8 @@ class Transformer(nn.Module):
 
     kernel: str | None = None
     """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
+    beside: object | None = None
+    """What runs beside the matrices, LoRAs: kept here by who attaches it, so that all who share the network know of it."""
     visit: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] | None = None
     """Who brings the weights of a block before it runs and takes them away after (`limner.residency`); None: they are
     there."""

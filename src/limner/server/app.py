@@ -15,31 +15,29 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
 from limner.engine import Engine
-from limner.errors import AccessDenied, Cancelled, LimnerError, QueueFull, RateLimited
+from limner.errors import LimnerError
 from limner.provenance import Signer
 from limner.safety import Checks
 from limner.server import bfl, openai_images, page, resources
 from limner.server.access import KeyRing, Limiter
 from limner.server.jobs import Job, JobStore
-from limner.server.limits import BodyLimits
+from limner.server.limits import BodyLimits, LocalCallers
 from limner.server.metrics import Metrics
-from limner.server.openai_images import Moderated
 from limner.server.outbound import OutboundClient
 from limner.server.runner import JobRunner
-from limner.server.service import ServeSettings, Service, status_of
-from limner.server.wire import ERRORS, SafeJSON, error_body, is_openai
+from limner.server.service import KEYS, ServeSettings, Service
+from limner.server.wire import ERRORS, INTERNAL, SafeJSON, answer_of, error_body, is_openai
 
 __all__ = ["create_app"]
 
 _logger = logging.getLogger("limner.server")
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
 def create_app(
@@ -50,14 +48,20 @@ def create_app(
     settings: ServeSettings,
     signer: Signer | None = None,
     outbound: OutboundClient | None = None,
+    webhook_client: OutboundClient | None = None,
 ) -> FastAPI:
-    """The application over an engine. Serving starts its jobs and stopping drains them; it is served once."""
+    """The application over an engine. Serving starts its jobs and stopping drains them; it is served once.
+
+    `outbound` and `webhook_client` are what URLs of callers are asked with: pictures, and receivers, which may be slow
+    and are not to hold up pictures.
+    """
     jobs = JobStore(settings.data)
     limiter = Limiter(settings.limits)
     outbound = outbound or OutboundClient(settings.outbound)
+    webhook_client = webhook_client or OutboundClient(settings.outbound)
     runner = JobRunner(
         engine=engine, jobs=jobs, limiter=limiter, checks=checks, settings=settings.runner, signer=signer,
-        outbound=outbound if settings.webhooks else None,
+        outbound=webhook_client if settings.webhooks else None,
     )  # fmt: skip
     service = Service(
         engine=engine, jobs=jobs, runner=runner, keyring=keyring, limiter=limiter, settings=settings, outbound=outbound
@@ -66,10 +70,9 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        base = (settings.public_url or "").rstrip("/")
-
         def describe(job: Job) -> dict[str, Any]:
-            return bfl.as_result(job, service.result_urls(job, base), None)
+            base = settings.public_url or job.options.get("base_url", "")
+            return bfl.as_result(job, service.result_urls(job, base.rstrip("/")), None)
 
         runner.describe = describe
         await runner.start()
@@ -77,9 +80,10 @@ def create_app(
         try:
             yield
         finally:
-            service.ready = False
+            service.refuse()
             await runner.stop()
             outbound.close()
+            webhook_client.close()
             jobs.close()
 
     app = FastAPI(
@@ -88,14 +92,16 @@ def create_app(
         summary="Draw and edit pictures; the K/V of references are computed once and kept.",
         lifespan=lifespan,
         default_response_class=SafeJSON,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
         docs_url=None,  # the usual page for it fetches scripts from elsewhere
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (bfl.routes, openai_images.routes, resources.routes, page.routes):
+    for routes in (bfl.routes, openai_images.routes, resources.routes, resources.results, page.routes):
         app.include_router(routes(service))
     _health(app, service, metrics)
     _errors(app)
+    _document(app)
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
@@ -104,8 +110,8 @@ def create_app(
         check_key=keyring.identify,
         error_body=error_body,
     )
-    if keyring.is_open:  # a page elsewhere could name this server by a name that it lets point here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", "testserver"])
+    if keyring.is_open:
+        app.add_middleware(LocalCallers, error_body=error_body)
     app.add_middleware(_Observed, metrics=metrics)
     return app
 
@@ -124,12 +130,12 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             problem = "starting or shutting down"
         else:
             try:
-                service.engine.check_room()
                 await service.runner.store(service.jobs.counts)
-            except QueueFull:
+            except LimnerError as error:
+                _logger.warning("not ready: %s", error)
+                problem = "the job store fails"
+            if service.engine.stats().waiting >= service.engine.max_waiting:
                 problem = "the queue is full"
-            except Exception as error:
-                problem = f"the job store fails ({error})"
         return SafeJSON({"status": problem or "ready"}, status_code=503 if problem else 200)
 
     @app.get(
@@ -137,46 +143,44 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         tags=["health"],
         responses={**ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus text"}},
         response_class=Response,
-        dependencies=[Depends(service.owner)],
+        dependencies=[*KEYS, Depends(service.owner)],
         summary="Prometheus metrics",
     )
-    async def metrics_() -> Response:
+    async def read_metrics() -> Response:
         body, kind = await asyncio.to_thread(metrics.text)
         return Response(body, headers={"content-type": kind})
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document, without the 422 that FastAPI writes to every route: the OpenAI dialect says 400."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            for path, operations in made()["paths"].items():
+                for operation in operations.values() if is_openai(path) else ():
+                    operation["responses"].pop("422", None)
+            schemas = made()["components"]["schemas"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+        return made()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(LimnerError)
     async def known(request: Request, error: LimnerError) -> Response:
-        path, status = request.url.path, status_of(error)
-        if is_openai(path):
-            status = {403: 401, 422: 400}.get(status, status)
-        code = None
-        if isinstance(error, Moderated):
-            status, code = 400, "moderation_blocked"
-        if isinstance(error, Cancelled):
-            status, code = 409, "cancelled"
-        if status == 500:
-            _logger.error("%s failed", path, exc_info=error)
-        headers = {}
-        if isinstance(error, RateLimited):
-            headers["retry-after"] = str(error.retry_after)
-        elif isinstance(error, QueueFull):
-            headers["retry-after"] = "5"
-        elif isinstance(error, AccessDenied):
-            headers["www-authenticate"] = "Bearer"
-        field = getattr(error, "field", None)
-        return SafeJSON(
-            error_body(path, status, str(error), field=field, code=code), status_code=status, headers=headers
-        )
+        status, body, headers = answer_of(request.url.path, error)
+        return SafeJSON(body, status_code=status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
-    @app.exception_handler(ValidationError)
-    async def invalid(request: Request, error: RequestValidationError | ValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         path, found = request.url.path, error.errors()
         if is_openai(path):
             first = found[0]
-            field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+            where = [] if first["type"] == "json_invalid" else [str(part) for part in first["loc"] if part != "body"]
+            field = ".".join(where) or None
             return SafeJSON(error_body(path, 400, f"{field or 'body'}: {first['msg']}", field=field), status_code=400)
         detail = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in found]  # without what was sent
         return SafeJSON({"detail": detail}, status_code=422)
@@ -188,7 +192,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        body = error_body(request.url.path, 500, "an error inside the server; its log has more")
+        body = error_body(request.url.path, 500, INTERNAL)
         return SafeJSON(body, status_code=500)
 
 
@@ -216,11 +220,12 @@ class _Observed:
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(method=scope["method"], route=route, status=status, seconds=seconds)
+            method = scope["method"] if scope["method"] in _METHODS else "other"  # callers may invent others
+            self._metrics.request(method=method, route=route, status=status, seconds=seconds)
             if route not in ("/healthz", "/readyz", "/metrics"):
                 owner = scope.get("state", {}).get("owner")
                 line = {
-                    "event": "request", "method": scope["method"], "route": route, "status": status,
+                    "event": "request", "method": method, "route": route, "status": status,
                     "ms": round(seconds * 1e3, 1), "owner": getattr(owner, "name", None),
                 }  # fmt: skip
                 _logger.info("%s", json.dumps(line))

@@ -17,9 +17,9 @@ from limner.errors import InvalidRequest
 from limner.server.access import Owner
 from limner.server.jobs import Job, Webhook
 from limner.server.runner import Update
-from limner.server.service import Service
+from limner.server.service import KEYS, Service
 from limner.server.webhooks import check_webhook_url
-from limner.server.wire import ERRORS, cache_report
+from limner.server.wire import ERRORS, StrictRoute, cache_report
 
 __all__ = ["as_result", "routes"]
 
@@ -136,7 +136,7 @@ def _megapixels(*sizes: tuple[int, int]) -> float:
 
 def routes(service: Service) -> APIRouter:
     """The routes of this dialect."""
-    router = APIRouter(tags=["hosted dialect"])
+    router = APIRouter(tags=["hosted dialect"], route_class=StrictRoute, dependencies=KEYS)
 
     async def submit(request: Request, inputs: Inputs, owner: Owner, idempotency: str | None) -> dict[str, Any]:
         given = {name: text for name in _FIELDS if (text := getattr(inputs, name)) is not None}
@@ -167,11 +167,12 @@ def routes(service: Service) -> APIRouter:
             tolerance=inputs.safety_tolerance,
             output_format=inputs.output_format or "jpeg",
             webhook=webhook,
+            options={"base_url": service.base_url(request)} if webhook else {},
             **more,
         )
         if webhook is not None:
             return {"id": job.id, "status": STATUSES[job.status], "webhook_url": webhook.url}
-        sizes = [p.report.processed_size for p in pictures]
+        sizes = [report.processed_size for report in job.references]
         return {
             "id": job.id,
             "polling_url": f"{service.base_url(request)}/v1/get_result?id={job.id}",

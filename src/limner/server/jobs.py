@@ -1,10 +1,10 @@
 """Jobs that outlive the process: what was accepted, what became of it, and the pictures of both, in one folder.
 
 Owns the SQLite file and the picture files beside it. A job is in the file before it is answered, and it ends once: the row
-says `pending` until one transaction makes it something else, however often it was begun. Knows nothing of engines, HTTP or
-wire dialects.
+says `pending` until one transaction makes it something else, however often it was begun. Of a job that is refused no
+picture stays. Knows nothing of engines, HTTP or wire dialects.
 
-    DIR/jobs.sqlite           jobs, handles of references, which pictures they use
+    DIR/jobs.sqlite           jobs, handles of references, which pictures they use, images made for each owner
     DIR/inputs/<digest>.png   processed reference pictures, each once, without loss
     DIR/results/<id>-<n>.png  results, until they expire
     DIR/secret                key of signed URLs, 32 random bytes
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
+import logging
 import os
 import secrets
 import sqlite3
@@ -30,12 +32,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from limner.errors import Conflict, InvalidRequest, LimnerError, OutputError
+from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import PreparedReference, ReferenceReport, write_beside
 
-__all__ = ["Handle", "Job", "JobStore", "Status", "Webhook"]
+__all__ = ["Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
 
+_logger = logging.getLogger("limner.server")
 Status = Literal["pending", "ready", "error", "request_moderated", "content_moderated", "cancelled"]
+_REFUSED = ("request_moderated", "content_moderated")
 _VERSION = 1
 _CACHED_BYTES = 256 << 20
 _SCHEMA = """
@@ -46,14 +50,15 @@ CREATE TABLE jobs (
 ) STRICT;
 CREATE INDEX jobs_by_owner ON jobs (owner, created);
 CREATE INDEX jobs_pending ON jobs (created) WHERE status = 'pending';
+CREATE INDEX jobs_by_expiry ON jobs (expires) WHERE expires IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (webhook_due) WHERE webhook_due IS NOT NULL;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
 CREATE TABLE handles (
     owner TEXT NOT NULL, key TEXT NOT NULL, created REAL NOT NULL, described TEXT NOT NULL, PRIMARY KEY (owner, key)
 ) STRICT;
-CREATE TABLE pictures (digest TEXT PRIMARY KEY, report TEXT NOT NULL, nbytes INTEGER NOT NULL, added REAL NOT NULL) STRICT;
 CREATE TABLE uses (digest TEXT NOT NULL, user TEXT NOT NULL, PRIMARY KEY (digest, user)) STRICT;
 CREATE INDEX uses_by_user ON uses (user);
+CREATE TABLE spent (owner TEXT PRIMARY KEY, images INTEGER NOT NULL) STRICT;
 """
 
 
@@ -67,15 +72,18 @@ class Webhook:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One job. `references` are digests of pictures in order; `options` is what the dialect wants back.
+    """One job. `references` say which pictures, in order, and what was done to this caller's; `options` is what others
+    want back and does not change what is drawn.
 
-    `result` holds, by status: `files` and what is told of them, or `error`. Times are seconds since the epoch.
+    `drawn_seeds`: the caller left them to the server. `result` holds, by status: `files` and what is told of them,
+    `finding`, or `error`. Times are seconds since the epoch.
     """
 
     owner: str
     prompt: str
     seeds: tuple[int, ...]
-    references: tuple[str, ...] = ()
+    drawn_seeds: bool = False
+    references: tuple[ReferenceReport, ...] = ()
     width: int | None = None
     height: int | None = None
     num_steps: int = 4
@@ -100,28 +108,30 @@ class Job:
     def fingerprint(self) -> str:
         """Equal for requests that ask for the same; seeds that the caller did not choose do not count."""
         asked = self._request()
-        if asked["options"].get("drawn_seeds"):
-            asked["seeds"] = len(self.seeds)
-        return json.dumps(asked, sort_keys=True)
+        del asked["options"]
+        asked["references"] = [report.digest for report in self.references]
+        asked["seeds"] = len(self.seeds) if self.drawn_seeds else self.seeds
+        asked["webhook"] = asdict(self.webhook) if self.webhook else None
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _request(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _REQUEST}
+        asked = {name: getattr(self, name) for name in _REQUEST}
+        return asked | {"references": [asdict(report) for report in self.references]}
 
 
 _REQUEST = (
-    "prompt", "seeds", "references", "width", "height", "num_steps", "priority", "timeout", "tolerance", "output_format",
+    "prompt", "seeds", "drawn_seeds", "width", "height", "num_steps", "priority", "timeout", "tolerance", "output_format",
     "quality", "options",
 )  # fmt: skip
-_TUPLES = ("seeds", "references")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handle:
-    """References that were uploaded once: their content key, and their pictures in order."""
+    """References that were uploaded once: their content key, and what was done to their pictures, in order."""
 
     owner: str
     key: str
-    references: tuple[str, ...]
+    references: tuple[ReferenceReport, ...]
     created: float = 0.0
     described: dict[str, Any] = field(default_factory=dict)
 
@@ -133,24 +143,28 @@ class JobStore:
         self.folder = Path(folder)
         self._clock = clock
         self._lock = threading.RLock()
-        self._pictures: OrderedDict[str, PreparedReference] = OrderedDict()
+        self._pictures: OrderedDict[str, bytes] = OrderedDict()
         self._cached_bytes = 0
-        try:
-            for name in ("inputs", "results"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self._held = (self.folder / "lock").open("w")
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")  # what is answered survives a loss of power too
-            self._prepare()
-            self.secret = self._secret()
-        except BlockingIOError:
-            raise OutputError(
-                f"data: {self.folder} is used by another server; stop it, or give another folder"
-            ) from None
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(f"data: {self.folder} cannot be used ({error}); give another folder") from error
+        with contextlib.ExitStack() as opened:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts, pictures, secrets of webhooks
+                for name in ("inputs", "results"):
+                    (self.folder / name).mkdir(exist_ok=True)
+                held = opened.enter_context((self.folder / "lock").open("w"))
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+                opened.callback(self._db.close)
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")  # what is answered survives a loss of power too
+                self._prepare()
+                self.secret = self._secret()
+            except BlockingIOError:
+                raise OutputError(
+                    f"data: {self.folder} is used by another server; stop it, or give another folder"
+                ) from None
+            except (OSError, sqlite3.Error) as error:
+                raise OutputError(f"data: {self.folder} cannot be used ({error}); give another folder") from error
+            self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -166,12 +180,22 @@ class JobStore:
         if not file.exists():
             write_beside(file, secrets.token_bytes(32))
             file.chmod(0o600)
-        return file.read_bytes()
+        found = file.read_bytes()
+        if len(found) != 32:
+            raise OutputError(f"data: {file} is damaged; remove it, and links to results that were given are void")
+        return found
 
     def close(self) -> None:
+        """Lets another process have the folder. A second time does nothing."""
         with self._lock:
-            self._db.close()
-            self._held.close()
+            self._opened.close()
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise OutputError(f"data: {self.folder} cannot be read ({error})") from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -181,80 +205,89 @@ class JobStore:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
                     raise OutputError(f"data: {self.folder} cannot be written ({error})") from error
                 raise
 
     # jobs
 
-    def add(self, job: Job, pictures: Sequence[PreparedReference] = ()) -> tuple[Job, bool]:
+    def add(
+        self, job: Job, pictures: Sequence[PreparedReference] = (), *, budget: int | None = None
+    ) -> tuple[Job, bool]:
         """Writes a job down; gives it as it is kept, and whether it is new.
 
         A second job under an idempotency key of its owner is the first one again, if it asks for the same; otherwise
-        `Conflict` is raised. `pictures` are its references.
+        `Conflict` is raised. `pictures` are its references. `BudgetSpent` is raised where the owner would have more than
+        `budget` images, all jobs taken together. What is refused leaves nothing behind.
         """
-        for picture in pictures:
-            self._write_picture(picture)
-        job = replace(job, created=self._clock())
-        with self._transaction() as db:
-            if job.idempotency is not None:
-                row = db.execute(
-                    "SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", (job.owner, job.idempotency)
-                ).fetchone()
-                if row is not None:
-                    known = _job(row)
-                    if known.fingerprint != job.fingerprint:
-                        raise Conflict(
-                            f"idempotency_key: {job.idempotency!r} was used for another request; use a new one"
-                        )
-                    return known, False
-            for picture in pictures:
-                self._note_picture(db, picture)
-            self._use(db, job.references, user=f"job:{job.id}")
-            db.execute(
-                "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    job.id, job.owner, job.created, job.status, json.dumps(job._request()), job.idempotency,
-                    job.fingerprint if job.idempotency else None,
-                    json.dumps(asdict(job.webhook)) if job.webhook else None,
-                ),
-            )  # fmt: skip
+        with self._lock:
+            known = self.known(job)
+            if known is not None:
+                return known, False
+            job = replace(job, created=self._clock())
+            with self._written(pictures), self._transaction() as db:
+                self._spend(db, job.owner, len(job.seeds), budget)
+                self._use(db, job.references, user=f"job:{job.id}")
+                db.execute(
+                    "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        job.id, job.owner, job.created, job.status, json.dumps(job._request()), job.idempotency,
+                        job.fingerprint if job.idempotency else None,
+                        json.dumps(asdict(job.webhook)) if job.webhook else None,
+                    ),
+                )  # fmt: skip
         return job, True
+
+    def known(self, job: Job) -> Job | None:
+        """The job that its owner asked for under the same idempotency key. Raises `Conflict` if it is another one."""
+        if job.idempotency is None:
+            return None
+        rows = self._rows("SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", job.owner, job.idempotency)
+        if not rows:
+            return None
+        known = _job(rows[0])
+        if known.fingerprint != job.fingerprint:
+            raise Conflict(f"idempotency_key: {job.idempotency!r} was used for another request; use a new one")
+        return known
+
+    def spent(self, owner: str) -> int:
+        """Images of an owner's jobs that are ready or pending, also of those that are forgotten."""
+        rows = self._rows("SELECT images FROM spent WHERE owner = ?", owner)
+        return int(rows[0][0]) if rows else 0
+
+    def _spend(self, db: sqlite3.Connection, owner: str, num_images: int, budget: int | None) -> None:
+        spent = self.spent(owner)
+        if budget is not None and spent + num_images > budget:
+            raise BudgetSpent(
+                f"num_images: {num_images} more would be over the budget of this key: {spent} of {budget} images are used"
+            )
+        db.execute(
+            "INSERT INTO spent VALUES (?, ?) ON CONFLICT DO UPDATE SET images = images + ?",
+            (owner, num_images, num_images),
+        )
 
     def get(self, id: str, *, owner: str | None = None) -> Job | None:
         """A job, if it is here (and is of that owner, if one is given)."""
-        with self._lock:
-            row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
-        job = _job(row) if row else None
+        rows = self._rows("SELECT * FROM jobs WHERE id = ?", id)
+        job = _job(rows[0]) if rows else None
         return job if job and owner in (None, job.owner) else None
-
-    def by_idempotency(self, owner: str, key: str) -> Job | None:
-        """The job that an owner asked for under an idempotency key."""
-        with self._lock:
-            row = self._db.execute("SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", (owner, key)).fetchone()
-        return _job(row) if row else None
 
     def pending(self) -> list[Job]:
         """Jobs that have not ended, the oldest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id").fetchall()
-        return [_job(row) for row in rows]
+        return [_job(row) for row in self._rows("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id")]
 
     def of_owner(self, owner: str, *, limit: int = 50) -> list[Job]:
         """An owner's jobs, the newest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, id LIMIT ?", (owner, limit)
-            ).fetchall()
+        rows = self._rows("SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, id LIMIT ?", owner, limit)
         return [_job(row) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status."""
-        with self._lock:
-            return dict(self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
+        return dict(self._rows("SELECT status, count(*) FROM jobs GROUP BY status"))
 
     def end(
         self,
@@ -264,7 +297,11 @@ class JobStore:
         result: Mapping[str, Any],
         keep_seconds: float,
     ) -> Job | None:
-        """Ends a job. None: it had ended before, or is gone, and stays as it is."""
+        """Ends a job. None: it had ended before, or is gone, and stays as it is.
+
+        Only images that are ready count against a budget. The references of a job that was refused go at once, unless
+        another one has them.
+        """
         now = self._clock()
         with self._transaction() as db:
             changed = db.execute(
@@ -272,7 +309,15 @@ class JobStore:
                 "webhook_due = CASE WHEN webhook IS NULL THEN NULL ELSE ? END WHERE id = ? AND status = 'pending'",
                 (status, now, now + keep_seconds, json.dumps(dict(result)), now, id),
             ).rowcount
-        return self.get(id) if changed else None
+            if not changed:
+                return None
+            job = self.get(id)
+            assert job is not None
+            if status != "ready":
+                db.execute("UPDATE spent SET images = images - ? WHERE owner = ?", (len(job.seeds), job.owner))
+            dropped = self._unused_without(db, f"job:{id}") if status in _REFUSED else []
+        self._remove_files(dropped)
+        return job
 
     def write_results(self, id: str, files: Sequence[bytes], *, suffix: str) -> list[str]:
         """Writes the pictures of a job, each whole; gives their names."""
@@ -295,10 +340,7 @@ class JobStore:
 
     def due_webhooks(self) -> list[Job]:
         """Ended jobs whose webhook is due now."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT * FROM jobs WHERE webhook_due <= ? ORDER BY webhook_due LIMIT 100", (self._clock(),)
-            ).fetchall()
+        rows = self._rows("SELECT * FROM jobs WHERE webhook_due <= ? ORDER BY webhook_due LIMIT 100", self._clock())
         return [_job(row) for row in rows]
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
@@ -312,56 +354,70 @@ class JobStore:
 
     # pictures
 
-    def _write_picture(self, picture: PreparedReference) -> None:
-        digest = picture.report.digest
-        file = self.folder / "inputs" / f"{digest}.png"
-        if not file.exists():
-            buffer = io.BytesIO()
-            size = picture.report.processed_size
-            Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
-            write_beside(file, buffer.getvalue())
-        self._keep_picture(picture)
+    @contextlib.contextmanager
+    def _written(self, pictures: Sequence[PreparedReference]) -> Iterator[None]:
+        """Writes pictures that are not there yet; takes them away again where the block fails."""
+        made: list[str] = []
+        try:
+            for picture in pictures:
+                digest = picture.report.digest
+                file = self.picture_file(digest)
+                if not file.exists():
+                    buffer = io.BytesIO()
+                    size = picture.report.processed_size
+                    Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
+                    write_beside(file, buffer.getvalue())
+                    made.append(digest)
+                self._keep_picture(digest, picture.data)
+            yield
+        except BaseException:
+            self._remove_files(made)
+            raise
 
-    def _note_picture(self, db: sqlite3.Connection, picture: PreparedReference) -> None:
-        db.execute(
-            "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)",
-            (picture.report.digest, json.dumps(asdict(picture.report)), len(picture.data), self._clock()),
-        )
-
-    def _use(self, db: sqlite3.Connection, digests: Sequence[str], *, user: str) -> None:
-        for digest in set(digests):
-            if db.execute("SELECT 1 FROM pictures WHERE digest = ?", (digest,)).fetchone() is None:
+    def _use(self, db: sqlite3.Connection, reports: Sequence[ReferenceReport], *, user: str) -> None:
+        for digest in {report.digest for report in reports}:
+            if not self.picture_file(digest).exists():
                 raise LimnerError(f"picture {digest} is not kept; send it again")
             db.execute("INSERT OR IGNORE INTO uses VALUES (?, ?)", (digest, user))
 
-    def _keep_picture(self, picture: PreparedReference) -> None:
-        with self._lock:
-            if picture.report.digest not in self._pictures:
-                self._cached_bytes += len(picture.data)
-            self._pictures[picture.report.digest] = picture
-            self._pictures.move_to_end(picture.report.digest)
-            while self._cached_bytes > _CACHED_BYTES:
-                self._cached_bytes -= len(self._pictures.popitem(last=False)[1].data)
+    def _unused_without(self, db: sqlite3.Connection, user: str) -> list[str]:
+        """Ends the uses of a user; the pictures that nobody has now, to be removed after the transaction."""
+        digests = [digest for (digest,) in db.execute("SELECT digest FROM uses WHERE user = ?", (user,)).fetchall()]
+        db.execute("DELETE FROM uses WHERE user = ?", (user,))
+        return [d for d in digests if not db.execute("SELECT 1 FROM uses WHERE digest = ? LIMIT 1", (d,)).fetchone()]
 
-    def picture(self, digest: str) -> PreparedReference:
+    def _remove_files(self, digests: Sequence[str]) -> None:
+        """What cannot be removed now is, by `clean`, later."""
+        for digest in digests:
+            self._cached_bytes -= len(self._pictures.pop(digest, b""))
+            with contextlib.suppress(OSError):
+                self.picture_file(digest).unlink(missing_ok=True)
+
+    def _keep_picture(self, digest: str, data: bytes) -> None:
+        with self._lock:
+            if digest not in self._pictures:
+                self._cached_bytes += len(data)
+                self._pictures[digest] = data
+            self._pictures.move_to_end(digest)
+            while self._cached_bytes > _CACHED_BYTES:
+                self._cached_bytes -= len(self._pictures.popitem(last=False)[1])
+
+    def picture(self, report: ReferenceReport) -> PreparedReference:
         """A kept reference. Raises `LimnerError` where its file is gone or is not what was written."""
+        digest = report.digest
         with self._lock:
             if digest in self._pictures:
                 self._pictures.move_to_end(digest)
-                return self._pictures[digest]
-            row = self._db.execute("SELECT report FROM pictures WHERE digest = ?", (digest,)).fetchone()
-        if row is None:
-            raise LimnerError(f"picture {digest} is not kept; send it again")
-        values = json.loads(row[0])
-        report = ReferenceReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
+                return PreparedReference(data=self._pictures[digest], report=report)
         try:
-            with Image.open(self.folder / "inputs" / f"{digest}.png") as image:
+            with Image.open(self.picture_file(digest), formats=["PNG"]) as image:
                 picture = PreparedReference(data=image.tobytes(), report=report)
         except (OSError, SyntaxError, ValueError) as error:
-            raise LimnerError(f"picture {digest} cannot be read again ({error}); send it again") from error
+            _logger.warning("picture %s cannot be read again (%s)", digest, error)
+            raise LimnerError(f"picture {digest} cannot be read again; send it again") from error
         if picture.computed_digest() != digest:
             raise LimnerError(f"picture {digest} was changed on disk; send it again")
-        self._keep_picture(picture)
+        self._keep_picture(digest, picture.data)
         return picture
 
     def picture_file(self, digest: str) -> Path:
@@ -370,45 +426,47 @@ class JobStore:
 
     # handles of references
 
-    def add_handle(self, handle: Handle, pictures: Sequence[PreparedReference]) -> Handle:
-        """Keeps references under their content key for an owner; the same ones again are the first ones."""
-        for picture in pictures:
-            self._write_picture(picture)
-        with self._transaction() as db:
-            for picture in pictures:
-                self._note_picture(db, picture)
-            self._use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
-            described = json.dumps({"references": handle.references, **handle.described})
-            db.execute(
-                "INSERT INTO handles VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET described = excluded.described",
-                (handle.owner, handle.key, self._clock(), described),
-            )
-        found = self.handle(handle.owner, handle.key)
+    def add_handle(self, handle: Handle, pictures: Sequence[PreparedReference], *, max_handles: int) -> Handle:
+        """Keeps references under their content key for an owner; the same ones again take no more room.
+
+        Raises `InvalidRequest` where the owner has `max_handles` others.
+        """
+        with self._lock:
+            others = self._rows("SELECT count(*) FROM handles WHERE owner = ? AND key != ?", handle.owner, handle.key)
+            if others[0][0] >= max_handles:
+                raise InvalidRequest("references", f"{max_handles} are kept for you, which is the most; delete some")
+            with self._written(pictures), self._transaction() as db:
+                self._use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
+                references = [asdict(report) for report in handle.references]
+                db.execute(
+                    "INSERT INTO handles VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET described = excluded.described",
+                    (
+                        handle.owner, handle.key, self._clock(),
+                        json.dumps({**handle.described, "references": references}),
+                    ),
+                )  # fmt: skip
+            found = self.handle(handle.owner, handle.key)
         assert found is not None
         return found
 
     def handle(self, owner: str, key: str) -> Handle | None:
         """References of an owner, by their key."""
-        with self._lock:
-            row = self._db.execute("SELECT * FROM handles WHERE owner = ? AND key = ?", (owner, key)).fetchone()
-        return _handle(row) if row else None
+        rows = self._rows("SELECT * FROM handles WHERE owner = ? AND key = ?", owner, key)
+        return _handle(rows[0]) if rows else None
 
     def handles(self, owner: str) -> list[Handle]:
         """All references of an owner, the newest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC", (owner,)).fetchall()
+        rows = self._rows("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC, key", owner)
         return [_handle(row) for row in rows]
 
-    def all_keys(self) -> set[str]:
-        """Keys that some owner has a handle of."""
-        with self._lock:
-            return {key for (key,) in self._db.execute("SELECT DISTINCT key FROM handles")}
-
     def remove_handle(self, owner: str, key: str) -> bool:
-        """Whether it was there."""
+        """Forgets references of an owner, with pictures that nobody else has; whether nobody has the key now."""
         with self._transaction() as db:
-            db.execute("DELETE FROM uses WHERE user = ?", (f"handle:{owner}:{key}",))
-            return db.execute("DELETE FROM handles WHERE owner = ? AND key = ?", (owner, key)).rowcount > 0
+            db.execute("DELETE FROM handles WHERE owner = ? AND key = ?", (owner, key))
+            dropped = self._unused_without(db, f"handle:{owner}:{key}")
+            is_last = db.execute("SELECT 1 FROM handles WHERE key = ? LIMIT 1", (key,)).fetchone() is None
+        self._remove_files(dropped)
+        return is_last
 
     # room
 
@@ -419,44 +477,39 @@ class JobStore:
         two of its writes) go once they are `grace_seconds` old.
         """
         now = self._clock()
-        with self._transaction() as db:
-            expired = db.execute("SELECT result FROM jobs WHERE status = 'ready' AND expires <= ?", (now,)).fetchall()
-            old = db.execute(
-                "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
-                (now - forget_seconds,),
-            ).fetchall()
-            for (id_,) in old:
-                db.execute("DELETE FROM uses WHERE user = ?", (f"job:{id_}",))
-                db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
-            unused = db.execute(
-                "SELECT digest FROM pictures WHERE added <= ? AND digest NOT IN (SELECT digest FROM uses)",
-                (now - grace_seconds,),
-            ).fetchall()
-            for (digest,) in unused:
-                db.execute("DELETE FROM pictures WHERE digest = ?", (digest,))
-                if (dropped := self._pictures.pop(digest, None)) is not None:
-                    self._cached_bytes -= len(dropped.data)
-                self.picture_file(digest).unlink(missing_ok=True)
-            known = {f"{digest}.png" for (digest,) in db.execute("SELECT digest FROM pictures")}
-            kept = {
-                name
-                for (text,) in db.execute("SELECT result FROM jobs WHERE status = 'ready' AND expires > ?", (now,))
-                for name in json.loads(text).get("files", [])
-            }
-        for (text,) in expired:
-            for name in json.loads(text).get("files", []):
-                (self.folder / "results" / name).unlink(missing_ok=True)
-        for folder, names in (("inputs", known), ("results", kept)):
-            for file in (self.folder / folder).iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    if file.name not in names and file.stat().st_mtime <= time.time() - grace_seconds:
-                        file.unlink()
+        with self._lock:
+            with self._transaction() as db:
+                old = db.execute(
+                    "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
+                    (now - forget_seconds,),
+                ).fetchall()
+                dropped = [digest for (id_,) in old for digest in self._unused_without(db, f"job:{id_}")]
+                db.executemany("DELETE FROM jobs WHERE id = ?", old)
+            self._remove_files(dropped)
+            used = {f"{digest}.png" for (digest,) in self._rows("SELECT DISTINCT digest FROM uses")}
+            for file in (self.folder / "inputs").iterdir():
+                if file.name not in used:
+                    _remove_old(file, grace_seconds)
+        for file in (self.folder / "results").iterdir():
+            rows = self._rows(
+                "SELECT expires FROM jobs WHERE id = ? AND status = 'ready'", file.name.rpartition("-")[0]
+            )
+            if not rows:
+                _remove_old(file, grace_seconds)
+            elif rows[0][0] <= now:
+                file.unlink(missing_ok=True)
+
+
+def _remove_old(file: Path, grace_seconds: float) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if file.stat().st_mtime <= time.time() - grace_seconds:
+            file.unlink()
 
 
 def _job(row: tuple[Any, ...]) -> Job:
     (id_, owner, created, status, request, ended, expires, result, idempotency, _, webhook, _, attempts, first) = row
     asked = json.loads(request)
-    asked |= {name: tuple(asked[name]) for name in _TUPLES}
+    asked |= {"seeds": tuple(asked["seeds"]), "references": _reports(asked["references"])}
     return Job(
         id=id_, owner=owner, created=created, status=status, ended=ended, expires=expires, result=json.loads(result),
         idempotency=idempotency, webhook=Webhook(**json.loads(webhook)) if webhook else None, webhook_attempts=attempts,
@@ -468,8 +521,16 @@ def _handle(row: tuple[Any, ...]) -> Handle:
     owner, key, created, described = row
     values = json.loads(described)
     return Handle(
-        owner=owner, key=key, created=created, references=tuple(values.pop("references")), described=values
+        owner=owner, key=key, created=created, references=_reports(values.pop("references")), described=values
     )  # fmt: skip
+
+
+def _reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, ...]:
+    """Reports from JSON, which knows no tuples."""
+    return tuple(
+        ReferenceReport(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})  # type: ignore[arg-type]
+        for values in found
+    )
 
 
 def check_idempotency_key(key: str | None) -> str | None:

@@ -1,6 +1,6 @@
-"""Limits of a request that hold before any route sees it: size and time of its body, and a key before either.
+"""Limits of a request that hold before any route sees it: size and time of its body, a key before either, and from where.
 
-An ASGI middleware. It reads a body whole, up to a limit of its own and one over all requests, and hands it on; so a route
+ASGI middlewares. A body is read whole, up to a limit of its own and one over all requests, and handed on; so a route
 never waits for a slow caller, and what is refused is refused early.
 """
 
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner.errors import AccessDenied
+from limner.server.wire import answer_of
 
-__all__ = ["BodyLimits", "ErrorBody"]
+__all__ = ["BodyLimits", "ErrorBody", "LocalCallers"]
 
-ErrorBody = Callable[[str, int, str], dict[str, object]]
+ErrorBody = Callable[[str, int, str], Mapping[str, object]]
 """(path, status, message) to the body of an error in the dialect of that path."""
 
 
@@ -49,10 +51,7 @@ class BodyLimits:
         headers = Headers(scope=scope)
         taken = 0
         try:
-            try:
-                self._check_key(headers)
-            except AccessDenied as error:
-                raise _Refused(403, str(error)) from None
+            self._check_key(headers)
             length = headers.get("content-length", "0")
             if not length.isdecimal():
                 raise _Refused(400, f"content-length: {length[:40]!r} is not a number")
@@ -77,20 +76,59 @@ class BodyLimits:
                         chunks.append(chunk)
             except TimeoutError:
                 raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
-            await self._app(scope, _replay(b"".join(chunks), receive), send)
+            body = b"".join(chunks)
+            chunks.clear()  # it is not kept twice while the route works
+            await self._app(scope, _replay(body, receive), send)
+        except AccessDenied as error:
+            await _refuse(send, *answer_of(scope["path"], error))
         except _Refused as refused:
-            await self._refuse(scope["path"], refused, send)
+            told = self._error_body(scope["path"], refused.status, refused.message)
+            await _refuse(send, refused.status, told, {"retry-after": "1"} if refused.status == 503 else {})
         finally:
             self._buffered -= taken
 
-    async def _refuse(self, path: str, refused: _Refused, send: Send) -> None:
-        status = 401 if refused.status == 403 and path.startswith("/v1/images") else refused.status
-        body = json.dumps(self._error_body(path, status, refused.message)).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        headers += [(b"retry-after", b"1")] if status == 503 else []
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+class LocalCallers:
+    """For a server without keys: refuses what a page from elsewhere makes a browser of this machine ask.
+
+    Such a page can let a name of its own point to 127.0.0.1 (`Host` is that name), or send a form across sites (`Origin`
+    is its own). Programs send neither.
+    """
+
+    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+        self._app = app
+        self._error_body = error_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            hosts, origins = headers.getlist("host"), headers.getlist("origin")
+            problem = ""
+            if len(hosts) != 1 or not _is_local(f"//{hosts[0]}"):
+                problem = "the header Host has to be localhost, 127.0.0.1 or [::1]: this server has no keys"
+            elif not all(map(_is_local, origins)):
+                problem = "pages of other sites may not use this server, which has no keys"
+            if problem:
+                await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_local(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.hostname in ("localhost", "127.0.0.1", "::1") and "@" not in parts.netloc
+    except ValueError:
+        return False
+
+
+async def _refuse(send: Send, status: int, told: Mapping[str, object], more: Mapping[str, str]) -> None:
+    """Answers without reading what else comes, so the connection cannot be used again."""
+    body = json.dumps(told).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **more}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _Refused(Exception):

@@ -22,30 +22,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
-from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimnerError, NotFound
+from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimnerError, Moderated, NotFound, QueueFull
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.jobs import Job
-from limner.server.service import Service, until_gone
-from limner.server.wire import OPENAI_ERRORS, SafeJSON, cache_report, error_body
+from limner.server.service import KEYS, Service, until_gone
+from limner.server.wire import OPENAI_ERRORS, SafeJSON, StrictRoute, answer_of, cache_report, check_form
 
-__all__ = ["Moderated", "routes"]
+__all__ = ["routes"]
 
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 _IDLE = ("quality", "background", "moderation", "style", "input_fidelity")
 """Fields of models of others: taken, and reported as without effect."""
-
-
-class Moderated(LimnerError):
-    """The request or its result is refused by a safety check."""
+_NAMES = {"width": "size", "height": "size", "num_images": "n", "num_steps": "num_inference_steps"}
+"""Fields of jobs, by the names that they have here."""
 
 
 class Generation(BaseModel):
     """Body of /v1/images/generations; /v1/images/edits has these fields as a form, and pictures."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(min_length=1, max_length=32000)
     model: str | None = Field(None, max_length=200)
@@ -63,7 +61,7 @@ class Generation(BaseModel):
     partial_images: int | None = Field(0, ge=0, le=MAX_PARTIAL)
     user: str | None = Field(None, max_length=1000)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    num_inference_steps: int = Field(4, ge=1, le=50)
+    num_inference_steps: int | None = Field(4, ge=1, le=50)
     references: str | None = Field(None, max_length=200)
 
 
@@ -124,7 +122,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of this dialect."""
-    router = APIRouter(tags=["OpenAI Images dialect"])
+    router = APIRouter(tags=["OpenAI Images dialect"], route_class=StrictRoute, dependencies=KEYS)
     key = Header(None, alias="Idempotency-Key", max_length=255)
 
     async def answer(request: Request, owner: Owner, asked: _Asked, idempotency: str | None) -> Response:
@@ -135,29 +133,34 @@ def routes(service: Service) -> APIRouter:
         if fields.output_compression is not None and (fields.output_format or "png") == "png":
             raise InvalidRequest("output_compression", "has no effect on png; use jpeg or webp, or leave it out")
         width, height = _size(fields.size)
-        job, _ = await service.accept(
-            owner,
-            prompt=fields.prompt,
-            seed=fields.seed,
-            num_images=fields.n or 1,
-            pictures=asked.pictures,
-            references=fields.references,
-            idempotency=idempotency,
-            width=width,
-            height=height,
-            num_steps=fields.num_inference_steps,
-            output_format=fields.output_format or "png",
-            quality=max(1, 95 if fields.output_compression is None else fields.output_compression),
-            options={"dialect": asked.kind},
-        )
+        try:
+            job, _ = await service.accept(
+                owner,
+                prompt=fields.prompt,
+                seed=fields.seed,
+                num_images=fields.n or 1,
+                pictures=asked.pictures,
+                references=fields.references,
+                idempotency=idempotency,
+                width=width,
+                height=height,
+                num_steps=fields.num_inference_steps or 4,
+                output_format=fields.output_format or "png",
+                quality=max(1, 95 if fields.output_compression is None else fields.output_compression),
+            )
+        except InvalidRequest as error:
+            if error.field not in _NAMES:
+                raise
+            problem = str(error).removeprefix(f"{error.field}: ")
+            raise InvalidRequest(_NAMES[error.field], f"{error.field} {problem}") from None
         if fields.stream:
-            events = _events(service, request, job, asked)
+            events = _events(service, request, job, asked, cancel=idempotency is None)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         job = await _wait(service, request, job, cancel=idempotency is None)
         return SafeJSON(await _images(service, request, job, asked))
 
     @router.post("/v1/images/generations", response_model=Images, responses=OPENAI_ERRORS, summary="Pictures from text")
-    async def generations(
+    async def generate_images(
         request: Request,
         fields: Generation,
         owner: Owner = Depends(service.paying),
@@ -174,7 +177,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Pictures from text and references",
     )
-    async def edits(
+    async def edit_images(
         request: Request,
         owner: Owner = Depends(service.paying),
         idempotency: str | None = key,
@@ -183,11 +186,11 @@ def routes(service: Service) -> APIRouter:
         return await answer(request, owner, asked, idempotency)
 
     @router.get("/v1/models", response_model=Models, responses=OPENAI_ERRORS, summary="What can be named as model")
-    async def models(owner: Owner = Depends(service.owner)) -> Models:
+    async def list_models(owner: Owner = Depends(service.owner)) -> Models:
         return Models(data=[ModelEntry(id=name) for name in model_names(service)])
 
     @router.get("/v1/models/{name}", response_model=ModelEntry, responses=OPENAI_ERRORS, summary="One model")
-    async def model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
+    async def get_model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
         if name not in model_names(service):
             raise NotFound(f"model: {name[:80]!r} is not one of {', '.join(model_names(service))}")
         return ModelEntry(id=name)
@@ -217,9 +220,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 
 async def _read_form(service: Service, request: Request) -> _Asked:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise InvalidRequest("body", f"{kind[:80]!r} is not multipart/form-data")
+    check_form(request)
     values: dict[str, str] = {}
     files: list[tuple[str, bytes]] = []
     limit = service.settings.max_picture_bytes
@@ -246,7 +247,7 @@ async def _read_form(service: Service, request: Request) -> _Asked:
 
 def _validate(values: Mapping[str, str]) -> Generation:
     try:
-        return Generation.model_validate(values)
+        return Generation.model_validate_strings(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(".".join(map(str, first["loc"])) or "body", first["msg"]) from None
@@ -260,14 +261,12 @@ async def _wait(service: Service, request: Request, job: Job, *, cancel: bool) -
         await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
             if cancel:
-                await service.runner.cancel(job.id)
+                service.runner.cancel(job.id)
             raise Cancelled("the caller has gone")
         found = ended.result()
     finally:
         gone.cancel()
         ended.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
     if found is None:
         raise NotFound(f"id: {job.id} was forgotten")
     return found
@@ -281,6 +280,8 @@ def _raise_ended(job: Job) -> None:
         raise Moderated(job.result["finding"]["reason"])
     if job.result.get("type") == "deadline":
         raise DeadlineExceeded(job.result["error"])
+    if job.status == "pending":
+        raise QueueFull(f"the server shuts down; {job.id} is drawn after the next start: GET /v1/jobs/{job.id}")
     if job.status == "cancelled":
         raise Cancelled("the job was cancelled")
     raise LimnerError(job.result.get("error", "the job failed"))
@@ -330,17 +331,25 @@ def _usage(job: Job) -> dict[str, Any]:
     }
 
 
-async def _events(service: Service, request: Request, job: Job, asked: _Asked) -> AsyncIterator[str]:
-    """Server-sent events: up to `partial_images` previews of the first image, evenly over the steps, then each picture."""
+async def _events(service: Service, request: Request, job: Job, asked: _Asked, *, cancel: bool) -> AsyncIterator[str]:
+    """Server-sent events: up to `partial_images` previews of the first image, evenly over the steps, then each picture.
+
+    A caller who goes away cancels the job, where `cancel` says so.
+    """
     shown, steps = 0, _partial_steps(asked.fields.partial_images or 0, job.num_steps)
     common = {"created_at": int(job.created), **_shape(job)}
+    is_over = False
     try:
-        async for update in service.runner.watch(job.id):
-            if update.state == "running" and update.step in steps and update.previews:
-                data = await service.runner.aside(_enlarged, update.previews[0], job)
-                event = {"partial_image_index": shown, "b64_json": base64.b64encode(data).decode(), **common}
-                yield _event(f"{asked.kind}.partial_image", event)
-                shown += 1
+        async with contextlib.aclosing(service.runner.watch(job.id, idle=15)) as updates:
+            async for update in updates:
+                if update is None:
+                    yield ": waiting\n\n"
+                elif update.state == "running" and update.step in steps and update.previews:
+                    data = await service.runner.aside(_enlarged, update.previews[0], job)
+                    event = {"partial_image_index": shown, "b64_json": base64.b64encode(data).decode(), **common}
+                    yield _event(f"{asked.kind}.partial_image", event)
+                    shown += 1
+        is_over = True
         ended = await service.runner.wait(job.id)
         if ended is None:
             raise NotFound(f"id: {job.id} was forgotten")
@@ -348,11 +357,12 @@ async def _events(service: Service, request: Request, job: Job, asked: _Asked) -
         for image in whole["data"]:
             event = {**image, **common, "usage": whole["usage"], "limner": whole["limner"]}
             yield _event(f"{asked.kind}.completed", event)
-    except LimnerError as error:
-        yield _event("error", error_body(request.url.path, 400, str(error)))
-    except asyncio.CancelledError:
-        await service.runner.cancel(job.id)
-        raise
+    except LimnerError as error:  # the status was sent long ago
+        _, body, _ = answer_of(request.url.path, error)
+        yield _event("error", body)
+    finally:
+        if cancel and not is_over:
+            service.runner.cancel(job.id)
 
 
 def _event(kind: str, values: dict[str, Any]) -> str:

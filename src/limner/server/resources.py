@@ -1,12 +1,12 @@
 """References, jobs and results as resources, for both dialects and the page.
 
 Owns these wire schemas: POST /v1/references makes a handle (the content key, for the key that made it), jobs can be
-listed, watched and cancelled, results are read under signed URLs.
+listed, watched and cancelled, results are read under signed URLs. GET /v1/capabilities says what a caller may ask for.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -14,20 +14,22 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
-from limner.errors import InvalidRequest, NotFound
+from limner import __version__
+from limner.errors import InvalidRequest, Moderated, NotFound
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.bfl import as_result
 from limner.server.jobs import Handle, Job
 from limner.server.runner import SUFFIXES, Update
-from limner.server.service import MEDIA_TYPES, Service
-from limner.server.wire import ERRORS
+from limner.server.service import KEYS, MEDIA_TYPES, Service
+from limner.server.wire import ERRORS, StrictRoute, check_form
 
-__all__ = ["routes"]
+__all__ = ["results", "routes"]
 
 
 class ReferenceInputs(BaseModel):
@@ -37,17 +39,21 @@ class ReferenceInputs(BaseModel):
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+    prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
 
 
 class Reference(BaseModel):
-    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk."""
+    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk.
+
+    `nbytes` and `prefill_seconds` are null where the upload left the K/V to the first job.
+    """
 
     id: str
     created: float
     references: list[dict[str, Any]]
     num_tokens: int
-    nbytes: int
-    prefill_seconds: float
+    nbytes: int | None = None
+    prefill_seconds: float | None = None
     cache: str | None = None
     seconds_saved: float | None = None
 
@@ -70,7 +76,10 @@ class JobEntry(BaseModel):
     seeds: list[int] = []
     width: int | None
     height: int | None
-    references: str | None = None
+    num_inference_steps: int
+    output_format: str
+    num_references: int
+    references: str | None = Field(None, description="content key of its references, also their handle if you have one")
     result: dict[str, Any] | None = None
     progress: float | None = None
     details: dict[str, Any] | None = None
@@ -79,6 +88,21 @@ class JobEntry(BaseModel):
 
 class JobList(BaseModel):
     data: list[JobEntry]
+
+
+class Capabilities(BaseModel):
+    """What this server draws with, and the limits of a request. Sizes are (width, height) in pixels."""
+
+    model: str
+    version: str
+    default_size: list[int]
+    grid: int = Field(description="output sides are multiples of it")
+    max_output_pixels: int
+    max_images: int
+    max_references: int
+    max_picture_bytes: int
+    previews: bool = Field(description="whether jobs show small pictures while they are drawn")
+    keep_seconds: float = Field(description="how long results are served")
 
 
 _FORM = {
@@ -93,6 +117,7 @@ _FORM = {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "safety_tolerance": {"type": "string"},
+                        "prefill": {"type": "string", "enum": ["true", "false"]},
                     },
                 }
             },
@@ -103,7 +128,7 @@ _FORM = {
 
 def routes(service: Service) -> APIRouter:
     """The routes of resources."""
-    router = APIRouter(tags=["resources"])
+    router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
     runner, jobs = service.runner, service.jobs
 
     @router.post(
@@ -114,36 +139,40 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=_FORM,
         summary="Upload references once; their K/V are computed and kept",
     )
-    async def add(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
-        pictures, tolerance = await _read(service, request)
+    async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
+        pictures, tolerance, prefill = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
-            raise InvalidRequest("images", finding.reason)
-        with service.limiter.hold(owner):
-            service.engine.check_room()
-            references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
-        described = {
-            "reports": [asdict(p.report) for p in pictures],
-            "num_tokens": references.num_tokens,
-            "nbytes": references.nbytes,
-            "prefill_seconds": round(references.prefill_seconds, 4),
-            "tolerance": tolerance,
+            raise Moderated(finding.reason)
+        described: dict[str, Any] = {"tolerance": tolerance}
+        if prefill:
+            with service.limiter.hold(owner):
+                service.engine.check_room()
+                references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
+            key, seconds = references.key, round(references.prefill_seconds, 4)
+            described |= {"nbytes": references.nbytes, "prefill_seconds": seconds}
+            now = {"cache": source, "seconds_saved": 0.0 if source == "miss" else seconds}
+        else:
+            key = await runner.aside(service.engine.pipe.key_of, pictures)
+            now = {"cache": "memory" if key in service.engine.pipe.store else None}
+        described |= {
+            "num_tokens": sum(w * h for w, h in (p.report.processed_size for p in pictures)) // _PATCH**2,
         }
-        digests = tuple(p.report.digest for p in pictures)
+        reports = tuple(p.report for p in pictures)
         handle = await runner.store(
             jobs.add_handle,
-            Handle(owner=owner.id, key=references.key, references=digests, described=described),
+            Handle(owner=owner.id, key=key, references=reports, described=described),
             pictures,
+            max_handles=service.settings.max_handles,
         )
-        saved = 0.0 if source == "miss" else round(references.prefill_seconds, 4)
-        return {**_reference(handle), "cache": source, "seconds_saved": saved}
+        return {**_reference(handle), **now}
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
-    async def listed(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return {"data": [_reference(handle) for handle in await runner.store(jobs.handles, owner.id)]}
 
     @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
-    async def one(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         handle = await service.handle(owner, id)
         return {**_reference(handle), "cache": "memory" if id in service.engine.pipe.store else None}
 
@@ -153,23 +182,22 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A reference as the model reads it",
     )
-    async def picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+    async def get_reference_picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
-        data = await runner.aside(jobs.picture_file(handle.references[number - 1]).read_bytes)
+        data = await runner.aside(jobs.picture_file(handle.references[number - 1].digest).read_bytes)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
-    async def remove(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
-        await runner.store(jobs.remove_handle, owner.id, id)
-        if id not in await runner.store(jobs.all_keys):  # nobody else holds them
+        if await runner.store(jobs.remove_handle, owner.id, id):  # nobody else has them
             await runner.aside(service.engine.pipe.store.remove, id)
         return {"id": id, "deleted": True}
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
-    async def job_list(
+    async def list_jobs(
         request: Request,
         owner: Owner = Depends(service.owner),
         limit: int = Query(50, ge=1, le=200),
@@ -178,13 +206,13 @@ def routes(service: Service) -> APIRouter:
         return {"data": [_entry(service, request, job) for job in found]}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
-    async def job_one(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def get_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
     @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def job_cancel(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    async def cancel_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.job(owner, id)
-        if await runner.cancel(id):
+        if runner.cancel(id):
             await runner.wait(id)
         return _entry(service, request, await service.job(owner, id))
 
@@ -194,10 +222,18 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="Updates of a job as they come",
     )
-    async def events(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
+    async def watch_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
         job = await service.job(owner, id)
         stream = _events(service, request, job)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    return router
+
+
+def results(service: Service) -> APIRouter:
+    """The pictures of jobs, which need no key: their URLs are signed."""
+    router = APIRouter(tags=["resources"])
+    runner, jobs = service.runner, service.jobs
 
     @router.get(
         "/v1/results/{id}/{name}",
@@ -205,7 +241,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         summary="A result, under a signed URL",
     )
-    async def result(
+    async def get_result_picture(
         id: str,
         name: str,
         expires: int = Query(ge=0, le=2**40),
@@ -223,43 +259,82 @@ def routes(service: Service) -> APIRouter:
             raise NotFound("name: this result has expired, or never was")
         return Response(data, media_type=MEDIA_TYPES[job.output_format], headers=_PRIVATE)
 
+    @router.get(
+        "/v1/jobs/{id}/references/{number}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
+        response_class=Response,
+        dependencies=KEYS,
+        summary="A reference of a job as the model reads it",
+    )
+    async def job_reference(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        if not 1 <= number <= len(job.references):
+            raise NotFound(f"number: {number} is not within 1 to {len(job.references)}")
+        data = await runner.aside(jobs.picture_file(job.references[number - 1].digest).read_bytes)
+        return Response(data, media_type="image/png", headers=_PRIVATE)
+
+    @router.get(
+        "/v1/capabilities",
+        response_model=Capabilities,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What may be asked for",
+    )
+    async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
+        settings, pipe = service.settings, service.engine.pipe
+        return Capabilities(
+            model=settings.model_name, version=__version__, default_size=list(pipe.default_size), grid=_PATCH,
+            max_output_pixels=settings.max_output_pixels, max_images=service.engine.max_batch,
+            max_references=settings.max_references, max_picture_bytes=settings.max_picture_bytes,
+            previews=pipe.latent_preview is not None, keep_seconds=settings.runner.keep_results,
+        )  # fmt: skip
+
     return router
 
 
+_PATCH = 16
+"""Pixels of a token's side."""
 _PRIVATE = {"cache-control": "private, max-age=600", "x-content-type-options": "nosniff"}
 
 
-async def _read(service: Service, request: Request) -> tuple[tuple[PreparedReference, ...], int]:
-    """Pictures and tolerance of a JSON body or a form."""
+async def _read(service: Service, request: Request) -> tuple[tuple[PreparedReference, ...], int, bool]:
+    """Pictures, tolerance and whether to compute K/V now, of a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        inputs = ReferenceInputs.model_validate_json(await request.body())
+        try:
+            inputs = ReferenceInputs.model_validate(await request.json())
+        except json.JSONDecodeError as error:
+            raise InvalidRequest("body", f"is not JSON ({error})") from None
+        except ValidationError as error:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
-        return await service.prepare_texts(texts), inputs.safety_tolerance
-    if kind != "multipart/form-data":
-        raise InvalidRequest("body", f"{kind[:80]!r} is neither application/json nor multipart/form-data")
-    limit, files, tolerance = service.settings.max_picture_bytes, [], 2
+        return await service.prepare_texts(texts), inputs.safety_tolerance, inputs.prefill
+    check_form(request)
+    limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
     async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
                 files.append(await value.read(limit + 1))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
+            elif name == "prefill" and value in ("true", "false"):
+                prefill = value == "true"
             else:
                 raise InvalidRequest(
-                    name, "is not a field; pictures are files named image, and safety_tolerance is 0 to 5"
+                    name,
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false",
                 )
     if not files:
         raise InvalidRequest("image", "is missing; send one or more pictures")
     pictures = tuple([await service.prepare(data, name=f"image {i}") for i, data in enumerate(files, start=1)])
-    return service.check_count(pictures), tolerance
+    return service.check_count(pictures), tolerance, prefill
 
 
 def _reference(handle: Handle) -> dict[str, Any]:
     told = handle.described
     return {
-        "id": handle.key, "created": handle.created, "references": told["reports"], "num_tokens": told["num_tokens"],
-        "nbytes": told["nbytes"], "prefill_seconds": told["prefill_seconds"],
+        "id": handle.key, "created": handle.created, "references": [asdict(report) for report in handle.references],
+        "num_tokens": told["num_tokens"], "nbytes": told.get("nbytes"), "prefill_seconds": told.get("prefill_seconds"),
     }  # fmt: skip
 
 
@@ -275,30 +350,21 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "seeds": list(job.seeds),
         "width": job.width,
         "height": job.height,
-        "references": job.result.get("reference_key"),
+        "num_inference_steps": job.num_steps,
+        "output_format": job.output_format,
+        "num_references": len(job.references),
+        "references": job.result.get("reference_key") or job.options.get("handle"),
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }
 
 
 async def _events(service: Service, request: Request, job: Job) -> AsyncIterator[str]:
     """Each update as an event named by its state; a comment line now and then keeps the connection."""
-    updates = service.runner.watch(job.id)
-    upcoming: asyncio.Future[Update] | None = None
-    try:
-        while True:
-            upcoming = upcoming or asyncio.ensure_future(anext(updates))
-            done, _ = await asyncio.wait({upcoming}, timeout=15)
-            if not done:
+    async with contextlib.aclosing(service.runner.watch(job.id, idle=15)) as updates:
+        async for update in updates:
+            if update is None:
                 yield ": waiting\n\n"
                 continue
-            try:
-                update = upcoming.result()
-            except StopAsyncIteration:
-                return
-            upcoming = None
             current = await service.runner.store(service.jobs.get, job.id) if update.progress == 1.0 else job
             entry = _entry(service, request, current or job, update)
             yield f"event: {update.state}\ndata: {json.dumps(entry)}\n\n"
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()

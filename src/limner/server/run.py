@@ -5,15 +5,18 @@ Owns how the parts are chosen from the command's options, structured logs and th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limner import provenance, safety
 from limner.engine import Engine
@@ -23,7 +26,13 @@ from limner.pipeline import Pipeline
 from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
 from limner.server.outbound import Origin, OutboundPolicy
 
-__all__ = ["ServeOptions", "add_key", "default_data", "serve"]
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+__all__ = ["ServeOptions", "add_key", "check_options", "default_data", "make_server", "serve"]
+
+_logger = logging.getLogger("limner.server")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +54,7 @@ class ServeOptions:
     concurrent: int = 24
     max_waiting: int = 256
     max_batch: int = 10
+    images_per_key: int | None = None
     keep_results: float = 600.0
     drain: float = 30.0
     public_url: str | None = None
@@ -73,10 +83,15 @@ def add_key(name: str, *, file: str) -> str:
     return plain
 
 
+def check_options(options: ServeOptions) -> None:
+    """Raises what can be known to be wrong before a model is loaded."""
+    check_bind(options.host, _keyring(options))
+
+
 def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
     """Serves until a signal stops it; then waits `drain` seconds for what runs. Raises what the options get wrong."""
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  # before anything is built
 
         from limner.server.app import create_app
         from limner.server.runner import RunnerSettings
@@ -104,29 +119,64 @@ def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
                 burst=max(1, round(options.requests_per_minute)),
                 concurrent=options.concurrent,
             ),
-            runner=RunnerSettings(keep_results=options.keep_results, drain=options.drain),
+            runner=RunnerSettings(
+                keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
+            ),
             model_name=model_name,
         ),
         signer=_signer(options),
     )
     _log_to_stderr(options.log)
-    address = f"{'https' if options.tls_certificate else 'http'}://{options.host}:{options.port}"
-    print(f"limner: {model_name} at {address}, jobs in {options.data}", file=sys.stderr, flush=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
+    _logger.info("%s at %s, jobs in %s", model_name, address, options.data)
+
+    server = make_server(
+        app, host=options.host, port=options.port, drain=options.drain, certificate=options.tls_certificate,
+        key=options.tls_key,
+    )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a shutdown that went well
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        http="h11",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(options.drain) + 5,
-        h11_max_incomplete_event_size=32768,
-        ssl_certfile=options.tls_certificate,
-        ssl_keyfile=options.tls_key,
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
+
+
+def make_server(
+    app: FastAPI,
+    *,
+    host: str,
+    port: int,
+    drain: float,
+    certificate: str | None = None,
+    key: str | None = None,
+) -> uvicorn.Server:
+    """uvicorn over the application, with limits for what comes before a request is one."""
+    import uvicorn
+
+    from limner.server.connection import HastyProtocol
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.service.refuse()  # before it waits for callers whose jobs run
+            await super().shutdown(sockets)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=HastyProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, math.ceil(drain)),
+            h11_max_incomplete_event_size=32768,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
     )
 
 
@@ -169,9 +219,13 @@ class _JSONLines(logging.Formatter):
 
 
 def _log_to_stderr(kind: str) -> None:
+    """All loggers to one handler, so that every line is of one kind: ours and uvicorn's from INFO on, others' warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JSONLines() if kind == "json" else logging.Formatter("%(levelname)s %(message)s"))
-    logger = logging.getLogger("limner")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [handler]
-    logger.propagate = False
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    for name in ("limner", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = []
+        logger.propagate = True

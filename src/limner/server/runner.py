@@ -14,8 +14,7 @@ import json
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from PIL import Image
 
 from limner import __version__, images, provenance
 from limner.engine import EditRequest, EditResult, Engine, Event, Failed, Finished, Prefilled, Progress, Started
-from limner.errors import Cancelled, DeadlineExceeded, LimnerError
+from limner.errors import Cancelled, DeadlineExceeded, LimnerError, OutputError, QueueFull
 from limner.images import PreparedReference
 from limner.provenance import Ingredient, Signer
 from limner.references import References
@@ -32,24 +31,31 @@ from limner.safety import Checks, Finding
 from limner.server.access import Limiter, Owner, Slot
 from limner.server.jobs import Job, JobStore, Status
 from limner.server.outbound import OutboundClient
-from limner.server.webhooks import Outcome, deliver, next_attempt
+from limner.server.webhooks import Delivery, Outcome, deliver, next_attempt
 
 __all__ = ["JobRunner", "RunnerSettings", "Update"]
 
 _logger = logging.getLogger("limner.server")
 _R = TypeVar("_R")
+_WEBHOOKS_AT_ONCE = 16
+_LONGEST_PAUSE = 30.0
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 """File endings of results, by output format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerSettings:
-    """Seconds: results are served for `keep_results`, jobs known `keep_jobs` longer; `drain` is what a shutdown waits."""
+    """Seconds: results are served for `keep_results`, jobs known `keep_jobs` longer; `drain` is what a shutdown waits.
+
+    `images_per_key`: how many images an owner may have, all his jobs in the folder taken together; None: any number.
+    """
 
     keep_results: float = 600.0
     keep_jobs: float = 86400.0
     drain: float = 30.0
     clean_every: float = 60.0
+    webhooks: Delivery = field(default_factory=Delivery)
+    images_per_key: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -72,8 +78,9 @@ class _Live:
 
     job: Job
     slot: Slot
+    cancelled: bool = False
     update: Update = field(default_factory=lambda: Update(state="queued"))
-    watchers: set[asyncio.Queue[Update]] = field(default_factory=set)
+    watchers: set[asyncio.Queue[Update | None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -99,8 +106,11 @@ class JobRunner:
         self.signer = signer
         self._outbound = outbound
         self._live: dict[str, _Live] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._ready_seconds: deque[float] = deque(maxlen=100)
+        self._coming = 0  # accepted, or about to be, and not in the engine's queue yet
+        self._prefills: set[asyncio.Future[Prefilled]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._ways: set[asyncio.Task[None]] = set()
+        self._stop_by: float | None = None
         self._webhook_due = asyncio.Event()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="limner-files")  # files and checks, beside the device
         self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="limner-jobs")  # SQLite writes one at a time anyway
@@ -110,26 +120,48 @@ class JobRunner:
         self._loop = asyncio.get_running_loop()
         pending = await self.store(self.jobs.pending)
         for job in pending:
-            await self._begin(job, self.limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True))
+            self._coming += 1
+            self._begin(job, self.limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True))
         if pending:
             _logger.info("%d jobs of an earlier run are taken up again", len(pending))
-        self._spawn(self._send_webhooks())
-        self._spawn(self._clean())
+        self._spawn(self._send_webhooks(), self._background)
+        self._spawn(self._clean(), self._background)
 
     async def stop(self) -> None:
-        """Finishes what can be finished in time; what is left stays pending, for the next start."""
-        left = await asyncio.to_thread(self.engine.close, timeout=self.settings.drain)
+        """Finishes what can be finished in time; what is left stays pending, for the next start.
+
+        What the engine has drawn is checked, written and ended before the store closes, if that takes no longer than
+        `drain` again.
+        """
+        self.refuse()
+        assert self._stop_by is not None
+        end = self._stop_by
+        while self._coming and time.monotonic() < end:  # promised, and not in the queue yet
+            await asyncio.sleep(0.01)
+        left = await asyncio.to_thread(self.engine.close, timeout=max(0.0, end - time.monotonic()))
+        await asyncio.sleep(0)  # what the engine's thread said last is heard now
+        if self._ways:
+            await asyncio.wait(self._ways, timeout=self.settings.drain)
         if left:
             _logger.info("%d jobs are left for the next start", len(left))
-        for _ in range(100):  # what the engine finished is being written
-            if all(live.job.id in left for live in self._live.values()):
-                break
-            await asyncio.sleep(0.05)
-        for task in self._tasks:
+        for future in self._prefills:
+            if not future.done():
+                future.set_exception(QueueFull("the server shuts down; send the request again later"))
+        for live in self._live.values():  # nobody waits for what this process will not do
+            for queue in live.watchers:
+                queue.put_nowait(None)
+            live.ended.set()
+        tasks = [*self._ways, *self._background]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._store_pool.shutdown(wait=True)
+
+    def refuse(self) -> None:
+        """Takes no more jobs, and `stop` waits until `drain` seconds from now."""
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + self.settings.drain
 
     # callers
 
@@ -143,18 +175,22 @@ class JobRunner:
 
     async def accept(self, job: Job, pictures: Sequence[PreparedReference], slot: Slot) -> tuple[Job, bool]:
         """Writes a job down and queues it; gives it as kept, and whether it is new. Raises what the engine refuses."""
+        begun = False
+        self._coming += 1
         try:
-            await self._loop.run_in_executor(None, self.engine.check, self._request(job, tuple(pictures)))
-            self.engine.check_room()
-            kept, new = await self.store(self.jobs.add, job, pictures)
-        except BaseException:
-            slot.release()
-            raise
-        if not new:
-            slot.release()
-            return kept, False
-        await self._begin(kept, slot)
-        return kept, True
+            if self._stop_by is not None:
+                raise QueueFull("the server shuts down; send the request again later")
+            self.engine.check(self._request(job, tuple(pictures)))
+            self.engine.check_room(beside=self._coming - 1)
+            kept, new = await self.store(self.jobs.add, job, pictures, budget=self.settings.images_per_key)
+            if new:
+                self._begin(kept, slot)
+                begun = True
+            return kept, new
+        finally:
+            if not begun:
+                self._coming -= 1
+                slot.release()
 
     def update(self, id: str) -> Update | None:
         """How far a job is that has not ended; None: it has, or is not here."""
@@ -164,43 +200,58 @@ class JobRunner:
         return live.update
 
     async def wait(self, id: str) -> Job | None:
-        """The job when it has ended; None: it is not here."""
+        """The job when it has ended; None: it is not here. One that is pending is left for the next start."""
         live = self._live.get(id)
         if live is not None:
             await live.ended.wait()
         return await self.store(self.jobs.get, id)
 
-    async def watch(self, id: str) -> AsyncIterator[Update]:
-        """All updates from now on; the last one has a final state."""
+    async def watch(self, id: str, *, idle: float | None = None) -> AsyncGenerator[Update | None, None]:
+        """All updates from now on; the last one has a final state, unless the server shuts down before.
+
+        None is given after `idle` seconds without an update. Close it (`contextlib.aclosing`) to be heard of no more.
+        """
         live = self._live.get(id)
         if live is None:
             job = await self.store(self.jobs.get, id)
-            if job is not None:
+            if job is not None and job.status != "pending":
                 yield Update(state=job.status, progress=1.0)
             return
-        queue: asyncio.Queue[Update] = asyncio.Queue()
+        queue: asyncio.Queue[Update | None] = asyncio.Queue()
         live.watchers.add(queue)
         try:
-            yield live.update
-            if live.ended.is_set():
-                return
+            update: Update | None = live.update
             while True:
-                update = await queue.get()
                 yield update
-                if update.state not in ("queued", "running"):
+                if update is not None and update.state not in ("queued", "running"):
                     return
+                try:
+                    async with asyncio.timeout(idle):
+                        update = await queue.get()
+                except TimeoutError:
+                    update = None
+                else:
+                    if update is None:
+                        return
         finally:
             live.watchers.discard(queue)
 
-    async def cancel(self, id: str) -> bool:
-        """Whether the job was stopped; it ends as "cancelled" within a step."""
-        if id not in self._live:
+    def cancel(self, id: str) -> bool:
+        """Stops a job that has not ended: it ends as "cancelled", within a step. False: it has ended, or is not here.
+
+        One whose pictures are drawn already ends as it would.
+        """
+        live = self._live.get(id)
+        if live is None:
             return False
-        return self.engine.cancel(id) or id in self._live
+        live.cancelled = True  # where it is still on its way to the engine
+        self.engine.cancel(id)
+        return True
 
     async def prefill(self, references: Sequence[PreparedReference], *, owner: str, id: str) -> tuple[References, str]:
         """Computes K/V of references, or finds them; and where they came from. Raises what the engine raises."""
         future: asyncio.Future[Prefilled] = self._loop.create_future()
+        self._prefills.add(future)
 
         def settle(event: Event) -> None:
             if future.done():
@@ -213,12 +264,14 @@ class JobRunner:
         def heard(event: Event) -> None:
             self._loop.call_soon_threadsafe(settle, event)
 
-        self.engine.prefill(references, id=id, listener=heard, owner=owner)
         try:
+            self.engine.prefill(references, id=id, listener=heard, owner=owner)
             found = await future
         except asyncio.CancelledError:
             self.engine.cancel(id)
             raise
+        finally:
+            self._prefills.discard(future)
         return found.references, found.source
 
     async def check_pictures(self, pictures: Sequence[PreparedReference], *, tolerance: int) -> Finding | None:
@@ -239,20 +292,22 @@ class JobRunner:
             num_steps=job.num_steps,
         )  # fmt: skip
 
-    async def _begin(self, job: Job, slot: Slot) -> None:
+    def _begin(self, job: Job, slot: Slot) -> None:
         self._live[job.id] = _Live(job=job, slot=slot)
-        self._spawn(self._bring(job))
+        self._spawn(self._bring(job), self._ways)
 
     async def _bring(self, job: Job) -> None:
-        """Checks what came, and gives the job to the engine."""
+        """Checks what came, and gives the job to the engine. Counted in `_coming` by who began it."""
         try:
-            pictures = [await self.aside(self.jobs.picture, digest) for digest in job.references]
-            finding = self.checks.check_prompt(job.prompt, tolerance=job.tolerance)
+            finding = await self.aside(self.checks.check_prompt, job.prompt, tolerance=job.tolerance)
+            pictures = [await self.aside(self.jobs.picture, report) for report in job.references]
             if finding is None and not job.options.get("references_checked"):
                 finding = await self.check_pictures(pictures, tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "request_moderated", {"finding": asdict(finding)})
                 return
+            if self._live[job.id].cancelled:
+                raise Cancelled(f"{job.id} was cancelled before it began")
 
             def heard(event: Event) -> None:
                 self._loop.call_soon_threadsafe(self._hear, job, event)
@@ -262,10 +317,14 @@ class JobRunner:
                 self._request(job, tuple(pictures)), id=job.id, listener=heard, owner=job.owner, priority=job.priority,
                 timeout=timeout, accepted=True,
             )  # fmt: skip
-        except asyncio.CancelledError:
-            raise
+        except QueueFull:
+            if self._stop_by is None:  # the engine takes what was accepted, unless it is closed
+                raise
+            _logger.info("job %s is left for the next start", job.id)
         except Exception as error:
             await self._fail(job, error)
+        finally:
+            self._coming -= 1
 
     def _hear(self, job: Job, event: Event) -> None:
         live = self._live.get(job.id)
@@ -283,9 +342,9 @@ class JobRunner:
                 ),
             )  # fmt: skip
         elif isinstance(event, Finished):
-            self._spawn(self._deliver(job, event.result))
+            self._spawn(self._deliver(job, event.result), self._ways)
         elif isinstance(event, Failed):
-            self._spawn(self._fail(job, event.error))
+            self._spawn(self._fail(job, event.error), self._ways)
 
     async def _deliver(self, job: Job, result: EditResult) -> None:
         """Checks and writes the pictures of a job, then ends it."""
@@ -299,8 +358,6 @@ class JobRunner:
             names = await self.aside(self.jobs.write_results, job.id, files, suffix=SUFFIXES[job.output_format])
             told = _told(job, result) | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
             await self._end(job, "ready", told)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             await self._fail(job, error)
 
@@ -317,8 +374,8 @@ class JobRunner:
             data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
             if self.signer is not None:
                 used = [
-                    Ingredient(data=self.jobs.picture_file(digest).read_bytes(), title=f"image {number}")
-                    for number, digest in enumerate(job.references, start=1)
+                    Ingredient(data=self.jobs.picture_file(report.digest).read_bytes(), title=f"image {number}")
+                    for number, report in enumerate(job.references, start=1)
                 ]
                 data = provenance.sign(
                     data, format=job.output_format, title=f"{job.id}.{SUFFIXES[job.output_format]}",
@@ -335,17 +392,24 @@ class JobRunner:
         if isinstance(error, Cancelled):
             await self._end(job, "cancelled", {"error": "the job was cancelled", "type": "cancelled"})
             return
-        if not isinstance(error, LimnerError):
+        is_theirs = isinstance(error, LimnerError) and not isinstance(error, OutputError)  # which names our folders
+        if not is_theirs:
             _logger.error("job %s failed", job.id, exc_info=error)
         kind = "deadline" if isinstance(error, DeadlineExceeded) else "failed"
-        message = str(error) if isinstance(error, LimnerError) else "an error inside the server; its log has more"
+        message = str(error) if is_theirs else "an error inside the server; its log has more"
         await self._end(job, "error", {"error": message, "type": kind})
 
     async def _end(self, job: Job, status: Status, result: dict[str, Any]) -> None:
-        try:
-            await self.store(self.jobs.end, job.id, status, result=result, keep_seconds=self.settings.keep_results)
-        except LimnerError:
-            _logger.exception("job %s could not be ended; it runs again after a restart", job.id)
+        """Ends a job; where the store fails, until it does not, and the job keeps its place."""
+        pause = 0.5
+        while True:
+            try:
+                await self.store(self.jobs.end, job.id, status, result=result, keep_seconds=self.settings.keep_results)
+                break
+            except LimnerError:
+                _logger.exception("job %s cannot be ended; tried again in %g s, or after a restart", job.id, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         live = self._live.pop(job.id, None)
         if live is None:
             return
@@ -364,33 +428,57 @@ class JobRunner:
 
     # in the background
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+        task = self._loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(functools.partial(_finished, tasks))
 
     async def _send_webhooks(self) -> None:
-        """At least once: an attempt is noted after it was made."""
-        rng = random.Random()
+        """Several at once, so that a receiver that is slow holds up none of the others for long."""
+        under_way: dict[str, asyncio.Task[None]] = {}
         while True:
-            for job in await self.store(self.jobs.due_webhooks):
-                assert job.webhook is not None
-                if self._outbound is None:
-                    await self.store(self.jobs.webhook_attempted, job.id, again=None)
-                    _logger.error("webhook of %s is given up: webhooks are switched off", job.id)
-                    continue
-                body = json.dumps(self.describe(job)).encode()
-                result = await deliver(job.webhook.url, body, job.webhook.secret, client=self._outbound)
-                again = None
-                if result.outcome is Outcome.RETRY:
-                    now = time.time()
-                    again = next_attempt(job.webhook_attempts + 1, now, rng, first_attempt=job.webhook_first or now)
-                if result.outcome is not Outcome.DELIVERED:
-                    _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
-                await self.store(self.jobs.webhook_attempted, job.id, again=again)
             self._webhook_due.clear()
+            try:
+                due = await self.store(self.jobs.due_webhooks)
+            except LimnerError:
+                _logger.exception("webhooks that are due cannot be read")
+                due = []
+            for job in due:
+                if job.id not in under_way and len(under_way) < _WEBHOOKS_AT_ONCE:
+                    task = self._loop.create_task(self._send_webhook(job))
+                    under_way[job.id] = task
+                    self._background.add(task)
+                    task.add_done_callback(functools.partial(_finished, self._background))
+                    task.add_done_callback(functools.partial(self._webhook_sent, under_way, job.id))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._webhook_due.wait(), 1.0)
+
+    def _webhook_sent(self, under_way: dict[str, asyncio.Task[None]], id: str, task: asyncio.Task[None]) -> None:
+        del under_way[id]
+        self._webhook_due.set()
+
+    async def _send_webhook(self, job: Job) -> None:
+        """At least once: an attempt is noted after it was made."""
+        assert job.webhook is not None
+        again = None
+        if self._outbound is None:
+            _logger.error("webhook of %s is given up: webhooks are switched off", job.id)
+        else:
+            body = json.dumps(self.describe(job)).encode()
+            result = await deliver(job.webhook.url, body, job.webhook.secret, client=self._outbound)
+            if result.outcome is Outcome.RETRY:
+                now = time.time()
+                again = next_attempt(
+                    job.webhook_attempts + 1, now, random.Random(), first_attempt=job.webhook_first or now,
+                    policy=self.settings.webhooks,
+                )  # fmt: skip
+            if result.outcome is not Outcome.DELIVERED:
+                _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
+        try:
+            await self.store(self.jobs.webhook_attempted, job.id, again=again)
+        except LimnerError:  # it stays due; the receiver is not asked again and again for a fault of ours
+            _logger.exception("the attempt at the webhook of %s cannot be noted", job.id)
+            await asyncio.sleep(_LONGEST_PAUSE)
 
     describe: Callable[[Job], dict[str, Any]] = staticmethod(lambda job: {"id": job.id, "status": job.status})
     """What a webhook says of a job; the dialect sets it."""
@@ -398,10 +486,17 @@ class JobRunner:
     async def _clean(self) -> None:
         while True:
             try:
-                await self.aside(self.jobs.clean, forget_seconds=self.settings.keep_jobs)
+                await self.store(self.jobs.clean, forget_seconds=self.settings.keep_jobs)
             except (LimnerError, OSError):
                 _logger.exception("old results could not be removed")
             await asyncio.sleep(self.settings.clean_every)
+
+
+def _finished(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+    """What a task raised that nobody waits for is in the log."""
+    tasks.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        _logger.error("a task in the background failed", exc_info=task.exception())
 
 
 def _small_png(image: Image.Image) -> bytes:

@@ -1,6 +1,6 @@
 """What the routes of all dialects share: the parts of a running server, who calls, pictures and jobs from a request.
 
-Owns the settings, the table of errors to HTTP statuses, signed URLs of results. Knows no wire schema.
+Owns the settings and the signed URLs of results. Knows no wire schema.
 """
 
 from __future__ import annotations
@@ -19,23 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.requests import Request
 
 from limner import images
 from limner.config import ReferencePolicy
 from limner.engine import Engine
-from limner.errors import (
-    AccessDenied,
-    CapacityError,
-    Conflict,
-    DeadlineExceeded,
-    InvalidRequest,
-    LimnerError,
-    NotFound,
-    QueueFull,
-    RateLimited,
-    RemoteError,
-)
+from limner.errors import AccessDenied, InvalidRequest, NotFound
 from limner.images import PreparedReference
 from limner.safety import check_tolerance
 from limner.server.access import KeyRing, Limiter, LimitPolicy, Owner
@@ -44,28 +35,18 @@ from limner.server.jobs import Handle, Job, JobStore, check_idempotency_key
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.runner import SUFFIXES, JobRunner, RunnerSettings
 
-__all__ = ["ServeSettings", "Service", "status_of"]
+__all__ = ["KEYS", "MEDIA_TYPES", "ServeSettings", "Service", "until_gone"]
 
 _logger = logging.getLogger("limner.server")
 _KEY = re.compile(r"[0-9a-f]{64}")
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
-STATUSES: tuple[tuple[type[LimnerError], int], ...] = (
-    (AccessDenied, 403),
-    (RateLimited, 429),
-    (QueueFull, 503),
-    (NotFound, 404),
-    (Conflict, 409),
-    (DeadlineExceeded, 504),
-    (InvalidRequest, 422),
-    (CapacityError, 422),
-    (RemoteError, 422),
-)
-"""Which status an error becomes; the first match counts, and what is not here is 500."""
 
-
-def status_of(error: LimnerError) -> int:
-    return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+KEYS = [
+    Security(APIKeyHeader(name="x-key", scheme_name="key", auto_error=False)),
+    Security(HTTPBearer(scheme_name="bearer", auto_error=False)),
+]
+"""For the OpenAPI document: either way to send a key. `Service.owner` is what reads and checks it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +54,8 @@ class ServeSettings:
     """How a server works. Sizes in bytes, times in seconds.
 
     `public_url` is what callers reach the server under, if it is not what their requests name. `fetch_urls`: pictures may
-    be named by URL. `webhooks`: jobs may name a URL that hears of their end.
+    be named by URL. `webhooks`: jobs may name a URL that hears of their end. `max_references` are those of a job,
+    `max_handles` those that are kept for a key.
     """
 
     data: Path
@@ -83,6 +65,7 @@ class ServeSettings:
     body_seconds: float = 30.0
     max_picture_bytes: int = 20 << 20
     max_references: int = 16
+    max_handles: int = 1000
     max_output_pixels: int = 4 << 20
     fetch_urls: bool = False
     webhooks: bool = True
@@ -114,6 +97,11 @@ class Service:
         self.settings = settings
         self.outbound = outbound
         self.ready = False
+
+    def refuse(self) -> None:
+        """The beginning of a shutdown: not ready, and no more jobs are taken; what was accepted goes on."""
+        self.ready = False
+        self.runner.refuse()
 
     @property
     def policy(self) -> ReferencePolicy:
@@ -190,39 +178,38 @@ class Service:
         """
         check_idempotency_key(idempotency)
         check_tolerance(more.get("tolerance", 2))
+        if "\0" in prompt:  # cuts a text short in some of what reads it later
+            raise InvalidRequest("prompt", f"has a NUL character at {prompt.index(chr(0))}; leave it out")
         options = dict(more.pop("options", {}))
         if references is not None:
             if pictures:
                 raise InvalidRequest("references", "a handle and pictures are both given; give one of them")
             handle = await self.handle(owner, references)
-            pictures = tuple([await self.runner.aside(self.jobs.picture, digest) for digest in handle.references])
+            pictures = tuple([await self.runner.aside(self.jobs.picture, report) for report in handle.references])
+            options["handle"] = references
             options["references_checked"] = handle.described.get("tolerance") == more.get("tolerance", 2)
         if not 1 <= num_images <= self.engine.max_batch:
-            raise InvalidRequest("n", f"{num_images} images; 1 to {self.engine.max_batch} are allowed")
-        if seed is None:
-            options["drawn_seeds"] = True
-            seed = secrets.randbelow(2**31)
+            raise InvalidRequest("num_images", f"{num_images} images; 1 to {self.engine.max_batch} are allowed")
+        first = secrets.randbelow(2**31) if seed is None else seed
         job = Job(
             owner=owner.id,
             prompt=prompt,
-            seeds=tuple(seed + i for i in range(num_images)),
-            references=tuple(p.report.digest for p in pictures),
+            seeds=tuple(first + i for i in range(num_images)),
+            drawn_seeds=seed is None,
+            references=tuple(p.report for p in pictures),
             idempotency=idempotency,
             options=options,
             **more,
         )
         width, height = self._size(job, pictures)
-        if width * height * num_images > self.settings.max_output_pixels * self.engine.max_batch:
-            raise InvalidRequest("width", f"{width}x{height} has too many pixels for this server")
         if width * height > self.settings.max_output_pixels:
             raise InvalidRequest(
                 "width", f"{width}x{height} is over the {self.settings.max_output_pixels} pixels that are allowed"
             )
         job = replace(job, width=width, height=height)
-        if idempotency is not None:  # asked for again, it takes no place
-            known = await self.runner.store(self.jobs.by_idempotency, owner.id, idempotency)
-            if known is not None:
-                return await self.runner.store(self.jobs.add, job, pictures)
+        known = await self.runner.store(self.jobs.known, job)
+        if known is not None:  # asked for again, it takes no place
+            return known, False
         slot = self.limiter.hold(owner)
         return await self.runner.accept(job, pictures, slot)
 

@@ -61,6 +61,12 @@ class WeightDigests:
             name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
             self._loaded[module] = fingerprint(module, after=self.after), cache / f"{name}.json"
 
+    def remember(self, module: nn.Module, digest: str, *, at: Fingerprint | None = None) -> None:
+        """Says the digest of a network as it is now, which was made from what is known; `at`: only if that is its state."""
+        state = fingerprint(module)
+        if at is None or at == state:
+            self._known[module] = state, digest
+
     @contextlib.contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
         """Around a move to another device, which changes no value: what is known of the network stays known."""
