@@ -34,7 +34,7 @@ __all__ = ["Residency", "can_release", "file_backed", "release", "resident"]
 _logger = logging.getLogger("limner")
 _PAGE = mmap.PAGESIZE
 _SCAN = (3 << 30) | (96 << 16) | (ord("f") << 8) | 16
-_SPARE = 1 << 30
+_SPARE = 128 << 20
 """With less room than this beside all weights, pages that were read once leave at once."""
 _FILE, _PRESENT, _SWAPPED = 1 << 2, 1 << 3, 1 << 4
 

@@ -92,6 +92,10 @@ def test_plan_of_a_large_model() -> None:
     assert [p.name for p in make_plan(MODELS["klein-9b"], Request(size=(256, 256)), formats=Formats()).phases] == [
         "encode text", "denoise", "decode",
     ]  # fmt: skip
+    without = make_plan(MODELS["klein-9b"], Request(size=(256, 256)), formats=Formats())
+    for name in ("denoise", "decode"):  # K/V stay until the end
+        with_kv, none = (next(p for p in x.phases if p.name == name) for x in (plan, without))
+        assert with_kv.anonymous - none.anonymous == plan.components["K/V of references"]
     parts = make_plan(MODELS["klein-9b"], EDIT, formats=Formats(), staging="parts")
     assert plan.peak - parts.peak > plan.components["text_encoder weights"]
     assert parts.peak < 20 * GIB
