@@ -166,7 +166,7 @@ def test_the_dead_and_those_that_refuse_are_not_chosen() -> None:
 
 def test_hot_key_spreads_and_rare_keys_stay() -> None:
     """Work that drains at the rate of 20 replicas; half of it for one key, the rest for 200, each with its own holder."""
-    router = AffinityRouter(REPLICAS, capacity_bytes=10_000)
+    router = AffinityRouter(REPLICAS, capacity_bytes=20)
     waits = dict.fromkeys(REPLICAS, 0.0)
     went: dict[str, Counter[str]] = {}
     for i in range(4000):
@@ -191,21 +191,34 @@ def test_beliefs_follow_a_store_that_drops_the_least_recent() -> None:
     assert [list(placements.holders(key)) for key in "abc"] == [["r"], [], ["r"]]
     placements.record("a", "s", nbytes=4)
     assert list(placements.holders("a")) == ["r", "s"]
-    assert placements.uses("a") == 1.5
     placements.record("huge", "r", nbytes=11)
     assert not placements.holders("huge")
     assert placements.uses("huge") == 0
     placements.drop("a", "r")
     placements.drop("a", "r")
-    assert (list(placements.holders("a")), placements.uses("a")) == (["s"], 1.0)
+    assert list(placements.holders("a")) == ["s"]
     placements.record("d", "r", nbytes=6)  # what was dropped has made room
     assert list(placements.holders("c")) == ["r"]
     assert placements.oldest("r", nbytes=1) == 4  # c would go: the fourth that was recorded
-    assert placements.oldest("s", nbytes=6) == placements.oldest("new", nbytes=6) == 0
+    assert (placements.oldest("s", nbytes=6), placements.oldest("new", nbytes=6)) == (-6, -10)
     placements.forget("r")
-    assert placements.oldest("r", nbytes=10) == 0
+    assert placements.oldest("r", nbytes=10) == -10
     assert not placements.holders("c")
     assert list(placements.holders("a")) == ["s"]
+
+
+def test_uses_are_those_of_a_life_in_memory() -> None:
+    placements = Placements(capacity_bytes=10)
+    for _ in range(3):
+        placements.record("a", "r", nbytes=5)
+    assert placements.uses("a") == pytest.approx(6)  # half of the memory is filled, so twice as many are to come
+    placements.record("a", "s", nbytes=5)
+    assert placements.uses("a") == pytest.approx(4)
+    placements.drop("a", "s")
+    assert placements.uses("a") == pytest.approx(4)  # a copy that goes takes its share with it
+    for i in range(200):  # every fourth request, in a memory where entries live for eight
+        placements.record("a" if i % 4 == 0 else f"other-{i}", "r", nbytes=1)
+    assert 1 < placements.uses("a") < 4
 
 
 def test_refuses_what_makes_no_sense() -> None:

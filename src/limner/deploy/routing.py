@@ -112,23 +112,33 @@ class Placements:
         self._held: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # bytes, and the turn of the last use
         self._turn = 0
         self._bytes: dict[str, int] = {}
-        self._uses_at: dict[str, dict[str, int]] = {}
-        self._uses: dict[str, int] = {}
+        self._copies: dict[str, dict[str, None]] = {}
+        self._uses: dict[str, tuple[float, int]] = {}  # decayed count, and the turn it is of
 
     def holders(self, key: str) -> Collection[str]:
         """The replicas that are believed to hold a key, or to be making it, oldest copy first."""
-        return self._uses_at.get(key, {}).keys()
+        return self._copies.get(key, {}).keys()
 
     def uses(self, key: str) -> float:
-        """Requests a copy of the key has served, on average over the copies that are still there; 0 without copies."""
-        copies = self._uses_at.get(key)
-        return self._uses[key] / len(copies) if copies else 0.0
+        """Requests that a copy of the key serves while an idle entry stays in memory; 0 without copies.
+
+        The mean over its copies, with the past forgotten at the rate at which memory forgets; until memory is full, what
+        is seen so far is taken for the filled share of it.
+        """
+        copies = self._copies.get(key)
+        if not copies:
+            return 0.0
+        return self._uses[key][0] / len(copies) * self._capacity / self._bytes[next(iter(copies))]
 
     def oldest(self, replica: str, *, nbytes: int) -> int:
-        """When what `nbytes` more would push out of the replica was used last: records count the time; 0: there is room."""
+        """When what `nbytes` more would push out of the replica was used last, in records of this router.
+
+        Nothing would be: minus the bytes of room, so that less is better in any case.
+        """
         held = self._held.get(replica)
-        if not held or self._bytes[replica] + nbytes <= self._capacity:
-            return 0
+        room = self._capacity - self._bytes.get(replica, 0)
+        if not held or nbytes <= room:
+            return -room
         return next(iter(held.values()))[1]
 
     def record(self, key: str, replica: str, *, nbytes: int) -> None:
@@ -141,15 +151,14 @@ class Placements:
         if key in held:
             held[key] = held[key][0], self._turn
             held.move_to_end(key)
-            self._uses_at[key][replica] += 1
-            self._uses[key] += 1
+            self._use(key, held)
             return
         if nbytes > self._capacity:
             return
         held[key] = nbytes, self._turn
         self._bytes[replica] = self._bytes.get(replica, 0) + nbytes
-        self._uses_at.setdefault(key, {})[replica] = 1
-        self._uses[key] = self._uses.get(key, 0) + 1
+        self._copies.setdefault(key, {})[replica] = None
+        self._use(key, held)
         while self._bytes[replica] > self._capacity:
             self.drop(next(iter(held)), replica)
 
@@ -158,9 +167,13 @@ class Placements:
         held = self._held.get(replica)
         if held is not None and key in held:
             self._bytes[replica] -= held.pop(key)[0]
-            self._uses[key] -= self._uses_at[key].pop(replica)
-            if not self._uses_at[key]:
-                del self._uses_at[key], self._uses[key]
+            copies = self._copies[key]
+            del copies[replica]
+            if copies:
+                uses, turn = self._uses[key]
+                self._uses[key] = uses * len(copies) / (len(copies) + 1), turn
+            else:
+                del self._copies[key], self._uses[key]
 
     def forget(self, replica: str) -> None:
         """The replica is gone, with all that it held."""
@@ -169,15 +182,23 @@ class Placements:
         self._held.pop(replica, None)
         self._bytes.pop(replica, None)
 
+    def _use(self, key: str, held: OrderedDict[str, tuple[int, int]]) -> None:
+        """Counts a use, after the count has lost a factor e for each life of an entry in `held` that went by."""
+        uses, turn = self._uses.get(key, (0.0, self._turn))
+        life = self._turn - next(iter(held.values()))[1]
+        if life > 0:
+            uses *= math.exp((turn - self._turn) / life)
+        self._uses[key] = uses + 1, self._turn
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingPolicy:
     """When a request leaves the replicas that hold its references; the defaults are from simulation (docs/scale.md)."""
 
-    repay: float = 384.0
-    """Requests that a new copy has to serve before it has paid for itself. A copy takes memory from other keys and time
-    from other requests; of a key whose copies served few requests so far, another is worth little. Waiting at a holder
-    is accepted up to `prefill x (1 + repay / requests served by a copy)`, so hot keys spread early and rare ones late."""
+    repay: float = 320.0
+    """Requests that a copy has to serve while it is in memory to have paid for itself: it takes memory from other keys
+    and time from other requests. Waiting at a holder is accepted up to `prefill x (1 + repay / requests that a copy
+    serves)`, so hot keys spread early and rare ones late."""
     bound: float = 4.0
     """A holder whose queue is over `bound` times (mean queue + the request itself) is full: there, waiting is accepted
     only up to the prefill. `math.inf`: no bound."""
@@ -188,7 +209,7 @@ class RoutingPolicy:
     """Of these homes, those stand for choice where no more than `slack` prefills wait over the least busy one."""
 
     def __post_init__(self) -> None:
-        for name, least, usual in (("repay", 0, 384), ("bound", 1, 4), ("homes", 1, 8), ("slack", 0, 2)):
+        for name, least, usual in (("repay", 0, 320), ("bound", 1, 4), ("homes", 1, 8), ("slack", 0, 2)):
             value = getattr(self, name)
             if not value >= least:
                 raise InvalidRequest(name, f"{value} is not at least {least}; {usual} is the default")
@@ -221,11 +242,12 @@ def choose(
 ) -> Choice:
     """Chooses a replica for one request; changes nothing.
 
-    `holders` are believed to have the key and served `uses` requests each; those that are no members of `homes`, or are
-    in `avoid` (they refused, or do not answer), are passed over. `wait(replica)` are the seconds of work that wait there,
-    `oldest(replica)` is when what a new entry would push out of it was used (0: nothing, see `Placements.oldest`),
-    `mean_wait` the mean of the queues over all replicas, `service_seconds` the request itself with its references at hand,
-    `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is left.
+    `holders` are believed to have the key, and a copy serves `uses` requests in its life (see `Placements.uses`); those
+    that are no members of `homes`, or are in `avoid` (they refused, or do not answer), are passed over. `wait(replica)` are
+    the seconds of work that wait there, `oldest(replica)` is when what a new entry would push out of it was used (see
+    `Placements.oldest`), `mean_wait` the mean of the queues over all replicas, `service_seconds` the request itself with its
+    references at hand, `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no
+    replica is left.
     """
     if not fetch_seconds >= 0:
         raise InvalidRequest("fetch_seconds", f"{fetch_seconds} is not at least 0; give the seconds of a prefill")
