@@ -638,7 +638,7 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
     )  # fmt: skip
     yield (
         "load", "load",
-        lambda: vary("load", [(x, {"load": x}) for x in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)], three),
+        lambda: vary("load", [(x, {"load": x, "num_requests": long}) for x in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)], three),
     )  # fmt: skip
     sizes = (8, 32, 128, 512) if replicas == 128 else (8, replicas)
     yield (
@@ -677,6 +677,11 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
     yield "failures", "event", lambda: vary("event", failing, ("power of two", "ours", "ours + tier"))
     views: list[tuple[str, dict[str, Any]]] = [("1 router", {})]
     views += [(f"{n} routers", {"num_routers": n}) for n in (4, 16)]
+    views += [
+        (f"{n} routers, homes={k}", {"num_routers": n, "routing": RoutingPolicy(homes=k)})
+        for n in (4, 16)
+        for k in (1, 2)
+    ]
     views += [(f"4 routers, queues {x:g} s old", {"num_routers": 4, "stale_seconds": x}) for x in (1.0, 5.0)]
     views += [(f"{name}={value:g}", {"routing": RoutingPolicy(**{name: value})}) for name, value in (
         ("repay", 0), ("repay", 64), ("repay", 256), ("repay", 1024), ("homes", 1), ("homes", 2), ("homes", 16),

@@ -48,8 +48,7 @@ def test_targets(routing: ModuleType) -> None:
 def test_order_of_policies(routing: ModuleType) -> None:
     found = {name: routing.simulate(**settings(routing, policy=name)) for name in routing.POLICIES}
     prefills = {name: row["prefills"] for name, row in found.items()}
-    assert found["one cache"]["p99"] <= found["ours"]["p99"] < found["power of two"]["p99"]
-    assert found["ours"]["p99"] < found["hash"]["p99"] / 10
+    assert found["one cache"]["p99"] <= found["ours"]["p99"] < found["random"]["p99"] / 2 < found["hash"]["p99"] / 10
     assert prefills["one cache"] < prefills["ours"] < prefills["power of two"] / 2
     assert prefills["ours + tier"] < prefills["ours"]
     assert found["one cache"]["hit_rate"] > found["ours"]["hit_rate"] > found["random"]["hit_rate"] + 0.2
@@ -59,12 +58,17 @@ def test_order_of_policies(routing: ModuleType) -> None:
 @pytest.mark.parametrize("policy", ["power of two", "ours", "ours + tier"])
 def test_every_request_is_served_once(routing: ModuleType, policy: str) -> None:
     """Through failures one by one and of a quarter together, a flash crowd, several routers with old views."""
+    quick = routing.replace(
+        routing.gpu_profile(1024), start_seconds=1.5
+    )  # back before what was running would have ended
     busy = settings(
-        routing, policy=policy, num_requests=3000, fail_every=600.0, fail_at_once=0.25, arrivals="flash",
+        routing, profile=quick, policy=policy, num_requests=3000, fail_every=600.0, fail_at_once=0.25, arrivals="flash",
         num_routers=3, stale_seconds=1.0,
     )  # fmt: skip
     simulation = routing.Simulation(routing.Scenario(**busy)).run()
     assert simulation.served == [1] * 3000
+    for request, name in enumerate(simulation.names):
+        assert simulation.done[request] - simulation.times[request] > simulation.sets.warm[name] - 1e-6
     row = simulation.report()
     assert row["failures"] >= 8
     assert row["retried"] > 0

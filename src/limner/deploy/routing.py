@@ -204,7 +204,8 @@ class RoutingPolicy:
     only up to the prefill. `math.inf`: no bound."""
     homes: int = 8
     """How many homes are compared, for a key that nobody holds and for a further copy: a new entry goes where it pushes
-    out what was used least recently, so that many small memories drop about what one large memory would."""
+    out what was used least recently, so that many small memories drop about what one large memory would. Of several
+    routers that share nothing each places by what it alone has seen: give them 1, so that they agree."""
     slack: float = 2.0
     """Of these homes, those stand for choice where no more than `slack` prefills wait over the least busy one."""
 
@@ -243,11 +244,11 @@ def choose(
     """Chooses a replica for one request; changes nothing.
 
     `holders` are believed to have the key, and a copy serves `uses` requests in its life (see `Placements.uses`); those
-    that are no members of `homes`, or are in `avoid` (they refused, or do not answer), are passed over. `wait(replica)` are
-    the seconds of work that wait there, `oldest(replica)` is when what a new entry would push out of it was used (see
-    `Placements.oldest`), `mean_wait` the mean of the queues over all replicas, `service_seconds` the request itself with its
-    references at hand, `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no
-    replica is left.
+    that are no members of `homes`, or are in `avoid` (they refused, or do not answer), are passed over. `wait(replica)`
+    are the seconds of work that wait there, `mean_wait` their mean over all replicas, `oldest(replica)` is when what a new
+    entry would push out of it was used (see `Placements.oldest`), `service_seconds` the request itself with its references
+    at hand, `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is
+    left.
     """
     if not fetch_seconds >= 0:
         raise InvalidRequest("fetch_seconds", f"{fetch_seconds} is not at least 0; give the seconds of a prefill")
@@ -304,8 +305,7 @@ class AffinityRouter:
         self.placements = Placements(capacity_bytes=capacity_bytes)
 
     def join(self, replica: str) -> None:
-        """A replica is ready; it is taken to hold nothing."""
-        self.placements.forget(replica)
+        """A replica is ready; one that has left before is taken to hold nothing."""
         self.homes.join(replica)
 
     def leave(self, replica: str) -> None:
