@@ -740,8 +740,8 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
     lines(a, tables["load"], "load", "p99")
     a.set(xlabel="load (work with all references kept / capacity)", ylabel="p99, s", ylim=(0, 30))
     a.legend()
-    lines(b, tables["replicas"], "replicas", "prefills")
-    b.set(xlabel="replicas", ylabel="prefills", xscale="log", ylim=(0, None))
+    lines(b, tables["replicas"], "replicas", "hit_rate")
+    b.set(xlabel="replicas", ylabel="share of hits", xscale="log", ylim=(0, 1))
     lines(c, tables["memory"], "host GiB", "hit_rate")
     c.set(xlabel="host memory for K/V of each replica, GiB", ylabel="share of hits", ylim=(0, 1))
     for row in tables["popularity"]:
