@@ -146,8 +146,8 @@ class Scenario:
     zipf: float = 1.1
     load: float = 0.7
     """Work of all requests, were all references kept and nothing batched, over what the replicas can do."""
-    num_requests: int = 60_000
-    warmup: float = 1 / 3
+    num_requests: int = 80_000
+    warmup: float = 0.5
     """Share of the requests that fills caches before counting begins."""
     arrivals: str = "poisson"
     """"poisson"; "bursts": sittings of 8 requests over one set, 4 s apart, at a rate that doubles for 10 s of 60; "flash":
@@ -419,16 +419,18 @@ class Simulation:
     def start(self, replica: Replica, now: float) -> None:
         """Takes the oldest request and those that can run with it, as `limner.engine` does, and runs them."""
         name = self.names[replica.queue[0][0]]
-        batch, rest = [], deque()
-        for request, work in replica.queue:
-            if len(batch) < MAX_BATCH and self.names[request] == name:
+        batch: list[int] = []
+        others: list[tuple[int, float]] = []
+        while replica.queue and len(batch) < MAX_BATCH:
+            request, work = replica.queue.popleft()
+            if self.names[request] == name:
                 batch.append(request)
                 replica.work -= work
             else:
-                rest.append((request, work))
-        if not rest:
-            replica.work = 0.0
-        replica.queue = rest
+                others.append((request, work))
+        replica.queue.extendleft(reversed(others))
+        if not replica.queue:
+            replica.work = 0.0  # rounding
         replica.batch = batch
         seconds = self.sets.warm[name] * (1 + self.p.extra_image * (len(batch) - 1))
         nbytes = self.sets.nbytes[name]
@@ -606,7 +608,7 @@ def against(rows: list[Row]) -> list[Row]:
 def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[[], list[Row]]]]:
     """Name, column that varies, and what gives the rows; `scale` shortens the simulations."""
     three = ("power of two", "ours", "one cache")
-    long, short = int(40_000 * scale), int(18_000 * scale)
+    long, short = int(80_000 * scale), int(40_000 * scale)
     gpu, small = gpu_profile(1024), gpu_profile(512)
     base: dict[str, Any] = {"profile": gpu, "num_replicas": replicas, "num_requests": short}
 
@@ -626,13 +628,22 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
         ),
     )  # fmt: skip
     yield (
+        "seeds", "seed", lambda: vary("seed", [(x, {"seed": x, "num_requests": long}) for x in (1, 2, 3)])
+    )  # fmt: skip
+    yield (
+        "horizon", "requests in all",
+        lambda: vary(
+            "requests in all", [(n, {"num_requests": n}) for n in (long // 4, long, 4 * long)], ("ours", "one cache")
+        ),
+    )  # fmt: skip
+    yield (
         "load", "load",
-        lambda: vary("load", [(x, {"load": x}) for x in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)], three),
+        lambda: vary("load", [(x, {"load": x, "num_requests": long}) for x in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)], three),
     )  # fmt: skip
     sizes = (8, 32, 128, 512) if replicas == 128 else (8, replicas)
     yield (
         "replicas", "replicas",
-        lambda: vary("replicas", [(n, {"num_replicas": n, "num_requests": max(short, 96 * n)}) for n in sizes]),
+        lambda: vary("replicas", [(n, {"num_replicas": n, "num_requests": max(short, 300 * n)}) for n in sizes]),
     )  # fmt: skip
     shapes: list[tuple[str, dict[str, Any]]] = [(f"Zipf {z}", {"zipf": z}) for z in (0.6, 0.9, 1.1, 1.4)]
     shapes += [("sittings, rate in waves", {"arrivals": "bursts"}), ("flash crowd", {"arrivals": "flash"})]
@@ -666,11 +677,16 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
     yield "failures", "event", lambda: vary("event", failing, ("power of two", "ours", "ours + tier"))
     views: list[tuple[str, dict[str, Any]]] = [("1 router", {})]
     views += [(f"{n} routers", {"num_routers": n}) for n in (4, 16)]
+    views += [
+        (f"{n} routers, homes={k}", {"num_routers": n, "routing": RoutingPolicy(homes=k)})
+        for n in (4, 16)
+        for k in (1, 2)
+    ]
     views += [(f"4 routers, queues {x:g} s old", {"num_routers": 4, "stale_seconds": x}) for x in (1.0, 5.0)]
     views += [(f"{name}={value:g}", {"routing": RoutingPolicy(**{name: value})}) for name, value in (
-        ("repay", 0), ("repay", 16), ("repay", 32), ("repay", 128), ("repay", 1000), ("homes", 1), ("homes", 4),
-        ("bound", 1), ("bound", 2), ("bound", math.inf),
-    )]  # fmt: skip
+        ("repay", 0), ("repay", 64), ("repay", 256), ("repay", 1024), ("homes", 1), ("homes", 2), ("homes", 16),
+        ("slack", 0), ("slack", 8), ("bound", 1), ("bound", 2), ("bound", math.inf),
+        )]  # fmt: skip
 
     def ablation() -> list[Row]:
         one = vary("variant", [("one cache", {})], ("one cache",))
@@ -724,8 +740,8 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
     lines(a, tables["load"], "load", "p99")
     a.set(xlabel="load (work with all references kept / capacity)", ylabel="p99, s", ylim=(0, 30))
     a.legend()
-    lines(b, tables["replicas"], "replicas", "prefills")
-    b.set(xlabel="replicas", ylabel="prefills", xscale="log", ylim=(0, None))
+    lines(b, tables["replicas"], "replicas", "hit_rate")
+    b.set(xlabel="replicas", ylabel="share of hits", xscale="log", ylim=(0, 1))
     lines(c, tables["memory"], "host GiB", "hit_rate")
     c.set(xlabel="host memory for K/V of each replica, GiB", ylabel="share of hits", ylim=(0, 1))
     for row in tables["popularity"]:
@@ -756,7 +772,7 @@ def device() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="32 replicas, a quarter of the requests, the target alone")
+    parser.add_argument("--quick", action="store_true", help="32 replicas, an eighth of the requests, the target alone")
     parser.add_argument("--only", nargs="+", help="names of tables")
     parser.add_argument(
         "-o", "--output", type=Path, help="without suffix: .json, .md and, of a full run, .png are made"
@@ -765,7 +781,7 @@ def main() -> None:
     start = time.perf_counter()
     tables: dict[str, list[Row]] = {}
     text = []
-    for name, column, make in questions(1 / 4 if args.quick else 1.0, 32 if args.quick else 128):
+    for name, column, make in questions(1 / 8 if args.quick else 1.0, 32 if args.quick else 128):
         if (args.quick and name != "target" and not args.only) or (args.only and name not in args.only):
             continue
         tables[name] = make()

@@ -27,11 +27,9 @@ def decide(
 ) -> tuple[str, str]:
     """Where a request of 2 s goes whose prefill takes 1 s; replicas that `waits` does not name are idle."""
     given: dict[str, Any] = {
-        "fetch_seconds": 1.0,
-        "mean_wait": 0.0,
-        "policy": RoutingPolicy(bound=math.inf),
-        **settings,
-    }
+        "fetch_seconds": 1.0, "mean_wait": 0.0, "policy": RoutingPolicy(homes=2, slack=0, bound=math.inf, repay=64),
+        "oldest": lambda name: 0, **settings,
+    }  # fmt: skip
     choice = choose(
         key, homes=Homes(REPLICAS), holders=holders, uses=uses, wait=lambda name: waits.get(name, 0.0),
         service_seconds=2.0, **given,
@@ -90,10 +88,20 @@ def test_unknown_key_goes_home_or_to_the_less_busy_of_its_homes() -> None:
     assert decide(waits={first: 5.0, second: 9.0}, policy=RoutingPolicy(homes=3)) == (third, "home")
 
 
+def test_of_homes_that_are_not_busier_the_one_that_loses_least() -> None:
+    first, second, third = Homes(REPLICAS).first("k", 3)
+    policy = RoutingPolicy(homes=3, slack=1.5)
+    given: dict[str, Any] = {"policy": policy, "oldest": {first: 7, second: 5, third: 2}.__getitem__}
+    assert decide(waits={}, **given) == (third, "home")
+    assert decide(waits={third: 1.4}, **given) == (third, "home")
+    assert decide(waits={third: 1.6}, **given) == (second, "home")
+    assert decide(waits={third: 1.6}, fetch_seconds=2.0, **given) == (third, "home")
+
+
 def test_costs_are_compared() -> None:
     """A rare key waits up to prefill x (1 + repay); one whose copies pay for themselves waits about a prefill."""
     a = REPLICAS[0]
-    policy = RoutingPolicy(repay=4.0, bound=math.inf)
+    policy = RoutingPolicy(repay=4.0, bound=math.inf, homes=2, slack=0)
     rare, hot = {"uses": 1.0, "policy": policy}, {"uses": 40.0, "policy": policy}
     assert decide(waits={a: 4.9}, holders=(a,), **rare) == (a, "holder")
     assert decide(waits={a: 5.1}, holders=(a,), **rare)[1] == "spread"
@@ -121,7 +129,7 @@ def test_least_busy_holder_and_of_idle_ones_the_oldest() -> None:
 def test_full_holders_lose_their_privilege() -> None:
     """Bounded load: over bound x (mean + own work) a rare key, too, waits for a prefill and no longer."""
     a = REPLICAS[0]
-    policy = RoutingPolicy(repay=100.0, bound=1.5)
+    policy = RoutingPolicy(repay=100.0, bound=1.5, homes=2, slack=0)
     assert decide(waits={a: 3.0}, holders=(a,), policy=policy) == (a, "holder")
     assert decide(waits={a: 3.1}, holders=(a,), policy=policy)[1] == "spread"
     assert decide(waits={a: 3.1}, holders=(a,), policy=policy, mean_wait=1.0) == (a, "holder")
@@ -158,7 +166,7 @@ def test_the_dead_and_those_that_refuse_are_not_chosen() -> None:
 
 def test_hot_key_spreads_and_rare_keys_stay() -> None:
     """Work that drains at the rate of 20 replicas; half of it for one key, the rest for 200, each with its own holder."""
-    router = AffinityRouter(REPLICAS, capacity_bytes=10_000)
+    router = AffinityRouter(REPLICAS, capacity_bytes=20)
     waits = dict.fromkeys(REPLICAS, 0.0)
     went: dict[str, Counter[str]] = {}
     for i in range(4000):
@@ -183,22 +191,45 @@ def test_beliefs_follow_a_store_that_drops_the_least_recent() -> None:
     assert [list(placements.holders(key)) for key in "abc"] == [["r"], [], ["r"]]
     placements.record("a", "s", nbytes=4)
     assert list(placements.holders("a")) == ["r", "s"]
-    assert placements.uses("a") == 1.5
     placements.record("huge", "r", nbytes=11)
     assert not placements.holders("huge")
     assert placements.uses("huge") == 0
     placements.drop("a", "r")
     placements.drop("a", "r")
-    assert (list(placements.holders("a")), placements.uses("a")) == (["s"], 1.0)
+    assert list(placements.holders("a")) == ["s"]
     placements.record("d", "r", nbytes=6)  # what was dropped has made room
     assert list(placements.holders("c")) == ["r"]
+    assert placements.oldest("r", nbytes=1) == 4  # c would go: the fourth that was recorded
+    assert (placements.oldest("s", nbytes=6), placements.oldest("new", nbytes=6)) == (-6, -10)
     placements.forget("r")
+    assert placements.oldest("r", nbytes=10) == -10
     assert not placements.holders("c")
     assert list(placements.holders("a")) == ["s"]
 
 
+def test_uses_are_those_of_a_life_in_memory() -> None:
+    placements = Placements(capacity_bytes=10)
+    for _ in range(3):
+        placements.record("a", "r", nbytes=5)
+    assert placements.uses("a") == pytest.approx(6)  # half of the memory is filled, so twice as many are to come
+    placements.record("a", "s", nbytes=5)
+    assert placements.uses("a") == pytest.approx(4)
+    placements.drop("a", "s")
+    assert placements.uses("a") == pytest.approx(4)  # a copy that goes takes its share with it
+    for i in range(200):  # every fourth request, in a memory where entries live for eight
+        placements.record("a" if i % 4 == 0 else f"other-{i}", "r", nbytes=1)
+    assert 1 < placements.uses("a") < 4
+
+
 def test_refuses_what_makes_no_sense() -> None:
-    for field, value in (("repay", -1.0), ("repay", math.nan), ("homes", 0), ("bound", 0.5), ("bound", math.nan)):
+    for field, value in (
+        ("repay", -1.0),
+        ("repay", math.nan),
+        ("homes", 0),
+        ("bound", 0.5),
+        ("bound", math.nan),
+        ("slack", -1.0),
+    ):
         with pytest.raises(InvalidRequest, match=field):
             RoutingPolicy(**{field: value})
     with pytest.raises(InvalidRequest, match="capacity_bytes"):

@@ -14,6 +14,7 @@ Ideas, and what is taken of them:
   always at the same places. The bound here is of seconds of waiting work.
 - *The power of d choices* (Mitzenmacher 2001, "The power of two choices in randomized load balancing"): the least of a
   few candidates is nearly as good as the least of all, and needs no view of all queues.
+- *Prices of copies*, and placing a new key where it pushes out the oldest, were found by simulation (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -108,19 +109,37 @@ class Placements:
                 "capacity_bytes", f"{capacity_bytes} is not over 0; give the bytes that a replica keeps"
             )
         self._capacity = capacity_bytes
-        self._held: dict[str, OrderedDict[str, int]] = {}
+        self._held: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # bytes, and the turn of the last use
+        self._turn = 0
         self._bytes: dict[str, int] = {}
-        self._uses_at: dict[str, dict[str, int]] = {}
-        self._uses: dict[str, int] = {}
+        self._copies: dict[str, dict[str, None]] = {}
+        self._uses: dict[str, tuple[float, int]] = {}  # decayed count, and the turn it is of
 
     def holders(self, key: str) -> Collection[str]:
         """The replicas that are believed to hold a key, or to be making it, oldest copy first."""
-        return self._uses_at.get(key, {}).keys()
+        return self._copies.get(key, {}).keys()
 
     def uses(self, key: str) -> float:
-        """Requests a copy of the key has served, on average over the copies that are still there; 0 without copies."""
-        copies = self._uses_at.get(key)
-        return self._uses[key] / len(copies) if copies else 0.0
+        """Requests that a copy of the key serves while an idle entry stays in memory; 0 without copies.
+
+        The mean over its copies, with the past forgotten at the rate at which memory forgets; until memory is full, what
+        is seen so far is taken for the filled share of it.
+        """
+        copies = self._copies.get(key)
+        if not copies:
+            return 0.0
+        return self._uses[key][0] / len(copies) * self._capacity / self._bytes[next(iter(copies))]
+
+    def oldest(self, replica: str, *, nbytes: int) -> int:
+        """When what `nbytes` more would push out of the replica was used last, in records of this router.
+
+        Nothing would be: minus the bytes of room, so that less is better in any case.
+        """
+        held = self._held.get(replica)
+        room = self._capacity - self._bytes.get(replica, 0)
+        if not held or nbytes <= room:
+            return -room
+        return next(iter(held.values()))[1]
 
     def record(self, key: str, replica: str, *, nbytes: int) -> None:
         """A request for the key went to the replica, so it holds the key or is about to.
@@ -128,17 +147,18 @@ class Placements:
         An entry over the whole capacity is not kept there, nor believed to be.
         """
         held = self._held.setdefault(replica, OrderedDict())
+        self._turn += 1
         if key in held:
+            held[key] = held[key][0], self._turn
             held.move_to_end(key)
-            self._uses_at[key][replica] += 1
-            self._uses[key] += 1
+            self._use(key, held)
             return
         if nbytes > self._capacity:
             return
-        held[key] = nbytes
+        held[key] = nbytes, self._turn
         self._bytes[replica] = self._bytes.get(replica, 0) + nbytes
-        self._uses_at.setdefault(key, {})[replica] = 1
-        self._uses[key] = self._uses.get(key, 0) + 1
+        self._copies.setdefault(key, {})[replica] = None
+        self._use(key, held)
         while self._bytes[replica] > self._capacity:
             self.drop(next(iter(held)), replica)
 
@@ -146,10 +166,14 @@ class Placements:
         """The replica does not hold the key, or no longer."""
         held = self._held.get(replica)
         if held is not None and key in held:
-            self._bytes[replica] -= held.pop(key)
-            self._uses[key] -= self._uses_at[key].pop(replica)
-            if not self._uses_at[key]:
-                del self._uses_at[key], self._uses[key]
+            self._bytes[replica] -= held.pop(key)[0]
+            copies = self._copies[key]
+            del copies[replica]
+            if copies:
+                uses, turn = self._uses[key]
+                self._uses[key] = uses * len(copies) / (len(copies) + 1), turn
+            else:
+                del self._copies[key], self._uses[key]
 
     def forget(self, replica: str) -> None:
         """The replica is gone, with all that it held."""
@@ -158,28 +182,38 @@ class Placements:
         self._held.pop(replica, None)
         self._bytes.pop(replica, None)
 
+    def _use(self, key: str, held: OrderedDict[str, tuple[int, int]]) -> None:
+        """Counts a use, after the count has lost a factor e for each life of an entry in `held` that went by."""
+        uses, turn = self._uses.get(key, (0.0, self._turn))
+        life = self._turn - next(iter(held.values()))[1]
+        if life > 0:
+            uses *= math.exp((turn - self._turn) / life)
+        self._uses[key] = uses + 1, self._turn
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingPolicy:
     """When a request leaves the replicas that hold its references; the defaults are from simulation (docs/scale.md)."""
 
-    repay: float = 64.0
-    """Requests that a new copy has to serve before it has paid for itself. A copy takes memory from other keys and time
-    from other requests; of a key whose copies served few requests so far, another is worth little. Waiting at a holder
-    is accepted up to `prefill x (1 + repay / requests served by a copy)`, so hot keys spread early and rare ones late."""
-    homes: int = 2
-    """How many homes are compared, for a key that nobody holds and for a further copy."""
-    bound: float = 1.25
+    repay: float = 320.0
+    """Requests that a copy has to serve while it is in memory to have paid for itself: it takes memory from other keys
+    and time from other requests. Waiting at a holder is accepted up to `prefill x (1 + repay / requests that a copy
+    serves)`, so hot keys spread early and rare ones late."""
+    bound: float = 4.0
     """A holder whose queue is over `bound` times (mean queue + the request itself) is full: there, waiting is accepted
     only up to the prefill. `math.inf`: no bound."""
+    homes: int = 8
+    """How many homes are compared, for a key that nobody holds and for a further copy: a new entry goes where it pushes
+    out what was used least recently, so that many small memories drop about what one large memory would. Of several
+    routers that share nothing each places by what it alone has seen: give them 1, so that they agree."""
+    slack: float = 2.0
+    """Of these homes, those stand for choice where no more than `slack` prefills wait over the least busy one."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.repay < math.inf:
-            raise InvalidRequest("repay", f"{self.repay} is not a number of at least 0; 64 is the default")
-        if self.homes < 1:
-            raise InvalidRequest("homes", f"{self.homes} is not at least 1; 2 is the default")
-        if not self.bound >= 1:
-            raise InvalidRequest("bound", f"{self.bound} is not at least 1; 1.25 is the default")
+        for name, least, usual in (("repay", 0, 320), ("bound", 1, 4), ("homes", 1, 8), ("slack", 0, 2)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise InvalidRequest(name, f"{value} is not at least {least}; {usual} is the default")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +234,7 @@ def choose(
     holders: Collection[str],
     uses: float,
     wait: Callable[[str], float],
+    oldest: Callable[[str], float],
     mean_wait: float,
     service_seconds: float,
     fetch_seconds: float,
@@ -208,14 +243,16 @@ def choose(
 ) -> Choice:
     """Chooses a replica for one request; changes nothing.
 
-    `holders` are believed to have the key and served `uses` requests each; those that are no members of `homes`, or are
-    in `avoid` (they refused, or do not answer), are passed over. `wait(replica)` are the seconds of work that wait there,
-    `mean_wait` their mean over all replicas, `service_seconds` the request itself with its references at hand,
-    `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is left.
+    `holders` are believed to have the key, and a copy serves `uses` requests in its life (see `Placements.uses`); those
+    that are no members of `homes`, or are in `avoid` (they refused, or do not answer), are passed over. `wait(replica)`
+    are the seconds of work that wait there, `mean_wait` their mean over all replicas, `oldest(replica)` is when what a new
+    entry would push out of it was used (see `Placements.oldest`), `service_seconds` the request itself with its references
+    at hand, `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is
+    left.
     """
     if not fetch_seconds >= 0:
         raise InvalidRequest("fetch_seconds", f"{fetch_seconds} is not at least 0; give the seconds of a prefill")
-    best, cost = None, math.inf
+    best, cost, slack = None, math.inf, policy.slack * fetch_seconds
     for name in holders:
         if name in homes and name not in avoid:
             seconds = wait(name)
@@ -227,7 +264,7 @@ def choose(
         order = [name for name in homes.first(key, policy.homes + len(avoid)) if name not in avoid]
         if not order:
             raise QueueFull(f"none of {len(homes)} replicas takes requests; try again later")
-        return Choice(replica=min(order[: policy.homes], key=wait), reason="home")
+        return Choice(replica=_place(order[: policy.homes], wait, oldest, slack), reason="home")
     price = fetch_seconds
     if cost <= policy.bound * (mean_wait + service_seconds):
         price *= 1 + policy.repay / max(1.0, uses)
@@ -235,10 +272,16 @@ def choose(
         order = homes.first(key, len(holders) + len(avoid) + policy.homes)
         others = [name for name in order if name not in holders and name not in avoid][: policy.homes]
         if others:
-            other = min(others, key=wait)
+            other = _place(others, wait, oldest, slack)
             if wait(other) + price < cost:
                 return Choice(replica=other, reason="spread")
     return Choice(replica=best, reason="holder")
+
+
+def _place(homes: list[str], wait: Callable[[str], float], oldest: Callable[[str], float], slack_seconds: float) -> str:
+    waits = [wait(name) for name in homes]
+    limit = min(waits) + slack_seconds
+    return min((name for name, seconds in zip(homes, waits, strict=True) if seconds <= limit), key=oldest)
 
 
 class AffinityRouter:
@@ -262,8 +305,7 @@ class AffinityRouter:
         self.placements = Placements(capacity_bytes=capacity_bytes)
 
     def join(self, replica: str) -> None:
-        """A replica is ready; it is taken to hold nothing."""
-        self.placements.forget(replica)
+        """A replica is ready; one that has left before is taken to hold nothing."""
         self.homes.join(replica)
 
     def leave(self, replica: str) -> None:
@@ -289,6 +331,7 @@ class AffinityRouter:
             holders=self.placements.holders(key),
             uses=self.placements.uses(key),
             wait=wait,
+            oldest=lambda name: self.placements.oldest(name, nbytes=nbytes),
             mean_wait=mean_wait,
             service_seconds=service_seconds,
             fetch_seconds=fetch_seconds,
