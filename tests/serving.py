@@ -18,7 +18,7 @@ from limner import Pipeline
 from limner.engine import Engine
 from limner.provenance import Signer
 from limner.safety import Checks, Finding
-from limner.server.access import KeyRing
+from limner.server.access import KeyRing, LimitPolicy
 from limner.server.app import create_app
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.run import make_server
@@ -90,6 +90,7 @@ class Served:
         outbound_policy: OutboundPolicy | None = None,
         **settings: Any,
     ) -> None:
+        settings.setdefault("limits", LimitPolicy(requests_per_minute=1e6, burst=10**6))
         if outbound_policy is not None:
             settings["outbound"] = outbound_policy
         keyring = keys or KeyRing.open()
