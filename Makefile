@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve test check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,13 +16,16 @@ demo: $(READY)
 	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
 	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
+serve: $(READY)
+	$(BIN)/limner serve
+
 FONT := recipes/stickers/build/NotoColorEmoji.ttf
 
 $(FONT):
 	bash recipes/stickers/run.sh font
 
 test: $(READY) $(FONT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -36,12 +39,14 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/limner bench -o benchmarks/results/edit.json
 
-# All benchmarks, half an hour on 2 cores; nothing else should run beside them.
+# All benchmarks, an hour on 2 cores; nothing else should run beside them.
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
+	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
+	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
 
 eval: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/evaluate.py

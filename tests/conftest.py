@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from PIL import Image
 
 from limner import Pipeline
 from limner.weights.folder import bundled_model
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; threads of OpenMP beside each other would wait and spin
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what tests start
 
 TEXT_LAYERS = (1, 2, 3)
 MAX_TOKENS = 40

@@ -93,6 +93,9 @@ class Served:
         settings.setdefault("limits", LimitPolicy(requests_per_minute=1e6, burst=10**6))
         if outbound_policy is not None:
             settings["outbound"] = outbound_policy
+        settings.setdefault(
+            "limits", LimitPolicy(requests_per_minute=1e6, burst=10**6)
+        )  # tests send faster than callers may
         keyring = keys or KeyRing.open()
         self.engine = Engine(pipe, max_waiting=max_waiting, max_batch=max_batch, memory_bytes=1 << 30)
         self.app = create_app(

@@ -7,7 +7,6 @@ with; nothing of the engine imports this.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import platform
 import statistics
@@ -183,8 +182,13 @@ class Bench:
 
         torch.manual_seed(seed)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        with torch.device(self.device):
-            self._theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # made as such: no float32 copy of a large model
+        try:
+            with torch.device(self.device):
+                self._theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
+        finally:
+            torch.set_default_dtype(before)
         for block in self._theirs.transformer_blocks:
             block.attn.set_processor(Flux2KVAttnProcessor())
         for block in self._theirs.single_transformer_blocks:
@@ -198,7 +202,13 @@ class Bench:
     def int8(self) -> Transformer:
         """The same weights in int8, made when first asked for."""
         if self._int8 is None:
-            self._int8 = copy.deepcopy(self.ours)
+            with torch.device("meta"):
+                self._int8 = Transformer(self.config)
+            self._int8.load_state_dict(
+                self.ours.state_dict(), assign=True
+            )  # shared; matrices are replaced one at a time
+            self._int8.requires_grad_(False)
+            self._int8.kernel = self.ours.kernel
             quantize_blocks(self._int8)
         return self._int8
 

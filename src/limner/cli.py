@@ -6,22 +6,27 @@ Imports nothing heavy before a command runs; knows nothing of models beyond the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 
 if TYPE_CHECKING:
+    from limner.batch import Batch
+    from limner.config import ModelGeometry
     from limner.images import PreparedReference
+    from limner.memory import MemoryPlan, Staging
     from limner.pipeline import Pipeline, PipelineOutput
     from limner.references import References
     from limner.store import ReferenceStore
@@ -63,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         run=_draw, image=None, references=None, store=None, kv_cache_dtype=None, background=None, max_pixels=None
     )
 
+    batch = commands.add_parser(
+        "batch",
+        help="draw all rows of a manifest; goes on where it was stopped",
+        description="Draw all rows of a manifest; run again, it goes on where it was stopped. Exit code 1 if a row failed.",
+    )
+    _batch_arguments(batch)
+
     quantize = commands.add_parser(
         "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
     )
@@ -71,6 +83,35 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--dtype", choices=DTYPES, help="of what is not int8; default: that of the files")
     quantize.add_argument("--json", action="store_true", help="print one JSON object")
     quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a file or folder of weights is, and what is missing from it",
+        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; exit code 1 if damaged.",
+    )
+    inspect.add_argument(
+        "source", metavar="FILE", help="weights: a file of any layout, a part's folder, a model's folder"
+    )
+    inspect.add_argument(
+        "--verify", action="store_true", help="load every tensor, look for NaN, give the weights' digest"
+    )
+    inspect.add_argument("--no-digest", action="store_true", help="headers alone: do not read the bytes of the files")
+    _part_arguments(inspect)
+    inspect.set_defaults(run=_inspect_weights)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write weights in another layout",
+        description="Write a model, or a part of one, in another layout. Nothing is written over.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a file of any layout, a part's folder, a model's folder")
+    convert.add_argument(
+        "-o", "--output", required=True, metavar="TARGET", help="folder or file to write; has to be new"
+    )
+    convert.add_argument("--to", required=True, choices=("diffusers", "int8", "original"), help="layout to write")
+    convert.add_argument("--dtype", choices=DTYPES, help="of what is not int8; default: that of the files")
+    _part_arguments(convert)
+    convert.set_defaults(run=_convert)
 
     verify = commands.add_parser(
         "verify",
@@ -81,6 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify_pictures)
+
+    plan = commands.add_parser(
+        "plan",
+        help="how much memory a request takes, and the cheapest setting that fits",
+        description="The budget of memory of a request, by component and phase, without loading or computing anything.",
+    )
+    _plan_arguments(plan)
 
     bench = commands.add_parser(
         "bench",
@@ -99,6 +147,36 @@ def build_parser() -> argparse.ArgumentParser:
     refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
     _refs_parser(refs)
     return parser
+
+
+def _part_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", choices=("transformer", "vae", "text_encoder"), help="which part, where there are several"
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="MODEL", help="klein-9b, klein-4b, a folder or hub id; default: the bundled one"
+    )
+    parser.add_argument("--references", type=int, default=0, metavar="N", help="number of references (default: 0)")
+    parser.add_argument("--reference-size", type=_size, default=(1024, 1024), metavar="WxH", help="of each (1024x1024)")
+    parser.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="of the output (1024x1024)")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: 512)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: bfloat16)")
+    parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
+    _kv_argument(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="what there is, as 24GiB: finds the cheapest setting that fits"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_plan)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +204,44 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
 
 
+def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help='JSON lines: {"id": "a", "prompt": "...", "references": ["cat.png"], "seed": 1, "size": "512x512", '
+        '"steps": 4}; all but id and prompt may be left out; files are relative to the manifest',
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of <id>.png and results.jsonl; made if it is not there",
+    )
+    parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (png)")
+    parser.add_argument(
+        "--images-at-once", type=int, default=1, metavar="N",
+        help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _store_argument(parser, help="folder in which K/V of references are kept beyond this batch")
+    _budget_argument(parser)
+    _kv_argument(parser)
+    _reference_arguments(parser)
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="draw on many processes: local (this machine), auto, or HOST:PORT of a Ray cluster",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="with --ray: processes; default: one a core, or a GPU")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: rows, failed, prefills, images a second"
+    )
+    parser.set_defaults(run=_batch)
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
@@ -135,12 +251,15 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _lora_argument(parser)
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
+    _limit_argument(parser)
     _reference_arguments(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
@@ -194,10 +313,13 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
     warm.add_argument("--pin", action="store_true", help="keep them from eviction")
     for parser in (pack, warm):
         parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+        _weights_arguments(parser)
         parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
         parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+        _lora_argument(parser)
         parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
         _kv_argument(parser)
+        _limit_argument(parser)
         _reference_arguments(parser)
 
     ls = add("ls", "list what a store holds, the least recently used first", _ls)
@@ -233,6 +355,17 @@ def _kv_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _lora_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",
+    )
+
+
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
     parser.add_argument(
@@ -247,10 +380,25 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    _weights_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
     parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    _lora_argument(parser)
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _limit_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
+
+
+def _limit_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
+    )  # fmt: skip
+
+
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in ("transformer", "vae", "text-encoder"):
+        parser.add_argument(f"--{name}", metavar="FILE", help="file or folder to take this part from instead")
 
 
 def _reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,6 +415,22 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 512x512")
     return int(match[1]), int(match[2])
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file and a strength; a file whose name has a colon is taken as it is."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not file or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: strength {strength!r} is not a finite number; give FILE or FILE:STRENGTH, as style.safetensors:0.8"
+        )
+    return file, value
 
 
 def _seed(text: str) -> int:
@@ -317,6 +481,23 @@ def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedRef
     return [prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1)]
 
 
+def _lora_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The files of LoRAs and their strengths; what is no LoRA file is refused before a model is loaded."""
+    if not args.lora:
+        return []
+    from limner.weights.lora import resolve_lora
+
+    return [(resolve_lora(source), strength) for source, strength in args.lora]
+
+
+def _load_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> None:
+    if loras:
+        names = [f"{file.stem}-{i}" for i, (file, _) in enumerate(loras, start=1)]
+        for name, (file, _) in zip(names, loras, strict=True):
+            pipe.load_lora_weights(file, name)
+        pipe.set_adapters(names, [strength for _, strength in loras])
+
+
 class _Progress:
     """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
 
@@ -354,6 +535,7 @@ def _draw(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
             )
     prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
+    loras = _lora_files(args)
 
     import torch
 
@@ -367,13 +549,16 @@ def _draw(args: argparse.Namespace) -> None:
     try:
         pipe = Pipeline.from_pretrained(
             args.model,
+            **_parts(args),
             torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
             store=store,
             quantize=args.quantize,
             kv_cache_dtype=args.kv_cache_dtype,
+            memory_limit=args.memory_limit,
             progress=progress,
         )
+        _load_loras(pipe, loras)
         generators = None
         if args.seed is not None:
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
@@ -497,6 +682,7 @@ def _existing_store(args: argparse.Namespace) -> ReferenceStore:
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
     prepared = _prepare(args, args.file)
+    loras = _lora_files(args)
 
     import torch
 
@@ -504,12 +690,15 @@ def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> R
 
     pipe = Pipeline.from_pretrained(
         args.model,
+        **_parts(args),
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=args.device,
         store=store,
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        memory_limit=args.memory_limit,
     )
+    _load_loras(pipe, loras)
     return pipe.prefill(prepared)
 
 
@@ -609,6 +798,102 @@ def _bench(args: argparse.Namespace) -> None:
     print(json.dumps(report))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from limner.memory import Formats, Request, cheapest, make_plan, parse_bytes
+
+    for name, low in (("references", 0), ("num_images", 1), ("text", 1)):
+        if getattr(args, name) < low:
+            raise InvalidRequest(f"--{name.replace('_', '-')}", f"{getattr(args, name)} has to be {low} or more")
+    for name in ("size", "reference_size"):
+        if any(side < 64 or side % 16 for side in getattr(args, name)):
+            shown = "x".join(map(str, getattr(args, name)))
+            raise InvalidRequest(
+                f"--{name.replace('_', '-')}", f"{shown}: sides have to be multiples of 16, at least 64"
+            )
+    limit = None if args.memory is None else parse_bytes(args.memory, field="--memory")
+    geometry, int8 = _geometry(args.model)
+    packed = False
+    if args.device == "cpu":
+        from limner.model.int8 import has_int8_products
+
+        packed = has_int8_products()
+    formats = Formats(
+        itemsize=4 if args.dtype == "float32" else 2,
+        quantize="int8" if int8 else args.quantize,
+        kv=args.kv_cache_dtype,
+        packed=packed,
+    )
+    request = Request(
+        size=args.size, references=(args.reference_size,) * args.references, batch=args.num_images, num_text=args.text
+    )
+    if limit is not None:
+        plan = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
+    else:
+        plan = make_plan(geometry, request, formats=formats, device=args.device)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    peaks = {
+        how: make_plan(geometry, request, formats=plan.formats, device=args.device, staging=how, limit=0).peak
+        for how in stagings
+    }
+    found = {"model": args.model or "bundled", **plan.as_json(), "peaks": peaks, "options": _plan_options(args, plan)}
+    _print(args, found, "\n".join(_plan_lines(found)))
+
+
+def _geometry(model: str | None) -> tuple[ModelGeometry, bool]:
+    """Geometry by name or from a folder's configurations, and whether its transformer is int8."""
+    from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+
+    if model is not None and model.lower() in MODELS:
+        return MODELS[model.lower()], False
+    from limner.weights.folder import read_json, resolve_model
+
+    folder = resolve_model(model)
+    configs = {part: read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae")}
+    geometry = ModelGeometry(
+        transformer=TransformerConfig.from_diffusers(configs["transformer"]),
+        text_encoder=TextConfig.from_transformers(configs["text_encoder"]),
+        autoencoder=AutoencoderConfig.from_diffusers(configs["vae"]),
+    )
+    return geometry, "quantization_config" in configs["transformer"]
+
+
+def _plan_options(args: argparse.Namespace, plan: MemoryPlan) -> str:
+    """The options of `limner edit` that a plan stands for."""
+    options = []
+    if plan.staging != "whole" and args.memory is not None:
+        options.append(f"--memory-limit {args.memory}")
+    if plan.formats.kv:
+        options.append(f"--kv-cache-dtype {plan.formats.kv}")
+    if plan.formats.quantize:
+        options.append("--model FOLDER, one that limner quantize wrote")
+    return " ".join(options)
+
+
+def _plan_lines(found: dict[str, Any]) -> list[str]:
+    def gib(number: int) -> str:
+        return f"{number / 2**30:9.2f}"
+
+    lines = [f"{found['model']} on {found['device']}, GiB", ""]
+    lines += [f"{name:38} {gib(nbytes)}" for name, nbytes in found["components"].items()]
+    lines += ["", f"{'phase':20} {'anonymous':>9} {'files':>9} {'total':>9}"]
+    lines += [
+        f"{name:20} {gib(p['anonymous'])} {gib(p['file_backed'])} {gib(p['total'])}"
+        for name, p in found["phases"].items()
+    ]
+    lines += ["", f"peak, weights {found['staging']:24} {gib(found['peak'])}"]
+    lines += [f"least peak, weights {how:18} {gib(peak)}" for how, peak in found["peaks"].items()]
+    if found["device"] != "cpu":
+        lines.append(f"{'beside the device, on the host':38} {gib(found['host'])}")
+    if found["options"]:
+        lines.append(f"options: {found['options']}")
+    return lines
+
+
+def _parts(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
+    return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
+
+
 def _serve(args: argparse.Namespace) -> None:
     from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
@@ -632,6 +917,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     from limner.pipeline import Pipeline
 
+    loras = _lora_files(args)
     pipe = Pipeline.from_pretrained(
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
@@ -640,24 +926,149 @@ def _serve(args: argparse.Namespace) -> None:
         reference_policy=_policy(args),
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        **_parts(args),
+        memory_limit=args.memory_limit,
     )
+    _load_loras(pipe, loras)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
+
+
+class _BatchProgress:
+    """A bar over rows on a terminal, a line now and then elsewhere."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._start = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, of: int, failed: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._start = done, now
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=of, initial=done, unit="row", leave=False)
+            self._bar.set_postfix(failed=failed, refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        elif now - self._told >= self.SECONDS:
+            self._told = now
+            rate = (done - self._first) / max(now - self._start, 1e-6)
+            print(f"limner: {done} of {of} rows, {failed} failed, {rate:.2f} a second", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except (OutputError, RemoteError) as error:
+        kept = f"{batch.num_done} of {len(batch.rows)} rows are done and kept"
+        raise type(error)(f"{error}; {kept}: mend that and run the same command again") from error
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from limner.batch import Batch, BatchOptions, ModelOptions
+    from limner.images import printable
+    from limner.pipeline import check_device
+
+    if args.workers is not None and args.ray is None:
+        raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
+    options = BatchOptions(
+        manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
+        store=Path(os.path.abspath(args.store)) if args.store else None, store_bytes=args.store_bytes,
+    )  # fmt: skip
+    model = ModelOptions(
+        model=args.model, dtype=args.dtype, quantize=args.quantize, device=args.device,
+        kv_cache_dtype=args.kv_cache_dtype, background=args.background, max_pixels=args.max_pixels,
+    )  # fmt: skip
+    model.check()
+    progress = _BatchProgress()
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        batch = stack.enter_context(Batch(options, progress=progress))
+        stack.enter_context(_says_how_to_go_on(batch))
+        if args.ray is None:
+            check_device(args.device)
+            pipe = model.load(store=batch.store)
+            batch.draw(pipe, batch.plan(pipe))
+        else:
+            from limner.deploy.ray_batch import Cluster
+
+            cluster = stack.enter_context(Cluster(args.ray, workers=args.workers))
+            cluster.check(batch.options)
+            # what rows are and which are done depends on the weights, not on where they are
+            groups = batch.plan(replace(model, device="cpu").load(store=batch.store))
+            cluster.draw(batch, groups, model)
+        summary = batch.finish()
+    for failure in batch.failures[:10]:
+        name = f" ({failure['id']})" if failure["id"] else ""
+        print(printable(f"limner: line {failure['line']}{name}: {failure['error']['message']}"), file=sys.stderr)
+    if len(batch.failures) > 10:
+        print(f"limner: {len(batch.failures) - 10} more failed; see {summary.results}", file=sys.stderr)
+    _print(args, asdict(summary), summary.describe())
+    return int(summary.failed > 0)
 
 
 def _quantize(args: argparse.Namespace) -> None:
     import torch
 
-    from limner.weights.folder import load_transformer, resolve_model, save_quantized
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
 
     source, target = resolve_model(args.model), Path(args.output)
     if target.exists():
         raise InvalidRequest("--output", f"{target} is there already; give a new folder")
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    transformer = load_transformer(source / "transformer", dtype=dtype, device=torch.device("cpu"), quantize="int8")
-    save_quantized(transformer, source, target)
+    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None)
     file = target / "transformer" / "diffusion_pytorch_model.safetensors"
     _print(args, {"folder": str(target), "nbytes": file.stat().st_size}, f"{target}: {file.stat().st_size} bytes")
+
+
+def _inspect_weights(args: argparse.Namespace) -> int:
+    from limner.images import printable
+    from limner.weights.folder import resolve_model
+    from limner.weights.inspect import inspect
+
+    source = Path(args.source)
+    if not source.exists():
+        source = resolve_model(args.source)
+    report = inspect(
+        source,
+        like=resolve_model(args.model) if args.model else None,
+        part=args.part,
+        digests=not args.no_digest,
+        verify=args.verify,
+    )
+    _print(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
+    return int(not report.whole)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
+
+    source, target = Path(args.source), Path(args.output)
+    if not source.exists():
+        source = resolve_model(args.source)
+    nbytes = convert(
+        source,
+        target,
+        to=args.to,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        part=args.part,
+        like=resolve_model(args.model) if args.model else None,
+    )
+    _print(args, {"output": str(target), "layout": args.to, "nbytes": nbytes}, f"{target}: {nbytes} bytes of weights")
 
 
 def _ls(args: argparse.Namespace) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 from limner.errors import CheckpointError, InvalidRequest
 
-__all__ = ["KLEIN_4B", "KLEIN_9B", "ReferencePolicy", "TransformerConfig"]
+__all__ = [
+    "KLEIN_4B",
+    "KLEIN_9B",
+    "MODELS",
+    "WHOLE_PIXELS",
+    "AutoencoderConfig",
+    "ModelGeometry",
+    "ReferencePolicy",
+    "TextConfig",
+    "TransformerConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +143,93 @@ def _whole(value: Any, name: str) -> int:
 
 KLEIN_9B = TransformerConfig(num_double_blocks=8, num_single_blocks=24, num_heads=32, head_dim=128, text_width=12288)
 KLEIN_4B = TransformerConfig(num_double_blocks=5, num_single_blocks=20, num_heads=24, head_dim=128, text_width=7680)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """Geometry of a Qwen3 text encoder of `num_layers` layers, of which the first `num_used` are loaded."""
+
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_used: int
+
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TextConfig:
+        """Reads the `config.json` of a Qwen3."""
+        names = {
+            "width": "hidden_size",
+            "mlp_width": "intermediate_size",
+            "num_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+            "vocab_size": "vocab_size",
+        }
+        try:
+            values = {ours: _whole(config.get(theirs), theirs) for ours, theirs in names.items()}
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}; is this a Qwen3?") from error
+        return cls(**values, num_used=3 * values["num_layers"] // 4)
+
+
+WHOLE_PIXELS = 1024 * 1024
+"""Pictures of more pixels go through the autoencoder in strips."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """Geometry of diffusers' `AutoencoderKLFlux2`; channels from the full resolution down."""
+
+    encoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    num_resnets: int = 2
+    latent_channels: int = 32
+    mid_attention: bool = True
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> AutoencoderConfig:
+        """Reads the `config.json` of the autoencoder; what it leaves out is FLUX.2's."""
+        try:
+            channels = tuple(
+                _whole(c, "block_out_channels") for c in config.get("block_out_channels", (128, 256, 512, 512))
+            )
+            own = config.get("decoder_block_out_channels") or channels
+            return cls(
+                encoder_channels=channels,
+                decoder_channels=tuple(_whole(c, "decoder_block_out_channels") for c in own),
+                num_resnets=_whole(config.get("layers_per_block", 2), "layers_per_block"),
+                latent_channels=_whole(config.get("latent_channels", 32), "latent_channels"),
+                mid_attention=bool(config.get("mid_block_add_attention", True)),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelGeometry:
+    """The three networks of a model."""
+
+    transformer: TransformerConfig
+    text_encoder: TextConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+
+
+_QWEN3_8B = TextConfig(
+    width=4096, mlp_width=12288, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, num_used=27
+)  # fmt: skip
+_QWEN3_4B = TextConfig(
+    width=2560, mlp_width=9728, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, num_used=27
+)  # fmt: skip
+MODELS = {
+    "klein-9b": ModelGeometry(transformer=KLEIN_9B, text_encoder=_QWEN3_8B),
+    "klein-4b": ModelGeometry(transformer=KLEIN_4B, text_encoder=_QWEN3_4B),
+}
+"""The models whose geometry is known without their files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

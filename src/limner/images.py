@@ -17,15 +17,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FORMATS",
@@ -97,6 +98,8 @@ class PreparedReference:
     @property
     def pixels(self) -> Tensor:
         """(3, height, width) uint8; made when asked for: a reference whose K/V are kept needs its digest alone."""
+        import torch  # here: who reads the metadata of a file needs none of it
+
         width, height = self.report.processed_size
         values = np.frombuffer(self.data, np.uint8).reshape(height, width, 3)
         return torch.from_numpy(values.transpose(2, 0, 1).copy())

@@ -16,6 +16,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -24,21 +25,26 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from limner import images
-from limner.config import ReferencePolicy
+from limner.adapters import Adapters
+from limner.config import AutoencoderConfig, ModelGeometry, ReferencePolicy, TextConfig
 from limner.errors import CapacityError, CheckpointError, InvalidRequest, NumericalError
 from limner.images import PreparedReference, ReferenceReport, prepare_reference
+from limner.memory import Formats, Request, activations, call_bytes, cheapest, kv_bytes, parse_bytes
 from limner.model.autoencoder import Autoencoder
+from limner.model.int8 import has_int8_products
 from limner.model.kv import KV_FORMATS
+from limner.model.lora import matrix_shapes
 from limner.model.preview import LatentPreview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.references import References, reference_key
+from limner.residency import Residency
 from limner.schedule import Schedule, euler_step
 from limner.store import ReferenceStore, Source
-from limner.tokens import image_ids, pack, reference_ids, text_ids, unpack
+from limner.tokens import PATCH, image_ids, pack, reference_ids, text_ids, unpack
 from limner.weights.digest import WeightDigests, file_stamp, fingerprint
 from limner.weights.folder import (
     load_autoencoder,
@@ -47,7 +53,10 @@ from limner.weights.folder import (
     read_json,
     read_settings,
     resolve_model,
+    resolve_part,
 )
+from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.lora import load_lora
 
 __all__ = [
     "Pipeline",
@@ -151,7 +160,9 @@ class Pipeline:
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
         latent_preview: LatentPreview | None = None,
+        residency: Residency | None = None,
     ) -> None:
+        """`residency` is the limit of memory that the networks are under; None: all weights stay where they are."""
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -161,15 +172,21 @@ class Pipeline:
         self.reference_policy = reference_policy or ReferencePolicy()
         self.kv_cache_dtype = _check_kv_cache_dtype(kv_cache_dtype)
         self.latent_preview = latent_preview
-        self._digests = WeightDigests()
+        self.residency = residency
+        self._digests = WeightDigests(after=residency.after_read if residency else None)
+        self._last_adapters = Adapters.of(transformer, self._digests)
         self._prompts: OrderedDict[tuple[Any, ...], tuple[Tensor, PromptReport]] = OrderedDict()
         self._interrupt = False  # diffusers' way to stop: a callback sets it, the remaining steps are left out
+        self._adopt()
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] | None = None,
         *,
+        transformer: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -177,16 +194,21 @@ class Pipeline:
         reference_policy: ReferencePolicy | None = None,
         quantize: str | None = None,
         kv_cache_dtype: str | None = None,
+        memory_limit: str | int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Pipeline:
         """Loads a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
-        `torch_dtype` None keeps the dtype of the files (the bundled model: float32); `dtype` is its newer name. Weights
-        are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes weights and
-        activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so). `kv_cache_dtype` is
-        the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8", half the bytes of
-        bfloat16. Raises `CheckpointError` and `InvalidRequest`.
+        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
+        GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
+        `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
+        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
+        weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so).
+        `kv_cache_dtype` is the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8",
+        half the bytes of bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files
+        included: networks have their weights in memory by turns, if need be layer by layer, with the same results bit for
+        bit (on a CPU under Linux). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -194,55 +216,167 @@ class Pipeline:
         if quantize not in (None, "int8"):
             raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
         device = check_device(device)
-        folder = resolve_model(model)
+        residency = None
+        if memory_limit is not None:
+            allowed = parse_bytes(memory_limit)
+            if device.type != "cpu":
+                raise InvalidRequest("memory_limit", f"is for the CPU, not for {device}; leave it out there")
+            residency = Residency(allowed)
+        after = residency.after_read if residency else None
+        given = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+        folder = resolve_model(model, without=[part for part, source in given.items() if source is not None])
         settings = read_settings(folder)
+        sources = {part: resolve_part(part, source, model=folder) for part, source in given.items()}
+        like = {part: folder / part / "config.json" for part in sources}
         dtype = dtype or torch_dtype or settings.default_dtype
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
         report = progress or _silent
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
-        before = {part: file_stamp(folder / part) for part in ("transformer", "vae", "text_encoder")}
+        before = {part: file_stamp(source) for part, source in sources.items()}
         report("load", 0, 3)
-        transformer = load_transformer(folder / "transformer", dtype=dtype, device=device, quantize=quantize)
+        loaded_transformer = load_transformer(
+            sources["transformer"], dtype=dtype, device=device, quantize=quantize, like=like["transformer"],
+            after=after,
+        )  # fmt: skip
         report("load", 1, 3)
-        autoencoder = load_autoencoder(folder / "vae", dtype=dtype, device=device)
+        autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
         report("load", 2, 3)
-        text_encoder = load_text_encoder(
-            folder / "text_encoder",
+        loaded_text_encoder = load_text_encoder(
+            sources["text_encoder"],
             folder / "tokenizer",
             dtype=dtype,
             device=device,
             out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
+            like=like["text_encoder"],
+            after=after,
         )
         report("load", 3, 3)
-        _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
+        _check_parts(loaded_transformer, autoencoder, loaded_text_encoder, settings.preview, folder)
         pipe = cls(
-            transformer=transformer,
+            transformer=loaded_transformer,
             autoencoder=autoencoder,
-            text_encoder=text_encoder,
+            text_encoder=loaded_text_encoder,
             schedule=schedule,
             default_size=settings.default_size,
             store=store,
             reference_policy=reference_policy,
             kv_cache_dtype=kv_cache_dtype,
             latent_preview=settings.preview,
+            residency=residency,
         )
-        for part, module in (("transformer", transformer), ("vae", autoencoder), ("text_encoder", text_encoder)):
-            pipe._digests.loaded(module, folder / part, before=before[part])
+        pipe._check_limit(Request(size=(64, 64), num_text=1))
+        modules = {"transformer": loaded_transformer, "vae": autoencoder, "text_encoder": loaded_text_encoder}
+        for part, module in modules.items():
+            pipe._digests.loaded(module, sources[part], before=before[part])
         return pipe
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        pipeline: Any,
+        *,
+        default_size: tuple[int, int] = (1024, 1024),
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        kv_cache_dtype: str | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+    ) -> Pipeline:
+        """Takes over a klein pipeline of diffusers that is in memory: the tensors are shared, none is copied.
+
+        It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out. A
+        change of the shared weights in place (training) is one of both, and References made before it are refused.
+        Raises `CheckpointError` for base models and for parts with LoRA layers or quantized or offloaded weights.
+        """
+        kind = type(pipeline).__name__
+        parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+        if not kind.startswith("Flux2Klein") or not all(hasattr(pipeline, part) for part in parts):
+            raise CheckpointError(f"pipeline: is a {kind}; allowed: the klein pipelines of diffusers (Flux2Klein...)")
+        if pipeline.config.get("is_distilled") is False:
+            raise CheckpointError("pipeline: is_distilled is false; base models need guidance, which is not supported")
+        transformer = share_transformer(pipeline.transformer)
+        autoencoder = share_autoencoder(pipeline.vae)
+        text_encoder = share_text_encoder(
+            pipeline.text_encoder, pipeline.tokenizer, out_layers=_check_layers(text_encoder_out_layers)
+        )
+        _check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
+        return cls(
+            transformer=transformer,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
+            default_size=default_size,
+            store=store,
+            reference_policy=reference_policy,
+            kv_cache_dtype=kv_cache_dtype,
+        )
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
         """Moves all parts to a device, or casts them to a dtype; gives itself."""
         cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
             target = check_device(target)
-        for part in (self.transformer, self.autoencoder, self.text_encoder):
-            with contextlib.nullcontext() if cast else self._digests.moving(part):
-                part.to(target)
+        with self._adapters.removed():  # and put back in the new place
+            for part in (self.transformer, self.autoencoder, self.text_encoder):
+                with contextlib.nullcontext() if cast else self._digests.moving(part):
+                    part.to(target)
         self.text_encoder.rebuild_rotary()
         self._prompts.clear()
+        self._adopt()
         return self
+
+    def _adopt(self) -> None:
+        """Puts the networks under the limit, as they are now."""
+        if self.residency is None:
+            return
+        transformer = self.transformer
+        self.residency.adopt(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
+        text = self.text_encoder.network
+        self.residency.adopt(self.text_encoder, list(text.layers), tables=[text.embed_tokens], hooks=True)
+        self.residency.adopt(self.autoencoder)
+        transformer.visit = self.residency.visit
+
+    def _working(self, phase: str, request: Request, *, kept: int = 0) -> AbstractContextManager[None]:
+        """Around a phase of `limner.memory`: its network's weights in memory. `kept` are bytes that stay after it."""
+        if self.residency is None:
+            return contextlib.nullcontext()
+        networks: dict[str, nn.Module] = {"encode text": self.text_encoder, "encode references": self.autoencoder}
+        network = networks.get(phase, self.autoencoder if phase == "decode" else self.transformer)
+        own = activations(self.geometry, request, formats=self._formats, whole_pixels=self.autoencoder.whole_pixels)
+        return self.residency.working(network, growth=own[phase] + kept)
+
+    def _check_limit(self, request: Request) -> None:
+        """Refuses a request that does not fit under the limit however its weights are staged."""
+        if self.residency is not None:
+            cheapest(self.geometry, request, formats=self._formats, limit=self.residency.limit, fixed=True)
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Geometry of the three networks."""
+        text = TextConfig.from_transformers(self.text_encoder.network.config.to_dict())
+        return ModelGeometry(
+            transformer=self.transformer.config,
+            text_encoder=replace(text, num_used=len(self.text_encoder.network.layers)),
+            autoencoder=AutoencoderConfig.from_diffusers(dict(self.autoencoder.network.config)),
+        )
+
+    def _anonymous(self) -> frozenset[str]:
+        """The networks whose weights are no mapped files; asked for under a limit alone."""
+        if self.residency is None:
+            return frozenset()
+        parts = {"transformer": self.transformer, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
+        return frozenset(name for name, part in parts.items() if not self.residency.mapped(part))
+
+    @property
+    def _formats(self) -> Formats:
+        return Formats(
+            itemsize=self.dtype.itemsize,
+            quantize=self.transformer.quantization,
+            kv=self.kv_cache_dtype,
+            packed=self.device.type == "cpu" and has_int8_products(),
+            anonymous=self._anonymous(),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -254,13 +388,14 @@ class Pipeline:
 
     @property
     def reference_weights(self) -> str:
-        """Digest of what K/V of references depend on: weights of transformer and autoencoder, and their geometry.
+        """Digest of what K/V of references depend on: weights of transformer (LoRAs and their strengths included) and
+        autoencoder, and their geometry.
 
         Rotary base and axes, the norms' epsilons and groups are in no tensor.
         """
         network = {name: value for name, value in self.autoencoder.network.config.items() if not name.startswith("_")}
         geometry = json.dumps([asdict(self.transformer.config), network], sort_keys=True, default=str)
-        parts = (self._digests.of(self.transformer), self._digests.of(self.autoencoder), geometry)
+        parts = (self._adapters.weights_digest(), self._digests.of(self.autoencoder), geometry)
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     @property
@@ -274,6 +409,89 @@ class Pipeline:
         """The attention kernel and the dtype of matrix products that run."""
         return self.transformer.arithmetic
 
+    # LoRAs, with diffusers' names and meanings
+
+    @property
+    def _adapters(self) -> Adapters:
+        found = Adapters.of(self.transformer, self._digests)
+        if found is not self._last_adapters and self._last_adapters.names:
+            _logger.warning("lora: another transformer is in place; %s were of the last one", self._last_adapters.names)
+        self._last_adapters = found
+        return found
+
+    @_typed_memory_errors
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Loads a LoRA of the transformer: a .safetensors file, a folder or hub id, or tensors by name.
+
+        It acts at once and alone, with strength 1; `set_adapters` lets several act. It runs beside the weights, which may
+        be quantized. `adapter_name` left out is default_0, default_1, ...; `weight_name` is the file of a folder or hub id.
+        Tensors that are not for this transformer are an error that names them; `strict=False` logs them. References
+        that were prefilled with other LoRAs, or strengths, are not taken. Raises `CheckpointError`, `InvalidRequest`.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        shapes = matrix_shapes(self.transformer)
+        self._adapters.add(load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict), adapter_name)
+
+    @_typed_memory_errors
+    def set_adapters(
+        self, adapter_names: Sequence[str] | str, adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Lets these adapters act, and no others, each with its weight; one number is for all, None is 1."""
+        self._adapters.set(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that act."""
+        return self._adapters.active
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of the adapters that are loaded, by part."""
+        return {"transformer": self._adapters.names} if self._adapters.names else {}
+
+    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
+        """Forgets adapters."""
+        self._adapters.delete(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """Forgets all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse_lora`."""
+        self._adapters.clear()
+
+    @_typed_memory_errors
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = True,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Adds adapters, the active ones or `adapter_names`, times `lora_scale`, to the weights, in float32, rounded once.
+
+        Nothing runs beside the weights then, and the weights are in memory twice: the old ones are kept for
+        `unfuse_lora`. Sums that are not finite are always refused (`safe_fusing`). Not for int8 weights.
+        """
+        _check_components(components)
+        self._adapters.fuse(adapter_names, lora_scale)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Puts the very tensors back that were there before `fuse_lora`; adapters act beside them again."""
+        _check_components(components)
+        self._adapters.unfuse()
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of adapters that are fused."""
+        return set(self._adapters.fused)
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
+
     # references
 
     @_typed_memory_errors
@@ -285,6 +503,16 @@ class Pipeline:
     def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
         """What `prefill` gives, and where it came from: "miss", "memory" or "disk"."""
         return self._references(self._prepare(image), num_own=0, batch=1)
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """The content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        return reference_key(
+            weights=self.reference_weights,
+            dtype=self.dtype,
+            kernel=self.kernel,
+            digests=[p.report.digest for p in prepared],
+            quantization=self.kv_cache_dtype,
+        )
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
         single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
@@ -308,9 +536,12 @@ class Pipeline:
             sizes = [p.report.processed_size for p in prepared]
             self._admit(num_ref=sum(w * h for w, h in sizes) // _GRID**2, num_own=num_own, batch=batch)
             start = self._now()
-            latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
+            request = Request(size=(_GRID, _GRID), references=tuple(sizes))
+            with self._working("encode references", request):
+                latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
-            kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
+            with self._working("prefill", request, kept=self.kv_bytes(request.num_ref)):
+                kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
             return References.make(
                 kv,
                 weights=weights,
@@ -320,14 +551,7 @@ class Pipeline:
                 prefill_seconds=self._now() - start,
             )
 
-        key = reference_key(
-            weights=weights,
-            dtype=self.dtype,
-            kernel=kernel,
-            digests=[report.digest for report in reports],
-            quantization=quantization,
-        )
-        references, source = self.store.get(key, make, device=self.device)
+        references, source = self.store.get(self.key_of(prepared), make, device=self.device)
         return _with_reports(references, reports), source
 
     def _check_given(self, references: References) -> References:
@@ -372,15 +596,21 @@ class Pipeline:
         `num_ref` counts references that are yet to be prefilled: K/V that are kept already are in memory already.
         `num_own` are the text and output tokens of one image.
         """
-        config, size = self.transformer.config, self.dtype.itemsize
-        kept = num_ref * config.num_layers * 2 * config.width * size
-        # widest moments: a block's fused projection, its output and the residual streams; the decoder at full size
-        blocks = max(num_ref, batch * num_own) * (5 * config.width + 3 * config.mlp_width) * size
-        decoder = (
-            max(num_ref, num_own) * _GRID**2 * 3 * max(self.autoencoder.network.config.block_out_channels[:2]) * size
+        network = self.autoencoder.network.config
+        return call_bytes(
+            self.transformer.config,
+            AutoencoderConfig.from_diffusers(dict(network)),
+            num_ref=num_ref,
+            num_own=num_own,
+            batch=batch,
+            formats=self._formats,
+            whole_pixels=self.autoencoder.whole_pixels,
+            reference_pixels=min(num_ref * _GRID**2, self.reference_policy.max_pixels),
         )
-        pictures = batch * num_own * _GRID**2 * 3 * 4
-        return int(kept + max(blocks, decoder) + pictures)
+
+    def kv_bytes(self, num_ref: int) -> int:
+        """Bytes of the K/V of reference tokens, as they are kept."""
+        return kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
 
     # prompts
 
@@ -388,14 +618,15 @@ class Pipeline:
         self, prompts: Sequence[str], *, limit: int, out_layers: Sequence[int] | None
     ) -> tuple[Tensor, tuple[PromptReport, ...]]:
         """(B, S_txt, text_width); each prompt is encoded alone, so its tokens do not depend on its neighbours."""
-        encoder = fingerprint(self.text_encoder)
+        encoder = fingerprint(self.text_encoder, after=self._digests.after)
         found = []
         for prompt in prompts:
             key = (prompt, limit, out_layers, encoder)
             if key not in self._prompts:
                 tokenized = self.text_encoder.tokenize(prompt, max_sequence_length=limit)
                 report = PromptReport(num_tokens=tokenized.num_tokens, limit=limit, cut=tokenized.cut)
-                self._prompts[key] = self.text_encoder([tokenized], out_layers=out_layers), report
+                with self._working("encode text", Request(size=(_GRID, _GRID), num_text=limit)):
+                    self._prompts[key] = self.text_encoder([tokenized], out_layers=out_layers), report
                 if len(self._prompts) > _KEPT_PROMPTS:
                     self._prompts.popitem(last=False)
             self._prompts.move_to_end(key)
@@ -488,7 +719,9 @@ class Pipeline:
         grid = (height // _GRID, width // _GRID)
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
         num_own = grid[0] * grid[1] + num_txt
+        loras = [asdict(lora) for lora in self._adapters.applied]
         self._admit(num_ref=0, num_own=num_own, batch=batch)
+        self._check_limit(Request(size=(width, height), references=tuple(sizes), batch=batch, num_text=num_txt))
         levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
         generators, seeds = self._generators(generator, latents=latents, batch=batch)
 
@@ -553,6 +786,7 @@ class Pipeline:
                 "sigmas": [round(level, 6) for level in levels.tolist()],
                 "references": [r.digest for r in given.reports] if given else [],
                 "dtype": str(self.dtype).removeprefix("torch."),
+                **({"loras": loras} if loras else {}),
             },
         )
 
@@ -572,46 +806,57 @@ class Pipeline:
         img_ids, txt_ids = image_ids(grid), text_ids(prompt_embeds.shape[1])
         rope = self.transformer.rope(torch.cat([txt_ids, img_ids]))
         timesteps, levels = (levels[:-1] * 1000).to(self.device), levels.to(self.device)
-        seconds = []
-        for i, timestep in enumerate(timesteps):
-            report("step", i, len(timesteps))
-            start = time.perf_counter()
-            velocity = self.transformer(
-                latents.to(self.dtype),
-                prompt_embeds.to(self.device, self.dtype),
-                timestep / 1000,  # with the roundings of diffusers, which multiplies by 1000 and divides again
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                references=references,
-                rope=rope,
-            )
-            before, latents = latents, euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
-            if callback is not None:
-                offered = {"latents": latents, "prompt_embeds": prompt_embeds}
-                if {"denoised", "preview"} & set(callback_inputs):
-                    clean = euler_step(before, velocity, sigma=levels[i], next_sigma=torch.zeros_like(levels[i]))
-                    offered["denoised"] = clean
-                    if self.latent_preview is not None:
-                        offered["preview"] = self.latent_preview(unpack(clean, grid=grid))
-                changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
-                for name in ("latents", "prompt_embeds"):
-                    old = offered[name]
-                    new = changed.get(name, old)
-                    if not isinstance(new, Tensor) or new.shape != old.shape:
-                        raise InvalidRequest("callback_on_step_end", f"gave back {name} that are not {list(old.shape)}")
-                latents = changed.get("latents", latents).to(self.device)
-                prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                if (kept := changed.get("rows")) is not None:
-                    if not kept or sorted({*kept} & {*range(len(rows))}) != list(kept):
+        size = (grid[1] * _GRID, grid[0] * _GRID)
+        request = Request(size=size, batch=latents.shape[0], num_text=prompt_embeds.shape[1])
+        seconds, loras = [], self._adapters.applied
+        with self._working("denoise", request):
+            for i, timestep in enumerate(timesteps):
+                report("step", i, len(timesteps))
+                start = time.perf_counter()
+                velocity = self.transformer(
+                    latents.to(self.dtype),
+                    prompt_embeds.to(self.device, self.dtype),
+                    timestep / 1000,  # with the roundings of diffusers, which multiplies by 1000 and divides again
+                    img_ids=img_ids,
+                    txt_ids=txt_ids,
+                    references=references,
+                    rope=rope,
+                )
+                before, latents = latents, euler_step(latents, velocity, sigma=levels[i], next_sigma=levels[i + 1])
+                if callback is not None:
+                    offered = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    if {"denoised", "preview"} & set(callback_inputs):
+                        clean = euler_step(before, velocity, sigma=levels[i], next_sigma=torch.zeros_like(levels[i]))
+                        offered["denoised"] = clean
+                        if self.latent_preview is not None:
+                            offered["preview"] = self.latent_preview(unpack(clean, grid=grid))
+                    changed = callback(self, i, timestep, {name: offered[name] for name in callback_inputs}) or {}
+                    for name in ("latents", "prompt_embeds"):
+                        old = offered[name]
+                        new = changed.get(name, old)
+                        if not isinstance(new, Tensor) or new.shape != old.shape:
+                            raise InvalidRequest(
+                                "callback_on_step_end", f"gave back {name} that are not {list(old.shape)}"
+                            )
+                    latents = changed.get("latents", latents).to(self.device)
+                    prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                    if (kept := changed.get("rows")) is not None:
+                        if not kept or sorted({*kept} & {*range(len(rows))}) != list(kept):
+                            raise InvalidRequest(
+                                "callback_on_step_end",
+                                f"gave back rows {kept}; allowed: rising numbers of the {len(rows)} images of the batch",
+                            )
+                        rows = [rows[i] for i in kept]
+                        latents, prompt_embeds = latents[kept], prompt_embeds[kept]
+                    if references is not None and self._adapters.applied != loras:
                         raise InvalidRequest(
                             "callback_on_step_end",
-                            f"gave back rows {kept}; allowed: rising numbers of the {len(rows)} images of the batch",
+                            "changed the LoRAs, and the K/V of the references were made with those before; change them "
+                            "between calls, or draw without references",
                         )
-                    rows = [rows[i] for i in kept]
-                    latents, prompt_embeds = latents[kept], prompt_embeds[kept]
-            seconds.append(self._now() - start)
-            if self._interrupt:
-                break
+                seconds.append(self._now() - start)
+                if self._interrupt:
+                    break
         report("step", len(timesteps), len(timesteps))
         return latents, tuple(seconds), rows
 
@@ -626,7 +871,10 @@ class Pipeline:
         if output_type == "latent":
             return network_latents
         at_once = max(1, 1024 * 1024 // (network_latents.shape[2] * network_latents.shape[3] * 64))
-        parts = [self.autoencoder.decode(part) for part in torch.split(network_latents, at_once)]
+        scale = self.autoencoder.factor // PATCH
+        size = (network_latents.shape[3] * scale, network_latents.shape[2] * scale)
+        with self._working("decode", Request(size=size, batch=len(network_latents))):
+            parts = [self.autoencoder.decode(part) for part in torch.split(network_latents, at_once)]
         pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return pictures
@@ -771,6 +1019,11 @@ def _check_kv_cache_dtype(kind: str | None) -> str | None:
     return kind
 
 
+def _check_components(components: Sequence[str]) -> None:
+    if list(components) != ["transformer"]:
+        raise InvalidRequest("components", f"{list(components)} has to be ['transformer'], the part that has LoRAs")
+
+
 def _check_count(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidRequest(name, f"{value!r} is not a whole number of at least 1")
@@ -815,7 +1068,7 @@ def _check_parts(
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     preview: LatentPreview | None,
-    folder: Path,
+    folder: Path | str,
 ) -> None:
     """Parts of different models do not fit together; say so before the first run."""
     config = transformer.config

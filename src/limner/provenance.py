@@ -41,17 +41,20 @@ _DEVELOPMENT_DAYS = 3650
 _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 # Purposes that a C2PA claim signer's certificate may have: C2PA itself, document signing (RFC 9336), e-mail protection.
 _PURPOSES = ("1.3.6.1.4.1.62558.2.1", "1.3.6.1.5.5.7.3.36", "1.3.6.1.5.5.7.3.4")
-# References and results are private, so no thumbnail of them goes into a manifest; nothing is fetched, whatever a file
-# asks for; and what was signed is read back, so that a picture with a broken manifest is never given out.
-_SETTINGS = {
-    "version": 1,
-    "builder": {
-        "thumbnail": {"enabled": False},
-        "claim_generator_info": {"name": "Limner", "version": __version__},
-    },
-    "core": {"allowed_network_hosts": []},
-    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
-}
+
+
+def _settings(*, trust: bytes | None = None) -> dict[str, Any]:
+    """Settings of the c2pa library.
+
+    References and results are private, so no thumbnail of them goes into a manifest; nothing is fetched, whatever a file
+    asks for; and what was signed is read back, so that a picture with a broken manifest is never given out.
+    """
+    return {
+        "version": 1,
+        "builder": {"thumbnail": {"enabled": False}},
+        "trust": {"user_anchors": trust.decode("ascii", "replace")} if trust else {},
+        "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
+    }
 
 
 def _need(module: str, *, package: str) -> None:
@@ -63,7 +66,8 @@ def _need(module: str, *, package: str) -> None:
 class Ingredient:
     """A reference picture: the bytes of a PNG, JPEG or WebP file, and the name that the manifest gives it.
 
-    The manifest keeps the name, the format and, if the file has one, the file's own manifest; nothing of the pixels.
+    The manifest keeps the name, the format and, if the file has one, the file's own manifest with all that it holds.
+    Limner adds nothing of the pixels.
     """
 
     data: bytes = field(repr=False)
@@ -194,20 +198,20 @@ def development_credentials(folder: str | os.PathLike[str]) -> Signer:
     The folder gets certificate.pem (the chain), key.pem (mode 0600) and root.pem, which a reader may be told to trust;
     the root's key is not kept. Nobody trusts it otherwise: manifests validate as untrusted. Raises `OutputError`.
     """
+    _need("cryptography", package="cryptography")
     folder = Path(folder)
     if not (folder / _CHAIN).exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".limner-", dir=folder.parent))  # mode 0700
-            try:
+            with tempfile.TemporaryDirectory(prefix=".limner-", dir=folder.parent) as beside:
+                made = Path(beside) / "made"
+                made.mkdir(mode=0o700)
                 _make_development(made)
-                os.rename(made, folder)  # whole, or lost to another process that was first
-            except OSError:
-                for file in made.iterdir():
-                    file.unlink()
-                made.rmdir()
-                if not (folder / _CHAIN).exists():
-                    raise
+                try:
+                    os.rename(made, folder)  # whole, or lost to another process that was first
+                except OSError:
+                    if not (folder / _CHAIN).exists():
+                        raise
         except OSError as error:
             raise OutputError(
                 f"{folder} cannot be made ({error.strerror or error}); give a new or empty folder that you may write"
@@ -325,7 +329,7 @@ def sign(
     )
     try:
         with (
-            c2pa.Context.from_dict(_SETTINGS) as context,
+            c2pa.Context.from_dict(_settings()) as context,
             c2pa.Builder(manifest, context) as builder,
             c2pa.Signer.from_info(info) as native,
         ):
@@ -344,7 +348,7 @@ def sign(
             builder.sign(native, MIME_TYPES[format.upper()], source, result)
     except c2pa.C2paError as error:
         raise LimnerError(
-            f"C2PA: the picture could not be signed ({error}); check certificate, key and clock"
+            f"C2PA: the picture could not be signed ({error}); check certificate, key, clock and timestamp authority"
         ) from error
     return result.getvalue()
 
@@ -467,9 +471,8 @@ def read(source: str | os.PathLike[str] | bytes, *, trust: bytes | None = None) 
     _need("c2pa", package="c2pa-python")
     import c2pa
 
-    settings = {**_SETTINGS, "trust": {"user_anchors": trust.decode("ascii", "replace")}} if trust else _SETTINGS
     try:
-        with c2pa.Context.from_dict(settings) as context:
+        with c2pa.Context.from_dict(_settings(trust=trust)) as context:
             reader = c2pa.Reader.try_create(MIME_TYPES[kind], io.BytesIO(data), context=context)
             if reader is not None:
                 with reader:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +21,8 @@ SHELL = [
     line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines() if line.strip()
 ]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+SERVED = [(kind, text) for kind, text in BLOCKS if kind in ("bash", "py")]
+"""Blocks that need `limner serve`."""
 SET_UP = ("make ", "git ", "pip ", "python -m venv", "python benchmarks/", "python recipes/", "bash recipes/")
 
 
@@ -64,6 +68,40 @@ def test_python(checkout: Path) -> None:
             [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, f"{program}\n{done.stderr}"
+
+
+def test_what_needs_a_server(checkout: Path, tmp_path: Path) -> None:
+    assert {kind for kind, _ in SERVED} == {"bash", "py"}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    words = [sys.executable, "-m", "limner", "serve", "--port", port, "--data", str(tmp_path / "data")]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(words, stderr=log) as server:
+        try:
+            for _ in range(600):
+                if "limner-stickers at http" in (tmp_path / "log").read_text():
+                    break
+                time.sleep(0.1)
+            for kind, text in SERVED:
+                typed = text.replace("8731", port)
+                if kind == "bash":
+                    typed = typed.replace("curl -s", "curl -s --fail-with-body --retry-connrefused --retry 20")
+                command = (
+                    ["bash", "-e", "-c", typed] if kind == "bash" else [sys.executable, "-W", "ignore", "-c", typed]
+                )
+                done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+                assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+                if kind == "py":
+                    assert done.stdout.split() == ["image_generation.partial_image"] * 2 + [
+                        "image_generation.completed"
+                    ]
+                    assert (checkout / "cat-on-beach.png").stat().st_size > 500
+                else:
+                    assert '"polling_url"' in done.stdout
+                    assert '"num_tokens":128' in done.stdout
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 def test_pictures_and_links_are_there() -> None:

@@ -24,7 +24,7 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     whole = digest._digest
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digest, "_SETTLED", -1.0)
-    monkeypatch.setattr(digest, "_digest", lambda tensors: found.append(tensors) or whole(tensors))
+    monkeypatch.setattr(digest, "_digest", lambda tensors, **more: found.append(tensors) or whole(tensors, **more))
     return found
 
 
@@ -36,6 +36,18 @@ def test_a_second_process_hashes_nothing(tiny_copy: Path, hashed: list[Any]) -> 
     other = Pipeline.from_pretrained(tiny_copy, dtype=torch.bfloat16)  # made from the same files
     assert other.digest != first
     assert len(hashed) == 6
+
+
+def test_nor_for_a_single_file(tiny_copy: Path, hashed: list[Any]) -> None:
+    file = tiny_copy / FILE
+    first = Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights
+    number = len(hashed)
+    assert Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights == first
+    assert len(hashed) == number
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert Pipeline.from_pretrained(tiny_copy, transformer=file).reference_weights != first
 
 
 @pytest.mark.parametrize("how", ["version", "data", "replaced"])

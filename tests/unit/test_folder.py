@@ -66,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensors(
             f / "text_encoder" / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
         ),
-        "missing layers.1.mlp.up_proj.weight",
+        "missing model.layers.1.mlp.up_proj.weight",
     ),
     "tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer"),
     "scheduler": (
@@ -149,7 +149,7 @@ def test_layers_that_nobody_reads_may_be_missing(tiny_copy: Path) -> None:
         tiny_copy / "text_encoder" / "model.safetensors",
         lambda t: [t.pop(name) for name in list(t) if name.startswith(unread)],
     )
-    last = "missing layers.3"
+    last = "missing model.layers.3"
     assert Pipeline.from_pretrained(tiny_copy)("a dog", height=64, width=64).images
     with pytest.raises(CheckpointError, match=last):
         Pipeline.from_pretrained(tiny_copy, text_encoder_out_layers=(2, 3, 4))

@@ -12,18 +12,21 @@ import limner
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native"},
+    {"memory"},
     {"tokens", "schedule", "images"},
     {"safety", "provenance"},
     {"model"},
-    {"weights", "references"},
-    {"store"},
+    {"weights", "references", "residency"},
+    {"store", "adapters"},
     {"pipeline"},
-    {"engine", "bench"},
-    {"cli", "server"},
-    {"deploy", "__main__"},
+    {"engine", "bench", "batch"},
+    {"server"},
+    {"deploy"},
+    {"cli"},
+    {"__main__"},
 )
 INSIDE_MODEL = (
-    "arithmetic", "rope", "attention", "kv", "layers", "transformer", "autoencoder", "preview", "text_encoder",
+    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "autoencoder", "preview", "text_encoder",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from limner.model.arithmetic import Linear
 from limner.model.int8 import Int8Linear, quantize_blocks, quantize_rows, quantize_weight
 from limner.model.transformer import Transformer
 from limner.tokens import image_ids, reference_ids, text_ids
-from limner.weights.folder import load_transformer, save_quantized
+from limner.weights.convert import save_quantized
+from limner.weights.folder import load_transformer
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -118,6 +119,15 @@ def test_velocity_with_int8(dtype: torch.dtype) -> None:
     assert 0 < relative_error(found, expected) < 6e-2  # narrow layers (width 128); the benchmark has klein's widths
 
 
+def test_some_rows_at_a_time_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 64)
+    whole = quantize_weight(weight)
+    monkeypatch.setattr("limner.model.int8._AT_ONCE", 5 * 64)
+    for part, expected in zip(quantize_weight(weight), whole, strict=True):
+        assert torch.equal(part, expected)
+    assert torch.equal(whole[1], weight.abs().amax(dim=1) / 127)
+
+
 def test_casting_keeps_scales_in_float32() -> None:
     made = Int8Linear.of(Linear(64, 32)).to(torch.bfloat16)
     assert (made.weight.dtype, made.weight_scale.dtype) == (torch.int8, torch.float32)
@@ -150,5 +160,5 @@ def test_refuses_other_quantizations(tiny_copy: Path) -> None:
     with pytest.raises(CheckpointError, match="quantization 'bitsandbytes' is not supported"):
         Pipeline.from_pretrained(tiny_copy)
     file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "limner_int8"}}))
-    with pytest.raises(CheckpointError, match="missing .*weight_scale"):
+    with pytest.raises(CheckpointError, match="says int8, the weights are not"):
         Pipeline.from_pretrained(tiny_copy)

@@ -359,3 +359,40 @@ def test_refuses_devices_that_are_not_there(device: str, pipe: Pipeline) -> None
         pytest.skip("this machine has CUDA")
     with pytest.raises(InvalidRequest, match=device):
         pipe.to(device)
+
+
+def test_a_callback_may_drop_images_of_a_batch(pipe: Pipeline) -> None:
+    def drop(pipe: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"rows": [0, 2]} if step == 1 else {}
+
+    options: dict[str, Any] = {"image": picture(64, 64), "output_type": "pt", "num_images_per_prompt": 3}
+    whole = pipe("a dog", generator=generators(1, 2, 3), **options)
+    kept = pipe("a dog", generator=generators(1, 2, 3), callback_on_step_end=drop, **options)
+    assert kept.seeds == (1, 3)
+    assert (kept.images - whole.images[[0, 2]]).abs().max() < 1e-5  # another batch, other roundings
+    for bad in ([], [2, 0], [0, 3], [1, 1]):
+        with pytest.raises(InvalidRequest, match="rows"):
+            pipe(
+                "a dog",
+                generator=generators(1, 2, 3),
+                callback_on_step_end=lambda *a, bad=bad: {"rows": bad},
+                **options,
+            )
+
+
+def test_output_says_what_a_hit_saved(pipe: Pipeline) -> None:
+    first, second = (pipe("a dog", image=picture(64, 64)) for _ in range(2))
+    assert (first.reference_cache, first.seconds_saved) == ("miss", 0.0)
+    references, source = pipe.prefill_from(picture(64, 64))
+    assert (second.reference_cache, source) == ("memory", "memory")
+    assert second.seconds_saved == references.prefill_seconds > 0
+    assert first.reference_key == second.reference_key == references.key
+    assert pipe("a dog", width=64, height=64).reference_key is None
+
+
+def test_the_key_of_pictures_is_that_of_their_references(pipe: Pipeline) -> None:
+    a, b = (prepare_reference(picture(64, 64, seed=seed), policy=pipe.reference_policy) for seed in (1, 2))
+    key = pipe.key_of([a, b])
+    assert key not in pipe.store
+    assert pipe.prefill([a, b]).key == key
+    assert pipe.key_of([b, a]) != key

@@ -1,7 +1,8 @@
 """Pixels to normalised latents and back, over diffusers' `AutoencoderKLFlux2`.
 
 Shapes: pixels (B, 3, height, width) in [-1, 1]; latents (B, 4 C, h, w), patchified and normalised by the running
-statistics of the checkpoint's BatchNorm: what the transformer reads and predicts. Knows no pictures and no files.
+statistics of the checkpoint's BatchNorm: what the transformer reads and predicts. Large pictures go through in strips
+(`limner.model.strips`), with the same result to rounding. Knows no pictures and no files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limner.config import WHOLE_PIXELS
+from limner.model import strips
 from limner.tokens import PATCH, patchify, unpatchify
 
 __all__ = ["Autoencoder"]
@@ -18,6 +21,9 @@ __all__ = ["Autoencoder"]
 
 class Autoencoder(nn.Module):
     """Wraps the network so that everybody else sees normalised, patchified latents only."""
+
+    whole_pixels: int = WHOLE_PIXELS
+    """Pictures of more pixels are decoded in strips. What is encoded in strips is the same for all: it is under the key."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -48,7 +54,12 @@ class Autoencoder(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) in [-1, 1] to latents (B, 4 C, h, w): the mean of the posterior, normalised."""
-        latents = patchify(self.network.encode(pixels.to(self.device, self.dtype)).latent_dist.mode())
+        pixels = pixels.to(self.device, self.dtype)
+        if pixels.shape[2] * pixels.shape[3] > WHOLE_PIXELS and not torch.is_grad_enabled():
+            mode = strips.encode(self.network, pixels).chunk(2, dim=1)[0]
+        else:
+            mode = self.network.encode(pixels).latent_dist.mode()
+        latents = patchify(mode)
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -59,7 +70,11 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents of the network (B, C, 2 h, 2 w) to pixels (B, 3, height, width), about [-1, 1]."""
-        pixels: Tensor = self.network.decode(latents.to(self.dtype), return_dict=False)[0]
+        latents = latents.to(self.dtype)
+        scale = self.factor // PATCH
+        if latents.shape[2] * latents.shape[3] * scale**2 > self.whole_pixels and not torch.is_grad_enabled():
+            return strips.decode(self.network, latents)
+        pixels: Tensor = self.network.decode(latents, return_dict=False)[0]
         return pixels
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

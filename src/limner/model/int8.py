@@ -27,15 +27,23 @@ _logger = logging.getLogger("limner")
 _ZERO = 128
 _TOP = 127.0
 _TINY = 1e-30
+_AT_ONCE = 1 << 20
 
 
 class QuantizedRows(NamedTuple):
-    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with the shape and dtype they came in."""
+    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with what they were made of (..., K)."""
 
     values: Tensor
     scale: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
+    source: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
 
 @cache
@@ -53,22 +61,31 @@ def has_int8_products() -> bool:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) to int8 (N, K) and the scale (N,) float32 of each output feature."""
-    wide = weight.float()
-    scale = (wide.abs().amax(dim=1) / _TOP).clamp(min=_TINY)
-    return (wide / scale[:, None]).round().to(torch.int8), scale
+    """A weight (N, K) to int8 (N, K) and the scale (N,) float32 of each output feature; some rows at a time.
+
+    In one go the float32 copies of a 9B's largest matrix take 2.4 GB, and are slower to write than to compute.
+    """
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], device=weight.device)
+    step = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        wide = weight[rows].float()
+        scale[rows] = (wide.abs().amax(dim=1) / _TOP).clamp(min=_TINY)
+        values[rows] = (wide / scale[rows, None]).round().to(torch.int8)
+    return values, scale
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
     """Activations (..., K) for several products with the same input."""
     if native.runs_rows(x):
-        return QuantizedRows(*native.quantize_rows(x), x.shape, x.dtype)
+        return QuantizedRows(*native.quantize_rows(x), x)
     rows = x.reshape(-1, x.shape[-1])
     # a scale of 8 bits, as bfloat16 has: multiplying the result by it rounds nothing more
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _TOP).clamp(min=_TINY).bfloat16().float()
     # bfloat16 may round the scale down by 1/256: 127.5 is clamped
     values = torch.addcmul(torch.full((), _ZERO + 0.5), rows, scale.reciprocal()).clamp_(1, 255).to(torch.uint8)
-    return QuantizedRows(values, scale, x.shape, x.dtype)
+    return QuantizedRows(values, scale, x)
 
 
 class _Packed(NamedTuple):
@@ -123,6 +140,11 @@ class Int8Linear(nn.Module):
         """Whether its products are u8 x s8; else weights are widened."""
         return self.weight.device.type == "cpu" and has_int8_products()
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copies in oneDNN's layout that were made so far."""
+        return sum((stop - start) * self.in_features for start, stop in self._packed)
+
     def _quantizes(self, x: Tensor) -> bool:
         """Not where a gradient is wanted: rounding has none, so the weights are widened."""
         return self.multiplies_int8() and not (torch.is_grad_enabled() and x.requires_grad)
@@ -155,9 +177,11 @@ def quantize_blocks(transformer: nn.Module) -> None:
         if isinstance(module, Linear) and "transformer_blocks." in name:
             path, _, last = name.rpartition(".")
             parent = transformer.get_submodule(path)
-            made = (
-                Int8Linear(module.in_features, module.out_features) if module.weight.is_meta else Int8Linear.of(module)
-            )
+            if module.weight.is_meta:
+                with torch.device("meta"):
+                    made = Int8Linear(module.in_features, module.out_features)
+            else:
+                made = Int8Linear.of(module)
             if isinstance(parent, nn.ModuleList):
                 parent[int(last)] = made
             else:

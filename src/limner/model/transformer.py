@@ -6,9 +6,9 @@ and takes what `prefill` gave, or nothing. There are no modes and no state. Know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,19 @@ from limner.tokens import TokenLayout
 
 __all__ = ["Transformer"]
 
+_Block = TypeVar("_Block", bound=nn.Module)
+
 
 class Transformer(nn.Module):
     """Shapes: img (B, S_img, in_channels), txt (B, S_txt, text_width), ids (S, 4); velocity (B, S_img, out_channels)."""
 
     kernel: str | None = None
     """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
+    beside: object | None = None
+    """What runs beside the matrices, LoRAs: kept here by who attaches it, so that all who share the network know of it."""
+    visit: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] | None = None
+    """Who brings the weights of a block before it runs and takes them away after (`limner.residency`); None: they are
+    there."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -95,13 +102,14 @@ class Transformer(nn.Module):
         rope = self.rope(ref_ids)
         ref = self.x_embedder(ref_tokens)
         layers = []
-        for block in double:
+        for block in self._visited(double):
             ref, kv = block.prefill(ref, mod=mod_double, rope=rope, kernel=self.kernel)
             layers.append(kv)
-        for single_block in single:
+        for single_block in self._visited(single):
             ref, kv = single_block.prefill(ref, mod=mod_single, rope=rope, kernel=self.kernel)
             layers.append(kv)
-        layers.append(last.prefill_last(ref, mod=mod_single, rope=rope))
+        for single_block in self._visited([last]):
+            layers.append(single_block.prefill_last(ref, mod=mod_single, rope=rope))
         return ReferenceKV(layers=tuple(layers))
 
     def forward(
@@ -130,7 +138,7 @@ class Transformer(nn.Module):
 
         double, single, last = self._split_blocks()
         img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
-        for block in double:
+        for block in self._visited(double):
             img, txt = block(
                 img,
                 txt,
@@ -142,11 +150,20 @@ class Transformer(nn.Module):
                 kernel=self.kernel,
             )
         x = layout.join(txt, img)
-        for single_block in single:
+        for single_block in self._visited(single):
             x = single_block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel)
-        img = last.forward_last(x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel)
+        for single_block in self._visited([last]):
+            img = single_block.forward_last(
+                x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel
+            )
         velocity: Tensor = self.proj_out(self.norm_out(img, embedding))
         return velocity
+
+    def _visited(self, blocks: list[_Block]) -> Iterator[_Block]:
+        """The blocks in order, each with its weights where they have to be."""
+        if self.visit is None:
+            return iter(blocks)
+        return cast("Iterator[_Block]", self.visit(blocks))
 
     def _kept(self, references: ReferenceKV | None) -> Iterator[AnyLayerKV | None]:
         """The K/V of each layer in turn, on this device."""

@@ -1,4 +1,4 @@
-"""The page at /: static files, all from here."""
+"""The page at /: static files and the sample pictures, all from this package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from limner.server.service import Service
 __all__ = ["routes"]
 
 _FILES = Path(__file__).parent / "static"
+_SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 _TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
-          ".svg": "image/svg+xml"}  # fmt: skip
+          ".svg": "image/svg+xml", ".png": "image/png"}  # fmt: skip
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
@@ -31,6 +32,12 @@ def routes(service: Service) -> APIRouter:
     @router.get("/")
     async def index() -> Response:
         return _file(known, "index.html")
+
+    samples = {file.name: file for file in _SAMPLES.glob("*.png")}
+
+    @router.get("/static/samples/{name}")
+    async def sample(name: str) -> Response:
+        return _file(samples, name)
 
     @router.get("/static/{name}")
     async def file(name: str) -> Response:

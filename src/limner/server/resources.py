@@ -1,7 +1,7 @@
 """References, jobs and results as resources, for both dialects and the page.
 
 Owns these wire schemas: POST /v1/references makes a handle (the content key, for the key that made it), jobs can be
-listed, watched and cancelled, results are read under signed URLs.
+listed, watched and cancelled, results are read under signed URLs. GET /v1/capabilities says what a caller may ask for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
+from limner import __version__
 from limner.errors import InvalidRequest, Moderated, NotFound
 from limner.images import PreparedReference
 from limner.server.access import Owner
@@ -38,17 +39,21 @@ class ReferenceInputs(BaseModel):
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+    prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
 
 
 class Reference(BaseModel):
-    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk."""
+    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk.
+
+    `nbytes` and `prefill_seconds` are null where the upload left the K/V to the first job.
+    """
 
     id: str
     created: float
     references: list[dict[str, Any]]
     num_tokens: int
-    nbytes: int
-    prefill_seconds: float
+    nbytes: int | None = None
+    prefill_seconds: float | None = None
     cache: str | None = None
     seconds_saved: float | None = None
 
@@ -71,7 +76,10 @@ class JobEntry(BaseModel):
     seeds: list[int] = []
     width: int | None
     height: int | None
-    references: str | None = None
+    num_inference_steps: int
+    output_format: str
+    num_references: int
+    references: str | None = Field(None, description="content key of its references, also their handle if you have one")
     result: dict[str, Any] | None = None
     progress: float | None = None
     details: dict[str, Any] | None = None
@@ -80,6 +88,21 @@ class JobEntry(BaseModel):
 
 class JobList(BaseModel):
     data: list[JobEntry]
+
+
+class Capabilities(BaseModel):
+    """What this server draws with, and the limits of a request. Sizes are (width, height) in pixels."""
+
+    model: str
+    version: str
+    default_size: list[int]
+    grid: int = Field(description="output sides are multiples of it")
+    max_output_pixels: int
+    max_images: int
+    max_references: int
+    max_picture_bytes: int
+    previews: bool = Field(description="whether jobs show small pictures while they are drawn")
+    keep_seconds: float = Field(description="how long results are served")
 
 
 _FORM = {
@@ -94,6 +117,7 @@ _FORM = {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "safety_tolerance": {"type": "string"},
+                        "prefill": {"type": "string", "enum": ["true", "false"]},
                     },
                 }
             },
@@ -116,28 +140,32 @@ def routes(service: Service) -> APIRouter:
         summary="Upload references once; their K/V are computed and kept",
     )
     async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
-        pictures, tolerance = await _read(service, request)
+        pictures, tolerance, prefill = await _read(service, request)
         finding = await runner.check_pictures(pictures, tolerance=tolerance)
         if finding is not None:
             raise Moderated(finding.reason)
-        with service.limiter.hold(owner):
-            service.engine.check_room()
-            references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
-        described = {
-            "num_tokens": references.num_tokens,
-            "nbytes": references.nbytes,
-            "prefill_seconds": round(references.prefill_seconds, 4),
-            "tolerance": tolerance,
+        described: dict[str, Any] = {"tolerance": tolerance}
+        if prefill:
+            with service.limiter.hold(owner):
+                service.engine.check_room()
+                references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
+            key, seconds = references.key, round(references.prefill_seconds, 4)
+            described |= {"nbytes": references.nbytes, "prefill_seconds": seconds}
+            now = {"cache": source, "seconds_saved": 0.0 if source == "miss" else seconds}
+        else:
+            key = await runner.aside(service.engine.pipe.key_of, pictures)
+            now = {"cache": "memory" if key in service.engine.pipe.store else None}
+        described |= {
+            "num_tokens": sum(w * h for w, h in (p.report.processed_size for p in pictures)) // _PATCH**2,
         }
         reports = tuple(p.report for p in pictures)
         handle = await runner.store(
             jobs.add_handle,
-            Handle(owner=owner.id, key=references.key, references=reports, described=described),
+            Handle(owner=owner.id, key=key, references=reports, described=described),
             pictures,
             max_handles=service.settings.max_handles,
         )
-        saved = 0.0 if source == "miss" else round(references.prefill_seconds, 4)
-        return {**_reference(handle), "cache": source, "seconds_saved": saved}
+        return {**_reference(handle), **now}
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
     async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
@@ -231,14 +259,46 @@ def results(service: Service) -> APIRouter:
             raise NotFound("name: this result has expired, or never was")
         return Response(data, media_type=MEDIA_TYPES[job.output_format], headers=_PRIVATE)
 
+    @router.get(
+        "/v1/jobs/{id}/references/{number}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
+        response_class=Response,
+        dependencies=KEYS,
+        summary="A reference of a job as the model reads it",
+    )
+    async def job_reference(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        if not 1 <= number <= len(job.references):
+            raise NotFound(f"number: {number} is not within 1 to {len(job.references)}")
+        data = await runner.aside(jobs.picture_file(job.references[number - 1].digest).read_bytes)
+        return Response(data, media_type="image/png", headers=_PRIVATE)
+
+    @router.get(
+        "/v1/capabilities",
+        response_model=Capabilities,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What may be asked for",
+    )
+    async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
+        settings, pipe = service.settings, service.engine.pipe
+        return Capabilities(
+            model=settings.model_name, version=__version__, default_size=list(pipe.default_size), grid=_PATCH,
+            max_output_pixels=settings.max_output_pixels, max_images=service.engine.max_batch,
+            max_references=settings.max_references, max_picture_bytes=settings.max_picture_bytes,
+            previews=pipe.latent_preview is not None, keep_seconds=settings.runner.keep_results,
+        )  # fmt: skip
+
     return router
 
 
+_PATCH = 16
+"""Pixels of a token's side."""
 _PRIVATE = {"cache-control": "private, max-age=600", "x-content-type-options": "nosniff"}
 
 
-async def _read(service: Service, request: Request) -> tuple[tuple[PreparedReference, ...], int]:
-    """Pictures and tolerance of a JSON body or a form."""
+async def _read(service: Service, request: Request) -> tuple[tuple[PreparedReference, ...], int, bool]:
+    """Pictures, tolerance and whether to compute K/V now, of a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
@@ -248,31 +308,33 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
         except ValidationError as error:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
-        return await service.prepare_texts(texts), inputs.safety_tolerance
+        return await service.prepare_texts(texts), inputs.safety_tolerance, inputs.prefill
     check_form(request)
-    limit, files, tolerance = service.settings.max_picture_bytes, [], 2
+    limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
     async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
                 files.append(await value.read(limit + 1))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
+            elif name == "prefill" and value in ("true", "false"):
+                prefill = value == "true"
             else:
                 raise InvalidRequest(
-                    name, "is not a field; pictures are files named image, and safety_tolerance is 0 to 5"
+                    name,
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false",
                 )
     if not files:
         raise InvalidRequest("image", "is missing; send one or more pictures")
     pictures = tuple([await service.prepare(data, name=f"image {i}") for i, data in enumerate(files, start=1)])
-    return service.check_count(pictures), tolerance
+    return service.check_count(pictures), tolerance, prefill
 
 
 def _reference(handle: Handle) -> dict[str, Any]:
     told = handle.described
     return {
         "id": handle.key, "created": handle.created, "references": [asdict(report) for report in handle.references],
-        "num_tokens": told["num_tokens"],
-        "nbytes": told["nbytes"], "prefill_seconds": told["prefill_seconds"],
+        "num_tokens": told["num_tokens"], "nbytes": told.get("nbytes"), "prefill_seconds": told.get("prefill_seconds"),
     }  # fmt: skip
 
 
@@ -288,7 +350,10 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "seeds": list(job.seeds),
         "width": job.width,
         "height": job.height,
-        "references": job.result.get("reference_key"),
+        "num_inference_steps": job.num_steps,
+        "output_format": job.output_format,
+        "num_references": len(job.references),
+        "references": job.result.get("reference_key") or job.options.get("handle"),
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }
 

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -134,6 +135,7 @@ def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
         app, host=options.host, port=options.port, drain=options.drain, certificate=options.tls_certificate,
         key=options.tls_key,
     )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a shutdown that went well
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

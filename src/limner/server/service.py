@@ -186,6 +186,7 @@ class Service:
                 raise InvalidRequest("references", "a handle and pictures are both given; give one of them")
             handle = await self.handle(owner, references)
             pictures = tuple([await self.runner.aside(self.jobs.picture, report) for report in handle.references])
+            options["handle"] = references
             options["references_checked"] = handle.described.get("tolerance") == more.get("tolerance", 2)
         if not 1 <= num_images <= self.engine.max_batch:
             raise InvalidRequest("num_images", f"{num_images} images; 1 to {self.engine.max_batch} are allowed")

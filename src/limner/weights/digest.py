@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from limner.errors import OutputError
 from limner.images import write_beside
 
-__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "file_stamp", "fingerprint"]
+__all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_stamp", "fingerprint", "sample"]
 
 Fingerprint = tuple[tuple[tuple[int, int], ...], bytes]
 FileStamp = tuple[tuple[str, int, int, int, int, int], ...]
@@ -36,26 +36,36 @@ _SETTLED = 2.0
 
 
 class WeightDigests:
-    """Digests of networks, computed when first asked for and again after a change."""
+    """Digests of networks, computed when first asked for and again after a change.
 
-    def __init__(self) -> None:
+    `after` is told of each tensor that was read: under a limit of memory its pages leave again.
+    """
+
+    def __init__(self, *, after: Callable[[Tensor], None] | None = None) -> None:
+        self.after = after
         self._known: WeakKeyDictionary[nn.Module, tuple[Fingerprint, str]] = WeakKeyDictionary()
         self._loaded: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Path]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module) -> str:
         """SHA-256 in hex of a network's tensors."""
-        state = fingerprint(module)
+        state = fingerprint(module, after=self.after)
         known = self._known.get(module)
         if known is None or known[0] != state:
             known = self._known[module] = (state, self._find(module, state))
         return known[1]
 
-    def loaded(self, module: nn.Module, folder: Path, *, before: FileStamp | None) -> None:
-        """Says that a network was just loaded from a folder, whose `file_stamp` was `before`."""
+    def loaded(self, module: nn.Module, source: Path, *, before: FileStamp | None) -> None:
+        """Says that a network was just loaded from a file or folder, whose `file_stamp` was `before`."""
         cache = _cache_folder()
-        if cache is not None and before is not None and file_stamp(folder) == before:
+        if cache is not None and before is not None and file_stamp(source) == before:
             name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
-            self._loaded[module] = fingerprint(module), cache / f"{name}.json"
+            self._loaded[module] = fingerprint(module, after=self.after), cache / f"{name}.json"
+
+    def remember(self, module: nn.Module, digest: str, *, at: Fingerprint | None = None) -> None:
+        """Says the digest of a network as it is now, which was made from what is known; `at`: only if that is its state."""
+        state = fingerprint(module)
+        if at is None or at == state:
+            self._known[module] = state, digest
 
     @contextlib.contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
@@ -72,13 +82,13 @@ class WeightDigests:
         """From the file that another process left, if the network is as it was loaded; else from its bytes."""
         as_loaded, file = self._loaded.get(module, (None, None))
         if file is None or as_loaded != state:
-            return _digest(module.state_dict())
+            return _digest(module.state_dict(), after=self.after)
         samples = state[1].hex()
         with contextlib.suppress(OSError, ValueError, AttributeError):
             kept = json.loads(file.read_text())
             if kept.get("samples") == samples and re.fullmatch(r"[0-9a-f]{64}", str(kept.get("digest"))):
                 return str(kept["digest"])
-        digest = _digest(module.state_dict())
+        digest = _digest(module.state_dict(), after=self.after)
         with contextlib.suppress(OSError, OutputError):  # a home that cannot be written: the next process hashes again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_beside(file, json.dumps({"samples": samples, "digest": digest}).encode())
@@ -86,7 +96,7 @@ class WeightDigests:
 
 
 @torch.no_grad()
-def fingerprint(module: nn.Module) -> Fingerprint:
+def fingerprint(module: nn.Module, *, after: Callable[[Tensor], None] | None = None) -> Fingerprint:
     """Cheap to make, and other after a change: address, version and samples of each tensor.
 
     A step of one less than a row's length hits every row, each in another column.
@@ -97,20 +107,29 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     samples: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:
         if t.numel():
-            step = max(1, t.numel() // t.shape[0] - 1) if t.dim() else 1
-            flat = t if t.is_contiguous() else t.reshape(-1)
-            samples.setdefault(t.dtype, []).append(flat.as_strided((-(-t.numel() // step),), (step,)))
+            some = sample(t)
+            if after is not None:
+                some = some.clone()
+                after(t)
+            samples.setdefault(t.dtype, []).append(some)
     values = hashlib.sha256()
-    for some in samples.values():
-        values.update(torch.cat(some).cpu().view(torch.uint8).numpy().data)
+    for of_one_dtype in samples.values():
+        values.update(torch.cat(of_one_dtype).cpu().view(torch.uint8).numpy().data)
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors), values.digest()
 
 
-def file_stamp(folder: Path) -> FileStamp | None:
-    """What tells the files of a folder from what they were; None for files so new that a change might not show."""
+def sample(tensor: Tensor) -> Tensor:
+    """Values of a tensor, at least one of each row, as one axis."""
+    step = max(1, tensor.numel() // tensor.shape[0] - 1) if tensor.dim() and tensor.numel() else 1
+    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+    return flat.as_strided((-(-tensor.numel() // step),), (step,))
+
+
+def file_stamp(source: Path) -> FileStamp | None:
+    """What tells a file, or the files of a folder, from what they were; None if so new that a change might not show."""
     found = []
     try:
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        for path in [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file()):
             s = path.stat()
             if max(s.st_mtime, s.st_ctime) > time.time() - _SETTLED:
                 return None
@@ -133,9 +152,23 @@ def _layout(module: nn.Module) -> list[tuple[str, str, str, list[int]]]:
     return [(name, t.device.type, str(t.dtype), list(t.shape)) for name, t in module.state_dict().items()]
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The digest of tensors that come one at a time, in the order of their network: that of the network."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name}\0".encode() + _digest_tensor(tensor))
+    return total.hexdigest()
+
+
+def _digest(tensors: dict[str, Tensor], *, after: Callable[[Tensor], None] | None = None) -> str:
+    def one(tensor: Tensor) -> bytes:
+        digest = _digest_tensor(tensor)
+        if after is not None:
+            after(tensor)
+        return digest
+
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-        parts = pool.map(_digest_tensor, tensors.values())
+        parts = pool.map(one, tensors.values())
         total = hashlib.sha256()
         for name, part in zip(tensors, parts, strict=True):
             total.update(f"{name}\0".encode() + part)

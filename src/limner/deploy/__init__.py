@@ -1,0 +1,1 @@
+"""Limner on more than one process: routing, bulk editing."""

@@ -1,0 +1,298 @@
+"""The groups of a batch on many processes or machines, by Ray Data.
+
+Owns the connection to a cluster, the check that its nodes fit this one, and the pipeline of groups to workers. What a row
+is and what becomes of it is `limner.batch`'s: a worker draws and writes with the same code as one process does, so the
+pictures are the same bit for bit where the number of threads and the kind of CPU or GPU are. Knows no manifest.
+
+A block of the data set is one group, so that a list of references is prefilled by one worker, once. A worker tells its
+own journal of each row as it ends; the results reach the driver when a group ends. So a driver that is killed loses
+nothing: the next run reads the journals. All nodes have to share the folder of results, and see the references under the
+same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from limner import __version__
+from limner.batch import (
+    Batch,
+    BatchOptions,
+    Drawer,
+    Group,
+    ModelOptions,
+    Result,
+    Task,
+    finished_rows,
+    is_whole,
+)
+from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
+
+__all__ = ["Cluster", "check_nodes", "this_node"]
+
+_CONNECT_SECONDS = 5.0
+_LOCAL_OBJECT_BYTES = 128 << 20
+"""Of shared memory on one machine: what passes through it is text."""
+_RESTARTS = 2
+"""A worker that dies is started again so often, and its group drawn on."""
+Ask = Callable[[str], Mapping[str, Mapping[str, str]]]
+
+
+def this_node() -> dict[str, str]:
+    """The versions that have to be equal wherever rows of one batch are drawn."""
+    return {"limner": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, str]) -> None:
+    """Raises `InvalidRequest` that names both sides unless every node has the driver's versions and sees its folder."""
+    for node, found in nodes.items():
+        if "error" in found:
+            raise InvalidRequest("--ray", f"node {node} cannot draw ({found['error']}); install this Limner there")
+        for name, mine in driver.items():
+            if found.get(name) != mine:
+                raise InvalidRequest(
+                    "--ray",
+                    f"node {node} has {name} {found.get(name)}, this process {mine}; pictures would differ: install the "
+                    "same versions everywhere",
+                )
+        if found.get("folder") == "missing":
+            raise InvalidRequest(
+                "--output", f"node {node} does not see the folder of results; give one that all nodes share"
+            )
+
+
+class Cluster:
+    """A connection to Ray for one batch. `address`: "local" (this machine alone), "auto" or "HOST:PORT".
+
+    Raises `MissingExtra`, `InvalidRequest`, and `RemoteError` where there is no cluster. Sends no
+    usage statistics, starts no dashboard.
+    """
+
+    def __init__(self, address: str = "local", *, workers: int | None = None) -> None:
+        if workers is not None and workers < 1:
+            raise InvalidRequest("--workers", f"{workers} is not a number of workers; use 1 or more")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        try:
+            with _quiet():
+                import ray
+                import ray.data
+        except ImportError as error:
+            raise MissingExtra("--ray", package="ray", extra="ray") from error
+        self.address, self.workers = address, workers
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            options |= {
+                "num_cpus": max(cores, workers or 1),
+                "include_dashboard": False,
+                "object_store_memory": _LOCAL_OBJECT_BYTES,
+            }
+        else:
+            _check_reachable(address)
+        try:
+            with _quiet():
+                ray.init(address=address, **options)
+        except Exception as error:  # of all kinds, `Exception` itself among them
+            remedy = (
+                "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
+            )
+            raise RemoteError(f"--ray {address}: {_first(error)}; {remedy}") from error
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def nodes(self, token: str) -> dict[str, dict[str, str]]:
+        """What each node has, by its address; and whether it sees a file."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        def ask() -> dict[str, str]:  # sent as code: a node without Limner has to be able to say so
+            try:
+                from limner.deploy.ray_batch import this_node
+            except Exception as error:
+                return {"error": f"{type(error).__name__}: {error}"}
+            return {**this_node(), "folder": "seen" if os.path.exists(token) else "missing"}
+
+        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        asked = {
+            node["NodeManagerAddress"]: ray.remote(ask)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote()
+            for node in alive
+        }
+        if not asked:
+            raise InvalidRequest(
+                "--ray", f"{self.address}: the cluster has no node with a CPU; start one with `ray start`"
+            )
+        try:
+            return dict(zip(asked, ray.get(list(asked.values())), strict=True))
+        except ray.exceptions.RayError as error:
+            raise RemoteError(f"--ray: a node of {self.address} does not answer ({_first(error)})") from error
+
+    def check(self, options: BatchOptions, *, ask: Ask | None = None) -> None:
+        """Raises `InvalidRequest` unless all nodes can draw what this process would. `ask` stands in for `nodes`."""
+        token = options.hidden / f"seen-{secrets.token_hex(8)}"
+        try:
+            token.touch()
+        except OSError as error:
+            raise OutputError(f"output: {token} cannot be written ({error.strerror or error})") from error
+        try:
+            check_nodes((ask or self.nodes)(str(token)), driver=this_node())
+        finally:
+            token.unlink(missing_ok=True)
+
+    def draw(self, batch: Batch, groups: Sequence[Group], model: ModelOptions) -> None:
+        """Draws all groups and records their results as the groups end. Raises `OutputError` and `RemoteError`."""
+        import ray
+        import ray.data
+
+        if not groups:
+            return
+        workers, threads = self.share(model)
+        with _quiet():
+            context = ray.data.DataContext.get_current().copy()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            context.execution_options.preserve_order = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        with _quiet(), ray.data.DataContext.current(context):
+            # the largest first: a group is drawn by one worker
+            blocks = [
+                {"group": json.dumps(asdict(group))}
+                for group in sorted(groups, key=lambda g: len(g.tasks), reverse=True)
+            ]
+            results = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+                _Worker,
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=1
+                ),
+                fn_constructor_kwargs={
+                    "model": model, "options": batch.options, "digest": batch.model, "threads": threads,
+                },
+                num_cpus=threads,
+                num_gpus=1 if model.device.startswith("cuda") else 0,
+                ray_remote_args_fn=lambda: {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS},
+            )  # fmt: skip
+            try:
+                for item in results.iter_rows():
+                    self._take(batch, json.loads(item["result"]))
+            except ray.exceptions.RayError as error:
+                raise RemoteError(f"--ray: a worker ended ({_first(error)})") from error
+
+    def _take(self, batch: Batch, result: Result) -> None:
+        if "stop" in result:
+            raise RemoteError(f"--ray: a worker on {result['node']} cannot go on: {result['stop']}")
+        if result["status"] == "ok" and not (batch.options.folder / result["file"]).is_file():
+            raise OutputError(
+                f"output: {result['file']} was drawn and is not in {batch.options.folder}; all nodes have to share it"
+            )
+        batch.record(result)
+
+    def share(self, model: ModelOptions) -> tuple[int, int]:
+        """How many workers, and how many threads each has: as many as fit the nodes."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        kind = "GPU" if model.device.startswith("cuda") else "CPU"
+        most = int(sum(node.get(kind, 0) for node in nodes))
+        workers = self.workers or most
+        if not 1 <= workers <= most:
+            raise InvalidRequest("--workers", f"{workers} workers need a {kind} each; the cluster has {most}")
+        cores = [int(node.get("CPU", 0)) for node in nodes if node.get(kind, 0) >= 1]
+        threads = max(cores, default=1)
+        while threads > 1 and sum(n // threads for n in cores) < workers:
+            threads -= 1
+        return workers, threads
+
+
+class _Worker:
+    """One process of the pool: a pipeline, and what draws with it."""
+
+    def __init__(self, *, model: ModelOptions, options: BatchOptions, digest: str, threads: int) -> None:
+        self.options, self.problem = options, ""
+        torch.set_num_threads(threads)
+        try:
+            pipe = model.load(store=options.open_store())
+            if pipe.digest != digest:
+                raise InvalidRequest("--model", f"weights {pipe.digest[:16]} are not the driver's {digest[:16]}")
+            self.drawer = Drawer(pipe, options, keep_rows=True)
+        except LimnerError as error:  # told as a result: an error that is raised here would be tried again and again
+            self.problem = " ".join(str(error).split())
+
+    def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        for text in block["group"]:
+            for result in self._draw(_group(json.loads(str(text)))):
+                yield {"result": [json.dumps(result)]}
+
+    def _draw(self, group: Group) -> Iterator[Result]:
+        if self.problem:
+            yield {"stop": self.problem, "node": socket.gethostname()}
+            return
+        try:
+            before = finished_rows(self.options)  # a worker that died in this group did a part of it
+            left = []
+            for task in group.tasks:
+                found = before.get((task.id, task.fingerprint))
+                if found is not None and found["file"] == task.file and is_whole(self.options.folder, found):
+                    yield {**found, "line": task.line}
+                else:
+                    left.append(task)
+            if left:
+                yield from self.drawer.draw(Group(files=group.files, digests=group.digests, tasks=tuple(left)))
+                self.drawer.pipe.store.flush()
+        except LimnerError as error:
+            yield {"stop": " ".join(str(error).split()), "node": socket.gethostname()}
+
+
+def _group(values: dict[str, Any]) -> Group:
+    tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in values["tasks"])
+    return Group(files=tuple(values["files"]), digests=tuple(values["digests"]), tasks=tasks)
+
+
+def _check_reachable(address: str) -> None:
+    """Asks the address itself: Ray would wait for a long time, or end the process."""
+    asked = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if not asked:
+        return
+    match = re.fullmatch(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", asked)
+    if match is None:
+        raise InvalidRequest("--ray", f"{asked!r} is not local, auto or HOST:PORT of the head node")
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise RemoteError(
+            f"--ray {address}: no cluster at {asked} ({error}); start one with `ray start --head`"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray 2.60 warns of its own defaults, of the switch that keeps GPUs of tasks without any visible, and the like."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,166 @@
+"""What a LoRA adds to a matrix, and the two ways to add it: a branch beside the product, or a sum of weights.
+
+Shapes: x (..., K), a matrix (N, K), its product (..., N); R ranks. A branch reads the same activations as its matrix and
+adds to the product, whatever the matrix is stored in; so it serves int8 weights too, to which small updates cannot be
+added. A sum of weights is made in float32 and rounded once. Knows nothing of files, names of adapters or pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from limner.model.arithmetic import Linear
+from limner.model.int8 import Int8Linear, QuantizedRows
+
+__all__ = ["Branches", "Kronecker", "LowRank", "Update", "added_to", "matrix_shapes"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class LowRank:
+    """scale * up @ down, with down (R, K) and up (N, R)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        weight.addmm_(self.up.to(weight) * (strength * self.scale), self.down.to(weight))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Kronecker:
+    """scale * rows of kron(left, right), with left (L, M) and right (P, Q), hence (L P, M Q) in all (LoKr).
+
+    `num_rows` rows from `first_row` on, around the end: the part of a fused matrix that this one is.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    first_row: int = 0
+    num_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.left.shape[1] * self.right.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        whole = torch.kron(self.left.to(weight) * (strength * self.scale), self.right.to(weight))
+        weight.add_(whole.roll(-self.first_row, 0)[: self.num_rows])
+
+
+Update = LowRank | Kronecker
+Terms = Sequence[tuple[Update, float]]
+"""Updates of one matrix, each with its strength."""
+
+
+def matrix_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """The matrices that updates can be for: name and (N, K)."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, (Linear, Int8Linear))
+    }
+
+
+@torch.no_grad()
+def added_to(weight: Tensor, terms: Terms) -> Tensor:
+    """A new matrix (N, K): `weight` and its updates, summed in float32 (or wider) and rounded once."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for update, strength in terms:
+        update.add_to(wide, strength)
+    return wide.to(weight.dtype)
+
+
+class _Branch:
+    """The updates of one matrix, ready to be added to its products: low ranks as one of all their ranks."""
+
+    @torch.no_grad()
+    def __init__(self, terms: Terms, *, device: torch.device, dtype: torch.dtype) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        low = [(update, strength) for update, strength in terms if isinstance(update, LowRank)]
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._down_t: Tensor | None = None
+        if low:
+            # strength and scale go into one factor, multiplied in float32 or wider and rounded once
+            ups = [u.up.to(torch.promote_types(u.up.dtype, wide)) * (strength * u.scale) for u, strength in low]
+            self._down_t = torch.cat([u.down.to(**place) for u, _ in low]).t()
+            self._up_t = torch.cat([up.to(**place) for up in ups], dim=1).t()
+        self._kronecker = [
+            (
+                u,
+                (u.left.to(torch.promote_types(u.left.dtype, wide)) * (strength * u.scale)).to(**place),
+                u.right.to(**place),
+            )
+            for u, strength in terms
+            if isinstance(u, Kronecker)
+        ]
+
+    def add(self, product: Tensor, x: Tensor, rows: slice) -> None:
+        """Adds to what a matrix just made of x, in place."""
+        x, out = x.reshape(-1, x.shape[-1]), product.view(-1, product.shape[-1])
+        if self._down_t is not None:
+            out.addmm_(x @ self._down_t, self._up_t[:, rows])
+        for update, left, right in self._kronecker:
+            # kron(A, B) x = A X B^T for x laid out as X (M, Q): far fewer products than those of the whole matrix
+            both = left @ (x.reshape(-1, left.shape[1], right.shape[1]) @ right.t())
+            whole = both.flatten(1).roll(-update.first_row, 1)[:, : update.num_rows]
+            out.add_(whole[:, rows])
+
+
+class Branches:
+    """Updates that run beside the products of a transformer's matrices, until `remove`. They are in no state dict."""
+
+    def __init__(self, transformer: nn.Module, updates: Mapping[str, Terms], *, dtype: torch.dtype) -> None:
+        self._modules = {name: transformer.get_submodule(name) for name in updates}
+        made = {
+            name: _Branch(terms, device=_weight(self._modules[name]).device, dtype=dtype)
+            for name, terms in updates.items()
+        }
+        # hooks come last: a branch that finds no memory leaves the network as it was
+        self._handles = [_attach(self._modules[name], branch) for name, branch in made.items()]
+
+    def are_in(self, transformer: nn.Module) -> bool:
+        """Whether the matrices are still those that the branches are beside; others could have taken their places."""
+        try:
+            return all(transformer.get_submodule(name) is module for name, module in self._modules.items())
+        except AttributeError:
+            return False
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, (Linear, Int8Linear))
+    return module.weight
+
+
+def _attach(module: nn.Module, branch: _Branch) -> RemovableHandle:
+    def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], product: Tensor) -> None:
+        x = args[0].source if isinstance(args[0], QuantizedRows) else args[0]
+        rows = args[1] if len(args) > 1 else options.get("rows")
+        branch.add(product, x, slice(None) if rows is None else rows)
+
+    return module.register_forward_hook(after, with_kwargs=True)

@@ -1,0 +1,186 @@
+"""diffusers' autoencoder a strip of rows at a time: the numbers of the whole picture without its memory, and no seams.
+
+What would make tiles of a picture show is exact here. A convolution gets the rows above and below its strip. The statistics
+of a GroupNorm are those of the whole picture, gathered strip by strip (mean and variance of parts are merged, after Chan,
+Golub and LeVeque, in float64) before any strip is normalised. So the result is that of the plain network to rounding. Of a
+resolution no more than two feature maps are in memory, the stream and what a residual block has between its convolutions;
+the plain network holds four or more.
+
+Shapes: feature maps (B, C, height, width). The middle blocks, at an eighth of the resolution, run whole. Knows torch and
+the names of diffusers' modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["decode", "encode"]
+
+_PIXELS = 1 << 15
+"""Pixels of a strip: 32 rows of a picture that is 1024 wide."""
+_LEAST = 8
+"""Rows of a strip at least: the rows that strips share are computed with twice."""
+
+Rows = Callable[[int, int], Tensor]
+"""The rows [start, stop) of a feature map."""
+
+
+def encode(network: Any, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, height, width) to the moments (B, 2 C, height/8, width/8) of `AutoencoderKLFlux2`."""
+    encoder = network.encoder
+    x = _convolved(encoder.conv_in, lambda i, j: pixels[:, :, i:j], pixels.shape)
+    for block in encoder.down_blocks:
+        if type(block).__name__ != "DownEncoderBlock2D":
+            x = block(x)
+            continue
+        for resnet in block.resnets:
+            x = _resnet(resnet, x)
+        for down in block.downsamplers or ():
+            x = _downsampled(down, x)
+    x = _out(encoder, encoder.mid_block(x))
+    return x if network.quant_conv is None else network.quant_conv(x)
+
+
+def decode(network: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pixels (B, 3, 8 h, 8 w)."""
+    decoder = network.decoder
+    x = latents if network.post_quant_conv is None else network.post_quant_conv(latents)
+    x = decoder.mid_block(decoder.conv_in(x))
+    for block in decoder.up_blocks:
+        if type(block).__name__ != "UpDecoderBlock2D":
+            x = block(x)
+            continue
+        for resnet in block.resnets:
+            x = _resnet(resnet, x)
+        for up in block.upsamplers or ():
+            x = _upsampled(up, x)
+    return _out(decoder, x)
+
+
+class _Moments:
+    """Mean and variance of each group of a GroupNorm over strips that come one after the other."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self._norm = norm
+        self._count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    @classmethod
+    def of(cls, norm: nn.GroupNorm, x: Tensor) -> _Moments:
+        found = cls(norm)
+        for start, stop in _strips(x.shape[2], x.shape[3]):
+            found.add(x[:, :, start:stop])
+        return found
+
+    def add(self, strip: Tensor) -> None:
+        flat = strip.float().reshape(strip.shape[0], self._norm.num_groups, -1)
+        variance, mean = (v.double() for v in torch.var_mean(flat, dim=-1, correction=0))
+        count = flat.shape[-1]
+        if self._mean is None or self._squares is None:
+            self._count, self._mean, self._squares = count, mean, variance * count
+            return
+        total, apart = self._count + count, mean - self._mean
+        self._squares = self._squares + variance * count + apart**2 * (self._count * count / total)
+        self._mean = self._mean + apart * (count / total)
+        self._count = total
+
+    def normaliser(self) -> Callable[[Tensor], Tensor]:
+        """The norm as a function of a strip: x scale + shift, in float32, rounded once."""
+        assert self._mean is not None
+        assert self._squares is not None
+        norm, batch = self._norm, self._mean.shape[0]
+        per_group = norm.num_channels // norm.num_groups
+        mean = self._mean.repeat_interleave(per_group, dim=1)
+        scale = torch.rsqrt(self._squares / self._count + norm.eps).repeat_interleave(per_group, dim=1)
+        scale = scale * norm.weight.double()
+        shift = norm.bias.double() - mean * scale
+        scale_BC11, shift_BC11 = (v.float().view(batch, -1, 1, 1) for v in (scale, shift))
+        return lambda x: torch.addcmul(shift_BC11, x.float(), scale_BC11).to(x.dtype)
+
+
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    rows = max(_LEAST, _PIXELS // width)
+    for start in range(0, height, rows):
+        yield start, min(height, start + rows)
+
+
+def _conv_rows(conv: nn.Conv2d, read: Rows, height: int, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a convolution's result over a map of `height` rows; zeros stand above and below it."""
+    step, pad, size = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
+    first, last = start * step - pad, (stop - 1) * step - pad + size
+    x = read(max(first, 0), min(last, height))
+    if first < 0 or last > height:
+        x = F.pad(x, (0, 0, max(0, -first), max(0, last - height)))
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, int(conv.padding[1])))
+
+
+def _convolved(conv: nn.Conv2d, read: Rows, shape: torch.Size) -> Tensor:
+    """A convolution that keeps the size, over a map of `shape`."""
+    batch, _, height, width = shape
+    out = conv.weight.new_empty(batch, conv.out_channels, height, width)
+    for start, stop in _strips(height, width):
+        out[:, :, start:stop] = _conv_rows(conv, read, height, start, stop)
+    return out
+
+
+def _resnet(block: Any, x: Tensor) -> Tensor:
+    """A residual block. The result takes the place of x, or of the map between its convolutions if widths differ."""
+    height, width = x.shape[2:]
+    norm, act = _Moments.of(block.norm1, x).normaliser(), block.nonlinearity
+    hidden = x.new_empty(x.shape[0], block.conv1.out_channels, height, width)
+    moments = _Moments(block.norm2)
+    for start, stop in _strips(height, width):
+        part = _conv_rows(block.conv1, lambda i, j: act(norm(x[:, :, i:j])), height, start, stop)
+        hidden[:, :, start:stop] = part
+        moments.add(part)
+    norm2, above = moments.normaliser(), hidden[:, :, :0]
+    out = x if block.conv_shortcut is None else hidden
+    for start, stop in _strips(height, width):
+
+        def read(i: int, j: int, start: int = start, above: Tensor = above) -> Tensor:
+            rows = hidden[:, :, i:j] if i == start else torch.cat([above, hidden[:, :, start:j]], dim=2)
+            return act(norm2(rows))  # type: ignore[no-any-return]
+
+        part = _conv_rows(block.conv2, read, height, start, stop)
+        above = hidden[:, :, stop - 1 : stop].clone()  # the next strip reads this row, and it may be written now
+        own = x[:, :, start:stop]
+        part += own if block.conv_shortcut is None else block.conv_shortcut(own)
+        out[:, :, start:stop] = part / block.output_scale_factor
+    return out
+
+
+def _downsampled(down: Any, x: Tensor) -> Tensor:
+    """Half the size: a convolution with stride 2 and a row and column of zeros below and right of the map."""
+    height, width = x.shape[2:]
+    conv, beyond = down.conv, 1 if down.padding == 0 else 0
+    full = height + beyond + 2 * int(conv.padding[0])
+    out_height = (full - conv.kernel_size[0]) // conv.stride[0] + 1
+    parts = [
+        _conv_rows(conv, lambda i, j: F.pad(x[:, :, i:j], (0, beyond)), height, start, stop)
+        for start, stop in _strips(out_height, width)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _upsampled(up: Any, x: Tensor) -> Tensor:
+    """Twice the size: each value four times, then a convolution."""
+
+    def read(i: int, j: int) -> Tensor:
+        first = i // 2
+        twice = F.interpolate(x[:, :, first : (j - 1) // 2 + 1], scale_factor=2.0, mode="nearest")
+        return twice[:, :, i - 2 * first : j - 2 * first]
+
+    batch, channels, height, width = x.shape
+    return _convolved(up.conv, read, torch.Size((batch, channels, 2 * height, 2 * width)))
+
+
+def _out(half: Any, x: Tensor) -> Tensor:
+    """The last norm and convolution of the encoder or decoder."""
+    norm = _Moments.of(half.conv_norm_out, x).normaliser()
+    return _convolved(half.conv_out, lambda i, j: half.conv_act(norm(x[:, :, i:j])), x.shape)

@@ -1,0 +1,302 @@
+"""Writing a model, or a part of one, in another layout: diffusers' folder, Limner's int8, the original single files.
+
+Tensors go from file to file one at a time. What is written is new and appears whole or not at all; space is checked
+before. Nothing is rounded twice, and what has the asked layout and dtype already is copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limner.config import TransformerConfig
+from limner.errors import CheckpointError, InvalidRequest, OutputError
+from limner.model.text_encoder import default_out_layers
+from limner.model.transformer import Transformer
+from limner.weights.checkpoint import CONFIG_KEY, STEMS, Checkpoint, open_part
+from limner.weights.files import TensorInfo, dtype_name, read_json, write_tensors
+from limner.weights.layouts import PARTS, open_file, parts_of
+from limner.weights.names import Names, Rule, autoencoder_names, transformer_names
+from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
+
+__all__ = ["LAYOUTS", "convert", "expected_tensors", "part_of", "save_quantized"]
+
+LAYOUTS = ("diffusers", "int8", "original")
+"""What can be written."""
+_ORIGINAL_FILES = {
+    "transformer": "transformer.safetensors", "vae": "ae.safetensors", "text_encoder": "text_encoder.safetensors",
+}  # fmt: skip
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Output:
+    """A file of weights to write: what its header says, its tensors one at a time, and the configuration."""
+
+    part: str
+    infos: Mapping[str, TensorInfo]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    config: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+
+def part_of(source: Path, *, part: str | None = None) -> str | None:
+    """Which part of a model a file or folder holds; None for the folder of a whole model. Raises `CheckpointError`."""
+    if source.is_dir():
+        if (source / "model_index.json").is_file():
+            return part
+        config = read_json(source / "config.json")
+        kinds = {"Flux2Transformer2DModel": "transformer", "AutoencoderKLFlux2": "vae", "qwen3": "text_encoder"}
+        found = part or kinds.get(str(config.get("_class_name", config.get("model_type"))))
+        if found is None:
+            kind = config.get("_class_name") or config.get("model_type")
+            raise CheckpointError(f"{source}: config.json is of {kind!r}; allowed: {', '.join(kinds)}")
+        return found
+    if part is not None:
+        return part
+    parts = parts_of(open_file(source))
+    if len(parts) > 1:
+        raise CheckpointError(f"{source}: holds {', '.join(parts)}; say which one (--part)")
+    return parts[0] if parts else "transformer"  # where `recognise` says what is wrong with it
+
+
+def expected_tensors(checkpoint: Checkpoint, *, int8: bool = False) -> dict[str, Tensor]:
+    """Name, shape and dtype (on the meta device) of each tensor of a part; raises unless the file has what is read.
+
+    Of a text encoder, layers that are not read are included if the file has them, and the head.
+    """
+    config, where = checkpoint.config, checkpoint.where
+    if checkpoint.layout.part == "transformer":
+        geometry = TransformerConfig.from_diffusers(config, where=str(where))
+        expected: dict[str, Tensor] = empty_transformer(geometry, int8=int8, where=where).state_dict()
+    elif checkpoint.layout.part == "vae":
+        expected = empty_autoencoder(config, where=where).state_dict()
+    else:
+        depth = int(config["num_hidden_layers"])
+        whole = empty_text_network(config, used=depth, depth=depth, where=where).state_dict()
+        whole["lm_head.weight"] = whole["embed_tokens.weight"]
+        used = max(default_out_layers(depth))
+        checkpoint.check(
+            empty_text_network(config, used=used, depth=depth, where=where).state_dict(), used=used, depth=depth
+        )
+        return {name: value for name, value in whole.items() if checkpoint.has(name)}
+    checkpoint.check(expected)
+    return expected
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    dtype: torch.dtype | None = None,
+    part: str | None = None,
+    like: Path | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Writes a file, a part's folder or a model's folder to `target` in the layout `to`; gives the bytes of weights.
+
+    A part becomes a folder ("diffusers", "int8") or one .safetensors file ("original"); a model becomes a folder, in
+    which "int8" changes the transformer alone and "original" makes one file of each part. `like` is a model folder whose
+    configurations say what single files do not. Raises `CheckpointError`, `InvalidRequest` and `OutputError`.
+    """
+    if to not in LAYOUTS:
+        raise InvalidRequest("to", f"{to!r} is not one of {', '.join(LAYOUTS)}")
+    found = part_of(source, part=part)
+    whole = source.is_dir() and (source / "model_index.json").is_file() and part is None
+    parts = [name for name in PARTS if to != "int8" or name == "transformer"] if whole else [found or PARTS[0]]
+    if to == "int8" and parts != ["transformer"]:
+        raise InvalidRequest("to", f"int8 is a layout of the transformer, {source} holds a {parts[0]}; use diffusers")
+    if to == "original" and not whole and target.suffix != ".safetensors":
+        raise InvalidRequest(
+            "output", f"{target.name} does not end in .safetensors; a part in the original layout is a file"
+        )
+    outputs = []
+    for name in parts:
+        inside = source / name if source.is_dir() and (source / "model_index.json").is_file() else source
+        checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
+        if not (whole and to == "diffusers" and dtype is None and checkpoint.layout.kind == "diffusers"):
+            outputs.append(_plan(name, checkpoint, to=to, dtype=dtype))
+    if not outputs:
+        raise InvalidRequest("to", f"{source} is in diffusers' layout already; copy it, or ask for another dtype")
+    changed = {output.part for output in outputs}
+    copied = [path for path in source.iterdir() if path.name not in changed] if whole else []
+    _check_space(target, sum(output.nbytes for output in outputs) + sum(_size(path) for path in copied))
+    with _new(target) as beside:
+        if to != "original" or whole:
+            beside.mkdir()
+        for path in copied:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, beside / path.name)
+        for output in outputs:
+            if to == "original":
+                file = beside / _ORIGINAL_FILES[output.part] if whole else beside
+                _write(output, file, {CONFIG_KEY: json.dumps(dict(output.config))}, progress)
+            else:
+                folder = beside / output.part if whole else beside
+                folder.mkdir(exist_ok=True)
+                (folder / "config.json").write_text(json.dumps(dict(output.config), indent=2) + "\n")
+                _write(output, folder / f"{STEMS[output.part]}.safetensors", {}, progress)
+    return sum(output.nbytes for output in outputs)
+
+
+def save_quantized(transformer: Transformer, source: Path, target: Path) -> None:
+    """Writes the model folder `source` to `target` with this int8 transformer in place of its own. Raises `OutputError`.
+
+    Nothing is written over: `target` has to be new. It appears whole or not at all.
+    """
+    tensors = transformer.state_dict()
+    output = _Output(
+        part="transformer",
+        infos={name: _info_of(value) for name, value in tensors.items()},
+        tensors=lambda: iter(tensors.items()),
+        config=_int8_config(transformer.config),
+    )
+    copied = [path for path in source.iterdir() if path.name != "transformer"]
+    _check_space(target, output.nbytes + sum(_size(path) for path in copied))
+    with _new(target) as beside:
+        beside.mkdir()
+        for path in copied:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, beside / path.name)
+        folder = beside / "transformer"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(output.config), indent=2) + "\n")
+        _write(output, folder / f"{STEMS['transformer']}.safetensors", {}, None)
+
+
+def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | None) -> _Output:
+    expected = expected_tensors(checkpoint, int8=to == "int8")
+    config = dict(checkpoint.config)
+    config.pop("quantization_config", None)
+    if part == "transformer":
+        geometry = TransformerConfig.from_diffusers(checkpoint.config)
+        config = _int8_config(geometry) if to == "int8" else geometry.to_diffusers()
+    infos = {}
+    for name, want in expected.items():
+        kept = want.dtype == torch.int8 or name.endswith((".weight_scale", "num_batches_tracked"))
+        infos[name] = _info_of(want) if kept else checkpoint.info(name, dtype)
+    if part == "text_encoder":
+        kinds = {info.dtype for info in infos.values()}
+        if len(kinds) == 1:
+            wide = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kinds.pop())
+            config = {k: v for k, v in config.items() if k != "torch_dtype"} | ({"dtype": wide} if wide else {})
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        return checkpoint.stream(expected, dtype)
+
+    if part == "text_encoder":
+        full = {name: name if name == "lm_head.weight" else f"model.{name}" for name in expected}
+        return _Output(
+            part=part,
+            infos={full[name]: info for name, info in infos.items()},
+            tensors=lambda: ((full[name], value) for name, value in stream()),
+            config=config,
+        )
+    if to != "original":
+        return _Output(part=part, infos=infos, tensors=stream, config=config)
+    names = transformer_names() if part == "transformer" else autoencoder_names(len(config["block_out_channels"]))
+    return _original(part, checkpoint, infos, names, expected, dtype, config)
+
+
+def _original(
+    part: str,
+    checkpoint: Checkpoint,
+    infos: Mapping[str, TensorInfo],
+    names: Names,
+    expected: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
+) -> _Output:
+    sources = names.sources(expected)
+
+    def info(rules: list[Rule]) -> TensorInfo:
+        first = infos[rules[0].target]
+        shape = (len(rules) * first.shape[0], *first.shape[1:]) if first.shape else ()
+        shape += (1, 1) if rules[0].pointwise else ()
+        return TensorInfo(dtype=first.dtype, shape=shape, nbytes=first.nbytes * len(rules))
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for source, rules in sources.items():
+            wanted = {rule.target: expected[rule.target] for rule in rules}
+            values = [value for _, value in checkpoint.stream(wanted, dtype)]
+            if rules[0].swap:
+                first, second = values[0].chunk(2)
+                values = [second, first]
+            value = torch.cat(values) if len(values) > 1 else values[0]
+            yield source, value[:, :, None, None] if rules[0].pointwise else value
+
+    return _Output(
+        part=part, infos={source: info(rules) for source, rules in sources.items()}, tensors=stream, config=config
+    )
+
+
+def _write(output: _Output, path: Path, metadata: Mapping[str, str], progress: Progress | None) -> None:
+    def reporting() -> Iterator[tuple[str, Tensor]]:
+        for done, item in enumerate(output.tensors()):
+            if progress is not None:
+                progress(output.part, done, len(output.infos))
+            yield item
+
+    write_tensors(path, output.infos, reporting(), metadata=metadata)
+
+
+def _int8_config(config: TransformerConfig) -> dict[str, Any]:
+    return config.to_diffusers() | {"quantization_config": {"quant_method": QUANT_METHOD}}
+
+
+def _info_of(value: Tensor) -> TensorInfo:
+    return TensorInfo(dtype=dtype_name(value.dtype), shape=tuple(value.shape), nbytes=value.nbytes)
+
+
+def _size(path: Path) -> int:
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"output: {target} is there already; give a new folder or name")
+    try:
+        free = shutil.disk_usage(target.absolute().parent).free
+    except OSError as error:
+        raise OutputError(f"output: {target.parent} cannot be written to ({error.strerror}); make it first") from error
+    if needed > free:
+        raise OutputError(
+            f"output: {target} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free there; free some space, or "
+            "write it elsewhere"
+        )
+
+
+@contextlib.contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A name beside `target` for a file or folder; renamed to it when the block ends, gone if it fails."""
+    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield beside
+        if target.exists():
+            raise OutputError(f"output: {target} is there already; give a new folder or name")
+        os.replace(beside, target)
+    except BaseException as error:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+        if isinstance(error, (OSError, shutil.Error)):
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise OutputError(f"output: {target} cannot be written ({reason}); nothing was left there") from error
+        raise

@@ -1,0 +1,230 @@
+"""Files of tensors: what their headers say, their tensors one at a time, and writing them with one tensor in memory.
+
+Headers are read without tensors. Tensors of safetensors files are memory-mapped: reading one copies nothing. Pickles are
+never opened. Knows no names of any network.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from limner.errors import CheckpointError
+
+__all__ = [
+    "DTYPES",
+    "SafetensorsFile",
+    "ShardedFile",
+    "TensorFile",
+    "TensorInfo",
+    "check_regular",
+    "dtype_name",
+    "open_folder",
+    "read_json",
+    "some_names",
+    "write_tensors",
+]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that are read, under their names in safetensors."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
+_ALIGNED = 64
+_open: Callable[..., Any] = safe_open  # its methods have no types
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_ZIP = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """A line of a header: dtype under the name that the format gives it ("BF16", "Q4_K"), shape, bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class TensorFile(ABC):
+    """Tensors by name. `path` is what messages name, `files` what is on disk, `metadata` the texts of the header."""
+
+    path: Path
+    files: tuple[Path, ...]
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored, memory-mapped where the format allows."""
+
+
+class SafetensorsFile(TensorFile):
+    """One safetensors file. It stays mapped while it or one of its tensors is in use."""
+
+    def __init__(self, path: Path) -> None:
+        check_regular(path)
+        self.path, self.files = path, (path,)
+        try:
+            self._file = _open(path, framework="pt")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
+            self.infos = {name: _info(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+            self.metadata = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be read ({error}); download the file again") from error
+        return tensor
+
+
+class ShardedFile(TensorFile):
+    """Several safetensors files beside an index that says which tensor is where. The index is not trusted."""
+
+    def __init__(self, index: Path) -> None:
+        self.path = index.parent
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: has no weight_map; download it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: names {name!r}; shards have to be .safetensors files beside it")
+        shards = [SafetensorsFile(index.parent / name) for name in sorted(set(weight_map.values()))]
+        self.files = tuple(shard.path for shard in shards)
+        self._home = {name: shard for shard in shards for name in shard.infos}
+        self.infos = {name: shard.infos[name] for name, shard in self._home.items()}
+        self.metadata = {}
+        if weight_map.keys() != self.infos.keys():
+            lost, extra = weight_map.keys() - self.infos.keys(), self.infos.keys() - weight_map.keys()
+            raise CheckpointError(
+                f"{index}: {some_names('lists but the shards lack', lost)}{some_names('lacks', extra)}"
+            )
+
+    def read(self, name: str) -> Tensor:
+        return self._home[name].read(name)
+
+
+def open_folder(folder: Path, stem: str) -> TensorFile:
+    """`stem`.safetensors of a folder, or the shards that its index names."""
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if single.is_file():
+        return SafetensorsFile(single)
+    if index.is_file():
+        return ShardedFile(index)
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
+    hint = f"; {others[0]} is a pickle and is not read, convert it to safetensors" if others else ""
+    raise CheckpointError(f"{folder}: has no {single.name}{hint}")
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what is no file, and pickles under whatever name. Raises `CheckpointError`."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the name") from error
+    # A pickle of protocol 2 or later starts with 0x80 and the protocol, torch's newer ones are zip archives. The length of
+    # a small safetensors header may start with the same two bytes, but zeros follow.
+    pickled = start[:1] == b"\x80" and start[1:2] < b"\x10" and start[2:] != bytes(6)
+    if path.suffix.lower() in _PICKLES or start.startswith(_ZIP) or pickled:
+        raise CheckpointError(
+            f"{path}: is a pickle, which can run code when it is read, and is not read; use the .safetensors file of the "
+            "same weights, or convert it with a tool that you trust"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is the checkpoint complete?") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: has to hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def some_names(what: str, names: Iterable[str]) -> str:
+    """The first names of a set, for a message; "" if there are none."""
+    shown = sorted(names)
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"{what} {', '.join(shown[:4])}{more}; " if shown else ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors."""
+    return _NAMES[dtype]
+
+
+def write_tensors(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file whose tensors come one at a time, in any order.
+
+    The library's writer wants all of them at once, which for a dequantized model is more memory than there may be.
+    Wide dtypes stand first, as the library has them, and the data start at a multiple of 64 bytes, since the last bits of
+    matrix products depend on the alignment of mapped weights. Raises `OSError`.
+    """
+    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    starts, end = {}, 0
+    for name in order:
+        starts[name], end = end, end + infos[name].nbytes
+        header[name] = {
+            "dtype": infos[name].dtype,
+            "shape": list(infos[name].shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNED)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            expected = infos[name]
+            assert (dtype_name(tensor.dtype), tuple(tensor.shape)) == (expected.dtype, expected.shape), name
+            file.seek(8 + len(text) + starts.pop(name))
+            if tensor.numel():
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert not starts, f"not written: {list(starts)}"
+        file.flush()
+        os.fsync(file.fileno())
+        if os.fstat(file.fileno()).st_size != 8 + len(text) + end:
+            raise OSError(errno.EIO, "was not written whole")
+
+
+def _info(dtype: str, shape: Sequence[int]) -> TensorInfo:
+    bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_BITS.get(dtype, 8)
+    return TensorInfo(dtype=dtype, shape=tuple(shape), nbytes=math.prod(shape) * bits // 8)

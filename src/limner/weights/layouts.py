@@ -1,0 +1,283 @@
+"""Which layout a file of weights is in, read from its header; and the geometry of a transformer, read from its shapes.
+
+Layouts of the transformer: diffusers' names (also with Limner's int8), the original single file, the same under a prefix
+(ComfyUI), either with fp8 matrices and their scales, GGUF. Of the autoencoder: diffusers' and the original's names. Of the
+text encoder: Qwen3 in transformers' names (fp8 as well), with or without a prefix, and GGUF. What is none of these is
+refused with the reason. Reads no tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from limner.config import KLEIN_4B, KLEIN_9B, TransformerConfig
+from limner.errors import CheckpointError
+from limner.weights.files import SafetensorsFile, TensorFile, TensorInfo, check_regular
+from limner.weights.gguf import QUANTIZED, GgufFile
+from limner.weights.names import IDENTITY, Names, autoencoder_names, gguf_text_names, transformer_names
+
+__all__ = ["PARTS", "Layout", "geometry_name", "geometry_of", "open_file", "parts_of", "recognise"]
+
+PARTS = ("transformer", "vae", "text_encoder")
+_PREFIXES = {
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    "vae": ("", "vae.", "first_stage_model."),
+    "text_encoder": ("model.", "", "text_encoder.model."),
+}
+_COMFY_TEXT = re.compile(r"(text_encoders\.\w+\.(?:transformer\.)?model\.)embed_tokens\.weight")
+_SIGNATURES = {
+    ("transformer", "original"): (
+        "single_stream_modulation.lin.weight", "double_stream_modulation_img.lin.weight",
+        "double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight",
+    ),
+    ("transformer", "diffusers"): (
+        "single_stream_modulation.linear.weight", "double_stream_modulation_img.linear.weight",
+        "transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
+    ),
+    ("vae", "original"): ("decoder.up.0.block.0.conv1.weight", "encoder.down.0.block.0.conv1.weight"),
+    ("vae", "diffusers"): ("decoder.up_blocks.0.resnets.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    ("text_encoder", "diffusers"): ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
+    ("text_encoder", "gguf"): ("token_embd.weight", "blk.0.attn_q_norm.weight"),
+}  # fmt: skip
+"""Tensors that give a layout away; any of them is enough, so that a damaged file is still named for what it is."""
+_FOREIGN = (
+    (r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
+     "has a guidance embedding (a guidance-distilled model, FLUX.2-dev-like); only klein-like models are supported"),
+    (r"double_blocks\.\d+\.img_mod\.lin\.weight|vector_in\..*|transformer_blocks\.\d+\.norm1\.linear\.weight",
+     "is of FLUX.1, whose blocks have modulations of their own; only klein-like models of FLUX.2 are supported"),
+    (r".*(\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.lokr_w|\.hada_w).*",
+     "is a LoRA, not a model; give it as a LoRA"),
+)  # fmt: skip
+_ARCHITECTURES = {"transformer": ("flux", "flux2", ""), "text_encoder": ("qwen3",)}
+_SCALE_NAMES = ("weight_scale", "scale_weight")
+_UNUSED = ("input_scale", "scale_input", "comfy_quant")
+_FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One part of a model in a file.
+
+    `names` tells where each tensor of the network is, `tensors` holds the part's tensors without `prefix`; `scales` the
+    companion of each quantized weight, `unused` what belongs to a quantization and is not read (scales of activations,
+    markers). `quantization` is None, "fp8", "gguf" or "int8".
+    """
+
+    part: str
+    naming: str
+    prefix: str
+    names: Names
+    quantization: str | None
+    tensors: Mapping[str, TensorInfo]
+    scales: Mapping[str, str]
+    unused: tuple[str, ...]
+    gguf: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The layout in one word: "gguf", "fp8", "int8", "comfyui", "original" or "diffusers"."""
+        if self.gguf:
+            return "gguf"
+        if self.quantization:
+            return self.quantization
+        return "comfyui" if self.prefix and self.naming == "original" else self.naming
+
+
+def open_file(path: Path) -> TensorFile:
+    """A file of tensors, GGUF or safetensors by its first bytes. Refuses pickles. Raises `CheckpointError`."""
+    check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    return GgufFile(path) if start == b"GGUF" or path.suffix.lower() == ".gguf" else SafetensorsFile(path)
+
+
+def parts_of(file: TensorFile) -> list[str]:
+    """The parts of a model that a file holds: some of `PARTS`."""
+    return [part for part in PARTS if _signed(file, part) is not None]
+
+
+def recognise(file: TensorFile, part: str) -> Layout:
+    """The layout of one part in a file. Raises `CheckpointError` with the reason if it is none of this engine's."""
+    found = _signed(file, part)
+    if found is None:
+        others = parts_of(file)
+        _refuse_foreign(file, file.infos)
+        if isinstance(file, GgufFile) and file.architecture not in _ARCHITECTURES.get(part, ()):
+            raise _architecture(file, part)
+        holds = (
+            f"a {others[0]}" if others else f"{', '.join(sorted(file.infos)[:3])} and more" if file.infos else "nothing"
+        )
+        raise CheckpointError(f"{file.path}: holds no {part} of a layout that is known, but {holds}")
+    naming, prefix = found
+    if isinstance(file, GgufFile) and file.architecture not in _ARCHITECTURES.get(part, ()):
+        raise _architecture(file, part)
+    return layout_of(file, part, naming=naming, prefix=prefix)
+
+
+def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layout:
+    """The layout of a part whose naming and prefix are known."""
+    own = {name.removeprefix(prefix): info for name, info in file.infos.items() if name.startswith(prefix)}
+    if part == "text_encoder" and prefix == "model.":
+        own |= {name: info for name, info in file.infos.items() if not name.startswith(prefix)}
+    if part == "transformer":
+        _refuse_foreign(file, own)
+    scales, unused = {}, []
+    for name in list(own):
+        stem, _, last = name.rpartition(".")
+        if last in _SCALE_NAMES and f"{stem}.weight" in own:
+            scales[f"{stem}.weight"] = name
+        elif last in _UNUSED or name == "scaled_fp8":
+            unused.append(name)
+    tensors = {name: info for name, info in own.items() if name not in unused and name not in scales.values()}
+    quantization = _quantization(file, prefix, own, tensors, scales)
+    names = IDENTITY
+    if naming == "original":
+        levels = {match[1] for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))}
+        names = transformer_names() if part == "transformer" else autoencoder_names(len(levels))
+    elif naming == "gguf":
+        names = gguf_text_names()
+    return Layout(
+        part=part, naming=naming, prefix=prefix, names=names, quantization=quantization, tensors=tensors, scales=scales,
+        unused=tuple(unused), gguf=isinstance(file, GgufFile),
+    )  # fmt: skip
+
+
+def naming_of(file: TensorFile, part: str) -> tuple[str, str] | None:
+    """(naming, prefix) of a part in a file, None if it is not there."""
+    return _signed(file, part)
+
+
+def _signed(file: TensorFile, part: str) -> tuple[str, str] | None:
+    prefixes = list(_PREFIXES[part])
+    if part == "text_encoder":
+        prefixes += [match[1] for name in file.infos if (match := _COMFY_TEXT.fullmatch(name))]
+    for (owner, naming), signature in _SIGNATURES.items():
+        for prefix in prefixes if owner == part else ():
+            if any(prefix + name in file.infos for name in signature):
+                return naming, prefix
+    return None
+
+
+def _refuse_foreign(file: TensorFile, names: Iterable[str]) -> None:
+    for name in names:
+        for pattern, reason in _FOREIGN:
+            if re.fullmatch(f"(?:.*\\.)?(?:{pattern})", name):
+                raise CheckpointError(f"{file.path}: {reason} (it holds {name})")
+
+
+def _architecture(file: GgufFile, part: str) -> CheckpointError:
+    allowed = [name for name in _ARCHITECTURES.get(part, ()) if name]
+    if not allowed:
+        return CheckpointError(
+            f"{file.path}: is GGUF, in which a {part} is not read; give a .safetensors file or a folder"
+        )
+    return CheckpointError(
+        f"{file.path}: general.architecture={file.architecture!r} is not that of a {part} of this family; allowed: "
+        f"{', '.join(allowed)}"
+    )
+
+
+def _quantization(
+    file: TensorFile,
+    prefix: str,
+    own: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
+    scales: Mapping[str, str],
+) -> str | None:
+    """How the weights of a part are quantized; refuses what would be read wrongly."""
+    found: set[str] = set()
+    for name, info in tensors.items():
+        where = f"{file.path}: {prefix}{name}"
+        rows = info.shape[0] if info.shape else 1
+        scale = own[scales[name]] if name in scales else None
+        if scale is not None and scale.shape not in ((), (1,), (rows,), (rows, 1)):
+            raise CheckpointError(
+                f"{file.path}: {prefix}{scales[name]} is {list(scale.shape)}; allowed: one number, or one for each of the "
+                f"{rows} rows"
+            )
+        if scale is not None and scale.dtype not in ("F32", "F16", "BF16"):
+            raise CheckpointError(f"{file.path}: {prefix}{scales[name]} is {scale.dtype}; allowed: F32, F16, BF16")
+        if info.dtype in _FP8:
+            if scale is None:
+                raise CheckpointError(
+                    f"{where} is {info.dtype} without a scale ({_stem(name)}.weight_scale); its values would be off by "
+                    "that factor; take a file with scales, or the bfloat16 weights"
+                )
+            found.add("fp8")
+        elif info.dtype == "I8":
+            if scale is None or scale.shape != (rows,):
+                raise CheckpointError(
+                    f"{where} is I8 without one weight_scale for each of its {rows} rows: not Limner's int8; take a file "
+                    "of another format"
+                )
+            found.add("int8")
+        elif info.dtype in QUANTIZED:
+            found.add("gguf")
+        elif scale is not None:
+            raise CheckpointError(
+                f"{where} is {info.dtype} and has a scale, {scales[name]}; the file is of an unknown kind"
+            )
+        elif info.dtype not in ("F64", "F32", "F16", "BF16", "I64"):
+            raise CheckpointError(
+                f"{where} is {info.dtype}, which is not read (NVFP4, MXFP4 and other packings neither); allowed: F32, F16, "
+                "BF16, F8_E4M3 with scales, GGUF"
+            )
+    if len(found) > 1:
+        raise CheckpointError(f"{file.path}: mixes {' and '.join(sorted(found))}; the file is of an unknown kind")
+    return found.pop() if found else None
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def geometry_of(layout: Layout, *, where: Path) -> TransformerConfig:
+    """The geometry of a transformer from its shapes: everything but rotary axes, base and epsilon, which are klein's here.
+
+    Raises `CheckpointError` naming the tensor that is missing or fits nothing.
+    """
+
+    def shape(target: str, num_axes: int = 2) -> tuple[int, ...]:
+        rule = layout.names.rule(target)
+        info = layout.tensors.get(rule.source)
+        if info is None:
+            raise CheckpointError(f"{where}: missing {layout.prefix}{rule.source}; the file is incomplete")
+        if len(info.shape) != num_axes or 0 in info.shape:
+            raise CheckpointError(
+                f"{where}: {layout.prefix}{rule.source} is {list(info.shape)}; it needs {num_axes} axes"
+            )
+        return info.shape
+
+    def count(target: str) -> int:
+        source = re.escape(layout.names.rule(target.format(n=0)).source).replace("\\.0\\.", r"\.(\d+)\.", 1)
+        return len({match[1] for name in layout.tensors if (match := re.fullmatch(source, name))})
+
+    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    width, in_channels = shape("x_embedder.weight")
+    mlp_width = shape("transformer_blocks.0.ff.linear_out.weight")[1]
+    if width % head_dim or head_dim % 8:
+        source = layout.names.rule("transformer_blocks.0.attn.norm_q.weight").source
+        raise CheckpointError(
+            f"{where}: {layout.prefix}{source} is [{head_dim}], but the hidden states are {width} wide; the file is damaged"
+        )
+    return TransformerConfig(
+        num_double_blocks=count("transformer_blocks.{n}.attn.norm_q.weight"),
+        num_single_blocks=max(1, count("single_transformer_blocks.{n}.attn.norm_q.weight")),
+        num_heads=width // head_dim,
+        head_dim=head_dim,
+        text_width=shape("context_embedder.weight")[1],
+        in_channels=in_channels,
+        out_channels=shape("proj_out.weight")[0],
+        mlp_ratio=mlp_width / width,
+        rope_axes=(head_dim // 4,) * 4,
+        time_channels=shape("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
+    )
+
+
+def geometry_name(config: TransformerConfig, bundled: TransformerConfig | None = None) -> str:
+    """The name under which a geometry is known, else "custom"."""
+    known = {"klein-4B": KLEIN_4B, "klein-9B": KLEIN_9B, "bundled": bundled}
+    return next((name for name, value in known.items() if value == config), "custom")

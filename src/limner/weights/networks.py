@@ -1,0 +1,88 @@
+"""Networks without memory, built from the configuration of a checkpoint on the meta device. Reads no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limner.config import TransformerConfig
+from limner.errors import CheckpointError
+from limner.model.int8 import quantize_blocks
+from limner.model.text_encoder import default_out_layers
+from limner.model.transformer import Transformer
+
+__all__ = ["QUANT_METHOD", "empty_autoencoder", "empty_text_network", "empty_transformer", "text_layers", "text_unread"]
+
+QUANT_METHOD = "limner_int8"
+"""`quantization_config.quant_method` of an int8 transformer in its config.json."""
+
+
+def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | str) -> Transformer:
+    """The transformer; `int8` has `Int8Linear` in its blocks."""
+    if config.out_channels != config.in_channels:
+        raise CheckpointError(f"{where}: out_channels={config.out_channels} has to be in_channels={config.in_channels}")
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    if int8:
+        quantize_blocks(transformer)
+    return transformer
+
+
+def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
+    """diffusers' autoencoder."""
+    from diffusers import AutoencoderKLFlux2
+
+    return _build(lambda: AutoencoderKLFlux2.from_config(dict(config)), where=where)
+
+
+def text_layers(
+    config: Mapping[str, Any], out_layers: tuple[int, ...] | None, *, where: Path | str
+) -> tuple[int, tuple[int, ...]]:
+    """The depth of a text encoder and the layers that are read."""
+    if config.get("model_type") != "qwen3":
+        raise CheckpointError(f"{where}: model_type={config.get('model_type')!r} is not supported; allowed: qwen3")
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int) or depth < 4:
+        raise CheckpointError(f"{where}: num_hidden_layers={depth!r} has to be a whole number of at least 4")
+    layers = out_layers or default_out_layers(depth)
+    if not layers or max(layers) > depth or min(layers) < 0:
+        raise CheckpointError(f"text_encoder_out_layers={list(layers)} has to name layers 0 to {depth} of {where}")
+    return depth, layers
+
+
+def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, where: Path | str) -> Any:
+    """A Qwen3 base model of the first `used` of `depth` layers; its final norm only if that is all of them."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    def make() -> nn.Module:
+        values = dict(config) | {"num_hidden_layers": used, "layer_types": None}
+        if "max_window_layers" in values:
+            values["max_window_layers"] = min(int(values["max_window_layers"]), used)
+        network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))
+        if used < depth:  # hidden states are read before the norm, but for those of the very last layer
+            network.norm = nn.Identity()
+        return network
+
+    return _build(make, where=where)
+
+
+def text_unread(name: str, *, used: int, depth: int) -> bool:
+    """Whether no hidden state up to layer `used` depends on a tensor of the text encoder, named without "model."."""
+    kind, _, rest = name.partition(".")
+    if kind == "layers":
+        number = rest.partition(".")[0]
+        return number.isdecimal() and int(number) >= used
+    return name == "lm_head.weight" or (name == "norm.weight" and used < depth)
+
+
+def _build(make: Callable[[], Any], *, where: Path | str) -> Any:
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # constructors of other libraries raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{where}: does not describe a network ({reason})") from error

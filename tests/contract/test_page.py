@@ -1,0 +1,504 @@
+"""The page at /, in headless Chromium, over a server with the bundled model. Each test is a caller of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import picture
+
+from limner.images import read_metadata
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright (the extra dev)")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; apt-get install chromium")
+
+Page, expect = sync_api.Page, sync_api.expect
+PATIENCE = 60_000  # ms; a busy machine is not a failure
+KEYS = [f"test-key-of-caller-{i:02}" for i in range(40)]
+OBSERVER = """
+window.previews = new Set();
+new MutationObserver(() => document.querySelectorAll("img.preview").forEach((e) => window.previews.add(e.src)))
+  .observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ["src"]});
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `limner serve`, with a key for each test, so that each has a history of its own."""
+    folder = tmp_path_factory.mktemp("page")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "LIMNER_KEYS": ",".join(f"caller-{i}:{key}" for i, key in enumerate(KEYS)),
+                   "LIMNER_CACHE": str(folder / "cache")}  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "limner", "serve", "--port", str(port), "--data", str(folder / "data"), "--drain", "1",
+             "--c2pa-development"],
+            env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, (folder / "log").read_text()
+            with contextlib.suppress(OSError), urlopen(f"{address}/readyz", timeout=10):
+                break
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    expect.set_options(timeout=PATIENCE)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Watched:
+    """What a page did that no page may do, and what it asked the server for."""
+
+    problems: list[str]
+    requests: list[str]
+
+    def count(self, method: str, path: str) -> int:
+        return self.requests.count(f"{method} {path}")
+
+
+_callers = iter(KEYS)
+
+
+@pytest.fixture
+def open_page(browser: sync_api.Browser, server: str) -> Iterator[object]:
+    """Opens the page for a new caller; at the end, no page may have asked another host or thrown anything."""
+    contexts, watched = [], []
+
+    def opened(*, key: str | None = "", **options: object) -> tuple[Page, Watched]:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 850}, **options})
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        seen = Watched([], [])
+        watched.append(seen)
+        if key is not None:
+            context.add_init_script(f"sessionStorage.setItem('limner.key', '{key or next(_callers)}')")
+        context.add_init_script(OBSERVER)
+        page = context.new_page()
+
+        def asked(request: sync_api.Request) -> None:
+            url = urlsplit(request.url)
+            seen.requests.append(f"{request.method} {url.path}")
+            if url.scheme not in ("data", "blob") and f"{url.scheme}://{url.netloc}" != server:
+                seen.problems.append(f"asked {request.url[:200]}")
+
+        context.on("request", asked)
+        page.on("pageerror", lambda error: seen.problems.append(str(error)))
+        page.on("console", lambda m: seen.problems.append(m.text) if "Content Security Policy" in m.text else None)
+        page.goto(server)
+        if key is not None:
+            page.wait_for_selector("html[data-ready]")
+        return page, seen
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [problem for seen in watched for problem in seen.problems] == []
+
+
+def file(image: Image.Image, name: str) -> dict[str, object]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def flat(colour: tuple[int, int, int], name: str, size: tuple[int, int] = (64, 64)) -> dict[str, object]:
+    return file(Image.new("RGB", size, colour), name)
+
+
+def add(page: Page, *files: dict[str, object]) -> None:
+    page.set_input_files("#files", list(files))
+
+
+def names(page: Page) -> list[str]:
+    """The references from left to right, as file names."""
+    return [alt.split(": ")[1] for alt in page.eval_on_selector_all(".thumb img", "(all) => all.map((e) => e.alt)")]
+
+
+def draw(page: Page, prompt: str = "in the snow", *, steps: int = 1, variations: int = 1, wait: bool = True) -> None:
+    before = page.locator(".card").count()
+    page.fill("#prompt", prompt)
+    page.eval_on_selector("#steps", "(e, n) => { e.value = n; }", steps)
+    page.select_option("#variations", str(variations))
+    page.click("#draw")
+    expect(page.locator(".card")).to_have_count(before + 1)
+    if wait:
+        expect(page.locator(".card").first).to_have_class(re.compile("ready"))
+
+
+def loaded(page: Page, selector: str) -> None:
+    page.wait_for_function(
+        "(s) => [...document.querySelectorAll(s)].every((e) => e.complete && e.naturalWidth)", arg=selector
+    )
+
+
+def test_a_newcomer_clicks_an_example_and_sees_it_drawn(open_page) -> None:
+    page, _ = open_page()
+    expect(page.locator("#welcome")).to_be_visible()
+    page.get_by_role("button", name="use the background of image 2").click()
+    expect(page.locator(".card .picture img:not(.preview)")).to_be_visible()
+    expect(page.locator("#welcome")).to_be_hidden()
+    assert page.eval_on_selector(".card .picture img", "(e) => e.decode().then(() => e.naturalWidth)") == 128
+    previews = page.evaluate("[...previews]")
+    assert previews
+    assert all(source.startswith("data:image/png") for source in previews)
+    assert page.locator("#references .note").all_inner_texts() == ["128x128, whole"] * 2
+    assert re.search(r"References kept: computed in [\d.]+ s", page.inner_text(".cache"))
+    expect(page.locator("#announce")).to_contain_text("1 picture ready")
+
+
+def test_order_is_what_the_server_gets(open_page) -> None:
+    page, _ = open_page()
+    colours = {"red.png": (200, 0, 0), "green.png": (0, 200, 0), "blue.png": (0, 0, 200), "grey.png": (90, 90, 90)}
+    add(page, *(flat(colour, name) for name, colour in colours.items()))
+    expect(page.locator("#references .note").last).to_have_text("64x64, whole")
+    page.get_by_role("button", name="Move image 1 to the right").click()
+    assert names(page) == ["green.png", "red.png", "blue.png", "grey.png"]
+    assert page.evaluate("document.activeElement.ariaLabel") == "Move image 2 to the right"  # the same picture's button
+    page.get_by_role("button", name="Remove image 4").click()
+    page.locator("#references li").nth(2).drag_to(
+        page.locator("#references li").nth(0), target_position={"x": 5, "y": 40}
+    )
+    assert names(page) == ["blue.png", "green.png", "red.png"]
+    draw(page)
+    loaded(page, ".thumbs img")
+    pixel = """(all) => all.map((image) => {
+        const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+        context.drawImage(image, 0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    })"""
+    assert page.eval_on_selector_all(".thumbs img", pixel) == [[0, 0, 200], [0, 200, 0], [200, 0, 0]]
+
+
+def test_what_was_cut_stands_beside_the_picture_and_so_does_what_was_refused(open_page) -> None:
+    page, seen = open_page()
+    add(
+        page,
+        file(picture(100, 70), "odd.png"),
+        flat((1, 2, 3), "tiny.png", (20, 20)),
+        file(picture(80, 64), "good.png"),
+    )
+    refused = page.locator("#references li.refused")
+    expect(refused.locator(".note")).to_contain_text("20x20 is too small; each side has to be at least 64 pixels")
+    expect(page.locator("#references .note").first).to_have_text(
+        "100x70, cut 2 left, 3 top, 2 right, 3 bottom: used as 96x64"
+    )
+    assert page.locator(".number").all_inner_texts() == ["image 1", "!", "image 2"]
+    page.fill("#prompt", "in the snow")
+    page.click("#draw")
+    expect(page.locator("#error")).to_contain_text("tiny.png cannot be used")
+    assert seen.count("POST", "/v1/edit") == 0
+    refused.get_by_role("button", name="Remove").click()
+    expect(page.locator("#size option").first).to_have_text("As image 1 (96x64)")
+    draw(page)
+    assert page.inner_text(".card .foot").startswith("96x64")
+
+
+def test_the_second_run_finds_the_references_and_says_what_that_saved(open_page) -> None:
+    page, seen = open_page()
+    add(page, file(picture(128, 128, seed=41), "a.png"), file(picture(128, 128, seed=42), "b.png"))
+    draw(page, "the first")
+    assert "References kept: computed in" in page.locator(".card").first.inner_text()
+    draw(page, "the second", variations=2)
+    hit = re.compile(r"References found in memory, [\d.]+ s saved")
+    assert hit.search(page.locator(".card").first.inner_text())
+    assert seen.count("POST", "/v1/references") == 1
+    with page.expect_response("**/v1/references"):  # b alone is another set
+        page.get_by_role("button", name="Remove image 1").click()
+    page.locator(".card").last.get_by_role("button", name="Use references").click()
+    expect(page.locator("#references li")).to_have_count(2)
+    expect(page.locator("#references .note").last).to_have_text("128x128, whole")
+    draw(page, "the third")
+    assert hit.search(page.locator(".card").first.inner_text())
+    assert seen.count("POST", "/v1/references") == 2  # the pair was not sent again
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert ["computed" in text for text in page.locator(".cache").all_inner_texts()] == [False, False, True]
+
+
+def test_a_run_is_cancelled(open_page) -> None:
+    page, _ = open_page()
+    draw(page, "for long", steps=50, variations=8, wait=False)
+    expect(page.locator(".card .progress")).to_contain_text(re.compile(r"Step \d+ of 50"))
+    assert 0 < page.eval_on_selector("progress", "(e) => e.value") < 1
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".card")).to_have_class("card cancelled")
+    expect(page.locator(".card")).to_contain_text("Cancelled.")
+
+
+def test_runs_and_the_form_survive_a_reload(open_page) -> None:
+    page, seen = open_page()
+    add(page, file(picture(70, 64, seed=5), "kept.png"))
+    expect(page.locator("#references .note")).to_have_text("70x64, cut 3 left, 3 right: used as 64x64")
+    draw(page, "done before")
+    draw(page, "still running", steps=50, variations=4, wait=False)
+    expect(page.locator(".card .progress")).to_contain_text("Step")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator(".card h3").all_inner_texts() == ["still running", "done before"]
+    assert page.input_value("#prompt") == "still running"
+    assert names(page) == ["kept.png"]
+    assert page.inner_text("#references .note") == "70x64, cut 3 left, 3 right: used as 64x64"
+    expect(page.locator(".card").first.locator("img.preview")).to_have_count(4)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".card").first).to_have_class("card cancelled")
+    loaded(page, ".card.ready .picture img")
+    assert seen.count("POST", "/v1/references") == 1  # the handle was kept, nothing was sent again
+
+
+def test_two_pictures_are_compared_by_keyboard(open_page) -> None:
+    page, _ = open_page()
+    add(page, flat((255, 0, 0), "red.png"))
+    draw(page)
+    page.locator("button.picture").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#compare")).to_be_visible()
+    labels = "(e) => e.selectedOptions[0].label"
+    assert page.eval_on_selector("#compare-a", labels) == "reference, image 1"
+    assert page.eval_on_selector("#compare-b", labels).startswith("result, seed ")
+    loaded(page, "#stage img")
+
+    def redness_at(share: float) -> bool:
+        box = page.locator("#stage").bounding_box()
+        shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        return shot.getpixel((int(box["x"] + share * box["width"]), int(box["y"] + 0.2 * box["height"]))) == (255, 0, 0)
+
+    assert redness_at(0.3)
+    assert not redness_at(0.6)
+    for _ in range(30):
+        page.keyboard.press("ArrowLeft")
+    assert page.input_value("#divide") == "20"
+    assert not redness_at(0.3)
+    assert redness_at(0.15)
+    box = page.locator("#stage").bounding_box()
+    page.mouse.click(box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2)
+    assert redness_at(0.7)
+    page.get_by_label("Side by side").check(force=True)
+    left, right = (page.locator(f"#picture-{side}").bounding_box() for side in "ab")
+    assert left["x"] + left["width"] <= right["x"]
+    page.keyboard.press("Escape")
+    expect(page.locator("#compare")).to_be_hidden()
+    assert page.evaluate("document.activeElement.className") == "picture"
+
+
+def test_a_download_is_the_file_of_the_server(open_page, server: str, tmp_path: Path) -> None:
+    page, _ = open_page()
+    add(page, file(picture(64, 64, seed=9), "x.png"))
+    draw(page, "put the sticker in the snow")
+    with page.expect_download() as waiting:
+        page.get_by_role("link", name="Save picture 1").click()
+    seed = page.inner_text(".seed").removeprefix("seed ")
+    assert waiting.value.suggested_filename == f"put-the-sticker-in-the-snow-{seed}.png"
+    waiting.value.save_as(tmp_path / "out.png")
+    data = (tmp_path / "out.png").read_bytes()
+    with urlopen(server + page.get_by_role("link", name="Save picture 1").get_attribute("href")) as answer:
+        assert data == answer.read()
+    told = read_metadata(data)
+    assert (told["prompt"], str(told["seed"])) == ("put the sticker in the snow", seed)
+    assert b"c2pa" in data
+    page.get_by_role("button", name=f"Use seed {seed}").click()
+    assert page.input_value("#seed") == seed
+    page.get_by_role("button", name="As reference").click()
+    expect(page.locator("#references .note")).to_have_text(["64x64, whole"] * 2)
+
+
+def overflow(page: Page) -> float:
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def test_it_fits_a_phone(open_page) -> None:
+    page, _ = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    assert overflow(page) == 0
+    add(
+        page,
+        file(picture(100, 70), "a" * 80 + ".png"),
+        flat((1, 2, 3), "tiny.png", (20, 20)),
+        file(picture(80, 64), "b.png"),
+    )
+    expect(page.locator(".refused .note")).to_contain_text("too small")
+    page.get_by_role("button", name="Remove tiny.png").tap()
+    page.select_option("#size", "custom")
+    page.fill("#width", "64")
+    page.fill("#height", "64")
+    page.locator(".more").evaluate("(e) => { e.open = true; }")
+    draw(page, "a" * 200, variations=3)
+    assert overflow(page) == 0
+    assert (
+        page.evaluate(
+            "Math.max(...[...document.querySelectorAll('main *')].map((e) => e.getBoundingClientRect().right))"
+        )
+        <= 360
+    )
+    page.locator("button.picture").first.tap()
+    box = page.locator("#compare").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+    stage = page.locator("#stage").bounding_box()
+    page.touchscreen.tap(stage["x"] + 0.25 * stage["width"], stage["y"] + stage["height"] / 2)
+    assert 20 <= int(page.input_value("#divide")) <= 30
+
+
+CONTRAST = """() => {
+    const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
+    const over = (colours) => {
+        context.clearRect(0, 0, 1, 1);
+        for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const light = (rgb) => {
+        const [r, g, b] = rgb.map((x) => x / 255).map((x) => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+        return .2126 * r + .7152 * g + .0722 * b;
+    };
+    const poor = [];
+    for (const e of document.querySelectorAll("body *")) {
+        const text = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.matches("input, textarea, select");
+        if (!text || !e.checkVisibility({visibilityProperty: true}) || e.disabled || e.closest(".hidden, .skip, script, .number, .divide")) continue;
+        const behind = [];
+        for (let up = e; up; up = up.parentElement) behind.unshift(getComputedStyle(up).backgroundColor);
+        const ground = over(behind), colour = over([...behind, getComputedStyle(e).color]);
+        const [a, b] = [light(ground), light(colour)].sort((x, y) => y - x);
+        if ((a + .05) / (b + .05) < 4.5) poor.push(`${e.tagName}.${e.className} ${colour} on ${ground}`);
+    }
+    return poor;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_follow_the_system_and_the_switch_and_can_be_read(open_page, scheme: str) -> None:
+    page, _ = open_page(color_scheme=scheme)
+
+    def brightness() -> float:
+        return float(np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))[-40:, :40].mean())
+
+    dark = scheme == "dark"
+    assert (brightness() < 60) is dark
+    assert page.evaluate(CONTRAST) == []
+    page.fill("#prompt", " ")
+    page.click("#draw")
+    add(page, flat((1, 2, 3), "tiny.png", (20, 20)))
+    expect(page.locator(".refused .note")).to_contain_text("too small")
+    assert page.evaluate(CONTRAST) == []
+    page.get_by_role("button", name="Remove").click()
+    draw(page)
+    draw(page, "again")
+    assert page.evaluate(CONTRAST) == []
+    page.select_option("#theme", "light" if dark else "dark")
+    assert (brightness() > 200) is dark
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert (brightness() > 200) is dark
+
+
+def test_from_start_to_result_by_keyboard_alone(open_page, tmp_path: Path) -> None:
+    page, _ = open_page(reduced_motion="reduce")
+
+    def tab_to(what: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("(s) => document.activeElement.matches(s)", what):
+                width = page.evaluate("parseFloat(getComputedStyle(document.activeElement).outlineWidth)")
+                assert width >= 2, f"the focus on {what} cannot be seen"
+                return
+        raise AssertionError(f"Tab does not reach {what}")
+
+    tab_to("#samples button[title='Add cat']")
+    page.keyboard.press("Enter")
+    expect(page.locator("#references li")).to_have_count(1)
+    tab_to("#prompt")
+    page.keyboard.type("put the sticker in the snow")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".card")).to_have_class(re.compile("ready"))
+    tab_to("button.picture")
+    tab_to("button.seed")
+    tab_to("a[download]")
+    with page.expect_download() as waiting:
+        page.keyboard.press("Enter")
+    waiting.value.save_as(tmp_path / "out.png")
+    assert read_metadata(tmp_path / "out.png")["prompt"] == "put the sticker in the snow"
+    tab_to("button.reuse")
+
+
+def test_errors_are_shown_in_the_words_of_the_server(open_page) -> None:
+    page, _ = open_page()
+    page.click("#draw")
+    expect(page.locator("#error")).to_have_text("Say what to draw or to change.")
+    page.fill("#prompt", "in the snow")
+    page.select_option("#size", "custom")
+    page.fill("#width", "100")
+    page.fill("#height", "64")
+    page.click("#draw")
+    expect(page.locator("#error")).to_contain_text(re.compile("width.*100.*multiple of 16.*96.*112"))
+    assert page.evaluate("document.activeElement.id") == "width"
+    assert page.get_attribute("#width", "aria-invalid") == "true"
+    page.fill("#width", "64")
+    page.fill("#seed", "-3")
+    page.click("#draw")
+    expect(page.locator("#error")).to_contain_text("seed: -3 is not a whole number")
+    page.fill("#seed", "3")
+    page.route("**/v1/edit", lambda route: route.abort())
+    page.click("#draw")
+    expect(page.locator("#error")).to_contain_text("The server does not answer")
+    page.unroute("**/v1/edit")
+    assert page.locator(".card").count() == 0
+    draw(page)
+    expect(page.locator("#error")).to_be_hidden()
+    assert page.inner_text(".seed") == "seed 3"
+
+
+def test_a_server_with_keys_asks_once(open_page) -> None:
+    page, _ = open_page(key=None)
+    expect(page.locator("#key")).to_be_visible()
+    page.fill("#key-value", "not a key of this server")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-problem")).not_to_be_empty()
+    page.fill("#key-value", next(_callers))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("html[data-ready]")
+    expect(page.locator("#key")).to_be_hidden()
+    add(page, file(picture(64, 64, seed=77), "a.png"))
+    draw(page)
+    loaded(page, ".thumbs img")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    expect(page.locator("#key")).to_be_hidden()
+    expect(page.locator(".card")).to_have_count(1)
+
+
+def test_files_of_the_page_are_local_and_nothing_may_be_loaded_from_elsewhere(server: str) -> None:
+    with urlopen(server) as answer:
+        policy, html = answer.headers["content-security-policy"], answer.read().decode()
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "://" not in re.sub(r"<!--.*?-->", "", html)
+    for name in ("page.css", "page.js", "icon.svg", "samples/cat.png"):
+        with urlopen(f"{server}/static/{name}") as answer:
+            assert answer.status == 200

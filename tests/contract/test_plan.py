@@ -1,0 +1,94 @@
+"""`limner plan` and `--memory-limit` as a user types them, and the benchmark of full-size models in miniature."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import picture
+
+from limner.cli import main
+from limner.residency import can_release
+
+
+def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "klein-9b", "--references", "4", "--size", "1024x1024", "--quantize", "int8"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for word in ("klein-9b on cpu", "transformer weights", "K/V of references", "denoise", "peak", "layers"):
+        assert word in text
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["components"]["K/V of references"] == 4 * 4096 * 2**19
+    assert found["peak"] == max(phase["total"] for phase in found["phases"].values())
+    assert found["peaks"]["whole"] == found["peak"] > found["peaks"]["parts"] >= found["peaks"]["layers"]
+    assert found["options"] == "--model FOLDER, one that limner quantize wrote"
+
+
+def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    words = ["plan", "--model", "klein-9b", "--size", "256x256", "--json"]
+    assert main([*words, "--memory", "20GiB"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["staging"], found["options"]) == ("parts", "--memory-limit 20GiB")
+    assert main([*words, "--memory", "24GiB", "--device", "cuda"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["quantize"], found["device"], found["staging"]) == ("int8", "cuda", "whole")
+    assert found["peak"] <= 24 << 30
+    assert main(["plan", "--model", str(tiny_folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["components"]["transformer weights"] < 1 << 20
+    assert main(["plan"]) == 0
+    assert "bundled on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "klein-9b", "--memory", "1GiB"], "--memory: 1.00 GiB are too little; the least is"),
+        (["--model", "klein-9b", "--memory", "lots"], "--memory: 'lots' is not an amount of memory"),
+        (["--size", "100x100"], "--size: 100x100: sides have to be multiples of 16"),
+        (["--references", "-1"], "--references: -1 has to be 0 or more"),
+        (["--num-images", "0"], "--num-images: 0 has to be 1 or more"),
+        (["--model", "klein-70b"], "klein-70b is neither a folder nor a hub id"),
+    ],
+)
+def test_plan_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not can_release(), reason="the system cannot drop pages of mapped files")
+def test_edit_under_a_limit(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(64, 64).save(tmp_path / "a.png")
+    words = ["edit", "a dog", "-i", str(tmp_path / "a.png"), "--seed", "3", "--model", str(tiny_folder)]
+    assert main([*words, "-o", str(tmp_path / "free.png")]) == 0
+    assert main([*words, "-o", str(tmp_path / "limited.png"), "--memory-limit", "2GiB"]) == 0
+    assert (tmp_path / "free.png").read_bytes() == (tmp_path / "limited.png").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "-o", str(tmp_path / "none.png"), "--memory-limit", "100MiB"]) == 2
+    assert "memory_limit: 0.10 GiB are too little; the least is" in capsys.readouterr().err
+    assert main(["refs", "pack", str(tmp_path / "a.png"), "-o", str(tmp_path / "a.safetensors"), "--model",
+                 str(tiny_folder), "--memory-limit", "no"]) == 2  # fmt: skip
+    assert "memory_limit: 'no'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not can_release(), reason="the system cannot drop pages of mapped files")
+def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "full_size.py"
+    command = [
+        sys.executable, script, "--geometry", "small", "--side", 64, "--text", 48, "--folder", tmp_path / "work",
+        "--only", "9b-int8", "9b-load", "4b-256", "-o", tmp_path / "out.json",
+    ]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert not (tmp_path / "work").exists()
+    edit, load, speed = (report["stages"][name] for name in ("9b-int8", "9b-load", "4b-256"))
+    assert edit["peak_bytes"] >= edit["peak_anonymous_bytes"] > 0
+    assert 0.5 < edit["planned_over_measured"] < 2  # here a process's own memory is nearly all
+    assert load["load_seconds"] > 0
+    assert {"standard", "diffusers_kv", "warm", "int8_warm"} <= speed["median_seconds"].keys()
