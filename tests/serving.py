@@ -22,6 +22,7 @@ from limner.server.access import KeyRing, LimitPolicy
 from limner.server.app import create_app
 from limner.server.outbound import OutboundClient, OutboundPolicy
 from limner.server.run import make_server
+from limner.server.runner import RunnerSettings
 from limner.server.service import ServeSettings
 from tests.conftest import picture
 
@@ -92,9 +93,8 @@ class Served:
     ) -> None:
         if outbound_policy is not None:
             settings["outbound"] = outbound_policy
-        settings.setdefault(
-            "limits", LimitPolicy(requests_per_minute=1e6, burst=10**6)
-        )  # tests send faster than callers may
+        limits = LimitPolicy(requests_per_minute=1e6, burst=10**6)  # tests send faster than callers may
+        settings = {"limits": limits, "runner": RunnerSettings(drain=drain), **settings}
         keyring = keys or KeyRing.open()
         self.engine = Engine(pipe, max_waiting=max_waiting, max_batch=max_batch, memory_bytes=1 << 30)
         self.app = create_app(

@@ -113,6 +113,26 @@ def test_a_restart_takes_up_what_was_left(pipe: Pipeline, tmp_path: Path, monkey
         assert len(after.files("results")) == 4
 
 
+def test_a_job_on_its_way_to_the_engine_is_left_too(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    with Served(pipe, data, drain=0.2) as served:
+        read = served.service.jobs.picture
+
+        def slow(report: Any) -> Any:
+            end = time.monotonic() + 60
+            while not served.engine._closed:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            return read(report)
+
+        monkeypatch.setattr(served.service.jobs, "picture", slow)
+        id_ = served.submit(input_image=text(png()))["id"]
+    with Served(pipe, data) as after:
+        assert after.poll(id_)["status"] == "Ready"
+
+
 def test_a_running_job_is_finished_before_the_server_ends(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
