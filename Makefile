@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve test check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve fuzz test check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,8 +45,14 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
+	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
+	$(BIN)/python benchmarks/hostile.py -o benchmarks/results/hostile.json
 	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
 	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+
+# A longer run of random requests against the OpenAPI document.
+fuzz: $(READY)
+	LIMNER_FUZZ=500 $(BIN)/python -m pytest tests/contract/test_schema.py
 
 eval: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/evaluate.py
