@@ -995,9 +995,9 @@ def _batch(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         batch = stack.enter_context(Batch(options, progress=progress))
-        stack.enter_context(_says_how_to_go_on(batch))
         if args.ray is None:
             check_device(args.device)
+            stack.enter_context(_says_how_to_go_on(batch))
             pipe = model.load(store=batch.store)
             batch.draw(pipe, batch.plan(pipe))
         else:
@@ -1005,6 +1005,7 @@ def _batch(args: argparse.Namespace) -> int:
 
             cluster = stack.enter_context(Cluster(args.ray, workers=args.workers))
             cluster.check(batch.options)
+            stack.enter_context(_says_how_to_go_on(batch))
             # what rows are and which are done depends on the weights, not on where they are
             groups = batch.plan(replace(model, device="cpu").load(store=batch.store))
             cluster.draw(batch, groups, model)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import fcntl
 import json
 import os
 import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -218,11 +221,12 @@ def test_progress_lines_where_there_is_no_terminal(
 
 def test_a_bar_on_a_terminal(folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     with os.fdopen(child, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         assert batch(folder, tiny_folder) == 0
         monkeypatch.undo()
-        shown = os.read(parent, 65536).decode()
+    shown = os.read(parent, 65536).decode()  # an error, not a wait, if nothing was shown
     os.close(parent)
     assert "4/4" in shown
     assert "failed=0" in shown

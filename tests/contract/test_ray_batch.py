@@ -73,6 +73,20 @@ def results(folder: Path, out: str = "out") -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def test_no_cluster_on_this_machine(
+    folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> None:  # what Ray does; others on this machine may well run a cluster
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", init)
+    words = ["batch", folder / "rows.jsonl", "-o", folder / "out", "--model", tiny_folder, "--ray", "auto"]
+    assert main([str(word) for word in words]) == 2
+    assert capsys.readouterr().err == (
+        "limner: --ray auto: no cluster is there; start one with `ray start --head`, or give HOST:PORT of its head\n"
+    )
+
+
 def test_the_same_files_and_results_as_one_process(folder: Path, model: ModelOptions, cluster: Cluster) -> None:
     before, (_, threads) = torch.get_num_threads(), cluster.share(model)
     torch.set_num_threads(threads)

@@ -85,6 +85,8 @@ class Cluster:
         if workers is not None and workers < 1:
             raise InvalidRequest("--workers", f"{workers} is not a number of workers; use 1 or more")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # else it tells this terminal of errors that it may still mend; a line that says so is the least it prints
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
             with _quiet():
                 import ray
@@ -105,6 +107,10 @@ class Cluster:
         try:
             with _quiet():
                 ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise RemoteError(
+                f"--ray {address}: no cluster is there; start one with `ray start --head`, or give HOST:PORT of its head"
+            ) from error
         except Exception as error:  # of all kinds, `Exception` itself among them
             remedy = (
                 "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
