@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -222,12 +224,23 @@ def test_progress_lines_where_there_is_no_terminal(
 def test_a_bar_on_a_terminal(folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    parts: list[bytes] = []
+
+    def read() -> None:  # while it is written: a terminal that nobody reads fills up, and the writer waits
+        with contextlib.suppress(OSError):  # Linux says so when the last writer has closed
+            while part := os.read(parent, 65536):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with os.fdopen(child, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        assert batch(folder, tiny_folder) == 0
+        code = batch(folder, tiny_folder)
         monkeypatch.undo()
-    shown = os.read(parent, 65536).decode()  # an error, not a wait, if nothing was shown
+    reader.join(timeout=60)
     os.close(parent)
+    assert code == 0
+    shown = b"".join(parts).decode()
     assert "4/4" in shown
     assert "failed=0" in shown
 
