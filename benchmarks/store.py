@@ -1,9 +1,10 @@
 """What a hit costs: in memory, for a decoded reference of 1 megapixel; from disk, beside its prefill at the 4B geometry.
 
-The memory hit is `pipe.prefill(picture)` of the bundled model with the picture known: preparing, digest, look-up. The disk
-hit is a new store that reads the entry of random weights (hidden 3072, 5 double- and 20 single-stream blocks by default),
-checksums included, with the file in the page cache and, where the system lets go of it, from the device. Medians, of the
-prefill one run; the last line is one JSON object.
+The memory hit is `pipe.prefill(picture)` of the bundled model with the picture known: preparing, digest, look-up. A part
+of it grows with the model, looking whether weights were changed in place: that is measured at the 4B geometry too. The
+disk hit is a new store that reads the entry of random weights (hidden 3072, 5 double- and 20 single-stream blocks by
+default), checksums included, with the file in the page cache and, where the system lets go of it, from the device.
+Medians, of the prefill one run; the last line is one JSON object.
 
     .venv/bin/python benchmarks/store.py -o benchmarks/results/store.json
 """
@@ -27,6 +28,7 @@ from limner.bench import geometry, machine, random_transformer
 from limner.images import ReferenceReport
 from limner.references import References
 from limner.tokens import reference_ids
+from limner.weights.digest import fingerprint
 
 
 def median_seconds(call: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> float:
@@ -81,7 +83,9 @@ def disk_hit(shape: list[int], side: int, rounds: int, folder: Path) -> dict[str
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
+    fingerprint(transformer)
     return {
+        "weights_check_seconds": median_seconds(lambda: fingerprint(transformer), rounds * 3),
         "bytes": made.nbytes,
         "prefill_seconds": prefill,
         "disk_hit_seconds_cached": median_seconds(read, rounds),
@@ -102,7 +106,7 @@ def main() -> None:
     result["memory_hit_seconds"] = round(memory_hit(args.side, args.rounds * 3), 5)
     with tempfile.TemporaryDirectory() as folder:
         found = disk_hit(args.geometry, args.side, args.rounds, Path(folder))
-    result |= {name: value if name == "bytes" else round(value, 3) for name, value in found.items()}
+    result |= {name: value if name == "bytes" else round(value, 4) for name, value in found.items()}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -1,10 +1,10 @@
 """Many pictures from one manifest: what to draw, in which order, and what is done already.
 
-Owns the manifest (JSON lines), the folder of results, resuming, and the order of work: rows are grouped by the content of
+Owns the folder of results, resuming, and the order of work: rows are grouped by the content of
 their references, so that each list of references is prefilled once. Knows nothing of processes, clusters or terminals: who
 draws the groups is the caller's choice, `Batch.draw` in this process or `limner.deploy.ray_batch` in many.
 
-    MANIFEST             one object a line: id, prompt, and if wished references, seed, size, steps
+    MANIFEST             rows (`limner.manifest`)
     DIR/<id>.png         a picture; there as soon as it is named in the results
     DIR/results.jsonl    while running, one line for each row that ended, in the order in which they did; at the end one
                          line a row in the order of the manifest
@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
@@ -35,10 +34,10 @@ from typing import Any, BinaryIO
 import torch
 
 from limner import __version__
-from limner.config import ReferencePolicy
 from limner.errors import Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import FORMATS, ReferenceReport, encode, prepare_reference, write_beside
-from limner.pipeline import Pipeline, PipelineOutput, Progress, check_prompt, check_size
+from limner.manifest import BrokenRow, Row, check_number, read_manifest
+from limner.pipeline import Pipeline, PipelineOutput
 from limner.references import References
 from limner.store import ReferenceStore
 
@@ -47,18 +46,13 @@ __all__ = [
     "Batch",
     "BatchOptions",
     "BatchSummary",
-    "BrokenRow",
     "Drawer",
     "Group",
     "Journal",
-    "ModelOptions",
     "Result",
-    "Row",
     "Task",
     "finished_rows",
     "is_whole",
-    "read_manifest",
-    "seed_of",
 ]
 
 _logger = logging.getLogger("limner")
@@ -66,154 +60,9 @@ Result = dict[str, Any]
 """What is told of a row, as it stands in the results."""
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Formats of pictures and the ending of their files."""
-MAX_MANIFEST_BYTES = 256 << 20
-"""Larger manifests are not read."""
-MAX_STEPS = 1000
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_FIELDS = ("id", "prompt", "references", "seed", "size", "steps")
 _HIDDEN, _LOCK, _RESULTS = ".limner-batch", ".limner-batch.lock", "results.jsonl"
 _TEXT_ONLY_AT_ONCE = 16
 """Rows without references share nothing: so many make a group, that there is work for all who draw."""
-
-
-# the manifest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height)."""
-
-    line: int
-    id: str
-    prompt: str
-    references: tuple[str, ...] = ()
-    seed: int
-    size: tuple[int, int] | None = None
-    steps: int = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BrokenRow:
-    """A line that is no row, and why; `id` if it has one that can be used."""
-
-    line: int
-    id: str | None
-    error: InvalidRequest
-
-
-def read_manifest(path: str | os.PathLike[str]) -> list[Row | BrokenRow]:
-    """The rows of a manifest, in order; empty lines are none. Raises `InvalidRequest` for the file as a whole."""
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_MANIFEST_BYTES:
-                raise InvalidRequest("manifest", f"{path} is over {MAX_MANIFEST_BYTES} bytes; split it")
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise InvalidRequest(
-            "manifest", f"{path} cannot be read ({error.strerror or error}); give a file of JSON lines"
-        ) from error
-    except ValueError as error:
-        raise InvalidRequest("manifest", f"{path!r} is not a file name ({error})") from None
-    rows: list[Row | BrokenRow] = []
-    first: dict[str, int] = {}
-    for number, data in enumerate(lines, start=1):
-        if not data.strip():
-            continue
-        row = _read_row(data, line=number)
-        if row.id is not None and first.setdefault(row.id.casefold(), number) != number:
-            problem = (
-                f"{row.id!r} is also the id of line {first[row.id.casefold()]} (case does not count); give another"
-            )
-            row = BrokenRow(line=number, id=None, error=InvalidRequest("id", problem))
-        rows.append(row)
-    if not rows:
-        raise InvalidRequest("manifest", f"{path} has no rows; write one JSON object a line")
-    return rows
-
-
-def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
-    id: str | None = None
-    try:
-        values = _object(data)
-        id = _id(values.get("id"))
-        for name in values:
-            if name not in _FIELDS:
-                raise InvalidRequest(name[:40], f"is not a field of a row; allowed: {', '.join(_FIELDS)}")
-        check_prompt(values.get("prompt", ""))
-        seed = values.get("seed")
-        return Row(
-            line=line,
-            id=id,
-            prompt=values["prompt"],
-            references=_files(values.get("references", [])),
-            seed=seed_of(id) if seed is None else _number("seed", seed, low=0, high=2**63 - 1),
-            size=_size(values.get("size")),
-            steps=_number("steps", values.get("steps", 4), low=1, high=MAX_STEPS),
-        )
-    except InvalidRequest as error:
-        return BrokenRow(line=line, id=id, error=error)
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            raise ValueError("a name stands twice in an object")
-        return dict(pairs)
-
-    try:
-        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("row", f"is not one JSON object in UTF-8 ({error}); correct the line") from None
-    if not isinstance(values, dict):
-        raise InvalidRequest("row", f"is a JSON {type(values).__name__}, not an object; write {{...}}")
-    return values
-
-
-def _id(value: object) -> str:
-    if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise InvalidRequest(
-            "id", f"{_short(value)} is not a text of 1 to 200 letters, digits, '.', '_' or '-' that starts with one of "
-            "the first two; it names the file of the picture"
-        )  # fmt: skip
-    return value
-
-
-def _files(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise InvalidRequest("references", f"{_short(value)} is not a list of file names")
-    for name in value:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InvalidRequest("references", f"{name!r} is not valid Unicode; write it as UTF-8") from None
-    return tuple(value)
-
-
-def _size(value: object) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise InvalidRequest("size", f'{_short(value)} is not "WIDTHxHEIGHT", as "512x512"')
-    return check_size("width", int(match[1])), check_size("height", int(match[2]))
-
-
-def _number(name: str, value: object, *, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(name, f"{_short(value)} is not a whole number from {low} to {high}")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def seed_of(id: str) -> int:
-    """The seed of a row that gives none: always the same for an id."""
-    return int.from_bytes(hashlib.sha256(f"limner batch {id}".encode()).digest()[:8], "big") % 2**31
 
 
 # what is to be drawn
@@ -246,41 +95,6 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOptions:
-    """How a pipeline is loaded; plain values, so that it can be sent to other processes."""
-
-    model: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    device: str = "cpu"
-    kv_cache_dtype: str | None = None
-    background: str | None = None
-    max_pixels: int | None = None
-
-    @property
-    def policy(self) -> ReferencePolicy:
-        policy = ReferencePolicy(background=self.background)
-        return policy if self.max_pixels is None else replace(policy, max_pixels=self.max_pixels)
-
-    def check(self) -> None:
-        """Refuses what can be refused before a model is loaded."""
-        _ = self.policy
-
-    def load(self, *, store: ReferenceStore, progress: Progress | None = None) -> Pipeline:
-        """Raises as `Pipeline.from_pretrained` does."""
-        return Pipeline.from_pretrained(
-            self.model,
-            torch_dtype=getattr(torch, self.dtype) if self.dtype else None,
-            device=self.device,
-            store=store,
-            reference_policy=self.policy,
-            quantize=self.quantize,
-            kv_cache_dtype=self.kv_cache_dtype,
-            progress=progress,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:
     """Where rows come from and results go. `store` None keeps K/V in a hidden folder of `folder` until the end.
 
@@ -298,7 +112,7 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.format not in ENDINGS:
             raise InvalidRequest("format", f"{self.format!r} is not one of {', '.join(ENDINGS)}")
-        _number("images_at_once", self.images_at_once, low=1, high=1000)
+        check_number("images_at_once", self.images_at_once, low=1, high=1000)
 
     @property
     def hidden(self) -> Path:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from limner.config import ModelGeometry
     from limner.images import PreparedReference
     from limner.memory import MemoryPlan, Staging
+    from limner.model_options import ModelOptions
     from limner.pipeline import Pipeline, PipelineOutput
     from limner.references import References
     from limner.store import ReferenceStore
@@ -223,10 +224,7 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--images-at-once", type=int, default=1, metavar="N",
         help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
     )  # fmt: skip
-    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
-    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
-    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    _model_arguments(parser)
     _store_argument(parser, help="folder in which K/V of references are kept beyond this batch")
     _budget_argument(parser)
     _kv_argument(parser)
@@ -250,16 +248,10 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
-    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
-    _weights_arguments(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
-    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
-    _lora_argument(parser)
+    _model_arguments(parser)
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
-    _limit_argument(parser)
     _reference_arguments(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
@@ -312,14 +304,8 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
     _budget_argument(warm)
     warm.add_argument("--pin", action="store_true", help="keep them from eviction")
     for parser in (pack, warm):
-        parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
-        _weights_arguments(parser)
-        parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
-        parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
-        _lora_argument(parser)
-        parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
+        _model_arguments(parser)
         _kv_argument(parser)
-        _limit_argument(parser)
         _reference_arguments(parser)
 
     ls = add("ls", "list what a store holds, the least recently used first", _ls)
@@ -355,17 +341,6 @@ def _kv_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _lora_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lora",
-        action="append",
-        type=_lora,
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",
-    )
-
-
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
     parser.add_argument(
@@ -379,26 +354,30 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=_size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
-    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
-    _weights_arguments(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
-    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
-    _lora_argument(parser)
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
-    _limit_argument(parser)
+    _model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
 
 
-def _limit_argument(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a pipeline is loaded from, and how it computes."""
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id; default: the bundled model")
+    for name in ("transformer", "vae", "text-encoder"):
+        parser.add_argument(f"--{name}", metavar="FILE", help="file or folder to take this part from instead")
+    parser.add_argument("--dtype", choices=DTYPES, help="arithmetic; default: that of the files")
+    parser.add_argument("--quantize", choices=("int8",), help="make the transformer's weights and activations int8")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
         "--memory-limit", metavar="SIZE",
         help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
     )  # fmt: skip
-
-
-def _weights_arguments(parser: argparse.ArgumentParser) -> None:
-    for name in ("transformer", "vae", "text-encoder"):
-        parser.add_argument(f"--{name}", metavar="FILE", help="file or folder to take this part from instead")
 
 
 def _reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -481,21 +460,14 @@ def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedRef
     return [prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1)]
 
 
-def _lora_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
-    """The files of LoRAs and their strengths; what is no LoRA file is refused before a model is loaded."""
-    if not args.lora:
-        return []
-    from limner.weights.lora import resolve_lora
+def _model_options(args: argparse.Namespace) -> ModelOptions:
+    from limner.model_options import ModelOptions
 
-    return [(resolve_lora(source), strength) for source, strength in args.lora]
-
-
-def _load_loras(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> None:
-    if loras:
-        names = [f"{file.stem}-{i}" for i, (file, _) in enumerate(loras, start=1)]
-        for name, (file, _) in zip(names, loras, strict=True):
-            pipe.load_lora_weights(file, name)
-        pipe.set_adapters(names, [strength for _, strength in loras])
+    return ModelOptions(
+        model=args.model, transformer=args.transformer, vae=args.vae, text_encoder=args.text_encoder, dtype=args.dtype,
+        quantize=args.quantize, device=args.device, kv_cache_dtype=args.kv_cache_dtype, memory_limit=args.memory_limit,
+        policy=_policy(args), loras=tuple(args.lora),
+    )  # fmt: skip
 
 
 class _Progress:
@@ -535,30 +507,19 @@ def _draw(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
             )
     prepared = _prepare(args, args.image or [])  # bad ones are refused before a model is loaded
-    loras = _lora_files(args)
+    model = _model_options(args)
+    model.check()
 
     import torch
 
     from limner.images import save
-    from limner.pipeline import Pipeline
     from limner.references import References
 
     pack = References.load(args.references) if args.references else None
     store = _store(args, disk_bytes=args.store_bytes) if args.store else None
     progress = _Progress(num_steps=args.steps, references=bool(prepared))
     try:
-        pipe = Pipeline.from_pretrained(
-            args.model,
-            **_parts(args),
-            torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=args.device,
-            store=store,
-            quantize=args.quantize,
-            kv_cache_dtype=args.kv_cache_dtype,
-            memory_limit=args.memory_limit,
-            progress=progress,
-        )
-        _load_loras(pipe, loras)
+        pipe = model.load(store=store, progress=progress)
         generators = None
         if args.seed is not None:
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
@@ -682,24 +643,9 @@ def _existing_store(args: argparse.Namespace) -> ReferenceStore:
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
     prepared = _prepare(args, args.file)
-    loras = _lora_files(args)
-
-    import torch
-
-    from limner.pipeline import Pipeline
-
-    pipe = Pipeline.from_pretrained(
-        args.model,
-        **_parts(args),
-        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
-        device=args.device,
-        store=store,
-        quantize=args.quantize,
-        kv_cache_dtype=args.kv_cache_dtype,
-        memory_limit=args.memory_limit,
-    )
-    _load_loras(pipe, loras)
-    return pipe.prefill(prepared)
+    model = _model_options(args)
+    model.check()
+    return model.load(store=store).prefill(prepared)
 
 
 def _describe(refs: References) -> dict[str, Any]:
@@ -889,11 +835,6 @@ def _plan_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _parts(args: argparse.Namespace) -> dict[str, Any]:
-    """The parts of a model that come from elsewhere, as `from_pretrained` takes them."""
-    return {"transformer": args.transformer, "vae": args.vae, "text_encoder": args.text_encoder}
-
-
 def _serve(args: argparse.Namespace) -> None:
     from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
@@ -913,23 +854,9 @@ def _serve(args: argparse.Namespace) -> None:
         public_url=args.public_url, tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
     )  # fmt: skip
     check_options(options)
-    import torch
-
-    from limner.pipeline import Pipeline
-
-    loras = _lora_files(args)
-    pipe = Pipeline.from_pretrained(
-        args.model,
-        torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
-        device=args.device,
-        store=_store(args, disk_bytes=args.store_bytes) if args.store else None,
-        reference_policy=_policy(args),
-        quantize=args.quantize,
-        kv_cache_dtype=args.kv_cache_dtype,
-        **_parts(args),
-        memory_limit=args.memory_limit,
-    )
-    _load_loras(pipe, loras)
+    model = _model_options(args)
+    model.check()
+    pipe = model.load(store=_store(args, disk_bytes=args.store_bytes) if args.store else None)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
 
@@ -976,7 +903,7 @@ def _says_how_to_go_on(batch: Batch) -> Iterator[None]:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from limner.batch import Batch, BatchOptions, ModelOptions
+    from limner.batch import Batch, BatchOptions
     from limner.images import printable
     from limner.pipeline import check_device
 
@@ -986,10 +913,7 @@ def _batch(args: argparse.Namespace) -> int:
         manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
         store=Path(os.path.abspath(args.store)) if args.store else None, store_bytes=args.store_bytes,
     )  # fmt: skip
-    model = ModelOptions(
-        model=args.model, dtype=args.dtype, quantize=args.quantize, device=args.device,
-        kv_cache_dtype=args.kv_cache_dtype, background=args.background, max_pixels=args.max_pixels,
-    )  # fmt: skip
+    model = _model_options(args)
     model.check()
     progress = _BatchProgress()
     with contextlib.ExitStack() as stack:

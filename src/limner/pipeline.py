@@ -506,10 +506,13 @@ class Pipeline:
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
         """The content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        return self._key(prepared, weights=self.reference_weights, kernel=self.kernel)
+
+    def _key(self, prepared: Sequence[PreparedReference], *, weights: str, kernel: str) -> str:
         return reference_key(
-            weights=self.reference_weights,
+            weights=weights,
             dtype=self.dtype,
-            kernel=self.kernel,
+            kernel=kernel,
             digests=[p.report.digest for p in prepared],
             quantization=self.kv_cache_dtype,
         )
@@ -551,7 +554,8 @@ class Pipeline:
                 prefill_seconds=self._now() - start,
             )
 
-        references, source = self.store.get(self.key_of(prepared), make, device=self.device)
+        key = self._key(prepared, weights=weights, kernel=kernel)
+        references, source = self.store.get(key, make, device=self.device)
         return _with_reports(references, reports), source
 
     def _check_given(self, references: References) -> References:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from tests.conftest import picture
 
-from limner.batch import Batch, BatchOptions, BatchSummary, ModelOptions
+from limner.batch import Batch, BatchOptions, BatchSummary
 from limner.cli import main
 from limner.deploy.ray_batch import Cluster, this_node
 from limner.errors import InvalidRequest, RemoteError
+from limner.model_options import ModelOptions
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")

@@ -33,13 +33,13 @@ from limner.batch import (
     BatchOptions,
     Drawer,
     Group,
-    ModelOptions,
     Result,
     Task,
     finished_rows,
     is_whole,
 )
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
+from limner.model_options import ModelOptions
 
 __all__ = ["Cluster", "check_nodes", "this_node"]
 
