@@ -25,7 +25,7 @@ from world import HELD_OUT, STICKERS, Picture, Renderer
 
 MAX_TOKENS = 48
 ENOUGH_PROMPTS = 20000
-TASKS = {"draw": 0.24, "edit": 0.22, "combine2": 0.2, "combine3": 0.17, "combine4": 0.17}
+TASKS = {"draw": 0.24, "edit": 0.24, "combine2": 0.17, "combine3": 0.16, "combine4": 0.19}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"

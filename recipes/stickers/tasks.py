@@ -30,6 +30,10 @@ from world import (
 NAMES = {glyph: name for name, glyph in {**STICKERS, **HELD_OUT}.items()}
 TASKS = ("draw", "edit", "combine2", "combine3", "combine4")
 NUM_VARIANTS = 9
+EDITS = ("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey")
+"""The kinds of edits of one reference, as often as the evaluation asks for them."""
+HARD_EDITS = ("scale", "mirror", "mirror")
+"""Asked for oftener in training: form is what fails most."""
 SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big", "large", "huge")}
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
 ROW_WORDS = {"top": "at the top", "middle": "", "bottom": "at the bottom"}
@@ -197,7 +201,7 @@ class Grammar:
         (before,) = references
         sticker = before.stickers[0]
         it = self._call(rng, sticker)
-        kind = rng.choice(("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey"))
+        kind = rng.choice(EDITS if self._evaluation else (*EDITS, *HARD_EDITS))
         if kind == "scene":
             scene = Scene(name=rng.choice([n for n in scene_names() if n != before.scene.name]))
             where = scene_words(rng, scene.name)
