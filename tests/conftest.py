@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,28 @@ def generators(*seeds: int) -> list[torch.Generator]:
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b||."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+class Gate:
+    """Holds calls of the pipeline, before they begin, while it is shut; keeps the prompts of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[str]] = []
+        self._open, self.entered = threading.Event(), threading.Event()
+        self._open.set()
+        call = Pipeline.__call__
+
+        def held(own: Pipeline, prompt: Any, **options: Any) -> Any:
+            self.calls.append(list(prompt))
+            self.entered.set()
+            assert self._open.wait(60)
+            return call(own, prompt, **options)
+
+        monkeypatch.setattr(Pipeline, "__call__", held)
+
+    def shut(self) -> None:
+        self.entered.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import pytest
 from PIL import Image
 
 from limner import Pipeline
@@ -38,38 +37,18 @@ class Words:
 
     def __init__(self) -> None:
         self.refuse: set[str] = set()
+        self.looked = 0
+        """How many references were looked at."""
 
     def check_prompt(self, prompt: str, *, tolerance: int) -> Finding | None:
         return self._finding("prompt") if "forbidden" in prompt else None
 
     def check_image(self, image: Image.Image, *, role: str, tolerance: int) -> Finding | None:
+        self.looked += role == "input"
         return self._finding(role) if role in self.refuse else None
 
     def _finding(self, category: str) -> Finding:
         return Finding(check=self.name, category=category, reason=f"The {category} is refused.")
-
-
-class Gate:
-    """Holds calls of the pipeline, before they begin, while it is shut."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._open, self.entered = threading.Event(), threading.Event()
-        self._open.set()
-        call = Pipeline.__call__
-
-        def held(own: Pipeline, prompt: Any, **options: Any) -> Any:
-            self.entered.set()
-            assert self._open.wait(60)
-            return call(own, prompt, **options)
-
-        monkeypatch.setattr(Pipeline, "__call__", held)
-
-    def shut(self) -> None:
-        self.entered.clear()
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
 
 
 class Served:

@@ -15,7 +15,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import httpx
 import pytest
 import torch
-from tests.serving import ANNA, BOB, KEYS, SIZE, Gate, Served, Words, opened, png, text, types
+from tests.conftest import Gate
+from tests.serving import ANNA, BOB, KEYS, SIZE, Served, Words, opened, png, text, types
 
 from limner import Pipeline
 from limner.engine import Engine
@@ -112,6 +113,27 @@ def test_moderated(served: Served) -> None:
     assert (found["status"], found["result"]) == ("Content Moderated", None)
     assert found["details"]["Moderation Reasons"] == ["output"]
     assert (served.files("inputs"), served.files("results")) == before
+
+
+def test_references_that_passed_are_not_looked_at_again(served: Served) -> None:
+    words = served.words  # type: ignore[attr-defined]
+    mine, other = text(png(seed=81)), text(png(seed=82))
+    before = words.looked
+
+    def looked(**body: Any) -> int:
+        assert served.draw(**body)["status"] == "Ready"
+        return int(words.looked - before)
+
+    assert looked(input_image=mine) == 1
+    assert looked(input_image=mine, prompt="another prompt") == 1
+    assert looked(input_image=mine, safety_tolerance=0) == 2
+    assert looked(input_image=mine, input_image_2=other) == 4
+    words.refuse = {"input"}
+    third = text(png(seed=83))
+    for _ in range(2):  # what was refused is refused again
+        assert served.draw(input_image=third)["status"] == "Request Moderated"
+    words.refuse = set()
+    assert words.looked - before == 6
 
 
 def test_the_picture_of_a_refused_job_stays_where_another_has_it(served: Served) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.serving import BOB, KEYS, SIZE, Gate, Served, opened, png, text, types
+from tests.conftest import Gate
+from tests.serving import BOB, KEYS, SIZE, Served, opened, png, text, types
 
 from limner import Pipeline
 from limner.errors import OutputError

@@ -15,7 +15,8 @@ import httpx
 import openai
 import pytest
 import torch
-from tests.serving import ANNA, BOB, KEYS, Gate, Served, Words, opened, png
+from tests.conftest import Gate
+from tests.serving import ANNA, BOB, KEYS, Served, Words, opened, png
 
 from limner import Pipeline
 from limner.engine import Engine

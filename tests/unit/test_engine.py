@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import generators, picture
+from tests.conftest import Gate, generators, picture
 
 from limner import Cancelled, CapacityError, InvalidRequest, Pipeline
 from limner.config import ReferencePolicy
@@ -47,29 +47,12 @@ class Heard:
         return end.error
 
 
-class Gate:
-    """Holds the pipeline before it begins, so that a test fills the queue first; keeps the order of its calls."""
-
-    def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[list[str]] = []
-        self._open, self.entered = threading.Event(), threading.Event()
-        call = Pipeline.__call__
-
-        def held(own: Pipeline, prompt: Any, **options: Any) -> Any:
-            self.calls.append(list(prompt))
-            self.entered.set()
-            assert self._open.wait(60)
-            return call(own, prompt, **options)
-
-        monkeypatch.setattr(Pipeline, "__call__", held)
-
-    def open(self) -> None:
-        self._open.set()
-
-
 @pytest.fixture
-def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(pipe, monkeypatch)
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Shut, so that a test fills the queue first."""
+    gate = Gate(monkeypatch)
+    gate.shut()
+    return gate
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,7 @@ _logger = logging.getLogger("limner.server")
 _R = TypeVar("_R")
 _WEBHOOKS_AT_ONCE = 16
 _LONGEST_PAUSE = 30.0
+_PASSED_KEPT = 4096
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 """File endings of results, by output format."""
 
@@ -111,6 +113,7 @@ class JobRunner:
         self._background: set[asyncio.Task[None]] = set()
         self._ways: set[asyncio.Task[None]] = set()
         self._stop_by: float | None = None
+        self._passed: OrderedDict[tuple[str, int], None] = OrderedDict()  # digests of references, and tolerance
         self._webhook_due = asyncio.Event()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="limner-files")  # files and checks, beside the device
         self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="limner-jobs")  # SQLite writes one at a time anyway
@@ -275,9 +278,19 @@ class JobRunner:
         return found.references, found.source
 
     async def check_pictures(self, pictures: Sequence[PreparedReference], *, tolerance: int) -> Finding | None:
-        """What the checks say of references."""
+        """What the checks say of references. Pictures that passed, at the same tolerance, are not looked at again."""
+        names = [(p.report.digest, tolerance) for p in pictures]
+        if all(name in self._passed for name in names):
+            for name in names:
+                self._passed.move_to_end(name)
+            return None
         found = [Image.frombytes("RGB", p.report.processed_size, p.data) for p in pictures]
-        return await self.aside(self.checks.check_images, found, role="input", tolerance=tolerance)
+        finding = await self.aside(self.checks.check_images, found, role="input", tolerance=tolerance)
+        if finding is None:
+            self._passed.update(dict.fromkeys(names))
+            while len(self._passed) > _PASSED_KEPT:
+                self._passed.popitem(last=False)
+        return finding
 
     @property
     def num_live(self) -> int:
