@@ -30,14 +30,17 @@ def inputs() -> Iterator[tuple[str, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(3)
     for number, (grids, (batch, grid, num_txt)) in enumerate(itertools.product(GRIDS, SIZES)):
         ref_ids = reference_ids(grids) if grids else torch.zeros(0, 4)
-        yield f"{len(grids)} references, size {number % len(SIZES)}", {
-            "ref": torch.randn(1, len(ref_ids), 16, generator=generator),
-            "ref_ids": ref_ids,
-            "img": torch.randn(batch, grid[0] * grid[1], 16, generator=generator),
-            "txt": torch.randn(batch, num_txt, 48, generator=generator),
-            "img_ids": image_ids(grid),
-            "txt_ids": text_ids(num_txt),
-        }
+        yield (
+            f"{len(grids)} references, size {number % len(SIZES)}",
+            {
+                "ref": torch.randn(1, len(ref_ids), 16, generator=generator),
+                "ref_ids": ref_ids,
+                "img": torch.randn(batch, grid[0] * grid[1], 16, generator=generator),
+                "txt": torch.randn(batch, num_txt, 48, generator=generator),
+                "img_ids": image_ids(grid),
+                "txt_ids": text_ids(num_txt),
+            },
+        )
 
 
 NAMES = [name for name, _ in inputs()]
@@ -54,7 +57,7 @@ def loras(transformer: Transformer) -> dict[str, list[tuple[LowRank, float]]]:
     generator = torch.Generator().manual_seed(5)
     found = {}
     for name, module in transformer.named_modules():
-        if "transformer_blocks." in name and isinstance(module, torch.nn.Linear) or name == "x_embedder":
+        if ("transformer_blocks." in name and isinstance(module, torch.nn.Linear)) or name == "x_embedder":
             n, k = module.weight.shape
             down, up = torch.randn(3, k, generator=generator), torch.randn(n, 3, generator=generator)
             found[name] = [(LowRank(down=down * k**-0.5, up=up * 0.3), 0.7)]
@@ -92,16 +95,24 @@ def work(rank: int, size: int, folder: Path) -> dict[str, Any]:
         divide(int8, parallel)
         found[mode, "int8"] = draw(int8, given)[0]
         with torch.enable_grad(), pytest.raises(InvalidRequest, match="records no gradients"):
-            transformer(given["img"].clone().requires_grad_(), given["txt"], 0.5, img_ids=given["img_ids"], txt_ids=given["txt_ids"])
+            transformer(
+                given["img"].clone().requires_grad_(),
+                given["txt"],
+                0.5,
+                img_ids=given["img_ids"],
+                txt_ids=given["txt_ids"],
+            )
         if mode == "sequence":
             with pytest.raises(InvalidRequest, match="a stream of 1 tokens"):
-                transformer(given["img"], given["txt"][:, :1], 0.5, img_ids=given["img_ids"], txt_ids=given["txt_ids"][:1])
+                transformer(
+                    given["img"], given["txt"][:, :1], 0.5, img_ids=given["img_ids"], txt_ids=given["txt_ids"][:1]
+                )
         found[mode, "arithmetic"] = transformer.arithmetic
     kron = Kronecker(left=torch.ones(2, 2), right=torch.ones(16, 16), num_rows=32)
     with pytest.raises(InvalidRequest, match="LoKr"):
         Parallel("tensor", mesh).own_update("transformer_blocks.0.attn.to_q", kron, transformer.config)
     with pytest.raises(InvalidRequest, match="process 0 has 0, process 1 1"):
-        parallel.check_same("seed", rank)
+        parallel.check_same({"prompt": "a", "seed": rank})
     assert parallel.decided(f"I am {rank}") == "I am 0"
     assert parallel.of_first(torch.full((2,), float(rank))).tolist() == [0, 0]
     return found

@@ -21,6 +21,8 @@ from limner.model.transformer import Transformer
 
 # float32 sums in another order: seen 1e-7 to 4e-7; a wrong head, block or position gives 1e-2 and more
 TOLERANCE = 1e-5
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ is elsewhere (`limner.ranks`). Records no gradients.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
@@ -57,7 +57,7 @@ class Cut:
     def of(self, x: Tensor, *, rank: int, size: int, dim: int | None = None) -> Tensor:
         """The part of process `rank` of `size`, contiguous: a view where it is one piece of rows, else a copy."""
         dim = self.dim if dim is None else dim
-        parts = [block.chunk(size, dim)[rank] for block in x.split(self.blocks, dim)]
+        parts = [block.chunk(size, dim)[rank] for block in torch.split(x, self.blocks, dim)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
 
@@ -138,7 +138,8 @@ class Parallel:
             return update
         if isinstance(update, Kronecker):
             raise InvalidRequest(
-                "lora", f"{name} has a LoKr update, which cannot be cut for parallel='tensor'; use 'sequence', or one process"
+                "lora",
+                f"{name} has a LoKr update, which cannot be cut for parallel='tensor'; use 'sequence', or one process",
             )
         assert isinstance(update, LowRank)
         down, up = update.down, update.up
@@ -161,16 +162,17 @@ class Parallel:
         """The value of process 0."""
         return self.told(value)[0]
 
-    def check_same(self, field: str, value: object) -> None:
-        """Raises `InvalidRequest` in every process unless all have an equal value; it has to have a short `repr`."""
-        found = self.told(value)
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise InvalidRequest(
-                field,
-                f"process 0 has {found[0]!r}, process {other} {found[other]!r}; give all processes of a parallel model "
-                "the same",
-            )
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Raises `InvalidRequest` in every process unless all have equal values, by field; each with a short `repr`."""
+        first, *others = self.told(dict(values))
+        for rank, other in enumerate(others, start=1):
+            for field in first | other:
+                if first.get(field) != other.get(field):
+                    raise InvalidRequest(
+                        field,
+                        f"process 0 has {first.get(field)!r}, process {rank} {other.get(field)!r}; give all processes of a "
+                        "parallel model the same",
+                    )
 
     def of_first(self, x: Tensor) -> Tensor:
         """The tensor of process 0, of the same shape and dtype everywhere."""
