@@ -57,7 +57,7 @@ class Cut:
     def of(self, x: Tensor, *, rank: int, size: int, dim: int | None = None) -> Tensor:
         """The part of process `rank` of `size`, contiguous: a view where it is one piece of rows, else a copy."""
         dim = self.dim if dim is None else dim
-        parts = [block.chunk(size, dim)[rank] for block in torch.split(x, self.blocks, dim)]
+        parts = [block.chunk(size, dim)[rank] for block in torch.split(x, list(self.blocks), dim)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
 
