@@ -223,9 +223,14 @@ def pipelines(rank: int, size: int, model: Path, folder: Path, adapter: dict[str
             Engine(pipe)
         with pytest.raises(InvalidRequest, match="memory_limit: is for a model in one process"):
             load(memory_limit="1GiB")
+        wide = load(torch_dtype=torch.bfloat16)  # cast: what is not kept has to go
+        found[mode, "cast"] = [(x.untyped_storage().nbytes(), x.nbytes) for x in wide.transformer.state_dict().values()]
         narrow = load(torch_dtype=torch.bfloat16, quantize="int8", kv_cache_dtype="int8")
         made = edit(narrow, 1)
         found[mode, "int8"] = made.images, narrow.prefill(pictures(1)).nbytes, narrow.digest
+        found[mode, "cast"] += [
+            (x.untyped_storage().nbytes(), x.nbytes) for x in narrow.transformer.state_dict().values()
+        ]
     with pytest.raises(InvalidRequest, match="'data' is not one of None, 'tensor', 'sequence'"):
         load("data")
     with pytest.raises(InvalidRequest, match="mps cannot be that of each process"):

@@ -650,6 +650,7 @@ def _inspect(args: argparse.Namespace) -> None:
             "dtype": str(refs.dtype).removeprefix("torch."),
             "kernel": refs.kernel,
             "quantization": refs.quantization,
+            "shard": refs.shard,
             "prefill_seconds": refs.prefill_seconds,
         }
         found |= {"num_tokens": refs.num_tokens, "nbytes": refs.nbytes}

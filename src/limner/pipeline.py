@@ -811,7 +811,7 @@ class Pipeline:
             prompt_embeds, prompt_reports = self._encode_prompts(prompts, limit=limit, out_layers=out_layers)
         assert prompt_embeds is not None
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        drawn_from = _noise_source(latents, generators)
+        drawn_from = _noise_source(latents, generators) if self.parallel is not None else []
         noise = self._noise(latents, grid=grid, batch=batch, generators=generators, dtype=prompt_embeds.dtype)
         if self.parallel is not None:
             # what processes compute may differ in its last bits where machines do: texts and seeds have to be equal, and

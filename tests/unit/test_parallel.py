@@ -117,3 +117,4 @@ def test_loras_and_int8(mode: str, tiny_folder: Path, found: list[dict[Any, Any]
         assert digest == narrow.digest
         assert nbytes * (2 if mode == "tensor" else 1) == narrow.prefill(pictures(1)).nbytes
         assert relative_error(images, plain) <= 2 * rounded
+        assert all(held == used for held, used in found[rank][mode, "cast"])

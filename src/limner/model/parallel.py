@@ -21,6 +21,7 @@ is elsewhere (`limner.ranks`). Records no gradients.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -41,7 +42,7 @@ from limner.model.lora import Kronecker, LowRank, Update
 from limner.model.rope import Rope
 from limner.model.transformer import Transformer
 
-__all__ = ["MODES", "Cut", "Parallel", "TokenSlices", "divide"]
+__all__ = ["MODES", "Cut", "Parallel", "TokenSlices", "agree_on_arithmetic", "asking", "check_mode", "cuts", "divide"]
 
 MODES = ("tensor", "sequence")
 _T = TypeVar("_T")
@@ -54,11 +55,10 @@ class Cut:
     dim: int
     blocks: tuple[int, ...]
 
-    def of(self, x: Tensor, *, rank: int, size: int, dim: int | None = None) -> Tensor:
+    def of(self, x: Tensor, *, rank: int, size: int) -> Tensor:
         """The part of process `rank` of `size`, contiguous: a view where it is one piece of rows, else a copy."""
-        dim = self.dim if dim is None else dim
-        parts = [block.chunk(size, dim)[rank] for block in torch.split(x, list(self.blocks), dim)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
+        parts = [block.chunk(size, self.dim)[rank] for block in torch.split(x, list(self.blocks), self.dim)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)).contiguous()
 
 
 def cuts(config: TransformerConfig) -> dict[str, Cut]:
@@ -99,9 +99,11 @@ class Parallel:
         """Raises `InvalidRequest` unless the model can be cut into so many equal parts."""
         if self.mode != "tensor":
             return
-        for name, value in (("num_heads", config.num_heads), ("mlp_width", config.mlp_width)):
+        counts = {"num_heads": config.num_heads, "mlp_width": config.mlp_width}
+        for name, value in counts.items():
             if value % self.size:
-                allowed = [str(n) for n in range(1, config.num_heads + 1) if not config.num_heads % n]
+                common = math.gcd(*counts.values())
+                allowed = [str(n) for n in range(1, common + 1) if not common % n]
                 raise InvalidRequest(
                     "parallel",
                     f"{name}={value} cannot be divided by {self.size} processes; allowed for tensor: {', '.join(allowed)}; "

@@ -167,10 +167,14 @@ def load_transformer(
 
     whole, config = transformer.state_dict(), transformer.config
     divide(transformer, parallel)
-    assign(
-        transformer, checkpoint, dtype=dtype, device=device, after=after, expected=whole,
-        own=lambda name, value: parallel.own(name, value, config),
-    )  # fmt: skip
+
+    def own(name: str, value: Tensor) -> Tensor:
+        part = parallel.own(name, value, config)
+        of_file = value.untyped_storage().nbytes() > value.nbytes
+        # a part that is a view stays mapped with its file; one of a tensor that was cast would keep the whole in memory
+        return part if of_file or part.nbytes == value.nbytes else part.clone()
+
+    assign(transformer, checkpoint, dtype=dtype, device=device, after=after, expected=whole, own=own)
     agree_on_arithmetic(transformer, parallel)
     return transformer
 
