@@ -526,10 +526,8 @@ def _draw(args: argparse.Namespace) -> None:
             )
         _draw_here(args, writes=True)
         return
-    from limner.pipeline import check_device
-
     args.parallel = args.parallel or "tensor"
-    with ranks.together(check_device(args.device)) as writes:
+    with ranks.together(args.device) as writes:
         _draw_here(args, writes=writes)
 
 

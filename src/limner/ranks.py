@@ -56,7 +56,7 @@ def join(mode: str, device: torch.device) -> tuple[Parallel, torch.device]:
     check_mode(mode)
     device = own_device(device)
     if not dist.is_initialized():
-        _start(device)
+        _start(device.type)
     return Parallel(mode, init_device_mesh(device.type, (dist.get_world_size(),))), device
 
 
@@ -81,8 +81,8 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[bool]:
-    """Around all that a process does; gives whether it is the one that writes and prints for all.
+def together(device: str) -> Iterator[bool]:
+    """Around all that a process does on a kind of device; gives whether it is the one that writes and prints for all.
 
     All end when one fails. The first that fails raises its error; the others, which may have the same one or only miss the
     first, exit with code 2 and say nothing.
@@ -91,7 +91,7 @@ def together(device: torch.device) -> Iterator[bool]:
 
     from limner.model.parallel import asking
 
-    store, rank = _start(own_device(device))
+    store, rank = _start(device)
     try:
         yield rank == 0
         with asking():
@@ -104,7 +104,7 @@ def together(device: torch.device) -> Iterator[bool]:
     dist.destroy_process_group()
 
 
-def _start(device: torch.device) -> tuple[Any, int]:
+def _start(device: str) -> tuple[Any, int]:
     """Makes the default process group of torchrun's processes; its store, and the rank here. Raises `InvalidRequest`."""
     if not started():
         raise InvalidRequest(
@@ -112,12 +112,14 @@ def _start(device: torch.device) -> tuple[Any, int]:
             "needs several processes, and this is one; start them with torchrun --nproc-per-node 2 -m limner edit ..., or "
             "leave it out",
         )
+    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, rank, size = next(iter(rendezvous("env://")))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        gpus = device.startswith("cuda") and torch.cuda.is_available()  # if there are none, loading says so
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -115,7 +115,6 @@ def test_one_that_fails_ends_all(tmp_path: Path) -> None:
         (["batch", "rows.jsonl", "-o", "out"], "batch: runs in one process, and torchrun started 2"),
         (["refs", "ls"], "refs: runs in one process, and torchrun started 2"),
         (["edit"], "the following arguments are required"),
-        (["generate", "a", "-o", "a.png", "--device", "cpu:1"], "device: cpu:1 cannot be that of each process"),
     ],
 )
 def test_what_does_not_run_under_torchrun(
@@ -135,7 +134,7 @@ def test_what_does_not_run_under_torchrun(
         if rank == "0":
             assert message in err
             assert err.count("limner: ") == 1
-        elif "device" not in message:  # before the processes know of each other each says what it refuses
+        else:
             assert err == ""
 
 
