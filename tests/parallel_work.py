@@ -214,6 +214,10 @@ def pipelines(rank: int, size: int, model: Path, folder: Path, adapter: dict[str
         found[mode, "drawn"] = made.seeds, made.images
         pipe.load_lora_weights(adapter)
         found[mode, "lora"] = edit(pipe, 1).images
+        pipe.set_adapters("default_0", 1 - rank / 2)
+        with pytest.raises(InvalidRequest, match="lora: process 0 has "):
+            edit(pipe, 1)
+        pipe.set_adapters("default_0")
         pipe.fuse_lora()
         found[mode, "fused"] = edit(pipe, 1).images
 

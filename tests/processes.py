@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = datetime.timedelta(seconds=120)
+TIMEOUT = datetime.timedelta(seconds=300)
 
 
 def run_processes(function: Callable[..., Any], folder: Path, *args: object, size: int = 2) -> list[Any]:

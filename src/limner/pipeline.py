@@ -823,6 +823,7 @@ class Pipeline:
                 "latents" if latents is not None else "generator": drawn_from,
                 "references": given and [report.digest for report in given.reports],
                 "image": [p.report.digest for p in prepared],
+                "lora": loras,
             }
             self.parallel.check_same(asked)
             prompt_embeds, noise = (self.parallel.of_first(x.to(self.device)) for x in (prompt_embeds, noise))
