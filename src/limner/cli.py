@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from limner import __version__
+from limner import __version__, ranks
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 
@@ -40,6 +40,8 @@ ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm",
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if not ranks.speaks():
+            ranks.exit_silently()
         self.exit(2, f"limner: {message}; see {self.prog} --help\n")
 
 
@@ -355,6 +357,10 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     _model_arguments(parser)
+    parser.add_argument(
+        "--parallel", choices=("tensor", "sequence"),
+        help="under torchrun: what is divided among its processes, heads and MLP (tensor, the default) or tokens",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
 
 
@@ -420,9 +426,18 @@ def _seed(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.speaks():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int | None] = args.run
     try:
+        if ranks.started() and run is not _draw:
+            _refuse_several(args.command)
         code = run(args)
     except LimnerError as error:
         print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
@@ -431,6 +446,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("limner: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _refuse_several(command: str) -> NoReturn:
+    """Refuses a command that torchrun started several times."""
+    if not ranks.speaks():
+        ranks.exit_silently()
+    raise InvalidRequest(
+        command,
+        f"runs in one process, and torchrun started {os.environ['WORLD_SIZE']}; start it without torchrun (edit and "
+        "generate run under it)",
+    )
 
 
 def _output_files(output: str, num_images: int) -> list[Path]:
@@ -466,18 +492,18 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
     return ModelOptions(
         model=args.model, transformer=args.transformer, vae=args.vae, text_encoder=args.text_encoder, dtype=args.dtype,
         quantize=args.quantize, device=args.device, kv_cache_dtype=args.kv_cache_dtype, memory_limit=args.memory_limit,
-        policy=_policy(args), loras=tuple(args.lora),
+        policy=_policy(args), loras=tuple(args.lora), parallel=getattr(args, "parallel", None),
     )  # fmt: skip
 
 
 class _Progress:
     """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
 
-    def __init__(self, *, num_steps: int, references: bool) -> None:
+    def __init__(self, *, num_steps: int, references: bool, silent: bool = False) -> None:
         from tqdm import tqdm
 
         self._weights = {"load": 3, "text": 1, "references": 1 if references else 0, "step": num_steps, "decode": 1}
-        self._bar = tqdm(total=sum(self._weights.values()), disable=not sys.stderr.isatty(), leave=False)
+        self._bar = tqdm(total=sum(self._weights.values()), disable=silent or not sys.stderr.isatty(), leave=False)
 
     def __call__(self, part: str, done: int, of: int) -> None:
         names = list(self._weights)
@@ -491,7 +517,23 @@ class _Progress:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    files = _output_files(args.output, args.num_images)
+    if not ranks.started():
+        if args.parallel is not None:
+            raise InvalidRequest(
+                "--parallel",
+                f"{args.parallel} needs several processes; start them with torchrun --nproc-per-node 2 -m limner "
+                f"{args.command} ..., or leave it out",
+            )
+        _draw_here(args, writes=True)
+        return
+    args.parallel = args.parallel or "tensor"
+    with ranks.together(args.device) as writes:
+        _draw_here(args, writes=writes)
+
+
+def _draw_here(args: argparse.Namespace, *, writes: bool) -> None:
+    """Draws; `writes` and prints unless another process of a parallel model does."""
+    files = _output_files(args.output, args.num_images) if writes else []
     if args.steps < 1:
         raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
 
@@ -517,7 +559,7 @@ def _draw(args: argparse.Namespace) -> None:
 
     pack = References.load(args.references) if args.references else None
     store = _store(args, disk_bytes=args.store_bytes) if args.store else None
-    progress = _Progress(num_steps=args.steps, references=bool(prepared))
+    progress = _Progress(num_steps=args.steps, references=bool(prepared), silent=not writes)
     try:
         pipe = model.load(store=store, progress=progress)
         generators = None
@@ -533,12 +575,17 @@ def _draw(args: argparse.Namespace) -> None:
             num_inference_steps=args.steps,
             num_images_per_prompt=args.num_images,
             generator=generators,
+            output_type="pil" if writes else "latent",
             return_dict=True,
             progress=progress,
         )
     finally:
         progress.close()
     assert not isinstance(out, tuple)
+    if not writes:
+        if store is not None:
+            store.flush()
+        return
     for file, picture, seed in zip(files, out.images, out.seeds, strict=True):
         save(
             picture,
@@ -601,6 +648,7 @@ def _inspect(args: argparse.Namespace) -> None:
             "dtype": str(refs.dtype).removeprefix("torch."),
             "kernel": refs.kernel,
             "quantization": refs.quantization,
+            "shard": refs.shard,
             "prefill_seconds": refs.prefill_seconds,
         }
         found |= {"num_tokens": refs.num_tokens, "nbytes": refs.nbytes}

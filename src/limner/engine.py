@@ -177,6 +177,11 @@ class Engine:
         for name, value in (("max_waiting", max_waiting), ("max_batch", max_batch)):
             if value < 1:
                 raise InvalidRequest(name, f"{value} is not at least 1")
+        if pipe.parallel is not None:
+            raise InvalidRequest(
+                "pipe",
+                "a parallel model runs in several processes that have to make the same calls; an engine is in one",
+            )
         self.pipe = pipe
         self.max_waiting = max_waiting
         self.max_batch = max_batch

@@ -31,6 +31,7 @@ class ModelOptions:
     device: str = "cpu"
     kv_cache_dtype: str | None = None
     memory_limit: str | None = None
+    parallel: str | None = None
     policy: ReferencePolicy = field(default_factory=ReferencePolicy)
     loras: tuple[tuple[str, float], ...] = ()
 
@@ -56,6 +57,7 @@ class ModelOptions:
             quantize=self.quantize,
             kv_cache_dtype=self.kv_cache_dtype,
             memory_limit=self.memory_limit,
+            parallel=self.parallel,
             progress=progress,
         )
         if loras:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import psutil
@@ -54,9 +54,13 @@ from limner.weights.folder import (
     read_settings,
     resolve_model,
     resolve_part,
+    transformer_digest,
 )
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 from limner.weights.lora import load_lora
+
+if TYPE_CHECKING:
+    from limner.model.parallel import Parallel
 
 __all__ = [
     "Pipeline",
@@ -196,6 +200,7 @@ class Pipeline:
         kv_cache_dtype: str | None = None,
         memory_limit: str | int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
+        parallel: str | None = None,
         progress: Progress | None = None,
     ) -> Pipeline:
         """Loads a folder in the diffusers layout, a hub id, or (None) the bundled model.
@@ -208,7 +213,9 @@ class Pipeline:
         `kv_cache_dtype` is the format in which K/V of references are kept: None, that of the arithmetic; "int8" or "fp8",
         half the bytes of bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files
         included: networks have their weights in memory by turns, if need be layer by layer, with the same results bit for
-        bit (on a CPU under Linux). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        bit (on a CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor"
+        by heads and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same
+        results (`limner.model.parallel`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -216,7 +223,13 @@ class Pipeline:
         if quantize not in (None, "int8"):
             raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
         device = check_device(device)
-        residency = None
+        residency, place = None, None
+        if parallel is not None:
+            if memory_limit is not None:
+                raise InvalidRequest("memory_limit", "is for a model in one process; leave it out, or parallel")
+            from limner.ranks import join
+
+            place, device = join(parallel, device)
         if memory_limit is not None:
             allowed = parse_bytes(memory_limit)
             if device.type != "cpu":
@@ -238,7 +251,7 @@ class Pipeline:
         report("load", 0, 3)
         loaded_transformer = load_transformer(
             sources["transformer"], dtype=dtype, device=device, quantize=quantize, like=like["transformer"],
-            after=after,
+            after=after, parallel=place,
         )  # fmt: skip
         report("load", 1, 3)
         autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
@@ -268,6 +281,17 @@ class Pipeline:
         )
         pipe._check_limit(Request(size=(64, 64), num_text=1))
         modules = {"transformer": loaded_transformer, "vae": autoencoder, "text_encoder": loaded_text_encoder}
+        if place is not None and place.shard is not None:
+            whole = functools.partial(
+                transformer_digest, sources["transformer"], dtype=dtype, quantize=quantize, like=like["transformer"]
+            )
+            pipe._digests.loaded(
+                modules.pop("transformer"),
+                sources["transformer"],
+                before=before["transformer"],
+                shard=place.shard,
+                whole=whole,
+            )
         for part, module in modules.items():
             pipe._digests.loaded(module, sources[part], before=before[part])
         return pipe
@@ -313,7 +337,11 @@ class Pipeline:
         )
 
     def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
-        """Moves all parts to a device, or casts them to a dtype; gives itself."""
+        """Moves all parts to a device, or casts them to a dtype; gives itself. Not for a parallel model."""
+        if self.parallel is not None:
+            raise InvalidRequest(
+                "to", "a parallel model stays where it was loaded; give device and dtype to from_pretrained"
+            )
         cast = isinstance(target, torch.dtype)
         if not isinstance(target, torch.dtype):
             target = check_device(target)
@@ -383,6 +411,15 @@ class Pipeline:
         return self.transformer.device
 
     @property
+    def parallel(self) -> Parallel | None:
+        """This process's place among those that the transformer is divided among; None where it is whole."""
+        return self.transformer.parallel
+
+    @property
+    def _shard(self) -> tuple[int, int] | None:
+        return self.parallel.shard if self.parallel else None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
 
@@ -436,8 +473,14 @@ class Pipeline:
         that were prefilled with other LoRAs, or strengths, are not taken. Raises `CheckpointError`, `InvalidRequest`.
         """
         source = pretrained_model_name_or_path_or_dict
-        shapes = matrix_shapes(self.transformer)
-        self._adapters.add(load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict), adapter_name)
+        shapes, parallel, config = matrix_shapes(self.transformer), self.parallel, self.transformer.config
+        if parallel is not None:
+            shapes = {name: parallel.whole_shape(name, shape, config) for name, shape in shapes.items()}
+        lora = load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict)
+        if parallel is not None:
+            updates = {name: parallel.own_update(name, update, config) for name, update in lora.updates.items()}
+            lora = replace(lora, updates=updates)
+        self._adapters.add(lora, adapter_name)
 
     @_typed_memory_errors
     def set_adapters(
@@ -515,6 +558,7 @@ class Pipeline:
             kernel=kernel,
             digests=[p.report.digest for p in prepared],
             quantization=self.kv_cache_dtype,
+            shard=self._shard,
         )
 
     def _prepare(self, image: Picture | Sequence[Picture]) -> list[PreparedReference]:
@@ -543,6 +587,7 @@ class Pipeline:
             with self._working("encode references", request):
                 latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
+            ref_tokens = ref_tokens if self.parallel is None else self.parallel.of_first(ref_tokens)
             with self._working("prefill", request, kept=self.kv_bytes(request.num_ref)):
                 kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
             return References.make(
@@ -552,11 +597,28 @@ class Pipeline:
                 quantization=quantization,
                 reports=reports,
                 prefill_seconds=self._now() - start,
+                shard=self._shard,
             )
 
         key = self._key(prepared, weights=weights, kernel=kernel)
-        references, source = self.store.get(key, make, device=self.device)
+        if self.parallel is None:
+            references, source = self.store.get(key, make, device=self.device)
+        else:
+            references, source = self._agreed(key, make, prepared, self.parallel)
         return _with_reports(references, reports), source
+
+    def _agreed(
+        self, key: str, make: Callable[[], References], prepared: list[PreparedReference], parallel: Parallel
+    ) -> tuple[References, Source]:
+        """As `ReferenceStore.get`, with one answer for all processes: the entry is made again unless all have theirs."""
+        parallel.check_same({"image": [p.report.digest for p in prepared]})
+        found = self.store.find(key, device=self.device)
+        if all(parallel.told(found is not None)) and found is not None:
+            return found
+        made = make()
+        if found is None:
+            made, _ = self.store.get(key, lambda: made, device=self.device)
+        return made, "miss"
 
     def _check_given(self, references: References) -> References:
         if not isinstance(references, References):
@@ -574,8 +636,17 @@ class Pipeline:
                 "references",
                 f"their dtype is {references.dtype}, the pipeline's {self.dtype}; prefill the pictures again",
             )
+        if references.shard is None and self._shard is not None:
+            references = references.part(*self._shard)
+        if references.shard != self._shard:
+            raise InvalidRequest(
+                "references",
+                f"they are of part {references.shard} (rank, processes) of the heads, this pipeline has "
+                f"{self._shard or 'all of them'}; prefill the pictures with this pipeline",
+            )
         config = self.transformer.config
-        shape, expected = tuple(references.layers[0].k.shape[2:]), (config.num_heads, config.head_dim)
+        num_heads = config.num_heads // (self._shard[1] if self._shard else 1)
+        shape, expected = tuple(references.layers[0].k.shape[2:]), (num_heads, config.head_dim)
         if len(references.layers) != config.num_layers or shape != expected:
             raise InvalidRequest(
                 "references",
@@ -601,6 +672,8 @@ class Pipeline:
         `num_own` are the text and output tokens of one image.
         """
         network = self.autoencoder.network.config
+        elsewhere = kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
+        elsewhere -= self.kv_bytes(num_ref)
         return call_bytes(
             self.transformer.config,
             AutoencoderConfig.from_diffusers(dict(network)),
@@ -610,11 +683,12 @@ class Pipeline:
             formats=self._formats,
             whole_pixels=self.autoencoder.whole_pixels,
             reference_pixels=min(num_ref * _GRID**2, self.reference_policy.max_pixels),
-        )
+        ) - elsewhere  # fmt: skip
 
     def kv_bytes(self, num_ref: int) -> int:
-        """Bytes of the K/V of reference tokens, as they are kept."""
-        return kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
+        """Bytes of the K/V of reference tokens, as they are kept here."""
+        whole = kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
+        return whole // (self._shard[1] if self._shard else 1)
 
     # prompts
 
@@ -683,7 +757,8 @@ class Pipeline:
         batch that go on (the others are dropped, also from the output); it may also ask for denoised, the clean tokens
         that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
         raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps. `progress(part, done, of)`
-        hears of every part. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
+        hears of every part. With a parallel model callbacks run in every process and have to do the same. Raises
+        `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         report = progress or _silent
         self._interrupt = False
@@ -736,7 +811,22 @@ class Pipeline:
             prompt_embeds, prompt_reports = self._encode_prompts(prompts, limit=limit, out_layers=out_layers)
         assert prompt_embeds is not None
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        drawn_from = _noise_source(latents, generators) if self.parallel is not None else []
         noise = self._noise(latents, grid=grid, batch=batch, generators=generators, dtype=prompt_embeds.dtype)
+        if self.parallel is not None:
+            # what processes compute may differ in its last bits where machines do: texts and seeds have to be equal, and
+            # tokens and noise are those of process 0
+            asked = {
+                "size": [*prompt_embeds.shape, *noise.shape],
+                "sigmas": levels.tolist(),
+                "prompt": prompts if prompts is not None else _short_digest(prompt_embeds),
+                "latents" if latents is not None else "generator": drawn_from,
+                "references": given and [report.digest for report in given.reports],
+                "image": [p.report.digest for p in prepared],
+                "lora": loras,
+            }
+            self.parallel.check_same(asked)
+            prompt_embeds, noise = (self.parallel.of_first(x.to(self.device)) for x in (prompt_embeds, noise))
         text_done = self._now()
         report("text", 1, 1)
 
@@ -899,6 +989,7 @@ class Pipeline:
             return generator, (_seed_of(generator), *(None,) * (batch - 1))
         if generator is None:
             drawn = torch.randint(0, 2**31, (batch,), generator=_fresh_generator()).tolist()
+            drawn = drawn if self.parallel is None else self.parallel.decided(drawn)
             generator = [torch.Generator().manual_seed(seed) for seed in drawn]
         if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
             raise InvalidRequest("generator", f"{generator!r} is not a torch.Generator or a list of them")
@@ -964,6 +1055,19 @@ def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int
 
 def _silent(part: str, done: int, of: int) -> None:
     """The progress of callers that do not ask for it."""
+
+
+def _short_digest(x: Tensor) -> str:
+    """Tells tensors apart in an error message."""
+    return hashlib.sha256(x.detach().double().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _noise_source(latents: Tensor | None, generators: Sequence[torch.Generator] | torch.Generator) -> list[str]:
+    """Tells apart what noise is drawn from: that is equal where noise, computed on different machines, may not be."""
+    if latents is not None:
+        return [_short_digest(latents)]
+    every = [generators] if isinstance(generators, torch.Generator) else generators
+    return [_short_digest(generator.get_state()) for generator in every]
 
 
 def _fresh_generator() -> torch.Generator:

@@ -1,7 +1,8 @@
 """Reference K/V as values with an identity, and the pack file that takes them elsewhere.
 
 Owns the content key and the file format. K/V of references depend on weights, on the ordered list of processed reference
-pixels and on the arithmetic; the key covers these and nothing else. Knows nothing of prompts, pipelines or stores.
+pixels and on the arithmetic; the key covers these and nothing else, but for K/V of a part of the heads, which part it is.
+Knows nothing of prompts, pipelines or stores.
 
 A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of the
 layers, and in its header the identity, which holds a SHA-256 of each tensor, and a SHA-256 of the identity. Loading copies
@@ -51,9 +52,18 @@ class DamagedPack(InvalidRequest):
 
 
 def reference_key(
-    *, weights: str, dtype: torch.dtype, kernel: str, digests: Sequence[str], quantization: str | None = None
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    kernel: str,
+    digests: Sequence[str],
+    quantization: str | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> str:
-    """The content key: SHA-256 in hex of weights, arithmetic, format and the ordered digests of processed references."""
+    """The content key: SHA-256 in hex of weights, arithmetic, format and the ordered digests of processed references.
+
+    `shard` (rank, size) is for K/V of a part of the heads, None for those of all.
+    """
     parts = {
         "format": _FORMAT,
         "weights": weights,
@@ -61,6 +71,7 @@ def reference_key(
         "kernel": kernel,
         "quantization": quantization,
         "references": list(digests),
+        **({"shard": list(shard)} if shard else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -78,6 +89,7 @@ class PackIdentity:
     reports: tuple[ReferenceReport, ...]
     digests: dict[str, str]
     prefill_seconds: float
+    shard: tuple[int, int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +102,8 @@ class References(ReferenceKV):
 
     `key` is the content key; `weights` the digest of transformer and autoencoder that made it; `dtype` that of the
     arithmetic; `quantization` None, "int8" or "fp8"; `reports` say for each reference what was done to it;
-    `prefill_seconds` is what making it took.
+    `prefill_seconds` is what making it took. `shard` None has all heads; (rank, size) has one of `size` equal parts of
+    them, in their order, as a process of a tensor parallel model keeps it.
     """
 
     key: str
@@ -100,6 +113,7 @@ class References(ReferenceKV):
     quantization: str | None = None
     reports: tuple[ReferenceReport, ...]
     prefill_seconds: float = 0.0
+    shard: tuple[int, int] | None = None
 
     @classmethod
     def make(
@@ -111,6 +125,7 @@ class References(ReferenceKV):
         quantization: str | None,
         reports: tuple[ReferenceReport, ...],
         prefill_seconds: float = 0.0,
+        shard: tuple[int, int] | None = None,
     ) -> References:
         """What a prefill gave, in the format in which it is kept, under its key."""
         dtype = kv.layers[0].k.dtype
@@ -120,14 +135,28 @@ class References(ReferenceKV):
         digests = [report.digest for report in reports]
         return cls(
             layers=layers,
-            key=reference_key(weights=weights, dtype=dtype, kernel=kernel, digests=digests, quantization=quantization),
+            key=reference_key(
+                weights=weights, dtype=dtype, kernel=kernel, digests=digests, quantization=quantization, shard=shard
+            ),
             weights=weights,
             kernel=kernel,
             dtype=dtype,
             quantization=quantization,
             reports=reports,
             prefill_seconds=prefill_seconds,
+            shard=shard,
         )
+
+    def part(self, rank: int, size: int) -> References:
+        """The K/V of part `rank` of `size` of the heads, under a key of their own; copies. Raises `InvalidRequest`."""
+        num_heads = self.layers[0].k.shape[2]
+        if self.shard is not None or num_heads % size:
+            held = "all" if self.shard is None else f"part {self.shard[0]} of {self.shard[1]}"
+            raise InvalidRequest(
+                "references", f"{num_heads} heads ({held}) cannot be cut into {size} parts; prefill the pictures again"
+            )
+        layers = tuple(type(layer)(*(x.chunk(size, dim=2)[rank].contiguous() for x in layer)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers, shard=(rank, size), key=self._key((rank, size)))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -182,6 +211,7 @@ class References(ReferenceKV):
                 quantization=identity.quantization,
                 reports=identity.reports,
                 prefill_seconds=identity.prefill_seconds,
+                shard=identity.shard,
             )
             references.check()
         except _MALFORMED as error:
@@ -204,16 +234,19 @@ class References(ReferenceKV):
                     raise ValueError(
                         f"keys or values of shape {list(x.shape)} in {x.dtype}, not {list(shape)} in {dtype}"
                     )
-        digests = [report.digest for report in self.reports]
-        expected = reference_key(
+        if self.key != self._key(self.shard):
+            raise ValueError("its key is not that of its contents")
+
+    def _key(self, shard: tuple[int, int] | None) -> str:
+        """The content key of what this is made of, with all heads or a part of them."""
+        return reference_key(
             weights=self.weights,
             dtype=self.dtype,
             kernel=self.kernel,
-            digests=digests,
+            digests=[report.digest for report in self.reports],
             quantization=self.quantization,
+            shard=shard,
         )
-        if self.key != expected:
-            raise ValueError("its key is not that of its contents")
 
 
 def write_pack(references: References, path: Path) -> None:
@@ -236,6 +269,7 @@ def write_pack(references: References, path: Path) -> None:
         "reports": [dataclasses.asdict(report) for report in references.reports],
         "digests": digests,
         "prefill_seconds": references.prefill_seconds,
+        **({"shard": list(references.shard)} if references.shard else {}),
     }
     text = json.dumps(identity, sort_keys=True)
     header: dict[str, Any] = {"__metadata__": {_HEADER: text, _HEADER_DIGEST: _text_digest(text)}}
@@ -352,7 +386,17 @@ def _identity(values: dict[str, Any]) -> PackIdentity:
         reports=tuple(_report(report) for report in values["reports"]),
         digests={_text(name): _text(digest) for name, digest in values["digests"].items()},
         prefill_seconds=float(seconds),
+        shard=_shard(values.get("shard")),
     )
+
+
+def _shard(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    rank, size = (_whole(x) for x in value)
+    if rank >= size:
+        raise ValueError(f"shard={value!r}")
+    return rank, size
 
 
 def _report(values: dict[str, Any]) -> ReferenceReport:

@@ -188,6 +188,10 @@ def _mixed(old: float | None, new: float) -> float:
     return new if old is None or new < old / 2 else 0.7 * old + 0.3 * new
 
 
+class _Missing(Exception):
+    """An entry was asked for only if it is there."""
+
+
 class _Refused(Exception):
     """Why an entry is not kept on disk."""
 
@@ -430,6 +434,17 @@ class ReferenceStore:
         finally:
             with self._lock:
                 del self._under_way[key]
+
+    def find(self, key: str, *, device: torch.device | str = "cpu") -> tuple[References, Source] | None:
+        """What `get` gives of a key that is in a tier and whole there; None of others."""
+
+        def missing() -> References:
+            raise _Missing
+
+        try:
+            return self.get(key, missing, device=device)
+        except _Missing:
+            return None
 
     def place(self, references: References, *, device: torch.device | str) -> References:
         """References where a device reads them: on it, if its tier has room beside what is pinned there, else where they

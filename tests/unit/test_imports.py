@@ -17,7 +17,7 @@ LAYERS = (
     {"safety", "provenance"},
     {"model"},
     {"weights", "references", "residency"},
-    {"store", "adapters"},
+    {"store", "adapters", "ranks"},
     {"pipeline"},
     {"engine", "bench", "manifest", "model_options"},
     {"batch"},
@@ -27,7 +27,7 @@ LAYERS = (
     {"__main__"},
 )
 INSIDE_MODEL = (
-    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "autoencoder", "preview", "text_encoder",
+    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "parallel", "autoencoder", "preview", "text_encoder",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ prompt nor noise. Knows nothing of sequences, steps or files.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from limner.native import kernels as native
 from limner.tokens import TokenLayout
 
 __all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
+
+Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the K/V of this process's tokens to those of all, each (B, S, H, D)."""
 
 
 class Shift(NamedTuple):
@@ -168,18 +172,14 @@ class DoubleBlock(nn.Module):
         layout: TokenLayout,
         references: AnyLayerKV | None,
         kernel: str | None,
+        gather: Gather | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S_img, C) and (B, S_txt, C) to the same; `rope` is that of [txt, img]."""
         rope_txt, rope_img = rope.split(layout.num_txt)
         q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]), rope_img)
         q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]), rope_txt)
-        out = attend(
-            layout.join(q_txt, q_img),
-            layout.join(k_txt, k_img),
-            layout.join(v_txt, v_img),
-            references=references,
-            kernel=kernel,
-        ).flatten(2)
+        k, v = _gathered(layout.join(k_txt, k_img), layout.join(v_txt, v_img), gather)
+        out = attend(layout.join(q_txt, q_img), k, v, references=references, kernel=kernel).flatten(2)
         out_txt, out_img = layout.split(out)
         img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out_img))
         txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out_txt))
@@ -187,9 +187,12 @@ class DoubleBlock(nn.Module):
         txt = torch.addcmul(txt, mod_txt[1].gate, self.ff_context(self._norm(txt, mod_txt[1])))
         return img, txt
 
-    def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
+    def prefill(
+        self, ref: Tensor, *, mod: tuple[Shift, ...], rope: Rope, kernel: str | None, gather: Gather | None = None
+    ) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same and the K/V that this layer keeps."""
         q, k, v = self.attn.project_img(self._norm(ref, mod[0]), rope)
+        k, v = _gathered(k, v, gather)
         out = attend(q, k, v, kernel=kernel).flatten(2)
         ref = torch.addcmul(ref, mod[0].gate, self.attn.to_out[0](out))
         ref = torch.addcmul(ref, mod[1].gate, self.ff(self._norm(ref, mod[1])))
@@ -204,16 +207,21 @@ class ParallelAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.width, self.head_dim = config.width, config.head_dim
-        self._parts = [config.width, config.width, config.width, 2 * config.mlp_width]
+        self.head_dim = config.head_dim
         self.to_qkv_mlp_proj = Linear(config.width, 3 * config.width + 2 * config.mlp_width)
         self.to_out = Linear(config.width + config.mlp_width, config.width)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
+    @property
+    def width(self) -> int:
+        """Features of the heads that are here: 3 C + 2 M outputs less twice the C + M inputs of the way back."""
+        return self.to_qkv_mlp_proj.out_features - 2 * self.to_out.in_features
+
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k after norm and rotation, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
-        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(self._parts, dim=-1)
+        parts = [self.width] * 3 + [self.to_qkv_mlp_proj.out_features - 3 * self.width]
+        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
         return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v, mlp
 
@@ -249,17 +257,19 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(config)
 
     def forward(
-        self, x: Tensor, *, mod: Shift, rope: Rope, references: AnyLayerKV | None, kernel: str | None
+        self,
+        x: Tensor,
+        *,
+        mod: Shift,
+        rope: Rope,
+        references: AnyLayerKV | None,
+        kernel: str | None,
+        gather: Gather | None = None,
     ) -> Tensor:
         """(B, S, C) of [txt, img] to the same."""
         q, k, v, mlp = self.attn.project(self._norm(x, mod), rope)
-        out = attend(
-            q,
-            k,
-            v,
-            references=references,
-            kernel=kernel,
-        )
+        k, v = _gathered(k, v, gather)
+        out = attend(q, k, v, references=references, kernel=kernel)
         return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))
 
     def forward_last(
@@ -271,29 +281,37 @@ class SingleBlock(nn.Module):
         layout: TokenLayout,
         references: AnyLayerKV | None,
         kernel: str | None,
+        gather: Gather | None = None,
     ) -> Tensor:
         """(B, S, C) of [txt, img] to (B, S_img, C): what the last block would make of text tokens, nobody reads."""
         normed = self._norm(x, mod)
-        k, v = self.attn.project_kv(normed, rope)
+        k, v = _gathered(*self.attn.project_kv(normed, rope), gather)
         _, rope_img = rope.split(layout.num_txt)
         q, mlp = self.attn.project_q_mlp(normed[:, layout.img], rope_img)
         out = attend(q, k, v, references=references, kernel=kernel)
         return torch.addcmul(x[:, layout.img], mod.gate, self.attn.merge(out, mlp))
 
-    def prefill(self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None) -> tuple[Tensor, LayerKV]:
+    def prefill(
+        self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None, gather: Gather | None = None
+    ) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same and the K/V that this layer keeps."""
         q, k, v, mlp = self.attn.project(self._norm(ref, mod), rope)
+        k, v = _gathered(k, v, gather)
         out = attend(q, k, v, kernel=kernel)
         # v is a view of the whole projection; a copy keeps S_ref * C values alive instead of S_ref * (3 C + 2 M)
         return torch.addcmul(ref, mod.gate, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
 
-    def prefill_last(self, ref: Tensor, *, mod: Shift, rope: Rope) -> LayerKV:
+    def prefill_last(self, ref: Tensor, *, mod: Shift, rope: Rope, gather: Gather | None = None) -> LayerKV:
         """K/V alone: what the last block would add to the reference tokens, nobody reads."""
-        k, v = self.attn.project_kv(self._norm(ref, mod), rope)
+        k, v = _gathered(*self.attn.project_kv(self._norm(ref, mod), rope), gather)
         return LayerKV(k, v.contiguous())
 
     def _norm(self, x: Tensor, mod: Shift) -> Tensor:
         return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
+
+
+def _gathered(k: Tensor, v: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor]:
+    return (k, v) if gather is None else gather(k, v)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -163,4 +163,5 @@ def _attach(module: nn.Module, branch: _Branch) -> RemovableHandle:
         rows = args[1] if len(args) > 1 else options.get("rows")
         branch.add(product, x, slice(None) if rows is None else rows)
 
-    return module.register_forward_hook(after, with_kwargs=True)
+    # before the hook that sums parts of a product over processes (`limner.model.parallel`)
+    return module.register_forward_hook(after, with_kwargs=True, prepend=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock,
 from limner.model.rope import Rope, rope_table
 from limner.native.kernels import has_rows, source_digest
 from limner.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from limner.model.parallel import Parallel, TokenSlices
 
 __all__ = ["Transformer"]
 
@@ -38,6 +41,8 @@ class Transformer(nn.Module):
     visit: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] | None = None
     """Who brings the weights of a block before it runs and takes them away after (`limner.residency`); None: they are
     there."""
+    parallel: Parallel | None = None
+    """The processes that this model is divided among (`limner.model.parallel.divide`); None: it is whole, here."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -72,6 +77,7 @@ class Transformer(nn.Module):
         int8 = {module.multiplies_int8() for module in self.modules() if isinstance(module, Int8Linear)}
         names += [f"rows {source_digest()}"] if has_rows(self.device, self.dtype) else []
         names += sorted("int8 dot products" if instructions else "int8 widened" for instructions in int8)
+        names += [f"{self.parallel.mode} parallel {self.parallel.size}"] if self.parallel else []
         return "/".join(names)
 
     @property
@@ -100,16 +106,20 @@ class Transformer(nn.Module):
         mod_double = self.double_stream_modulation_img(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
         rope = self.rope(ref_ids)
+        slices = self._slices(ref_tokens.shape[1])
+        if slices is not None:
+            ref_tokens, rope = slices.own(ref_tokens, 0), slices.rope(rope)
+        gather = slices.gather if slices else None
         ref = self.x_embedder(ref_tokens)
         layers = []
         for block in self._visited(double):
-            ref, kv = block.prefill(ref, mod=mod_double, rope=rope, kernel=self.kernel)
+            ref, kv = block.prefill(ref, mod=mod_double, rope=rope, kernel=self.kernel, gather=gather)
             layers.append(kv)
         for single_block in self._visited(single):
-            ref, kv = single_block.prefill(ref, mod=mod_single, rope=rope, kernel=self.kernel)
+            ref, kv = single_block.prefill(ref, mod=mod_single, rope=rope, kernel=self.kernel, gather=gather)
             layers.append(kv)
         for single_block in self._visited([last]):
-            layers.append(single_block.prefill_last(ref, mod=mod_single, rope=rope))
+            layers.append(single_block.prefill_last(ref, mod=mod_single, rope=rope, gather=gather))
         return ReferenceKV(layers=tuple(layers))
 
     def forward(
@@ -127,13 +137,17 @@ class Transformer(nn.Module):
 
         `references` serve the whole batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, made once for all steps.
         """
+        rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
+        slices = self._slices(txt_tokens.shape[1], img_tokens.shape[1])
+        if slices is not None:
+            txt_tokens, img_tokens, rope = slices.own(txt_tokens, 0), slices.own(img_tokens, 1), slices.rope(rope)
+        gather = slices.gather if slices else None
         layout = TokenLayout(num_txt=txt_tokens.shape[1], num_img=img_tokens.shape[1])
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)
         mod_img = self.double_stream_modulation_img(embedding)
         mod_txt = self.double_stream_modulation_txt(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
-        rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
         kept = self._kept(references)
 
         double, single, last = self._split_blocks()
@@ -148,16 +162,25 @@ class Transformer(nn.Module):
                 layout=layout,
                 references=next(kept),
                 kernel=self.kernel,
+                gather=gather,
             )
         x = layout.join(txt, img)
         for single_block in self._visited(single):
-            x = single_block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel)
+            x = single_block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel, gather=gather)
         for single_block in self._visited([last]):
             img = single_block.forward_last(
-                x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel
+                x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel, gather=gather
             )
         velocity: Tensor = self.proj_out(self.norm_out(img, embedding))
-        return velocity
+        return velocity if slices is None else slices.whole(velocity, 1)
+
+    def _slices(self, *lengths: int) -> TokenSlices | None:
+        """Which tokens of the streams are this process's; None where all are."""
+        if self.parallel is None or self.parallel.mode != "sequence":
+            return None
+        from limner.model.parallel import TokenSlices
+
+        return TokenSlices(self.parallel, lengths)
 
     def _visited(self, blocks: list[_Block]) -> Iterator[_Block]:
         """The blocks in order, each with its weights where they have to be."""

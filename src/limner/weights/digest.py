@@ -45,6 +45,7 @@ class WeightDigests:
         self.after = after
         self._known: WeakKeyDictionary[nn.Module, tuple[Fingerprint, str]] = WeakKeyDictionary()
         self._loaded: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Path]] = WeakKeyDictionary()
+        self._wholes: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Callable[[], str]]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module) -> str:
         """SHA-256 in hex of a network's tensors."""
@@ -54,11 +55,25 @@ class WeightDigests:
             known = self._known[module] = (state, self._find(module, state))
         return known[1]
 
-    def loaded(self, module: nn.Module, source: Path, *, before: FileStamp | None) -> None:
-        """Says that a network was just loaded from a file or folder, whose `file_stamp` was `before`."""
+    def loaded(
+        self,
+        module: nn.Module,
+        source: Path,
+        *,
+        before: FileStamp | None,
+        shard: tuple[int, int] | None = None,
+        whole: Callable[[], str] | None = None,
+    ) -> None:
+        """Says that a network was just loaded from a file or folder, whose `file_stamp` was `before`.
+
+        If it is the part `shard` (rank, size) of a network, its digest is that of the whole one, which `whole` makes.
+        """
+        if whole is not None:
+            self._wholes[module] = fingerprint(module, after=self.after), whole
         cache = _cache_folder()
         if cache is not None and before is not None and file_stamp(source) == before:
-            name = hashlib.sha256(json.dumps([before, _layout(module)]).encode()).hexdigest()
+            parts = [before, _layout(module), *([shard] if shard else [])]
+            name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             self._loaded[module] = fingerprint(module, after=self.after), cache / f"{name}.json"
 
     def remember(self, module: nn.Module, digest: str, *, at: Fingerprint | None = None) -> None:
@@ -80,15 +95,22 @@ class WeightDigests:
 
     def _find(self, module: nn.Module, state: Fingerprint) -> str:
         """From the file that another process left, if the network is as it was loaded; else from its bytes."""
+        of_part, whole = self._wholes.get(module, (None, None))
+
+        def make() -> str:
+            if whole is not None and of_part == state:
+                return whole()
+            return _digest(module.state_dict(), after=self.after)
+
         as_loaded, file = self._loaded.get(module, (None, None))
         if file is None or as_loaded != state:
-            return _digest(module.state_dict(), after=self.after)
+            return make()
         samples = state[1].hex()
         with contextlib.suppress(OSError, ValueError, AttributeError):
             kept = json.loads(file.read_text())
             if kept.get("samples") == samples and re.fullmatch(r"[0-9a-f]{64}", str(kept.get("digest"))):
                 return str(kept["digest"])
-        digest = _digest(module.state_dict(), after=self.after)
+        digest = make()
         with contextlib.suppress(OSError, OutputError):  # a home that cannot be written: the next process hashes again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_beside(file, json.dumps({"samples": samples, "digest": digest}).encode())

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ from limner.model.preview import LatentPreview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.weights.checkpoint import Checkpoint, open_part
+from limner.weights.digest import digest_tensors
 from limner.weights.files import read_json
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
+
+if TYPE_CHECKING:
+    from limner.model.parallel import Parallel
 
 __all__ = [
     "FolderSettings",
@@ -35,6 +40,7 @@ __all__ = [
     "read_settings",
     "resolve_model",
     "resolve_part",
+    "transformer_digest",
 ]
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -116,18 +122,21 @@ def assign(
     used: int | None = None,
     depth: int | None = None,
     after: Callable[[Tensor], None] | None = None,
+    expected: Mapping[str, Tensor] | None = None,
+    own: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Makes the tensors of a checkpoint those of a module built on the meta device, one at a time.
 
     int8 matrices of the module are quantized as they come, unless they are stored so: a model is never in memory both
     wide and narrow. `used` and `depth` are for a text encoder that is cut; `after` is told of each tensor that was looked
-    at. Raises `CheckpointError`.
+    at. A module that is a part of a network has its part of each tensor from `own`; `expected` are the whole ones. Raises
+    `CheckpointError`.
     """
-    expected = module.state_dict()
+    expected = module.state_dict() if expected is None else expected
     checkpoint.check(expected, used=used, depth=depth)
     tensors = {}
     for name, value in checkpoint.stream(expected, dtype):
-        tensors[name] = value.to(device)
+        tensors[name] = (value if own is None else own(name, value)).to(device)
         if after is not None:
             after(tensors[name])
     module.load_state_dict(tensors, strict=True, assign=True)
@@ -143,17 +152,47 @@ def load_transformer(
     quantize: str | None = None,
     like: Path | None = None,
     after: Callable[[Tensor], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> Transformer:
     """The transformer of a folder or file of any layout; `like` is a config.json that may say what a file does not.
 
-    `quantize` "int8" makes the blocks' matrices int8; a checkpoint in Limner's int8 has them so already.
+    `quantize` "int8" makes the blocks' matrices int8; a checkpoint in Limner's int8 has them so already. With `parallel` it
+    is this process's part of it: no more than that, and one whole tensor for a moment, is copied.
     """
+    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like)
+    if parallel is None:
+        assign(transformer, checkpoint, dtype=dtype, device=device, after=after)
+        return transformer
+    from limner.model.parallel import agree_on_arithmetic, divide
+
+    whole, config = transformer.state_dict(), transformer.config
+    divide(transformer, parallel)
+
+    def own(name: str, value: Tensor) -> Tensor:
+        part = parallel.own(name, value, config)
+        of_file = value.untyped_storage().nbytes() > value.nbytes
+        # a part that is a view stays mapped with its file; one of a tensor that was cast would keep the whole in memory
+        return part if of_file or part.nbytes == value.nbytes else part.clone()
+
+    assign(transformer, checkpoint, dtype=dtype, device=device, after=after, expected=whole, own=own)
+    agree_on_arithmetic(transformer, parallel)
+    return transformer
+
+
+def transformer_digest(
+    source: Path, *, dtype: torch.dtype | None, quantize: str | None = None, like: Path | None = None
+) -> str:
+    """The digest of the whole transformer that `load_transformer` gives, read tensor by tensor."""
+    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like)
+    return digest_tensors(checkpoint.stream(transformer.state_dict(), dtype))
+
+
+def _open_transformer(source: Path, *, quantize: str | None, like: Path | None) -> tuple[Checkpoint, Transformer]:
+    """The checkpoint, and its network without memory."""
     checkpoint = open_part("transformer", source, like=like)
     config = TransformerConfig.from_diffusers(checkpoint.config, where=str(source))
     int8 = quantize == "int8" or checkpoint.layout.quantization == "int8"
-    transformer = empty_transformer(config, int8=int8, where=source)
-    assign(transformer, checkpoint, dtype=dtype, device=device, after=after)
-    return transformer
+    return checkpoint, empty_transformer(config, int8=int8, where=source)
 
 
 def load_autoencoder(

@@ -1,0 +1,129 @@
+"""The processes that run one model together, as torchrun starts them: joining them, and failing as one.
+
+Owns what torchrun says in the environment, the process group and who may speak for all. Knows nothing of pipelines, and
+imports torch only where processes are joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from limner.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from limner.model.parallel import Parallel
+
+__all__ = ["exit_silently", "join", "own_device", "speaks", "started", "together"]
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ENDED = "limner/ended"
+_GRACE = 10.0
+"""Seconds in which torchrun ends a process that has nothing to say, after the one that has."""
+
+
+def started() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def speaks() -> bool:
+    """Whether this process prints what all would print: the only one, or the first of several."""
+    return not started() or os.environ["RANK"] == "0"
+
+
+def exit_silently() -> NoReturn:
+    """Leaves with exit code 2 to the process that says why; not before it, since torchrun then ends that one too."""
+    time.sleep(_GRACE)
+    raise SystemExit(2)
+
+
+def join(mode: str, device: torch.device) -> tuple[Parallel, torch.device]:
+    """This process's place among those that run a model together, and its device: for "cuda" its own.
+
+    They are those of torch's default process group, which is made if there is none. Raises `InvalidRequest`.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from limner.model.parallel import Parallel, check_mode
+
+    check_mode(mode)
+    device = own_device(device)
+    if not dist.is_initialized():
+        _start(device.type)
+    return Parallel(mode, init_device_mesh(device.type, (dist.get_world_size(),))), device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process, where all were told the same. Raises `InvalidRequest`."""
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise InvalidRequest(
+            "device", f"{device} cannot be that of each process of a parallel model; use cpu, or cuda for a GPU each"
+        )
+    if device.type == "cpu":
+        return device
+    import torch
+
+    index, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= found:
+        raise InvalidRequest(
+            "device",
+            f"cuda: process {index} of this machine has no GPU of its own, there are {found}; start as many processes",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[bool]:
+    """Around all that a process does on a kind of device; gives whether it is the one that writes and prints for all.
+
+    All end when one fails. The first that fails raises its error; the others, which may have the same one or only miss the
+    first, exit with code 2 and say nothing.
+    """
+    import torch.distributed as dist
+
+    from limner.model.parallel import asking
+
+    store, rank = _start(device)
+    try:
+        yield rank == 0
+        with asking():
+            dist.barrier()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # whoever holds the store is gone: better twice than not at all
+            if store.add(_ENDED, 1) > 1:
+                exit_silently()
+        raise
+    dist.destroy_process_group()
+
+
+def _start(device: str) -> tuple[Any, int]:
+    """Makes the default process group of torchrun's processes; its store, and the rank here. Raises `InvalidRequest`."""
+    if not started():
+        raise InvalidRequest(
+            "parallel",
+            "needs several processes, and this is one; start them with torchrun --nproc-per-node 2 -m limner edit ..., or "
+            "leave it out",
+        )
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+        gpus = device.startswith("cuda") and torch.cuda.is_available()  # if there are none, loading says so
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidRequest(
+            "parallel", f"the processes did not find each other ({reason}); start them with torchrun"
+        ) from error
+    return store, rank
