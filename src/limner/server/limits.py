@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limner.errors import AccessDenied
 from limner.server.wire import answer_of
 
-__all__ = ["BodyLimits", "ErrorBody", "LocalCallers"]
+__all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "refuse"]
 
 ErrorBody = Callable[[str, int, str], Mapping[str, object]]
 """(path, status, message) to the body of an error in the dialect of that path."""
@@ -80,10 +80,10 @@ class BodyLimits:
             chunks.clear()  # it is not kept twice while the route works
             await self._app(scope, _replay(body, receive), send)
         except AccessDenied as error:
-            await _refuse(send, *answer_of(scope["path"], error))
+            await refuse(send, *answer_of(scope["path"], error))
         except _Refused as refused:
             told = self._error_body(scope["path"], refused.status, refused.message)
-            await _refuse(send, refused.status, told, {"retry-after": "1"} if refused.status == 503 else {})
+            await refuse(send, refused.status, told, {"retry-after": "1"} if refused.status == 503 else {})
         finally:
             self._buffered -= taken
 
@@ -109,7 +109,7 @@ class LocalCallers:
             elif not all(map(_is_local, origins)):
                 problem = "pages of other sites may not use this server, which has no keys"
             if problem:
-                await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})
+                await refuse(send, 400, self._error_body(scope["path"], 400, problem), {})
                 return
         await self._app(scope, receive, send)
 
@@ -122,7 +122,7 @@ def _is_local(url: str) -> bool:
         return False
 
 
-async def _refuse(send: Send, status: int, told: Mapping[str, object], more: Mapping[str, str]) -> None:
+async def refuse(send: Send, status: int, told: Mapping[str, object], more: Mapping[str, str]) -> None:
     """Answers without reading what else comes, so the connection cannot be used again."""
     body = json.dumps(told).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **more}
