@@ -12,7 +12,7 @@ import platform
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, 
             raise InvalidRequest(
                 "--output", f"node {node} does not see the folder of results; give one that all nodes share"
             )
+        if "lacks" in found:
+            raise InvalidRequest(option, f"node {node} has no {found['lacks']}; put it there under the same path")
         if "unwritable" in found:
             raise OutputError(
                 f"store: {found['unwritable']} on node {node}; give a folder that all nodes share and may write"
@@ -61,8 +63,9 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
     where there is no cluster. Sends no usage statistics, starts no dashboard.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # else it tells this terminal of errors that it may still mend; a line that says so is the least it prints
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not log_to_driver:
+        # else it tells this terminal of errors that it may still mend; a line that says so is the least it prints
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         with quiet():
             import ray
@@ -92,8 +95,13 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
         raise RemoteError(f"{option} {address}: {first_line(error)}; {remedy}") from error
 
 
-def nodes(address: str, *, option: str, token: str = "", folder: str = "") -> dict[str, dict[str, str]]:
-    """What each node has, by its address; whether it sees the file `token`, and may write in `folder`, if one is given."""
+def nodes(
+    address: str, *, option: str, token: str = "", folder: str = "", files: Sequence[str] = ()
+) -> dict[str, dict[str, str]]:
+    """What each node has, by its address.
+
+    And whether it sees the file `token`, may write in `folder`, and has all `files`, where they are given.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -105,6 +113,9 @@ def nodes(address: str, *, option: str, token: str = "", folder: str = "") -> di
         found = this_node()
         if token:
             found["folder"] = "seen" if os.path.exists(token) else "missing"
+        lacking = [file for file in files if not os.path.exists(file)]
+        if lacking:
+            found["lacks"] = lacking[0]
         if folder:
             try:
                 os.makedirs(folder, exist_ok=True)

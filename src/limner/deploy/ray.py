@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -39,7 +38,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from limner.config import ReferencePolicy
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
@@ -48,7 +47,7 @@ from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finis
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
-from limner.server.limits import refuse
+from limner.server.limits import LoopbackCallers
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
 from limner.server.wire import error_body
 from limner.store import ReferenceStore, StoreStats
@@ -63,6 +62,7 @@ _CONTROL_SECONDS = 5.0
 _SMOOTH = 0.2
 """Share of the newest value in the means that replicas tell the router."""
 _GRACE_SECONDS = 15.0
+_LOGS = {"log_level": "WARNING", "enable_access_log": False}
 _ROUTERS = {"affine": "limner.deploy.ray_router:AffinityRequestRouter", "ray": None}
 
 
@@ -349,34 +349,13 @@ class IngressApp:
         )  # fmt: skip
         made = build_app(self._engine, options.serve_options(), model_name=options.model_name)
         if made.state.service.keyring.is_open:
-            made.add_middleware(LoopbackCallers)
+            made.add_middleware(LoopbackCallers, error_body=error_body)
         return made
 
     def check_health(self) -> None:
         """Ray starts another ingress in place of one that raises; jobs are in the folder."""
         if not self._engine.is_alive:
             raise RuntimeError("the ingress has shut down")
-
-
-class LoopbackCallers:
-    """For a service without keys, whose proxies may listen anywhere: refuses callers from other machines."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_loopback(scope.get("client")):
-            told = "this service has no keys and answers callers on its own machine alone; give a file with --keys"
-            await refuse(send, 403, error_body(scope["path"], 403, told), {})
-            return
-        await self._app(scope, receive, send)
-
-
-def _is_loopback(client: Any) -> bool:
-    try:
-        return ipaddress.ip_address(client[0]).is_loopback
-    except (TypeError, ValueError, IndexError):
-        return False
 
 
 def app(args: DeployOptions) -> serve.Application:
@@ -399,7 +378,6 @@ def app(args: DeployOptions) -> serve.Application:
     router: dict[str, Any] = {"request_routing_stats_period_s": 2.0}
     if (path := _ROUTERS[options.router]) is not None:
         router |= {"request_router_class": path, "request_router_kwargs": {"capacity_bytes": store_memory}}
-    logs = {"log_level": "WARNING", "enable_access_log": False}
     painters = serve.deployment(
         Painter,
         name="Painter",
@@ -410,7 +388,7 @@ def app(args: DeployOptions) -> serve.Application:
         health_check_timeout_s=60.0,
         graceful_shutdown_timeout_s=options.drain + _GRACE_SECONDS,
         max_constructor_retry_count=2,
-        logging_config=logs,
+        logging_config=_LOGS,
         **settings,
     ).bind(
         options.model_options(),
@@ -431,7 +409,7 @@ def app(args: DeployOptions) -> serve.Application:
         health_check_timeout_s=60.0,
         graceful_shutdown_timeout_s=2 * options.drain + _GRACE_SECONDS,
         max_constructor_retry_count=2,
-        logging_config=logs,
+        logging_config=_LOGS,
     ).bind(painters, options)
 
 
@@ -460,39 +438,48 @@ def deploy(
     if address == "local":
         _check_port(host, port)
     threads, most = _threads(options), options.max_replicas or options.replicas
-    connect(address, option="--address", num_cpus=threads * most, log_to_driver=True)
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    running = False
     try:
-        check_nodes(
-            nodes(address, option="--address", folder=options.store or ""), driver=this_node(), option="--address"
-        )
-        kind, each = ("GPU", 1) if options.device.startswith("cuda") else ("CPU", threads)
-        there = int(ray.cluster_resources().get(kind, 0))
-        if options.replicas * each > there:
-            raise InvalidRequest(
-                "--replicas", f"{options.replicas} replicas of {each} {kind} are over the {there} of the cluster"
-            )
+        connect(address, option="--address", num_cpus=threads * most, log_to_driver=True)
+        _check_cluster(options, address=address, threads=threads)
         http = {"host": host, "port": port, "ssl_certfile": certificate, "ssl_keyfile": key}
         try:
             with quiet():
-                serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
+                serve.start(http_options=http, logging_config=_LOGS)
+                running = True
                 serve.run(app(options), name=NAME, route_prefix="/")
         except (RuntimeError, ray.exceptions.RayError) as error:
-            raise RemoteError(f"--address {address}: the application does not start: {_cause(error)}") from error
+            problem = _startup_problem() or first_line(error)
+            raise RemoteError(f"--address {address}: the application does not start: {problem}") from error
         shown = f"[{host}]" if ":" in host else host
         ready(f"{'https' if certificate else 'http'}://{shown}:{port}")
-        while not stop.wait(1.0):
-            pass
-        with quiet(), contextlib.suppress(ray.exceptions.RayError):
-            serve.delete(NAME)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
         with quiet():
-            if address == "local":
-                serve.shutdown()
-            ray.shutdown()
+            serve.delete(NAME)  # waits for what runs
+        running = False
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with quiet(), contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            if running and address != "local":
+                serve.delete(NAME, _blocking=False)
+            ray.shutdown()  # and a Ray of this machine alone ends with it
+
+
+def _check_cluster(options: DeployOptions, *, address: str, threads: int) -> None:
+    """Raises `InvalidRequest` and `OutputError` where the nodes cannot do what is asked."""
+    files = [
+        f for f in (options.model, options.transformer, options.vae, options.text_encoder) if f and os.path.isabs(f)
+    ]
+    found = nodes(address, option="--address", folder=options.store or "", files=files)
+    check_nodes(found, driver=this_node(), option="--address")
+    kind, each = ("GPU", 1) if options.device.startswith("cuda") else ("CPU", threads)
+    there = int(ray.cluster_resources().get(kind, 0))
+    if options.replicas * each > there:
+        raise InvalidRequest(
+            "--replicas", f"{options.replicas} replicas of {each} {kind} are over the {there} of the cluster"
+        )
 
 
 def _check_port(host: str, port: int) -> None:
@@ -507,8 +494,11 @@ def _check_port(host: str, port: int) -> None:
         ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """The last line that names one of our errors, or the first line of all."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("limner.errors.") or ".errors." in line.partition(":")[0]]
-    return own[-1].partition(": ")[2] if own else first_line(error)
+def _startup_problem() -> str:
+    """What a replica that did not start said of it, if it is one of our errors."""
+    told = serve.status().applications.get(NAME)
+    for deployment in told.deployments.values() if told is not None else ():
+        own = [line.strip() for line in deployment.message.splitlines() if line.strip().startswith("limner.errors.")]
+        if own:
+            return str(own[-1].partition(": ")[2])
+    return ""
