@@ -438,10 +438,10 @@ def deploy(
     if address == "local":
         _check_port(host, port)
     threads, most = _threads(options), options.max_replicas or options.replicas
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     running = False
+    connect(address, option="--address", num_cpus=threads * most, log_to_driver=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        connect(address, option="--address", num_cpus=threads * most, log_to_driver=True)
         _check_cluster(options, address=address, threads=threads)
         http = {"host": host, "port": port, "ssl_certfile": certificate, "ssl_keyfile": key}
         try:
