@@ -188,6 +188,7 @@ def make_server(
             host=host,
             port=port,
             http=HastyProtocol,
+            loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,
             access_log=False,
