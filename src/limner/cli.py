@@ -918,9 +918,13 @@ def _deploy(args: argparse.Namespace) -> None:
     renamed = {"lora": "loras", "allow_origin": "allow_origins"}
     own = {"command", "run", "host", "port", "address", "tls_certificate", "tls_key"}
     options = DeployOptions.parse({renamed.get(n, n): value for n, value in vars(args).items() if n not in own})
+
+    def ready(url: str) -> None:
+        print(f"limner: {options.model_name} at {url}, {args.replicas} replicas", file=sys.stderr, flush=True)
+
     deploy(
         options, address=args.address, host=args.host, port=args.port, certificate=args.tls_certificate, key=args.tls_key,
-        ready=lambda url: print(f"limner: {options.model_name} at {url}, {args.replicas} replicas", file=sys.stderr),
+        ready=ready,
     )  # fmt: skip
 
 

@@ -358,9 +358,9 @@ class IngressApp:
             raise RuntimeError("the ingress has shut down")
 
 
-def app(args: DeployOptions) -> serve.Application:
+def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
     """The application, for `serve run`, `serve deploy` and `limner deploy`. Raises what the options get wrong."""
-    options = args.checked()
+    options = (args if isinstance(args, DeployOptions) else DeployOptions.parse(args)).checked()
     check_options(options.serve_options())
     on_gpu = options.device.startswith("cuda")
     threads = _threads(options)
