@@ -41,24 +41,31 @@ class Deployed:
         from ray import serve
 
         from limner.deploy.cluster import connect, quiet
-        from limner.deploy.ray import NAME, DeployOptions, app
+        from limner.deploy.ray import NAME
 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.data = data
         connect("local", option="--address", num_cpus=2)
-        options = DeployOptions.parse(
-            {
-                "model": str(model), "data": str(data), "replicas": 2, "threads": 1, "store_memory": "64MiB", "drain": 5,
-                "unsafe_no_checks": True, "requests_per_minute": 1e6, "concurrent": 1000,
-            }
-        )  # fmt: skip
+        self.options = {
+            "model": str(model), "data": str(data), "replicas": 2, "threads": 1, "store_memory": "64MiB", "drain": 5,
+            "unsafe_no_checks": True, "requests_per_minute": 1e6, "concurrent": 1000,
+        }  # fmt: skip
         with quiet():
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(app(options), name=NAME, route_prefix="/")
+            self.run()
         self.painters = serve.get_deployment_handle("Painter", NAME)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def run(self, **changed: Any) -> None:
+        from ray import serve
+
+        from limner.deploy.cluster import quiet
+        from limner.deploy.ray import NAME, app
+
+        with quiet():
+            serve.run(app({**self.options, **changed}), name=NAME, route_prefix="/")
 
     def stats(self) -> list[Any]:
         """Process, engine and store of each replica that runs."""
@@ -195,6 +202,15 @@ def test_an_ingress_that_died_takes_up_its_jobs(deployed: Deployed) -> None:
     (ingress,) = [process for process in psutil.process_iter() if _is_ingress(process)]
     ingress.kill()
     assert [deployed.poll(id)["status"] for id in jobs] == ["Ready"] * 6
+
+
+def test_an_update_replaces_everything_and_loses_no_job(deployed: Deployed) -> None:
+    before = {pid for pid, _, _ in deployed.stats()}
+    jobs = [deployed.submit(input_image=text(png(seed=number % 4)), num_inference_steps=50) for number in range(12)]
+    deployed.run(max_batch=4)
+    assert [deployed.poll(id)["status"] for id in jobs] == ["Ready"] * 12
+    assert deployed.http.get("/v1/capabilities").json()["max_images"] == 4
+    assert not before & {pid for pid, _, _ in deployed.stats()}
 
 
 def _is_ingress(process: psutil.Process) -> bool:

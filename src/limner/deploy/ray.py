@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,7 @@ from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finis
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
+from limner.server.jobs import FolderInUse
 from limner.server.limits import LoopbackCallers
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
 from limner.server.wire import error_body
@@ -347,7 +349,15 @@ class IngressApp:
             _Painters(self._painters), await self._painters.card.remote(), max_waiting=options.max_waiting,
             max_batch=options.max_batch,
         )  # fmt: skip
-        made = build_app(self._engine, options.serve_options(), model_name=options.model_name)
+        end = time.monotonic() + 2 * options.drain + 2 * _GRACE_SECONDS
+        while True:
+            try:
+                made = build_app(self._engine, options.serve_options(), model_name=options.model_name)
+                break
+            except FolderInUse:  # in an update, by the ingress before, which finishes what it has
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(0.5)
         if made.state.service.keyring.is_open:
             made.add_middleware(LoopbackCallers, error_body=error_body)
         return made
