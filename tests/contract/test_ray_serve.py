@@ -295,6 +295,17 @@ def test_a_yaml_names_options_and_no_others() -> None:
         app({**application["args"], "replica": 2})
 
 
+def test_replicas_follow_the_queue_where_they_may() -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    from limner.deploy.ray import DeployOptions, _scaling
+
+    assert _scaling(DeployOptions.parse({"replicas": 3})) == {"num_replicas": 3}
+    told = _scaling(DeployOptions.parse({"replicas": 2, "max_replicas": 5, "queue": 3}))
+    config = AutoscalingConfig(**told["autoscaling_config"])
+    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 5, 3)
+
+
 def test_no_more_replicas_than_fit(deployed: Deployed) -> None:
     from limner.deploy.ray import DeployOptions, _check_cluster
 

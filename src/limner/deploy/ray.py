@@ -376,15 +376,6 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
     threads = _threads(options)
     free = psutil.virtual_memory().available // 4 // (options.max_replicas or options.replicas)
     store_memory = parse_bytes(options.store_memory) if options.store_memory else free
-    settings: dict[str, Any] = {"num_replicas": options.replicas}
-    if options.max_replicas is not None and options.max_replicas > options.replicas:
-        settings = {
-            "autoscaling_config": {
-                "min_replicas": options.replicas,
-                "max_replicas": options.max_replicas,
-                "target_ongoing_requests": options.queue,
-            }
-        }
     router: dict[str, Any] = {"request_routing_stats_period_s": 2.0}
     if (path := _ROUTERS[options.router]) is not None:
         router |= {"request_router_class": path, "request_router_kwargs": {"capacity_bytes": store_memory}}
@@ -399,7 +390,7 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain + _GRACE_SECONDS,
         max_constructor_retry_count=2,
         logging_config=_LOGS,
-        **settings,
+        **_scaling(options),
     ).bind(
         options.model_options(),
         versions=this_node(),
@@ -421,6 +412,19 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
         max_constructor_retry_count=2,
         logging_config=_LOGS,
     ).bind(painters, options)
+
+
+def _scaling(options: DeployOptions) -> dict[str, Any]:
+    """How many replicas: a number, or as many as the requests at each, drawn or waiting, ask for."""
+    if options.max_replicas is None or options.max_replicas == options.replicas:
+        return {"num_replicas": options.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": options.replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": options.queue,
+        }
+    }
 
 
 def _threads(options: DeployOptions) -> int:
