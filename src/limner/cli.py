@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from limner import __version__, ranks
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
+from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
 
 if TYPE_CHECKING:
     from limner.batch import Batch
@@ -147,6 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _serve_arguments(serve)
 
+    deploy = commands.add_parser(
+        "deploy",
+        help="serve the model over HTTP by many processes, on Ray Serve",
+        description="Serve the model as limner serve does, by replicas on Ray Serve. Needs limner[ray,serve].",
+    )
+    _deploy_arguments(deploy)
+
     refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
     _refs_parser(refs)
     return parser
@@ -243,18 +250,57 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of jobs and results (default: ~/.local/share/limner/serve)"
-    )
-    parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
+    _listen_arguments(parser)
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     _model_arguments(parser)
     _store_argument(parser, help="folder in which K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
     _reference_arguments(parser)
+    _service_arguments(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    _listen_arguments(parser)
+    _model_arguments(parser)
+    _store_argument(parser, help="folder in which replicas share K/V of references; all nodes have to see it")
+    _budget_argument(parser)
+    _kv_argument(parser)
+    _reference_arguments(parser)
+    scale = parser.add_argument_group("replicas")
+    scale.add_argument(
+        "--address", default="local", metavar="ADDRESS",
+        help="local (this machine), auto, or HOST:PORT of a Ray cluster (default: local)",
+    )  # fmt: skip
+    scale.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that draw (1)")
+    scale.add_argument("--max-replicas", type=int, metavar="N", help="start more while requests wait, up to N")
+    scale.add_argument(
+        "--queue", type=float, default=4, metavar="N", help="requests of a replica, drawn or waiting, to scale for (4)"
+    )
+    scale.add_argument("--threads", type=int, metavar="N", help="cores of a replica; default: this machine's, shared")
+    scale.add_argument(
+        "--router", choices=("affine", "ray"), default="affine",
+        help="affine: to a replica that holds the references, unless waiting costs more than a prefill; ray: Ray's own",
+    )  # fmt: skip
+    scale.add_argument(
+        "--store-memory", metavar="SIZE",
+        help="K/V that a replica keeps in memory, as 8GiB; default: a quarter of what is free, shared",
+    )  # fmt: skip
+    _service_arguments(parser)
+    parser.set_defaults(run=_deploy)
+
+
+def _listen_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of jobs and results (default: ~/.local/share/limner/serve)"
+    )
+    parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
+
+
+def _service_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
     limits.add_argument("--max-batch", type=int, default=10, metavar="N", help="images drawn at once (10)")
@@ -281,7 +327,6 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--c2pa-development", action="store_true", help="sign with a certificate made here, marked as such"
     )
     parser.add_argument("--log", choices=("json", "text"), default="json", help="form of the log on stderr")
-    parser.set_defaults(run=_serve)
 
 
 def _refs_parser(refs: argparse.ArgumentParser) -> None:
@@ -907,6 +952,28 @@ def _serve(args: argparse.Namespace) -> None:
     pipe = model.load(store=_store(args, disk_bytes=args.store_bytes) if args.store else None)
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
+
+
+def _deploy(args: argparse.Namespace) -> None:
+    if not 0 < args.port <= 65535:
+        raise InvalidRequest("--port", f"{args.port} is not within 1 to 65535")
+    try:
+        from limner.deploy.ray import DeployOptions, deploy
+    except ImportError as error:
+        package = (error.name or "ray").partition(".")[0]
+        raise MissingExtra("limner deploy", package=package, extra="ray,serve") from error
+
+    renamed = {"lora": "loras", "allow_origin": "allow_origins"}
+    own = {"command", "run", "host", "port", "address", "tls_certificate", "tls_key"}
+    options = DeployOptions.parse({renamed.get(n, n): value for n, value in vars(args).items() if n not in own})
+
+    def ready(url: str) -> None:
+        print(f"limner: {options.model_name} at {url}, {args.replicas} replicas", file=sys.stderr, flush=True)
+
+    deploy(
+        options, address=args.address, host=args.host, port=args.port, certificate=args.tls_certificate, key=args.tls_key,
+        ready=ready,
+    )  # fmt: skip
 
 
 class _BatchProgress:

@@ -24,7 +24,6 @@ from torch import Tensor
 from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimnerError, QueueFull
 from limner.images import PreparedReference, ReferenceReport, to_pil
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings, check_fits, check_prompt, check_size
-from limner.references import References
 
 __all__ = [
     "EditRequest",
@@ -37,6 +36,8 @@ __all__ = [
     "Prefilled",
     "Progress",
     "Started",
+    "check_request",
+    "check_room_for",
 ]
 
 _logger = logging.getLogger("limner")
@@ -99,9 +100,11 @@ class Finished:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prefilled:
-    """The references of a prefill are kept."""
+    """References are kept under `key`, as so many bytes; their prefill took `prefill_seconds` when it was done."""
 
-    references: References
+    key: str
+    nbytes: int
+    prefill_seconds: float
     source: Literal["miss", "memory", "disk"]
 
 
@@ -157,6 +160,52 @@ class EngineStats:
     batch_sizes: dict[int, int] = field(default_factory=dict)
 
 
+def check_request(
+    request: EditRequest,
+    *,
+    max_batch: int,
+    default_size: tuple[int, int],
+    text_length: int,
+    memory_needed: Callable[..., int],
+    memory_bytes: int,
+) -> tuple[int, int]:
+    """The output size (width, height) of a request that can run. Raises `InvalidRequest` and `CapacityError`."""
+    check_prompt(request.prompt)
+    if not request.seeds:
+        raise InvalidRequest("seeds", "there are none; give one for each image")
+    if len(request.seeds) > max_batch:
+        raise InvalidRequest("num_images", f"{len(request.seeds)} images are over the {max_batch} of a batch")
+    if not 1 <= request.num_steps <= 100:
+        raise InvalidRequest("num_steps", f"{request.num_steps} is not within 1 to 100")
+    sizes = [r.report.processed_size for r in request.references] or [default_size]
+    width = check_size("width", sizes[0][0] if request.width is None else request.width)
+    height = check_size("height", sizes[0][1] if request.height is None else request.height)
+    check_room_for(
+        request.references, size=(width, height), batch=len(request.seeds), text_length=text_length,
+        memory_needed=memory_needed, memory_bytes=memory_bytes,
+    )  # fmt: skip
+    return width, height
+
+
+def check_room_for(
+    references: Sequence[PreparedReference],
+    *,
+    size: tuple[int, int],
+    batch: int,
+    text_length: int,
+    memory_needed: Callable[..., int],
+    memory_bytes: int,
+) -> None:
+    """Raises `CapacityError` with the numbers where so much does not fit; arguments as of `Pipeline.memory_needed`."""
+    num_ref = sum(w * h for w, h in (r.report.processed_size for r in references)) // 256
+    tokens = {"num_ref": num_ref, "num_own": _own_tokens(size, text_length), "batch": batch}
+    check_fits(memory_needed(**tokens), memory_bytes, **tokens)
+
+
+def _own_tokens(size: tuple[int, int], text_length: int) -> int:
+    return size[0] * size[1] // 256 + min(512, text_length)
+
+
 class Engine:
     """Runs requests on one pipeline, in one thread of its own.
 
@@ -201,26 +250,14 @@ class Engine:
 
     def check(self, request: EditRequest) -> tuple[int, int]:
         """The output size (width, height) of a request that can run. Raises `InvalidRequest` and `CapacityError`."""
-        check_prompt(request.prompt)
-        if not request.seeds:
-            raise InvalidRequest("seeds", "there are none; give one for each image")
-        if len(request.seeds) > self.max_batch:
-            raise InvalidRequest("num_images", f"{len(request.seeds)} images are over the {self.max_batch} of a batch")
-        if not 1 <= request.num_steps <= 100:
-            raise InvalidRequest("num_steps", f"{request.num_steps} is not within 1 to 100")
-        sizes = [r.report.processed_size for r in request.references] or [self.pipe.default_size]
-        width = check_size("width", sizes[0][0] if request.width is None else request.width)
-        height = check_size("height", sizes[0][1] if request.height is None else request.height)
-        self._check_fits(request.references, size=(width, height), batch=len(request.seeds))
-        return width, height
-
-    def _check_fits(self, references: Sequence[PreparedReference], *, size: tuple[int, int], batch: int) -> None:
-        num_ref = sum(w * h for w, h in (r.report.processed_size for r in references)) // 256
-        tokens = {"num_ref": num_ref, "num_own": self._own_tokens(size), "batch": batch}
-        check_fits(self.pipe.memory_needed(**tokens), self.memory_bytes, **tokens)
-
-    def _own_tokens(self, size: tuple[int, int]) -> int:
-        return size[0] * size[1] // 256 + min(512, self.pipe.text_encoder.max_length)
+        return check_request(
+            request,
+            max_batch=self.max_batch,
+            default_size=self.pipe.default_size,
+            text_length=self.pipe.text_encoder.max_length,
+            memory_needed=self.pipe.memory_needed,
+            memory_bytes=self.memory_bytes,
+        )
 
     def check_room(self, *, beside: int = 0) -> None:
         """Raises `QueueFull` where no more requests may wait; `beside` are on their way to the queue."""
@@ -269,7 +306,14 @@ class Engine:
         """Queues the computing of K/V alone; its listener hears at last one of `Prefilled` and `Failed`."""
         if not references:
             raise InvalidRequest("references", "there are none; give at least one picture")
-        self._check_fits(references, size=self.pipe.default_size, batch=1)
+        check_room_for(
+            references,
+            size=self.pipe.default_size,
+            batch=1,
+            text_length=self.pipe.text_encoder.max_length,
+            memory_needed=self.pipe.memory_needed,
+            memory_bytes=self.memory_bytes,
+        )
         request = EditRequest(prompt="prefill", seeds=(), references=tuple(references))
         self._enqueue(id, request, None, listener, owner=owner, priority=priority, timeout=None, accepted=accepted)
 
@@ -430,7 +474,7 @@ class Engine:
     def _fits(self, head: _Job, images: int) -> bool:
         assert head.key is not None
         num_ref = sum(w * h for w, h in (r.report.processed_size for r in head.request.references)) // 256
-        own = self._own_tokens((head.key[1], head.key[2]))
+        own = _own_tokens((head.key[1], head.key[2]), self.pipe.text_encoder.max_length)
         return self.pipe.memory_needed(num_ref=num_ref, num_own=own, batch=images) <= self.memory_bytes
 
     def _run(self, batch: list[_Job], start: float) -> None:
@@ -445,7 +489,7 @@ class Engine:
                 self._stats.prefills += source == "miss"
                 self._stats.finished += 1
             head.ended = True
-            self._tell(head, Prefilled(references, source))
+            self._tell(head, Prefilled(references.key, references.nbytes, references.prefill_seconds, source))
             return
         _, width, height, num_steps = head.key
         going = _Rows(batch)

@@ -5,6 +5,8 @@ Every message names the field, the value that came, what is allowed and what to 
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AccessDenied",
     "BudgetSpent",
@@ -27,7 +29,17 @@ __all__ = [
 
 
 class LimnerError(Exception):
-    """Base of all errors that Limner raises on purpose."""
+    """Base of all errors that Limner raises on purpose. They reach other processes as they are."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[LimnerError], args: tuple[object, ...]) -> LimnerError:
+    """An error with its message, whatever its constructor asks for."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 class InvalidRequest(LimnerError, ValueError):

@@ -371,13 +371,13 @@ class Pipeline:
             return contextlib.nullcontext()
         networks: dict[str, nn.Module] = {"encode text": self.text_encoder, "encode references": self.autoencoder}
         network = networks.get(phase, self.autoencoder if phase == "decode" else self.transformer)
-        own = activations(self.geometry, request, formats=self._formats, whole_pixels=self.autoencoder.whole_pixels)
+        own = activations(self.geometry, request, formats=self.formats, whole_pixels=self.autoencoder.whole_pixels)
         return self.residency.working(network, growth=own[phase] + kept)
 
     def _check_limit(self, request: Request) -> None:
         """Refuses a request that does not fit under the limit however its weights are staged."""
         if self.residency is not None:
-            cheapest(self.geometry, request, formats=self._formats, limit=self.residency.limit, fixed=True)
+            cheapest(self.geometry, request, formats=self.formats, limit=self.residency.limit, fixed=True)
 
     @property
     def geometry(self) -> ModelGeometry:
@@ -397,7 +397,8 @@ class Pipeline:
         return frozenset(name for name, part in parts.items() if not self.residency.mapped(part))
 
     @property
-    def _formats(self) -> Formats:
+    def formats(self) -> Formats:
+        """How weights, K/V and products are kept, for `limner.memory`."""
         return Formats(
             itemsize=self.dtype.itemsize,
             quantize=self.transformer.quantization,
@@ -680,7 +681,7 @@ class Pipeline:
             num_ref=num_ref,
             num_own=num_own,
             batch=batch,
-            formats=self._formats,
+            formats=self.formats,
             whole_pixels=self.autoencoder.whole_pixels,
             reference_pixels=min(num_ref * _GRID**2, self.reference_policy.max_pixels),
         ) - elsewhere  # fmt: skip

@@ -17,7 +17,8 @@ from tests.conftest import picture
 
 from limner.batch import Batch, BatchOptions, BatchSummary
 from limner.cli import main
-from limner.deploy.ray_batch import Cluster, this_node
+from limner.deploy.cluster import this_node
+from limner.deploy.ray_batch import Cluster
 from limner.errors import InvalidRequest, RemoteError
 from limner.model_options import ModelOptions
 

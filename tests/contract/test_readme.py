@@ -1,4 +1,4 @@
-"""What README says is typed as it stands: every shell block but those of set-up, and every Python block."""
+"""What README says is typed as it stands: every shell block but those of set-up and servers, and every Python block."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ SHELL = [
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SERVED = [(kind, text) for kind, text in BLOCKS if kind in ("bash", "py")]
 """Blocks that need `limner serve`."""
-SET_UP = ("make ", "git ", "pip ", "python -m venv", "python benchmarks/", "python recipes/", "bash recipes/")
+SET_UP = (
+    "limner deploy ",
+    "make ",
+    "git ",
+    "pip ",
+    "python -m venv",
+    "python benchmarks/",
+    "python recipes/",
+    "bash recipes/",
+)
 
 
 @pytest.fixture

@@ -242,11 +242,11 @@ def test_a_limit_changes_no_bit(
         pipe = Pipeline.from_pretrained(folder, memory_limit="1TiB")
         residency = pipe.residency
         assert isinstance(residency, Watched)
-        assert pipe._formats.anonymous == frozenset()
+        assert pipe.formats.anonymous == frozenset()
         residency.room = room
         monkeypatch.setattr(pipe, "_check_limit", lambda request: None)
         assert torch.equal(call(pipe), expected), room
-        packs = quantize is not None and pipe._formats.packed
+        packs = quantize is not None and pipe.formats.packed
         if room is None and not packs:
             assert residency.left == set()  # there is room for all
         if room is not None:
@@ -319,7 +319,7 @@ def test_changed_weights_stay_changed_under_a_limit(tiny_folder: Path) -> None:
     assert torch.equal(weight, kept)
     pipe.to(torch.bfloat16)
     assert pipe.residency._bytes[pipe.transformer] == 0
-    assert "transformer" in pipe._formats.anonymous
+    assert "transformer" in pipe.formats.anonymous
 
 
 def test_limits_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The groups of a batch on many processes or machines, by Ray Data.
 
-Owns the connection to a cluster, the check that its nodes fit this one, and the pipeline of groups to workers. What a row
-is and what becomes of it is `limner.batch`'s: a worker draws and writes with the same code as one process does, so the
-pictures are the same bit for bit where the number of threads and the kind of CPU or GPU are. Knows no manifest.
+Owns the pipeline of groups to workers. What a row is and what becomes of it is `limner.batch`'s: a worker draws and writes
+with the same code as one process does, so the pictures are the same bit for bit where the number of threads and the kind of
+CPU or GPU are. Knows no manifest.
 
 A block of the data set is one group, so that a list of references is prefilled by one worker, once. A worker tells its
 own journal of each row as it ends; the results reach the driver when a group ends. So a driver that is killed loses
@@ -12,22 +12,16 @@ same names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import platform
-import re
 import secrets
 import socket
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from limner import __version__
 from limner.batch import (
     Batch,
     BatchOptions,
@@ -38,40 +32,15 @@ from limner.batch import (
     finished_rows,
     is_whole,
 )
+from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
 from limner.model_options import ModelOptions
 
-__all__ = ["Cluster", "check_nodes", "this_node"]
+__all__ = ["Cluster"]
 
-_CONNECT_SECONDS = 5.0
-_LOCAL_OBJECT_BYTES = 128 << 20
-"""Of shared memory on one machine: what passes through it is text."""
 _RESTARTS = 2
 """A worker that dies is started again so often, and its group drawn on."""
 Ask = Callable[[str], Mapping[str, Mapping[str, str]]]
-
-
-def this_node() -> dict[str, str]:
-    """The versions that have to be equal wherever rows of one batch are drawn."""
-    return {"limner": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, str]) -> None:
-    """Raises `InvalidRequest` that names both sides unless every node has the driver's versions and sees its folder."""
-    for node, found in nodes.items():
-        if "error" in found:
-            raise InvalidRequest("--ray", f"node {node} cannot draw ({found['error']}); install this Limner there")
-        for name, mine in driver.items():
-            if found.get(name) != mine:
-                raise InvalidRequest(
-                    "--ray",
-                    f"node {node} has {name} {found.get(name)}, this process {mine}; pictures would differ: install the "
-                    "same versions everywhere",
-                )
-        if found.get("folder") == "missing":
-            raise InvalidRequest(
-                "--output", f"node {node} does not see the folder of results; give one that all nodes share"
-            )
 
 
 class Cluster:
@@ -84,38 +53,13 @@ class Cluster:
     def __init__(self, address: str = "local", *, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise InvalidRequest("--workers", f"{workers} is not a number of workers; use 1 or more")
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # else it tells this terminal of errors that it may still mend; a line that says so is the least it prints
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        self.address, self.workers = address, workers
         try:
-            with _quiet():
-                import ray
-                import ray.data
+            with quiet():
+                import ray.data  # noqa: F401
         except ImportError as error:
             raise MissingExtra("--ray", package="ray", extra="ray") from error
-        self.address, self.workers = address, workers
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address == "local":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            options |= {
-                "num_cpus": max(cores, workers or 1),
-                "include_dashboard": False,
-                "object_store_memory": _LOCAL_OBJECT_BYTES,
-            }
-        else:
-            _check_reachable(address)
-        try:
-            with _quiet():
-                ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise RemoteError(
-                f"--ray {address}: no cluster is there; start one with `ray start --head`, or give HOST:PORT of its head"
-            ) from error
-        except Exception as error:  # of all kinds, `Exception` itself among them
-            remedy = (
-                "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
-            )
-            raise RemoteError(f"--ray {address}: {_first(error)}; {remedy}") from error
+        connect(address, option="--ray", num_cpus=workers)
 
     def __enter__(self) -> Cluster:
         return self
@@ -127,31 +71,7 @@ class Cluster:
 
     def nodes(self, token: str) -> dict[str, dict[str, str]]:
         """What each node has, by its address; and whether it sees a file."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        def ask() -> dict[str, str]:  # sent as code: a node without Limner has to be able to say so
-            try:
-                from limner.deploy.ray_batch import this_node
-            except Exception as error:
-                return {"error": f"{type(error).__name__}: {error}"}
-            return {**this_node(), "folder": "seen" if os.path.exists(token) else "missing"}
-
-        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        asked = {
-            node["NodeManagerAddress"]: ray.remote(ask)
-            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            .remote()
-            for node in alive
-        }
-        if not asked:
-            raise InvalidRequest(
-                "--ray", f"{self.address}: the cluster has no node with a CPU; start one with `ray start`"
-            )
-        try:
-            return dict(zip(asked, ray.get(list(asked.values())), strict=True))
-        except ray.exceptions.RayError as error:
-            raise RemoteError(f"--ray: a node of {self.address} does not answer ({_first(error)})") from error
+        return nodes(self.address, option="--ray", token=token)
 
     def check(self, options: BatchOptions, *, ask: Ask | None = None) -> None:
         """Raises `InvalidRequest` unless all nodes can draw what this process would. `ask` stands in for `nodes`."""
@@ -173,13 +93,13 @@ class Cluster:
         if not groups:
             return
         workers, threads = self.share(model)
-        with _quiet():
+        with quiet():
             context = ray.data.DataContext.get_current().copy()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
             context.execution_options.preserve_order = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        with _quiet(), ray.data.DataContext.current(context):
+        with quiet(), ray.data.DataContext.current(context):
             # the largest first: a group is drawn by one worker
             blocks = [
                 {"group": json.dumps(asdict(group))}
@@ -202,7 +122,7 @@ class Cluster:
                 for item in results.iter_rows():
                     self._take(batch, json.loads(item["result"]))
             except ray.exceptions.RayError as error:
-                raise RemoteError(f"--ray: a worker ended ({_first(error)})") from error
+                raise RemoteError(f"--ray: a worker ended ({first_line(error)})") from error
 
     def _take(self, batch: Batch, result: Result) -> None:
         if "stop" in result:
@@ -272,33 +192,3 @@ class _Worker:
 def _group(values: dict[str, Any]) -> Group:
     tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in values["tasks"])
     return Group(files=tuple(values["files"]), digests=tuple(values["digests"]), tasks=tasks)
-
-
-def _check_reachable(address: str) -> None:
-    """Asks the address itself: Ray would wait for a long time, or end the process."""
-    asked = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if not asked:
-        return
-    match = re.fullmatch(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", asked)
-    if match is None:
-        raise InvalidRequest("--ray", f"{asked!r} is not local, auto or HOST:PORT of the head node")
-    try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise RemoteError(
-            f"--ray {address}: no cluster at {asked} ({error}); start one with `ray start --head`"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray 2.60 warns of its own defaults, of the switch that keeps GPUs of tasks without any visible, and the like."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def _first(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

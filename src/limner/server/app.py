@@ -20,12 +20,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
-from limner.engine import Engine
 from limner.errors import LimnerError
 from limner.provenance import Signer
 from limner.safety import Checks
 from limner.server import bfl, openai_images, page, resources
 from limner.server.access import KeyRing, Limiter
+from limner.server.backend import Backend
 from limner.server.jobs import Job, JobStore
 from limner.server.limits import BodyLimits, LocalCallers
 from limner.server.metrics import Metrics
@@ -42,7 +42,7 @@ _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 def create_app(
     *,
-    engine: Engine,
+    engine: Backend,
     keyring: KeyRing,
     checks: Checks,
     settings: ServeSettings,

@@ -35,7 +35,7 @@ from PIL import Image
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import PreparedReference, ReferenceReport, write_beside
 
-__all__ = ["Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
+__all__ = ["FolderInUse", "Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
 
 _logger = logging.getLogger("limner.server")
 Status = Literal["pending", "ready", "error", "request_moderated", "content_moderated", "cancelled"]
@@ -136,6 +136,10 @@ class Handle:
     described: dict[str, Any] = field(default_factory=dict)
 
 
+class FolderInUse(OutputError):
+    """Another process has the folder, and may leave it."""
+
+
 class JobStore:
     """The jobs of one folder; one process at a time. Safe to use from several threads; `clock` gives epoch seconds."""
 
@@ -159,7 +163,7 @@ class JobStore:
                 self._prepare()
                 self.secret = self._secret()
             except BlockingIOError:
-                raise OutputError(
+                raise FolderInUse(
                     f"data: {self.folder} is used by another server; stop it, or give another folder"
                 ) from None
             except (OSError, sqlite3.Error) as error:

@@ -7,8 +7,10 @@ never waits for a slow caller, and what is refused is refused early.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from limner.errors import AccessDenied
 from limner.server.wire import answer_of
 
-__all__ = ["BodyLimits", "ErrorBody", "LocalCallers"]
+__all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
 
 ErrorBody = Callable[[str, int, str], Mapping[str, object]]
 """(path, status, message) to the body of an error in the dialect of that path."""
@@ -112,6 +114,28 @@ class LocalCallers:
                 await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})
                 return
         await self._app(scope, receive, send)
+
+
+class LoopbackCallers:
+    """For a server without keys behind a proxy that may listen anywhere: refuses callers from other machines."""
+
+    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+        self._app = app
+        self._error_body = error_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_loopback(scope.get("client")):
+            problem = "this server has no keys, and answers callers on its own machine alone; start it with keys"
+            await _refuse(send, 403, self._error_body(scope["path"], 403, problem), {})
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_loopback(client: Any) -> bool:
+    try:
+        return ipaddress.ip_address(client[0]).is_loopback
+    except (TypeError, ValueError, IndexError):
+        return False
 
 
 def _is_local(url: str) -> bool:

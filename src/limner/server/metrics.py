@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from limner.engine import Engine
+from limner.server.backend import Backend
 from limner.server.jobs import JobStore
 from limner.server.runner import JobRunner
 
@@ -25,7 +25,7 @@ _ENGINE_COUNTERS = (
 class Metrics(Collector):
     """One registry a server, so that several in a process do not meet."""
 
-    def __init__(self, *, engine: Engine, jobs: JobStore, runner: JobRunner) -> None:
+    def __init__(self, *, engine: Backend, jobs: JobStore, runner: JobRunner) -> None:
         self._engine = engine
         self._jobs = jobs
         self._runner = runner

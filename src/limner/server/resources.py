@@ -148,10 +148,10 @@ def routes(service: Service) -> APIRouter:
         if prefill:
             with service.limiter.hold(owner):
                 service.engine.check_room()
-                references, source = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
-            key, seconds = references.key, round(references.prefill_seconds, 4)
-            described |= {"nbytes": references.nbytes, "prefill_seconds": seconds}
-            now = {"cache": source, "seconds_saved": 0.0 if source == "miss" else seconds}
+                made = await runner.prefill(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
+            key, seconds = made.key, round(made.prefill_seconds, 4)
+            described |= {"nbytes": made.nbytes, "prefill_seconds": seconds}
+            now: dict[str, Any] = {"cache": made.source, "seconds_saved": 0.0 if made.source == "miss" else seconds}
         else:
             key = await runner.aside(service.engine.pipe.key_of, pictures)
             now = {"cache": "memory" if key in service.engine.pipe.store else None}

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-__all__ = ["ServeOptions", "add_key", "check_options", "default_data", "make_server", "serve"]
+    from limner.server.backend import Backend
+
+__all__ = ["ServeOptions", "add_key", "build_app", "check_options", "default_data", "log_own", "make_server", "serve"]
 
 _logger = logging.getLogger("limner.server")
 
@@ -86,45 +89,17 @@ def add_key(name: str, *, file: str) -> str:
 def check_options(options: ServeOptions) -> None:
     """Raises what can be known to be wrong before a model is loaded."""
     check_bind(options.host, _keyring(options))
+    _allowed(options)
 
 
 def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
     """Serves until a signal stops it; then waits `drain` seconds for what runs. Raises what the options get wrong."""
-    try:
+    with needs_extra("limner serve"):
         import uvicorn  # noqa: F401  # before anything is built
 
-        from limner.server.app import create_app
-        from limner.server.runner import RunnerSettings
-        from limner.server.service import ServeSettings
-    except ModuleNotFoundError as error:
-        raise MissingExtra("limner serve", package=str(error.name), extra="serve") from error
-
-    keyring = _keyring(options)
-    check_bind(options.host, keyring)
-    try:
-        allowed = frozenset(Origin.parse(text) for text in options.allow_origins)
-    except ValueError as error:
-        raise InvalidRequest("--allow-origin", str(error)) from None
-    app = create_app(
-        engine=Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch),
-        keyring=keyring,
-        checks=safety.no_checks() if options.unsafe else safety.default_checks(terms=options.terms),
-        settings=ServeSettings(
-            data=Path(options.data),
-            public_url=options.public_url,
-            fetch_urls=options.fetch_urls,
-            outbound=OutboundPolicy(allowed=allowed),
-            limits=LimitPolicy(
-                requests_per_minute=options.requests_per_minute,
-                burst=max(1, round(options.requests_per_minute)),
-                concurrent=options.concurrent,
-            ),
-            runner=RunnerSettings(
-                keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
-            ),
-            model_name=model_name,
-        ),
-        signer=_signer(options),
+    check_bind(options.host, _keyring(options))
+    app = build_app(
+        Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch), options, model_name=model_name
     )
     _log_to_stderr(options.log)
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -140,6 +115,52 @@ def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
         server.run()
     if not server.started:
         raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
+
+
+@contextlib.contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Says how to install what an import in the block lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(what, package=str(error.name), extra="serve") from error
+
+
+def build_app(engine: Backend, options: ServeOptions, *, model_name: str) -> FastAPI:
+    """The application that options ask for, over an engine. Raises what the options get wrong."""
+    with needs_extra("limner serve"):
+        from limner.server.app import create_app
+        from limner.server.runner import RunnerSettings
+        from limner.server.service import ServeSettings
+
+    return create_app(
+        engine=engine,
+        keyring=_keyring(options),
+        checks=safety.no_checks() if options.unsafe else safety.default_checks(terms=options.terms),
+        settings=ServeSettings(
+            data=Path(options.data),
+            public_url=options.public_url,
+            fetch_urls=options.fetch_urls,
+            outbound=OutboundPolicy(allowed=_allowed(options)),
+            limits=LimitPolicy(
+                requests_per_minute=options.requests_per_minute,
+                burst=max(1, round(options.requests_per_minute)),
+                concurrent=options.concurrent,
+            ),
+            runner=RunnerSettings(
+                keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
+            ),
+            model_name=model_name,
+        ),
+        signer=_signer(options),
+    )
+
+
+def _allowed(options: ServeOptions) -> frozenset[Origin]:
+    try:
+        return frozenset(Origin.parse(text) for text in options.allow_origins)
+    except ValueError as error:
+        raise InvalidRequest("--allow-origin", str(error)) from None
 
 
 def make_server(
@@ -167,6 +188,7 @@ def make_server(
             host=host,
             port=port,
             http=HastyProtocol,
+            loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,
             access_log=False,
@@ -218,10 +240,23 @@ class _JSONLines(logging.Formatter):
         return json.dumps(found)
 
 
+def log_own(kind: str) -> None:
+    """Limner's own loggers to stderr, where the process's others are somebody else's."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_formatter(kind))
+    logger = logging.getLogger("limner")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def _formatter(kind: str) -> logging.Formatter:
+    return _JSONLines() if kind == "json" else logging.Formatter("%(levelname)s %(message)s")
+
+
 def _log_to_stderr(kind: str) -> None:
     """All loggers to one handler, so that every line is of one kind: ours and uvicorn's from INFO on, others' warnings."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JSONLines() if kind == "json" else logging.Formatter("%(levelname)s %(message)s"))
+    handler.setFormatter(_formatter(kind))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     for name in ("limner", "uvicorn"):

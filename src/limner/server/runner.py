@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from limner import __version__, images, provenance
-from limner.engine import EditRequest, EditResult, Engine, Event, Failed, Finished, Prefilled, Progress, Started
+from limner.engine import EditRequest, EditResult, Event, Failed, Finished, Prefilled, Progress, Started
 from limner.errors import Cancelled, DeadlineExceeded, LimnerError, OutputError, QueueFull
 from limner.images import PreparedReference
 from limner.provenance import Ingredient, Signer
-from limner.references import References
 from limner.safety import Checks, Finding
 from limner.server.access import Limiter, Owner, Slot
+from limner.server.backend import Backend
 from limner.server.jobs import Job, JobStore, Status
 from limner.server.outbound import OutboundClient
 from limner.server.webhooks import Delivery, Outcome, deliver, next_attempt
@@ -92,7 +92,7 @@ class JobRunner:
     def __init__(
         self,
         *,
-        engine: Engine,
+        engine: Backend,
         jobs: JobStore,
         limiter: Limiter,
         checks: Checks,
@@ -251,8 +251,8 @@ class JobRunner:
         self.engine.cancel(id)
         return True
 
-    async def prefill(self, references: Sequence[PreparedReference], *, owner: str, id: str) -> tuple[References, str]:
-        """Computes K/V of references, or finds them; and where they came from. Raises what the engine raises."""
+    async def prefill(self, references: Sequence[PreparedReference], *, owner: str, id: str) -> Prefilled:
+        """Computes K/V of references, or finds them. Raises what the engine raises."""
         future: asyncio.Future[Prefilled] = self._loop.create_future()
         self._prefills.add(future)
 
@@ -269,13 +269,12 @@ class JobRunner:
 
         try:
             self.engine.prefill(references, id=id, listener=heard, owner=owner)
-            found = await future
+            return await future
         except asyncio.CancelledError:
             self.engine.cancel(id)
             raise
         finally:
             self._prefills.discard(future)
-        return found.references, found.source
 
     async def check_pictures(self, pictures: Sequence[PreparedReference], *, tolerance: int) -> Finding | None:
         """What the checks say of references. Pictures that passed, at the same tolerance, are not looked at again."""

@@ -25,11 +25,11 @@ from starlette.requests import Request
 
 from limner import images
 from limner.config import ReferencePolicy
-from limner.engine import Engine
 from limner.errors import AccessDenied, InvalidRequest, NotFound
 from limner.images import PreparedReference
 from limner.safety import check_tolerance
 from limner.server.access import KeyRing, Limiter, LimitPolicy, Owner
+from limner.server.backend import Backend
 from limner.server.fetch import decode_picture, read_picture
 from limner.server.jobs import Handle, Job, JobStore, check_idempotency_key
 from limner.server.outbound import OutboundClient, OutboundPolicy
@@ -81,7 +81,7 @@ class Service:
     def __init__(
         self,
         *,
-        engine: Engine,
+        engine: Backend,
         jobs: JobStore,
         runner: JobRunner,
         keyring: KeyRing,

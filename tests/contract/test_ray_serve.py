@@ -1,0 +1,351 @@
+"""The service on a Ray of this machine: two replicas that draw, and clusters that are not as they should be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from tests.conftest import generators, picture
+from tests.serving import opened, png, text
+
+from limner import Pipeline
+from limner.cli import main
+from limner.errors import InvalidRequest
+from limner.model_options import ModelOptions
+
+pytestmark = pytest.mark.ray
+ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")
+pytest.importorskip("ray.serve", reason="needs the extra ray: pip install 'limner[ray]'")
+SIZE = {"width": 64, "height": 64}
+SECONDS = 120.0
+"""For what takes two on an idle machine."""
+
+
+class Deployed:
+    """The application with the tiny model: two replicas of one core, and what tests ask of it."""
+
+    def __init__(self, model: Path, data: Path) -> None:
+        from ray import serve
+
+        from limner.deploy.cluster import connect, quiet
+        from limner.deploy.ray import NAME
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.data = data
+        connect("local", option="--address", num_cpus=2)
+        self.options = {
+            "model": str(model), "data": str(data), "replicas": 2, "threads": 1, "store_memory": "64MiB", "drain": 5,
+            "unsafe_no_checks": True, "requests_per_minute": 1e6, "concurrent": 1000,
+        }  # fmt: skip
+        with quiet():
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            self.run()
+        self.painters = serve.get_deployment_handle("Painter", NAME)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def run(self, **changed: Any) -> None:
+        from ray import serve
+
+        from limner.deploy.cluster import quiet
+        from limner.deploy.ray import NAME, app
+
+        with quiet():
+            serve.run(app({**self.options, **changed}), name=NAME, route_prefix="/")
+
+    def stats(self) -> list[Any]:
+        """Process, engine and store of each replica that runs."""
+        return list(self.painters.broadcast("stats").results(timeout_s=30))
+
+    def submit(self, **body: Any) -> str:
+        answer = self.http.post("/v1/edit", json={"prompt": "a red ball", "output_format": "png", **SIZE, **body})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def poll(self, id: str) -> dict[str, Any]:
+        def ended() -> Any:
+            with contextlib.suppress(httpx.TransportError):  # an ingress that starts again
+                answer = self.http.get("/v1/get_result", params={"id": id})
+                return answer.status_code == 200 and answer.json()["status"] != "Pending" and answer.json()
+            return None
+
+        return dict(until(ended))
+
+    def pixels(self, found: dict[str, Any]) -> np.ndarray[Any, Any]:
+        assert found["status"] == "Ready", found
+        return np.asarray(opened(self.http.get(found["result"]["sample"]).content)).astype(int)
+
+
+def until(done: Callable[[], Any]) -> Any:
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        if found := done():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not come to pass")
+
+
+@pytest.fixture(scope="module")
+def deployed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    from limner.deploy.cluster import quiet
+
+    try:
+        made = Deployed(tiny_folder, tmp_path_factory.mktemp("deployed"))
+        yield made
+        made.http.close()
+    finally:
+        with quiet():
+            ray.shutdown()
+
+
+def test_each_reference_set_is_prefilled_once_and_pictures_are_those_of_one_process(
+    deployed: Deployed, tiny_folder: Path
+) -> None:
+    found = [  # one at a time: nobody waits, so no set is worth a second copy
+        deployed.poll(
+            deployed.submit(input_image=text(png(seed=number % 5)), input_image_2=text(png(seed=9)), seed=number)
+        )
+        for number in range(25)
+    ]
+    stats = deployed.stats()
+    assert sum(engine.prefills for _, engine, _ in stats) == 5
+    assert sum(store.num_entries["memory"] for _, _, store in stats) == 5
+    assert min(engine.images for _, engine, _ in stats) > 0  # and not all at one
+    pipe = Pipeline.from_pretrained(tiny_folder)
+    image = [picture(64, 64, seed=2), picture(64, 64, seed=9)]
+    expected = pipe("a red ball", image=image, width=64, height=64, generator=generators(7)).images[0]
+    assert np.abs(deployed.pixels(found[7]) - np.asarray(expected).astype(int)).max() <= 2  # batches round otherwise
+
+
+def test_a_killed_replica_loses_no_accepted_job(deployed: Deployed) -> None:
+    jobs = [
+        deployed.submit(input_image=text(png(seed=number % 4)), seed=number, num_inference_steps=50) for number in range(16)
+    ]  # fmt: skip
+    victim, engine, _ = until(lambda: next((s for s in deployed.stats() if s[1].running and s[1].waiting), None))
+    os.kill(victim, signal.SIGKILL)
+    found = [deployed.poll(id) for id in jobs]
+    assert [one["status"] for one in found] == ["Ready"] * 16
+    assert engine.running + engine.waiting >= 2
+    drawn = np.stack([deployed.pixels(one) for one in found])
+    again = deployed.poll(deployed.submit(input_image=text(png(seed=3)), seed=15, num_inference_steps=50))
+    assert np.abs(drawn[15] - deployed.pixels(again)).max() <= 2
+    pids = until(lambda: (s := [pid for pid, _, _ in deployed.stats()]) and len(s) == 2 and s)  # and one came for it
+    assert victim not in pids
+
+
+def test_a_cancelled_job_stops_in_its_replica(deployed: Deployed) -> None:
+    def cancelled() -> int:
+        return sum(engine.cancelled for _, engine, _ in deployed.stats())
+
+    before = cancelled()
+    id_ = deployed.submit(num_inference_steps=50, width=512, height=512)
+    until(
+        lambda: (
+            deployed.http.get(f"/v1/jobs/{id_}").json()["status"] == "pending"
+            and any(s[1].running for s in deployed.stats())
+        )
+    )
+    assert deployed.http.delete(f"/v1/jobs/{id_}").status_code == 200
+    assert deployed.http.get(f"/v1/jobs/{id_}").json()["status"] == "cancelled"
+    until(lambda: cancelled() == before + 1 and not any(engine.running for _, engine, _ in deployed.stats()))
+
+
+def test_progress_comes_through(deployed: Deployed) -> None:
+    id_ = deployed.submit(num_inference_steps=40, width=256, height=256)
+    with deployed.http.stream("GET", f"/v1/jobs/{id_}/events") as answer:
+        lines = [line for line in answer.iter_lines() if line.startswith("data:")]
+    told = [json.loads(line.removeprefix("data:")) for line in lines]
+    steps = [one["progress"] for one in told]
+    assert steps == sorted(steps)
+    assert len({step for step in steps if 0 < step < 1}) > 2
+    assert deployed.poll(id_)["status"] == "Ready"
+
+
+def test_forgotten_references_are_forgotten_in_all_replicas(deployed: Deployed) -> None:
+    def kept() -> int:
+        return sum(store.num_entries["memory"] for _, _, store in deployed.stats())
+
+    before = kept()
+    made = deployed.http.post("/v1/references", json={"images": [text(png(80, 64, seed=77))]})
+    assert made.status_code == 201, made.text
+    key = made.json()["id"]
+    assert made.json()["cache"] == "miss"
+    assert kept() == before + 1
+    found = deployed.poll(deployed.submit(references=key))
+    assert found["status"] == "Ready"
+    assert deployed.http.get(f"/v1/jobs/{deployed.submit(references=key)}").status_code == 200
+    assert deployed.http.delete(f"/v1/references/{key}").status_code == 200
+    until(lambda: kept() == before)
+    metrics = deployed.http.get("/metrics").text
+    assert f'limner_references_bytes{{tier="memory"}} {sum(s[2].nbytes["memory"] for s in deployed.stats())}' in metrics
+
+
+def test_an_ingress_that_died_takes_up_its_jobs(deployed: Deployed) -> None:
+    jobs = [
+        deployed.submit(input_image=text(png(seed=number % 4)), seed=number, num_inference_steps=50)
+        for number in range(6)
+    ]
+    (ingress,) = [process for process in psutil.process_iter() if _is_ingress(process)]
+    ingress.kill()
+    assert [deployed.poll(id)["status"] for id in jobs] == ["Ready"] * 6
+
+
+def test_an_update_replaces_everything_and_loses_no_job(deployed: Deployed) -> None:
+    before = {pid for pid, _, _ in deployed.stats()}
+    jobs = [deployed.submit(input_image=text(png(seed=number % 4)), num_inference_steps=50) for number in range(12)]
+    deployed.run(max_batch=4)
+    assert [deployed.poll(id)["status"] for id in jobs] == ["Ready"] * 12
+    assert deployed.http.get("/v1/capabilities").json()["max_images"] == 4
+    assert not before & {pid for pid, _, _ in deployed.stats()}
+
+
+def _is_ingress(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.name().startswith("ray::ServeRepli") and "Ingress" in " ".join(process.cmdline())
+    return False
+
+
+# what is refused, without a cluster
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no cluster at 127.0.0.1:1 ([Errno 111] Connection refused);"),
+        (["--address", "somewhere"], "--address: 'somewhere' is not local, auto or HOST:PORT of the head node"),
+        (["--store", "s3://bucket/kv"], "--store: 's3://bucket/kv' is a URL; replicas share a folder;"),
+        (["--data", "postgresql://u@db/jobs"], "--data: 'postgresql://u@db/jobs' is a URL; jobs are kept in a folder"),
+        (["--replicas", "3", "--max-replicas", "2"], "--max-replicas: 2 is less than the 3 of --replicas"),
+        (["--replicas", "0"], "--replicas: 0: Input should be greater than or equal to 1"),
+        (["--host", "0.0.0.0"], "host: '0.0.0.0' can be reached from other machines, and there are no keys"),
+        (["--store-memory", "lots"], "--store-memory: 'lots' is not an amount of memory"),
+        (["--port", "70000"], "--port: 70000 is not within 1 to 65535"),
+        (["--tls-key", "key.pem"], "--tls-certificate: needs --tls-key"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_starts(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIMNER_KEYS", raising=False)
+    assert main(["deploy", *words]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"limner: {message}")
+    assert told.err.count("\n") == 1
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["deploy", "--port", str(port)]) == 2
+    assert capsys.readouterr().err.startswith(f"limner: port: 127.0.0.1:{port} cannot be used")
+
+
+def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "limner.deploy.ray", raising=False)
+    assert main(["deploy"]) == 2
+    assert capsys.readouterr().err == (
+        "limner: limner deploy needs ray, which is not installed; pip install 'limner[ray,serve]'\n"
+    )
+
+
+def test_nodes_that_differ(tiny_folder: Path) -> None:
+    from limner.deploy.cluster import check_nodes, this_node
+    from limner.deploy.ray import Painter
+
+    with pytest.raises(InvalidRequest, match="has torch [^ ]*, this process 1.13.1; pictures would differ"):
+        Painter(
+            ModelOptions(model=str(tiny_folder)), versions={**this_node(), "torch": "1.13.1"}, threads=1, max_batch=1,
+            store=None, store_bytes=None, store_memory=0,
+        )  # fmt: skip
+    for found, message in (
+        ({"error": "ModuleNotFoundError: No module named 'limner'"}, "node n cannot draw"),
+        ({**this_node(), "lacks": "/m"}, "node n has no /m"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            check_nodes({"n": found}, driver=this_node(), option="--address")
+
+
+def test_a_yaml_names_options_and_no_others() -> None:
+    from limner.deploy.ray import app
+
+    yaml = pytest.importorskip("yaml")
+    file = Path(__file__).parents[2] / "docs" / "deploy.yaml"
+    (application,) = yaml.safe_load(file.read_text())["applications"]
+    assert application["import_path"] == "limner.deploy.ray:app"
+    app(application["args"])
+    app({"replicas": "2", "unsafe_no_checks": "true"})  # as `serve run limner.deploy.ray:app replicas=2` says it
+    with pytest.raises(InvalidRequest, match="--replica: 2: Extra inputs are not permitted"):
+        app({**application["args"], "replica": 2})
+
+
+def test_replicas_follow_the_queue_where_they_may() -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    from limner.deploy.ray import DeployOptions, _scaling
+
+    assert _scaling(DeployOptions.parse({"replicas": 3})) == {"num_replicas": 3}
+    told = _scaling(DeployOptions.parse({"replicas": 2, "max_replicas": 5, "queue": 3}))
+    config = AutoscalingConfig(**told["autoscaling_config"])
+    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 5, 3)
+
+
+def test_no_more_replicas_than_fit(deployed: Deployed) -> None:
+    from limner.deploy.ray import DeployOptions, _check_cluster
+
+    options = DeployOptions.parse({"replicas": 10_000})
+    with pytest.raises(InvalidRequest, match="--replicas: 10000 replicas of 1 CPU are over the"):
+        _check_cluster(options, address="local", threads=1)
+    with pytest.raises(InvalidRequest, match="--address: node .* has no /no/model; put it there"):
+        _check_cluster(DeployOptions.parse({"model": "/no/model"}), address="local", threads=1)
+
+
+def test_the_command_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "deploy",
+        "--model",
+        tiny_folder,
+        "--data",
+        tmp_path / "data",
+        "--port",
+        port,
+        "--replicas",
+        1,
+        "--threads",
+        1,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "LIMNER_KEYS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "limner", *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if f"limner: model at http://127.0.0.1:{port}, 1 replicas" in line:
+            break
+    assert process.poll() is None, "".join(lines)
+    assert httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).json() == {"status": "ready"}
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 0

@@ -1,0 +1,33 @@
+"""Who is answered before any route sees the request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from limner.server.limits import LoopbackCallers
+from limner.server.wire import error_body
+
+
+@pytest.mark.parametrize(
+    ("client", "allowed"),
+    [
+        (("127.0.0.1", 5), True), (("::1", 5), True), (("127.9.9.9", 0), True), (("10.0.0.2", 5), False),
+        (("::ffff:10.0.0.2", 5), False), (("", 0), False), (None, False),
+    ],
+)  # fmt: skip
+def test_without_keys_other_machines_are_refused(client: Any, allowed: bool) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        sent.append({"status": 200})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/edit", "headers": [], "client": client}
+    asyncio.run(LoopbackCallers(inner, error_body=error_body)(scope, send, send))
+    assert sent[0]["status"] == (200 if allowed else 403)
+    assert allowed or b"no keys" in sent[1]["body"]
