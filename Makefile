@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve fuzz test check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve fuzz test test-ray check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,11 @@ $(FONT):
 	bash recipes/stickers/run.sh font
 
 test: $(READY) $(FONT)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray"
+
+# Clusters of this machine, started and stopped; one after another.
+test-ray: $(READY)
+	$(BIN)/python -m pytest -m ray
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -39,7 +43,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/limner bench -o benchmarks/results/edit.json
 
-# All benchmarks, an hour on 2 cores; nothing else should run beside them.
+# All benchmarks but those of full size (benchmarks/full_size.py), over an hour on 2 cores; nothing else should run beside them.
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
@@ -49,6 +53,8 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/hostile.py -o benchmarks/results/hostile.json
 	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
 	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
+	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
 # A longer run of random requests against the OpenAPI document.
 fuzz: $(READY)
