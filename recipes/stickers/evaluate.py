@@ -174,7 +174,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task, row in result["tasks"].items():
-        rates = " | ".join(f"{row[name]:.0%}" for name in ("success", "sticker", "place", "form", "scene"))
+        rates = " | ".join(f"{100 * row[name]:.1f} %" for name in ("success", "sticker", "place", "form", "scene"))
         gain, nearest = (f"{row[name]:.1f}" if name in row else "" for name in ("gain_differs", "nearest"))
         held = f"{row['in_training']:.0%}" if "in_training" in row else ""
         lines.append(

@@ -929,6 +929,7 @@ def _plan_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from limner.engine import load_aside
     from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
     if args.new_key is not None:
@@ -949,7 +950,8 @@ def _serve(args: argparse.Namespace) -> None:
     check_options(options)
     model = _model_options(args)
     model.check()
-    pipe = model.load(store=_store(args, disk_bytes=args.store_bytes) if args.store else None)
+    store = _store(args, disk_bytes=args.store_bytes) if args.store else None
+    pipe = load_aside(lambda: model.load(store=store))
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ __all__ = [
     "Started",
     "check_request",
     "check_room_for",
+    "load_aside",
 ]
 
 _logger = logging.getLogger("limner")
@@ -206,8 +208,19 @@ def _own_tokens(size: tuple[int, int], text_length: int) -> int:
     return size[0] * size[1] // 256 + min(512, text_length)
 
 
+def load_aside(load: Callable[[], Pipeline]) -> Pipeline:
+    """The pipeline that `load` gives, loaded in a thread that ends with it: what an engine should draw with on a CPU.
+
+    OpenMP keeps a team of threads for every thread that has computed. Where all teams together have more threads than the
+    machine has cores, libgomp's no longer spin while they wait for work but sleep, and small models take twice as long
+    (docs/log.md). So whoever loads must not stay: then the engine's team is the only one.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="limner-load") as passing:
+        return passing.submit(load).result()
+
+
 class Engine:
-    """Runs requests on one pipeline, in one thread of its own.
+    """Runs requests on one pipeline, in one thread of its own. On a CPU load the pipeline with `load_aside`.
 
     `max_waiting` requests may wait; `max_batch` images run at once; `memory_bytes` is what calls may take beside the
     weights (default: what is free now).

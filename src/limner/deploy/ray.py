@@ -44,7 +44,7 @@ from starlette.types import ASGIApp
 from limner.config import ReferencePolicy
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
 from limner.deploy.remote import LostReplica, ModelCard, RemoteEngine
-from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finished, Prefilled
+from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finished, Prefilled, load_aside
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
@@ -195,9 +195,8 @@ class Painter:
         check_nodes({socket.gethostname(): this_node()}, driver=versions, option="versions")
         log_own("text")
         torch.set_num_threads(threads)
-        pipe = model.load(
-            store=ReferenceStore(memory_bytes=store_memory, disk_path=store, disk_bytes=store_bytes),
-        )
+        kept = ReferenceStore(memory_bytes=store_memory, disk_path=store, disk_bytes=store_bytes)
+        pipe = load_aside(lambda: model.load(store=kept))
         self.engine = Engine(pipe, max_waiting=1 << 30, max_batch=max_batch)  # the ingress counts what waits
         self._means: dict[str, float] = {}
 
