@@ -984,6 +984,8 @@ class Pipeline:
         self, generator: torch.Generator | Sequence[torch.Generator] | None, *, latents: Tensor | None, batch: int
     ) -> tuple[list[torch.Generator] | torch.Generator, tuple[int | None, ...]]:
         """The generators of a batch and the seed of each image; a drawn seed is one that reproduces its image alone."""
+        if self.parallel is not None:
+            self.parallel.check_same({"generator": type(generator).__name__, "latents": latents is not None})
         if latents is not None:
             return [], (None,) * batch
         if isinstance(generator, torch.Generator):

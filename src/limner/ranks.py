@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["exit_silently", "join", "own_device", "speaks", "started", "together"]
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The first is torchrun's alone; others that start processes set the rest."""
 _ENDED = "limner/ended"
 _GRACE = 10.0
 """Seconds in which torchrun ends a process that has nothing to say, after the one that has."""

@@ -135,11 +135,10 @@ def test_a_killed_replica_loses_no_accepted_job(deployed: Deployed) -> None:
     jobs = [
         deployed.submit(input_image=text(png(seed=number % 4)), seed=number, num_inference_steps=50) for number in range(16)
     ]  # fmt: skip
-    victim, engine, _ = until(lambda: next((s for s in deployed.stats() if s[1].running and s[1].waiting), None))
+    victim, _, _ = until(lambda: next((s for s in deployed.stats() if s[1].running and s[1].waiting), None))
     os.kill(victim, signal.SIGKILL)
     found = [deployed.poll(id) for id in jobs]
     assert [one["status"] for one in found] == ["Ready"] * 16
-    assert engine.running + engine.waiting >= 2
     drawn = np.stack([deployed.pixels(one) for one in found])
     again = deployed.poll(deployed.submit(input_image=text(png(seed=3)), seed=15, num_inference_steps=50))
     assert np.abs(drawn[15] - deployed.pixels(again)).max() <= 2
@@ -187,9 +186,8 @@ def test_forgotten_references_are_forgotten_in_all_replicas(deployed: Deployed) 
     assert kept() == before + 1
     found = deployed.poll(deployed.submit(references=key))
     assert found["status"] == "Ready"
-    assert deployed.http.get(f"/v1/jobs/{deployed.submit(references=key)}").status_code == 200
     assert deployed.http.delete(f"/v1/references/{key}").status_code == 200
-    until(lambda: kept() == before)
+    assert kept() == before
     metrics = deployed.http.get("/metrics").text
     assert f'limner_references_bytes{{tier="memory"}} {sum(s[2].nbytes["memory"] for s in deployed.stats())}' in metrics
 
@@ -310,7 +308,7 @@ def test_no_more_replicas_than_fit(deployed: Deployed) -> None:
     from limner.deploy.ray import DeployOptions, _check_cluster
 
     options = DeployOptions.parse({"replicas": 10_000})
-    with pytest.raises(InvalidRequest, match="--replicas: 10000 replicas of 1 CPU are over the"):
+    with pytest.raises(InvalidRequest, match="--replicas: 10000 replicas of 1 CPU do not fit, only"):
         _check_cluster(options, address="local", threads=1)
     with pytest.raises(InvalidRequest, match="--address: node .* has no /no/model; put it there"):
         _check_cluster(DeployOptions.parse({"model": "/no/model"}), address="local", threads=1)

@@ -31,3 +31,16 @@ def test_without_keys_other_machines_are_refused(client: Any, allowed: bool) -> 
     asyncio.run(LoopbackCallers(inner, error_body=error_body)(scope, send, send))
     assert sent[0]["status"] == (200 if allowed else 403)
     assert allowed or b"no keys" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("header", [b"x-forwarded-for", b"X-Forwarded-For", b"forwarded"])
+def test_without_keys_what_a_caller_says_of_itself_counts_for_nothing(header: bytes) -> None:
+    """A proxy that believes the header would have made 127.0.0.1 of the client."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/edit", "headers": [(header, b"127.0.0.1")], "client": ("127.0.0.1", 5)}
+    asyncio.run(LoopbackCallers(send, error_body=error_body)(scope, send, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 403

@@ -118,14 +118,19 @@ def test_a_request_that_kills_replicas_is_given_up(card: ModelCard, monkeypatch:
 
     async def test() -> None:
         stopped = [LostReplica("stopped", counts=False)]
-        engine = engine_of(card, *[stopped] * 9, *[[LostReplica("out of memory")]] * 5)
+        engine = engine_of(
+            card, *[stopped] * 9, [LostReplica("of another")], *[[Started(), LostReplica("out of memory")]] * 5
+        )
         heard: list[Event] = []
         engine.submit(REQUEST, id="a", listener=heard.append)
-        await until(lambda: bool(heard))
-        (end,) = heard
+        await until(lambda: any(isinstance(event, Failed) for event in heard))
+        *begun, end = heard
+        assert all(isinstance(event, Started) for event in begun)
         assert isinstance(end, Failed)
         assert isinstance(end.error, RemoteError)
-        assert "5 replicas ended while they drew this, the last one so: out of memory" in str(end.error)
+        assert "5 replicas ended while they drew this, 1 while it waited there, the last one so: out of memory" in str(
+            end.error
+        )
 
     run(test)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -29,14 +30,7 @@ import ray
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.exceptions import (
-    ActorDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -101,6 +95,8 @@ class DeployOptions(BaseModel):
 
     data: str | None = None
     keys: str | None = None
+    keyed: bool = False
+    """The ingress does not start without keys. Set where the command that deploys has $LIMNER_KEYS."""
     max_waiting: int = Field(256, ge=1)
     max_batch: int = Field(10, ge=1)
     images_per_key: int | None = None
@@ -151,7 +147,8 @@ class DeployOptions(BaseModel):
             for name in names
             if (value := getattr(self, name)) is not None and (name in ("store", "data") or os.path.exists(value))
         }
-        return self.model_copy(update={"data": default_data(), **made})
+        keyed = self.keyed or bool(os.environ.get("LIMNER_KEYS"))
+        return self.model_copy(update={"data": default_data(), "keyed": keyed, **made})
 
     def model_options(self) -> ModelOptions:
         policy = {"background": self.background, "max_pixels": self.max_pixels}
@@ -191,17 +188,22 @@ class Painter:
         store: str | None,
         store_bytes: int | None,
         store_memory: int,
+        memory_bytes: int | None,
     ) -> None:
         check_nodes({socket.gethostname(): this_node()}, driver=versions, option="versions")
         log_own("text")
         torch.set_num_threads(threads)
         kept = ReferenceStore(memory_bytes=store_memory, disk_path=store, disk_bytes=store_bytes)
         pipe = load_aside(lambda: model.load(store=kept))
-        self.engine = Engine(pipe, max_waiting=1 << 30, max_batch=max_batch)  # the ingress counts what waits
+        self._model = model
+        self.engine = Engine(  # the ingress counts what waits
+            pipe, max_waiting=1 << 30, max_batch=max_batch, memory_bytes=memory_bytes
+        )
         self._means: dict[str, float] = {}
 
-    def card(self) -> ModelCard:
-        return ModelCard.of(self.engine.pipe, memory_bytes=self.engine.memory_bytes)
+    def card(self) -> tuple[ModelOptions, ModelCard]:
+        """What was loaded, and how."""
+        return self._model, ModelCard.of(self.engine.pipe, memory_bytes=self.engine.memory_bytes)
 
     async def draw(
         self, request: EditRequest, *, id: str, owner: str, priority: int, timeout: float | None
@@ -298,15 +300,14 @@ class _Painters:
                     yield event
             except RayTaskError:  # a fault of ours, and some of these are also of the kinds below
                 raise
-            except ActorDiedError as error:
-                raise LostReplica(first_line(error)) from error
-            except DeploymentUnavailableError as error:
-                raise LostReplica(first_line(error), counts=False) from error
             except (
-                RayActorError, WorkerCrashedError, ObjectLostError, TaskCancelledError, RequestCancelledError,
-                ReplicaUnavailableError,
+                DeploymentUnavailableError, ObjectLostError, ReplicaUnavailableError, RequestCancelledError,
+                TaskCancelledError,
             ) as error:  # fmt: skip
                 raise LostReplica(first_line(error), counts=False) from error
+            except RayError as error:  # died, out of memory, its node gone
+                kept = type(error) is RayActorError  # it may come back
+                raise LostReplica(first_line(error), counts=not kept) from error
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -320,18 +321,23 @@ class _Painters:
                 response.cancel()
 
     async def forget(self, key: str) -> bool:
-        return any(await self._all("forget", key))
+        try:
+            return any(await self._all("forget", key))
+        except Exception as error:
+            raise RemoteError(
+                f"replicas did not confirm that {key} is forgotten ({first_line(error)}); ask again"
+            ) from error
 
     async def store_stats(self) -> list[StoreStats]:
-        return [store for _, _, store in await self._all("stats")]
+        try:
+            return [store for _, _, store in await self._all("stats")]
+        except Exception as error:
+            _logger.warning("replicas did not tell their counts: %s", first_line(error))
+            return []
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
-        """What the replicas that run answer; one that does not within seconds is left out, with all others."""
-        try:
-            return list(await self._handle.broadcast(method, *args).results_async(timeout_s=_CONTROL_SECONDS))
-        except Exception as error:
-            _logger.warning("replicas did not answer to %s: %s", method, first_line(error))
-            return []
+        """What all replicas that run answer, within seconds; raises what Ray does if one of them does not."""
+        return list(await self._handle.broadcast(method, *args).results_async(timeout_s=_CONTROL_SECONDS))
 
 
 class IngressApp:
@@ -344,10 +350,14 @@ class IngressApp:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray asks for the application, after the constructor."""
         options = self._options
+        while True:
+            model, card = await self._painters.card.remote()
+            if model == options.model_options():
+                break
+            await asyncio.sleep(0.5)  # in an update, a replica of before
         self._engine = RemoteEngine(
-            _Painters(self._painters), await self._painters.card.remote(), max_waiting=options.max_waiting,
-            max_batch=options.max_batch,
-        )  # fmt: skip
+            _Painters(self._painters), card, max_waiting=options.max_waiting, max_batch=options.max_batch
+        )
         end = time.monotonic() + 2 * options.drain + 2 * _GRACE_SECONDS
         while True:
             try:
@@ -358,6 +368,11 @@ class IngressApp:
                     raise
             await asyncio.sleep(0.5)
         if made.state.service.keyring.is_open:
+            if options.keyed:
+                raise InvalidRequest(
+                    "--keys", "$LIMNER_KEYS is set for the command and not on the head node; give --keys FILE of that "
+                    "node, or set it where Ray is started"
+                )  # fmt: skip
             made.add_middleware(LoopbackCallers, error_body=error_body)
         return made
 
@@ -373,8 +388,8 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
     check_options(options.serve_options())
     on_gpu = options.device.startswith("cuda")
     threads = _threads(options)
-    free = psutil.virtual_memory().available // 4 // (options.max_replicas or options.replicas)
-    store_memory = parse_bytes(options.store_memory) if options.store_memory else free
+    share = psutil.virtual_memory().available // _beside(options)  # the same for all, whichever loads first
+    store_memory = parse_bytes(options.store_memory) if options.store_memory else share // 4
     router: dict[str, Any] = {"request_routing_stats_period_s": 2.0}
     if (path := _ROUTERS[options.router]) is not None:
         router |= {"request_router_class": path, "request_router_kwargs": {"capacity_bytes": store_memory}}
@@ -398,6 +413,7 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
         store=options.store,
         store_bytes=options.store_bytes,
         store_memory=store_memory,
+        memory_bytes=None if on_gpu else share,
     )
     return serve.deployment(
         serve.ingress()(IngressApp),
@@ -426,10 +442,18 @@ def _scaling(options: DeployOptions) -> dict[str, Any]:
     }
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _threads(options: DeployOptions) -> int:
     """Cores of a replica: those of this machine, shared."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return options.threads or max(1, cores // (options.max_replicas or options.replicas))
+    return options.threads or max(1, _cores() // (options.max_replicas or options.replicas))
+
+
+def _beside(options: DeployOptions) -> int:
+    """Replicas that a machine like this one may have."""
+    return max(1, min(options.max_replicas or options.replicas, _cores() // _threads(options)))
 
 
 def deploy(
@@ -456,10 +480,15 @@ def deploy(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _check_cluster(options, address=address, threads=threads)
+        if serve.status().proxies:
+            raise InvalidRequest(
+                "--address", f"{address}: Ray Serve runs there already, and keeps its address and its applications; end it "
+                "with serve shutdown, or deploy a YAML with serve deploy"
+            )  # fmt: skip
         http = {"host": host, "port": port, "ssl_certfile": certificate, "ssl_keyfile": key}
         try:
             with quiet():
-                serve.start(http_options=http, logging_config=_LOGS)
+                serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_LOGS)
                 running = True
                 serve.run(app(options), name=NAME, route_prefix="/")
         except (RuntimeError, ray.exceptions.RayError) as error:
@@ -471,12 +500,13 @@ def deploy(
             threading.Event().wait()
         with quiet():
             serve.delete(NAME)  # waits for what runs
+            serve.shutdown()
         running = False
     finally:
         signal.signal(signal.SIGTERM, before)
         with quiet(), contextlib.suppress(ray.exceptions.RayError, RuntimeError):
             if running and address != "local":
-                serve.delete(NAME, _blocking=False)
+                serve.shutdown()
             ray.shutdown()  # and a Ray of this machine alone ends with it
 
 
@@ -487,11 +517,16 @@ def _check_cluster(options: DeployOptions, *, address: str, threads: int) -> Non
     ]
     found = nodes(address, option="--address", folder=options.store or "", files=files)
     check_nodes(found, driver=this_node(), option="--address")
-    kind, each = ("GPU", 1) if options.device.startswith("cuda") else ("CPU", threads)
-    there = int(ray.cluster_resources().get(kind, 0))
-    if options.replicas * each > there:
+    on_gpu = options.device.startswith("cuda")
+    room = [
+        min(node.get("CPU", 0) // threads, node.get("GPU", 0) if on_gpu else math.inf)
+        for node in (n["Resources"] for n in ray.nodes() if n["Alive"])
+    ]
+    if options.replicas > sum(room):
+        needs = f"{threads} CPU" + " and a GPU" * on_gpu
         raise InvalidRequest(
-            "--replicas", f"{options.replicas} replicas of {each} {kind} are over the {there} of the cluster"
+            "--replicas",
+            f"{options.replicas} replicas of {needs} do not fit, only {int(sum(room))} do; use fewer, or --threads",
         )
 
 

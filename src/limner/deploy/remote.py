@@ -45,6 +45,8 @@ _logger = logging.getLogger("limner.server")
 _GRID = 256
 _MOST_LOSSES = 5
 """Replicas that a request may lose. It may be what kills them, and should not take all of them."""
+_MOST_WAITS = 20
+"""Replicas that may end while it only waits there: another request may be what kills them."""
 _LONGEST_PAUSE = 5.0
 _KNOWN_KEYS = 65536
 
@@ -109,7 +111,8 @@ class Replicas(Protocol):
         it. Raises `LostReplica`."""
 
     async def forget(self, key: str) -> bool:
-        """Removes References from the store of every replica; whether one had them."""
+        """Removes References from the store of every replica; whether one had them. Raises `RemoteError` unless all
+        answer."""
 
     async def store_stats(self) -> list[StoreStats]:
         """The counts of the replicas that answer."""
@@ -265,7 +268,7 @@ class RemoteEngine:
 
     async def _bring(self, found: _Request) -> None:
         """Sends a request until a replica has done it, or says why it cannot be done."""
-        losses, attempt, pause = 0, 0, 0.1
+        losses, waited, attempt, pause = 0, 0, 0, 0.1
         try:
             while True:
                 attempt += 1
@@ -274,12 +277,14 @@ class RemoteEngine:
                         if await self._once(found, attempt):
                             return
                 except LostReplica as error:
-                    losses += error.counts
+                    losses += error.counts and found.began
+                    waited += error.counts and not found.began
                     found.began = False
                     _logger.warning("%s is sent again: %s", found.id, error)
-                    if losses >= _MOST_LOSSES:
+                    if losses >= _MOST_LOSSES or waited >= _MOST_WAITS:
                         raise RemoteError(
-                            f"{losses} replicas ended while they drew this, the last one so: {error}; see their logs"
+                            f"{losses} replicas ended while they drew this, {waited} while it waited there, the last one "
+                            f"so: {error}; see their logs"
                         ) from error
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -415,9 +420,11 @@ class RemoteStore:
 
     def remove(self, key: str) -> bool:
         """Forgets References in every replica that runs; not to be called in the event loop."""
+        asked = asyncio.run_coroutine_threadsafe(self._engine.replicas.forget(key), self._engine.loop)
+        found = asked.result()
         known = key in self._known
         self._known.pop(key, None)
-        return asyncio.run_coroutine_threadsafe(self._engine.replicas.forget(key), self._engine.loop).result() or known
+        return found or known
 
     def stats(self) -> StoreStats:
         """Hits and misses as this process saw them; bytes, entries and evictions of the replicas that run now."""

@@ -117,14 +117,18 @@ class LocalCallers:
 
 
 class LoopbackCallers:
-    """For a server without keys behind a proxy that may listen anywhere: refuses callers from other machines."""
+    """For a server without keys behind a proxy that may listen anywhere: refuses callers from other machines.
+
+    A proxy may take the caller's address from a header that the caller sent, so whoever sends one is refused.
+    """
 
     def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
         self._app = app
         self._error_body = error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_loopback(scope.get("client")):
+        forwarded = {b"x-forwarded-for", b"forwarded"} & {name.lower() for name, _ in scope.get("headers", ())}
+        if scope["type"] == "http" and (forwarded or not _is_loopback(scope.get("client"))):
             problem = "this server has no keys, and answers callers on its own machine alone; start it with keys"
             await _refuse(send, 403, self._error_body(scope["path"], 403, problem), {})
             return
