@@ -270,7 +270,7 @@ def test_nodes_that_differ(tiny_folder: Path) -> None:
     with pytest.raises(InvalidRequest, match="has torch [^ ]*, this process 1.13.1; pictures would differ"):
         Painter(
             ModelOptions(model=str(tiny_folder)), versions={**this_node(), "torch": "1.13.1"}, threads=1, max_batch=1,
-            store=None, store_bytes=None, store_memory=0,
+            store=None, store_bytes=None, store_memory=0, memory_bytes=None,
         )  # fmt: skip
     for found, message in (
         ({"error": "ModuleNotFoundError: No module named 'limner'"}, "node n cannot draw"),
