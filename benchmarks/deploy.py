@@ -156,16 +156,20 @@ def main() -> int:
         [prepare_reference(data, policy=pipe.reference_policy).report.processed_size for data in one] for one in sets
     ]
     kv = sum(pipe.kv_bytes(sum(w * h for w, h in one) // 256) for one in sizes)
-    try:
-        found = {kind: Run(args, kind, sets, round(args.keep * kv))() for kind in args.runs}
-    except LimnerError as error:
-        raise SystemExit(str(error)) from error
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "deploy", **machine(), "ray": ray.__version__, "command": shlex.join(sys.argv), "sets": args.sets,
-        "kv_bytes": kv, "keep": args.keep, "replicas": args.replicas, "clients": args.clients, "side": args.side, **found,
+        "kv_bytes": kv, "keep": args.keep, "replicas": args.replicas, "clients": args.clients, "side": args.side,
     }  # fmt: skip
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    found = {}
+    for kind in args.runs:
+        try:
+            found[kind] = Run(args, kind, sets, round(args.keep * kv))()
+        except LimnerError as error:
+            raise SystemExit(str(error)) from error
+        report[kind] = found[kind]
+        if args.output:  # runs of before stay, so that they may be made one by one
+            before = json.loads(args.output.read_text()) if args.output.exists() else {}
+            args.output.write_text(json.dumps(before | report, indent=1) + "\n")
     print(json.dumps(report))
     return int(any(one["lost"] or one["problems"] for one in found.values()))
 
