@@ -158,7 +158,8 @@ def main() -> int:
     kv = sum(pipe.kv_bytes(sum(w * h for w, h in one) // 256) for one in sizes)
     report: dict[str, Any] = {
         "benchmark": "deploy", **machine(), "ray_version": ray.__version__, "command": shlex.join(sys.argv),
-        "sets": args.sets, "kv_bytes": kv, "keep": args.keep, "replicas": args.replicas, "clients": args.clients, "side": args.side,
+        "sets": args.sets, "kv_bytes": kv, "keep": args.keep, "replicas": args.replicas, "clients": args.clients,
+        "side": args.side,
     }  # fmt: skip
     found = {}
     for kind in args.runs:
