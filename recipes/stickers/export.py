@@ -69,6 +69,9 @@ def main() -> None:
     )
     shutil.rmtree(args.out / "stickers", ignore_errors=True)
     pipe.save_pretrained(args.out / "stickers")
+    config = args.out / "stickers" / "vae" / "config.json"  # without the path from which diffusers took it
+    told = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
     settings = {
         "default_size": [128, 128],
         "default_dtype": "float32",
