@@ -269,6 +269,15 @@ def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     )
 
 
+def test_keys_of_the_command_are_asked_of_the_head_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    from limner.deploy.ray import DeployOptions
+
+    monkeypatch.delenv("LIMNER_KEYS", raising=False)
+    assert not DeployOptions().checked().keyed
+    monkeypatch.setenv("LIMNER_KEYS", "anna:anna-key-0123456789")
+    assert DeployOptions().checked().keyed
+
+
 def test_nodes_that_differ(tiny_folder: Path) -> None:
     from limner.deploy.cluster import check_nodes, this_node
     from limner.deploy.ray import Painter

@@ -16,7 +16,16 @@ from tests.conftest import Gate, generators, picture
 from limner import Cancelled, CapacityError, InvalidRequest, Pipeline
 from limner.config import ReferencePolicy
 from limner.engine import (
-    EditRequest, EditResult, Engine, Event, Failed, Finished, Prefilled, Progress, Started, load_aside,
+    EditRequest,
+    EditResult,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Prefilled,
+    Progress,
+    Started,
+    load_aside,
 )  # fmt: skip
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
