@@ -131,6 +131,7 @@ def test_a_request_that_kills_replicas_is_given_up(card: ModelCard, monkeypatch:
         assert "5 replicas ended while they drew this, 1 while it waited there, the last one so: out of memory" in str(
             end.error
         )
+        assert len(engine.replicas.asked) == 9 + 1 + 5  # type: ignore[attr-defined]
 
     run(test)
 
