@@ -57,7 +57,7 @@ class Served:
     def __init__(
         self,
         pipe: Pipeline,
-        data: Path,
+        data: Path | str,
         *,
         keys: KeyRing | None = None,
         checks: Checks | None = None,
@@ -129,7 +129,7 @@ class Served:
 
     def files(self, folder: str) -> list[str]:
         """Names in a folder of the data: inputs or results."""
-        return sorted(file.name for file in (self.data / folder).iterdir())
+        return sorted(file.name for file in (Path(self.data) / folder).glob("*"))
 
 
 def png(width: int = 64, height: int = 64, *, seed: int = 0, **options: Any) -> bytes:

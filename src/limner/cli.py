@@ -295,8 +295,9 @@ def _listen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
     parser.add_argument(
-        "--data", metavar="DIR", help="folder of jobs and results (default: ~/.local/share/limner/serve)"
-    )
+        "--data", metavar="DIR|URL",
+        help="folder of jobs and results, or postgresql://HOST/DATABASE (default: ~/.local/share/limner/serve)",
+    )  # fmt: skip
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
 
 

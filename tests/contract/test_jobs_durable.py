@@ -243,8 +243,11 @@ def test_a_disk_that_fails_accepts_nothing(served: Served, monkeypatch: pytest.M
     jobs = served.service.jobs
     body = {"prompt": "a", **SIZE, "input_image": text(png(seed=50))}
     with monkeypatch.context() as patched:
-        patched.setattr(jobs, "_db", Broken(jobs._db))
-        jobs._db.__class__.in_transaction = property(lambda self: self.inner.in_transaction)  # type: ignore[assignment]
+        storage = jobs._storage
+        patched.setattr(storage, "_db", Broken(storage._db))  # type: ignore[attr-defined]
+        storage._db.__class__.in_transaction = property(  # type: ignore[attr-defined]
+            lambda self: self.inner.in_transaction
+        )
         answer = served.http.post("/v1/edit", json=body)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.conftest import picture
+from tests.postgres import PROGRAMS, WHY, Server
 
 from limner.config import ReferencePolicy
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import PreparedReference, prepare_reference
 from limner.server.jobs import Handle, Job, JobStore, Webhook, check_idempotency_key
+from limner.server.storage import FolderStorage, StorageInUse
 
 POLICY = ReferencePolicy()
 
@@ -32,11 +36,41 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["folder", pytest.param("postgresql", marks=pytest.mark.skipif(not PROGRAMS, reason=WHY))])
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where jobs may be kept."""
+    return str(tmp_path / "data") if request.param == "folder" else request.getfixturevalue("server").url()
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
+def store(data: str, clock: Clock) -> Iterator[JobStore]:
+    store = JobStore(data, clock=clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
     store = JobStore(tmp_path / "data", clock=clock)
     yield store
     store.close()
+
+
+def folder(store: JobStore) -> Path:
+    assert isinstance(store._storage, FolderStorage)
+    return store._storage.folder
+
+
+def sqlite(store: JobStore) -> sqlite3.Connection:
+    assert isinstance(store._storage, FolderStorage)
+    return store._storage._db
 
 
 def reference(seed: int = 0, *, width: int = 64) -> PreparedReference:
@@ -49,7 +83,11 @@ def job(*pictures: PreparedReference, **values: Any) -> Job:
 
 
 def inputs(store: JobStore) -> set[str]:
-    return {file.stem for file in (store.folder / "inputs").iterdir()}
+    return {name.removesuffix(".png") for name in files(store, "inputs")}
+
+
+def files(store: JobStore, kind: str) -> set[str]:
+    return {name for name, _ in store._storage.files(kind)}
 
 
 def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> None:
@@ -69,32 +107,33 @@ def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> Non
     assert inputs(store) == {first.report.digest, second.report.digest}
 
 
-def test_another_process_finds_everything(store: JobStore, clock: Clock) -> None:
+def test_another_process_finds_everything(store: JobStore, data: str, clock: Clock) -> None:
     used = reference(1)
     kept, _ = store.add(job(used, idempotency="k"), [used])
     secret = store.secret
-    with pytest.raises(OutputError, match="used by another server"):
-        JobStore(store.folder)
+    with pytest.raises(StorageInUse, match="used by another server"):
+        JobStore(data)
     store.close()
     store.close()
-    after = JobStore(store.folder, clock=clock)
+    after = JobStore(data, clock=clock)
     assert after.get(kept.id) == kept
     assert after.secret == secret
     read = after.picture(used.report)
     assert (read.data, read.report) == (used.data, used.report)
     assert after.add(job(used, idempotency="k"), [used]) == (kept, False)
     after.close()
-    assert (store.folder.stat().st_mode & 0o777, (store.folder / "secret").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, store: JobStore) -> None:
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, on_disk: JobStore) -> None:
+    data = folder(on_disk)
+    assert (data.stat().st_mode & 0o777, (data / "secret").stat().st_mode & 0o777) == (0o700, 0o600)
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be used"):
         JobStore(tmp_path / "file")
-    store._db.execute("PRAGMA user_version = 9")
-    store.close()
+    sqlite(on_disk).execute("PRAGMA user_version = 9")
+    on_disk.close()
     with pytest.raises(OutputError, match="is of version 9"):
-        JobStore(store.folder)
+        JobStore(data)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "jobs.sqlite").write_bytes(b"no database" * 1000)
@@ -103,7 +142,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, store: JobStore) 
             JobStore(broken)
     (broken / "jobs.sqlite").unlink()
     (broken / "secret").write_bytes(b"short")
-    with pytest.raises(OutputError, match="secret is damaged"):
+    with pytest.raises(OutputError, match="the secret of .* is damaged"):
         JobStore(broken)
 
 
@@ -187,33 +226,33 @@ def test_a_budget_counts_what_is_ready_or_on_its_way(store: JobStore) -> None:
     assert store.add(job(), budget=None)[1]
 
 
-def test_a_disk_that_is_full_leaves_nothing_half_done(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, _ = store.add(job())
+def test_a_disk_that_is_full_leaves_nothing_half_done(on_disk: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, _ = on_disk.add(job())
     own = reference(1)
-    store._db.execute(f"PRAGMA max_page_count = {store._db.execute('PRAGMA page_count').fetchone()[0]}")
+    sqlite(on_disk).execute(f"PRAGMA max_page_count = {sqlite(on_disk).execute('PRAGMA page_count').fetchone()[0]}")
     long = "x" * 100_000
     with pytest.raises(OutputError, match="cannot be written .*full"):
-        store.add(job(own, prompt=long), [own])
+        on_disk.add(job(own, prompt=long), [own])
     with pytest.raises(OutputError, match="full"):
-        store.add_handle(
+        on_disk.add_handle(
             Handle(owner="anna", key="k", references=(own.report,), described={"x": long}), [own], max_handles=9
         )
     with pytest.raises(OutputError, match="full"):
-        store.end(kept.id, "error", result={"error": long}, keep_seconds=1)
-    assert inputs(store) == set()
-    assert store.counts() == {"pending": 1}
-    assert (store.handles("anna"), store.spent("anna")) == ([], 2)
-    store._db.execute("PRAGMA max_page_count = 1000000")
-    assert store.end(kept.id, "ready", result={}, keep_seconds=1) is not None
-    assert store.add(job(own, prompt=long), [own])[1]
+        on_disk.end(kept.id, "error", result={"error": long}, keep_seconds=1)
+    assert inputs(on_disk) == set()
+    assert on_disk.counts() == {"pending": 1}
+    assert (on_disk.handles("anna"), on_disk.spent("anna")) == ([], 2)
+    sqlite(on_disk).execute("PRAGMA max_page_count = 1000000")
+    assert on_disk.end(kept.id, "ready", result={}, keep_seconds=1) is not None
+    assert on_disk.add(job(own, prompt=long), [own])[1]
 
 
-def test_a_database_that_cannot_be_read_is_an_error_of_ours(store: JobStore) -> None:
-    store._db.execute("ALTER TABLE jobs RENAME TO other")
-    for call in (lambda: store.get("a"), store.pending, store.counts, lambda: store.add(job(idempotency="k"))):
+def test_a_database_that_cannot_be_read_is_an_error_of_ours(on_disk: JobStore) -> None:
+    sqlite(on_disk).execute("ALTER TABLE jobs RENAME TO other")
+    for call in (lambda: on_disk.get("a"), on_disk.pending, on_disk.counts, lambda: on_disk.add(job(idempotency="k"))):
         with pytest.raises(OutputError, match="cannot be read"):
             call()
-    store._db.execute("ALTER TABLE other RENAME TO jobs")
+    sqlite(on_disk).execute("ALTER TABLE other RENAME TO jobs")
 
 
 def test_handles(store: JobStore, clock: Clock) -> None:
@@ -248,18 +287,23 @@ def test_a_report_belongs_to_who_uploaded(store: JobStore) -> None:
     assert store.handle("anna", "k").references == (other.report,)  # type: ignore[union-attr]
 
 
-def test_a_picture_that_was_changed_on_disk_is_not_used(store: JobStore, clock: Clock) -> None:
+def test_a_picture_that_was_changed_is_not_used(store: JobStore, data: str, clock: Clock) -> None:
     own = reference(1)
     store.add(job(own), [own])
     store.close()
-    after = JobStore(store.folder, clock=clock)
-    file = after.picture_file(own.report.digest)
-    Image.frombytes("RGB", (64, 64), reference(2).data).save(file)
-    with pytest.raises(LimnerError, match="changed on disk"):
+    after = JobStore(data, clock=clock)
+    name, buffer = f"inputs/{own.report.digest}.png", io.BytesIO()
+    Image.frombytes("RGB", (64, 64), reference(2).data).save(buffer, "PNG")
+    after._storage.write_file(name, buffer.getvalue())
+    with pytest.raises(LimnerError, match="was changed"):
         after.picture(own.report)
-    file.write_bytes(b"x")
+    after._storage.write_file(name, b"x")
     with pytest.raises(LimnerError, match="cannot be read again"):
         after.picture(own.report)
+    after._storage.remove_files([name])
+    for read in (lambda: after.picture(own.report), lambda: after.picture_png(own.report.digest)):
+        with pytest.raises(LimnerError, match="cannot be read again"):
+            read()
     after.close()
 
 
@@ -284,15 +328,14 @@ def test_what_is_over_goes(store: JobStore, clock: Clock) -> None:
         store.end(one.id, "ready", result={"files": names}, keep_seconds=10)
     pending, _ = store.add(job())
     store.write_results(pending.id, [b"x"], suffix="png")  # not ended yet
-    results = store.folder / "results"
-    (results / "stray-1.png").write_bytes(b"x")
+    store._storage.write_file("results/stray-1.png", b"x")
     store.clean(forget_seconds=100)
-    assert len(list(results.iterdir())) == 4
+    assert len(files(store, "results")) == 4
     store.clean(forget_seconds=100, grace_seconds=-1)  # what no row knows, whatever its age
-    assert {file.name for file in results.iterdir()} == {f"{kept.id}-1.png", f"{waiting.id}-1.png"}
+    assert files(store, "results") == {f"{kept.id}-1.png", f"{waiting.id}-1.png"}
     clock.now += 11
     store.clean(forget_seconds=100)
-    assert list(results.iterdir()) == []
+    assert files(store, "results") == set()
     assert inputs(store) == {own.report.digest}
     clock.now += 100
     store.clean(forget_seconds=100)
@@ -355,6 +398,6 @@ def test_newest_first(store: JobStore, clock: Clock) -> None:
 
 
 def test_the_database_refuses_what_is_not_of_its_kind(store: JobStore) -> None:
-    with pytest.raises(OutputError), store._transaction() as db:
+    with pytest.raises(OutputError), store._storage.transaction() as db:
         db.execute("INSERT INTO spent VALUES ('a', 'many')")
     assert store.spent("a") == 0

@@ -4,7 +4,8 @@
 
 The ingress is the application of `limner serve` over a `RemoteEngine`: a job is in its folder before it is answered, and
 what replica draws it is nobody's business. So a replica that dies takes nothing with it but time, and an ingress that dies
-takes up its jobs when Ray has started it again. It runs once, on the head node, where the folder is.
+takes up its jobs when Ray has started it again. It runs once: on the head node where its jobs are in a folder, on any
+node where they are in PostgreSQL.
 
 A replica is a `Pipeline` and an `Engine`: requests that wait there and share references are one batch. Owns which
 processes there are and what they are given. Imports Ray, so nothing of Limner imports it but what runs on Ray.
@@ -17,6 +18,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -42,9 +44,9 @@ from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finis
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
-from limner.server.jobs import FolderInUse
 from limner.server.limits import LoopbackCallers
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
+from limner.server.storage import StorageInUse, is_url
 from limner.server.wire import error_body
 from limner.store import ReferenceStore, StoreStats
 
@@ -91,7 +93,8 @@ class DeployOptions(BaseModel):
     store: str | None = None
     store_bytes: int | None = None
     store_memory: str | None = None
-    head: bool = True
+    head: bool | None = None
+    """Whether the ingress runs on the head node and nowhere else; None: where its jobs are in a folder."""
 
     data: str | None = None
     keys: str | None = None
@@ -126,10 +129,7 @@ class DeployOptions(BaseModel):
 
     def checked(self) -> DeployOptions:
         """With paths that do not depend on a process's folder. Raises `InvalidRequest` and what the options get wrong."""
-        for name, remedy in (
-            ("store", "replicas share a folder; mount the store on all nodes and give its path"),
-            ("data", "jobs are kept in a folder, by SQLite; give one of the head node's"),
-        ):
+        for name, remedy in (("store", "replicas share a folder; mount the store on all nodes and give its path"),):
             value = getattr(self, name)
             if value is not None and "://" in value:
                 raise InvalidRequest(f"--{name}", f"{value!r} is a URL; {remedy}")
@@ -145,10 +145,12 @@ class DeployOptions(BaseModel):
         made = {
             name: os.path.abspath(value)
             for name in names
-            if (value := getattr(self, name)) is not None and (name in ("store", "data") or os.path.exists(value))
+            if (value := getattr(self, name)) is not None
+            and (name in ("store", "data") or os.path.exists(value))
+            and not is_url(value)
         }
         keyed = self.keyed or bool(os.environ.get("LIMNER_KEYS"))
-        return self.model_copy(update={"data": default_data(), "keyed": keyed, **made})
+        return self.model_copy(update={"data": self.data or default_data(), "keyed": keyed, **made})
 
     def model_options(self) -> ModelOptions:
         policy = {"background": self.background, "max_pixels": self.max_pixels}
@@ -169,6 +171,10 @@ class DeployOptions(BaseModel):
             images_per_key=self.images_per_key, keep_results=self.keep_results, drain=self.drain,
             public_url=self.public_url, log=self.log,
         )  # fmt: skip
+
+    @property
+    def on_head(self) -> bool:
+        return not is_url(self.data or "") if self.head is None else self.head
 
     @property
     def model_name(self) -> str:
@@ -363,7 +369,7 @@ class IngressApp:
             try:
                 made = build_app(self._engine, options.serve_options(), model_name=options.model_name)
                 break
-            except FolderInUse:  # in an update, by the ingress before, which finishes what it has
+            except StorageInUse:  # in an update, by the ingress before, which finishes what it has
                 if time.monotonic() > end:
                     raise
             await asyncio.sleep(0.5)
@@ -377,7 +383,7 @@ class IngressApp:
         return made
 
     def check_health(self) -> None:
-        """Ray starts another ingress in place of one that raises; jobs are in the folder."""
+        """Ray starts another ingress in place of one that raises; jobs are where `data` says."""
         if not self._engine.is_alive:
             raise RuntimeError("the ingress has shut down")
 
@@ -420,7 +426,7 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=1,
         max_ongoing_requests=4096,
-        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001} if options.head else {}},
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001} if options.on_head else {}},
         health_check_period_s=5.0,
         health_check_timeout_s=60.0,
         graceful_shutdown_timeout_s=2 * options.drain + _GRACE_SECONDS,
@@ -546,7 +552,8 @@ def _startup_problem() -> str:
     """What a replica that did not start said of it, if it is one of our errors."""
     told = serve.status().applications.get(NAME)
     for deployment in told.deployments.values() if told is not None else ():
-        own = [line.strip() for line in deployment.message.splitlines() if line.strip().startswith("limner.errors.")]
+        lines = [line.strip() for line in deployment.message.splitlines()]
+        own = [line for line in lines if re.match(r"limner(\.\w+)+: ", line)]
         if own:
             return str(own[-1].partition(": ")[2])
     return ""

@@ -1,41 +1,38 @@
-"""Jobs that outlive the process: what was accepted, what became of it, and the pictures of both, in one folder.
+"""Jobs that outlive the process: what was accepted, what became of it, and the pictures of both, in one storage.
 
-Owns the SQLite file and the picture files beside it. A job is in the file before it is answered, and it ends once: the row
+Owns the tables and the picture files beside them. A job is written before it is answered, and it ends once: the row
 says `pending` until one transaction makes it something else, however often it was begun. Of a job that is refused no
-picture stays. Knows nothing of engines, HTTP or wire dialects.
+picture stays. Knows nothing of engines, HTTP, wire dialects or databases.
 
-    DIR/jobs.sqlite           jobs, handles of references, which pictures they use, images made for each owner
-    DIR/inputs/<digest>.png   processed reference pictures, each once, without loss
-    DIR/results/<id>-<n>.png  results, until they expire
-    DIR/secret                key of signed URLs, 32 random bytes
+    tables                jobs, handles of references, which pictures they use, images made for each owner
+    inputs/<digest>.png   processed reference pictures, each once, without loss
+    results/<id>-<n>.png  results, until they expire
+    secret                key of signed URLs, 32 random bytes
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import os
 import secrets
-import sqlite3
-import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
-from limner.images import PreparedReference, ReferenceReport, write_beside
+from limner.images import PreparedReference, ReferenceReport
+from limner.server.storage import Connection, open_storage
 
-__all__ = ["FolderInUse", "Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
+__all__ = ["Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
 
 _logger = logging.getLogger("limner.server")
 Status = Literal["pending", "ready", "error", "request_moderated", "content_moderated", "cancelled"]
@@ -44,21 +41,21 @@ _VERSION = 1
 _CACHED_BYTES = 256 << 20
 _SCHEMA = """
 CREATE TABLE jobs (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, status TEXT NOT NULL, request TEXT NOT NULL,
-    ended REAL, expires REAL, result TEXT NOT NULL DEFAULT '{}', idempotency TEXT, fingerprint TEXT,
-    webhook TEXT, webhook_due REAL, webhook_attempts INTEGER NOT NULL DEFAULT 0, webhook_first REAL
-) STRICT;
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created {real} NOT NULL, status TEXT NOT NULL, request TEXT NOT NULL,
+    ended {real}, expires {real}, result TEXT NOT NULL DEFAULT '{{}}', idempotency TEXT, fingerprint TEXT,
+    webhook TEXT, webhook_due {real}, webhook_attempts INTEGER NOT NULL DEFAULT 0, webhook_first {real}
+){strict};
 CREATE INDEX jobs_by_owner ON jobs (owner, created);
 CREATE INDEX jobs_pending ON jobs (created) WHERE status = 'pending';
 CREATE INDEX jobs_by_expiry ON jobs (expires) WHERE expires IS NOT NULL;
 CREATE INDEX jobs_due ON jobs (webhook_due) WHERE webhook_due IS NOT NULL;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
 CREATE TABLE handles (
-    owner TEXT NOT NULL, key TEXT NOT NULL, created REAL NOT NULL, described TEXT NOT NULL, PRIMARY KEY (owner, key)
-) STRICT;
-CREATE TABLE uses (digest TEXT NOT NULL, user TEXT NOT NULL, PRIMARY KEY (digest, user)) STRICT;
-CREATE INDEX uses_by_user ON uses (user);
-CREATE TABLE spent (owner TEXT PRIMARY KEY, images INTEGER NOT NULL) STRICT;
+    owner TEXT NOT NULL, key TEXT NOT NULL, created {real} NOT NULL, described TEXT NOT NULL, PRIMARY KEY (owner, key)
+){strict};
+CREATE TABLE uses (digest TEXT NOT NULL, "user" TEXT NOT NULL, PRIMARY KEY (digest, "user")){strict};
+CREATE INDEX uses_by_user ON uses ("user");
+CREATE TABLE spent (owner TEXT PRIMARY KEY, images INTEGER NOT NULL){strict};
 """
 
 
@@ -136,85 +133,49 @@ class Handle:
     described: dict[str, Any] = field(default_factory=dict)
 
 
-class FolderInUse(OutputError):
-    """Another process has the folder, and may leave it."""
-
-
 class JobStore:
-    """The jobs of one folder; one process at a time. Safe to use from several threads; `clock` gives epoch seconds."""
+    """The jobs of a folder, or of a database at a `postgresql://` URL; one process at a time.
 
-    def __init__(self, folder: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        self.folder = Path(folder)
+    Safe to use from several threads; `clock` gives epoch seconds. Methods raise `OutputError` where the storage fails.
+    """
+
+    def __init__(self, data: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._lock = threading.RLock()
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
         self._cached_bytes = 0
-        with contextlib.ExitStack() as opened:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts, pictures, secrets of webhooks
-                for name in ("inputs", "results"):
-                    (self.folder / name).mkdir(exist_ok=True)
-                held = opened.enter_context((self.folder / "lock").open("w"))
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
-                opened.callback(self._db.close)
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = FULL")  # what is answered survives a loss of power too
-                self._prepare()
-                self.secret = self._secret()
-            except BlockingIOError:
-                raise FolderInUse(
-                    f"data: {self.folder} is used by another server; stop it, or give another folder"
-                ) from None
-            except (OSError, sqlite3.Error) as error:
-                raise OutputError(f"data: {self.folder} cannot be used ({error}); give another folder") from error
-            self._opened = opened.pop_all()
+        self._storage = open_storage(data)
+        self._lock = self._storage.lock
+        try:
+            self._storage.prepare(_SCHEMA, version=_VERSION)
+            self.secret = self._secret()
+        except BaseException:
+            self._storage.close()
+            raise
 
-    def _prepare(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-        elif version != _VERSION:
-            raise OutputError(
-                f"data: {self.folder} is of version {version}, this Limner reads {_VERSION}; give another folder"
-            )
+    @property
+    def name(self) -> str:
+        """Where the jobs are, without a password."""
+        return self._storage.name
 
     def _secret(self) -> bytes:
-        file = self.folder / "secret"
-        if not file.exists():
-            write_beside(file, secrets.token_bytes(32))
-            file.chmod(0o600)
-        found = file.read_bytes()
+        try:
+            if not self._storage.has_file("secret"):
+                self._storage.write_file("secret", secrets.token_bytes(32), private=True)
+            found = self._storage.read_file("secret")
+        except OSError as error:
+            raise OutputError(f"data: {self.name} cannot be used ({error}); give another folder") from error
         if len(found) != 32:
-            raise OutputError(f"data: {file} is damaged; remove it, and links to results that were given are void")
+            raise OutputError(
+                f"data: the secret of {self.name} is damaged; remove it, and links to results that were given are void"
+            )
         return found
 
     def close(self) -> None:
-        """Lets another process have the folder. A second time does nothing."""
-        with self._lock:
-            self._opened.close()
+        """Lets another process have the jobs. A second time does nothing."""
+        self._storage.close()
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
-            try:
-                return self._db.execute(query, values).fetchall()
-            except sqlite3.Error as error:
-                raise OutputError(f"data: {self.folder} cannot be read ({error})") from error
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                with contextlib.suppress(sqlite3.Error):
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    raise OutputError(f"data: {self.folder} cannot be written ({error})") from error
-                raise
+        return self._storage.rows(query, values)
 
     # jobs
 
@@ -232,7 +193,7 @@ class JobStore:
             if known is not None:
                 return known, False
             job = replace(job, created=self._clock())
-            with self._written(pictures), self._transaction() as db:
+            with self._written(pictures), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
                 self._use(db, job.references, user=f"job:{job.id}")
                 db.execute(
@@ -263,14 +224,14 @@ class JobStore:
         rows = self._rows("SELECT images FROM spent WHERE owner = ?", owner)
         return int(rows[0][0]) if rows else 0
 
-    def _spend(self, db: sqlite3.Connection, owner: str, num_images: int, budget: int | None) -> None:
+    def _spend(self, db: Connection, owner: str, num_images: int, budget: int | None) -> None:
         spent = self.spent(owner)
         if budget is not None and spent + num_images > budget:
             raise BudgetSpent(
                 f"num_images: {num_images} more would be over the budget of this key: {spent} of {budget} images are used"
             )
         db.execute(
-            "INSERT INTO spent VALUES (?, ?) ON CONFLICT DO UPDATE SET images = images + ?",
+            "INSERT INTO spent VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET images = spent.images + ?",
             (owner, num_images, num_images),
         )
 
@@ -307,7 +268,7 @@ class JobStore:
         another one has them.
         """
         now = self._clock()
-        with self._transaction() as db:
+        with self._storage.transaction() as db:
             changed = db.execute(
                 "UPDATE jobs SET status = ?, ended = ?, expires = ?, result = ?, "
                 "webhook_due = CASE WHEN webhook IS NULL THEN NULL ELSE ? END WHERE id = ? AND status = 'pending'",
@@ -327,7 +288,7 @@ class JobStore:
         """Writes the pictures of a job, each whole; gives their names."""
         names = [f"{id}-{number}.{suffix}" for number in range(1, len(files) + 1)]
         for name, data in zip(names, files, strict=True):
-            write_beside(self.folder / "results" / name, data)
+            self._storage.write_file(f"results/{name}", data)
         return names
 
     def read_result(self, job: Job, number: int) -> bytes | None:
@@ -336,7 +297,7 @@ class JobStore:
         if job.status != "ready" or not 1 <= number <= len(names) or (job.expires or 0) <= self._clock():
             return None
         try:
-            return Path(self.folder / "results" / names[number - 1]).read_bytes()
+            return self._storage.read_file(f"results/{names[number - 1]}")
         except FileNotFoundError:
             return None
 
@@ -349,7 +310,7 @@ class JobStore:
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
         """Notes an attempt, and when to try again; None: delivered, or given up."""
-        with self._transaction() as db:
+        with self._storage.transaction() as db:
             db.execute(
                 "UPDATE jobs SET webhook_attempts = webhook_attempts + 1, webhook_due = ?, "
                 "webhook_first = coalesce(webhook_first, ?) WHERE id = ?",
@@ -365,12 +326,12 @@ class JobStore:
         try:
             for picture in pictures:
                 digest = picture.report.digest
-                file = self.picture_file(digest)
-                if not file.exists():
+                file = _input(digest)
+                if not self._storage.has_file(file):
                     buffer = io.BytesIO()
                     size = picture.report.processed_size
                     Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
-                    write_beside(file, buffer.getvalue())
+                    self._storage.write_file(file, buffer.getvalue())
                     made.append(digest)
                 self._keep_picture(digest, picture.data)
             yield
@@ -378,24 +339,23 @@ class JobStore:
             self._remove_files(made)
             raise
 
-    def _use(self, db: sqlite3.Connection, reports: Sequence[ReferenceReport], *, user: str) -> None:
+    def _use(self, db: Connection, reports: Sequence[ReferenceReport], *, user: str) -> None:
         for digest in {report.digest for report in reports}:
-            if not self.picture_file(digest).exists():
+            if not self._storage.has_file(_input(digest)):
                 raise LimnerError(f"picture {digest} is not kept; send it again")
-            db.execute("INSERT OR IGNORE INTO uses VALUES (?, ?)", (digest, user))
+            db.execute("INSERT INTO uses VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, user))
 
-    def _unused_without(self, db: sqlite3.Connection, user: str) -> list[str]:
+    def _unused_without(self, db: Connection, user: str) -> list[str]:
         """Ends the uses of a user; the pictures that nobody has now, to be removed after the transaction."""
-        digests = [digest for (digest,) in db.execute("SELECT digest FROM uses WHERE user = ?", (user,)).fetchall()]
-        db.execute("DELETE FROM uses WHERE user = ?", (user,))
+        digests = [digest for (digest,) in db.execute('SELECT digest FROM uses WHERE "user" = ?', (user,)).fetchall()]
+        db.execute('DELETE FROM uses WHERE "user" = ?', (user,))
         return [d for d in digests if not db.execute("SELECT 1 FROM uses WHERE digest = ? LIMIT 1", (d,)).fetchone()]
 
     def _remove_files(self, digests: Sequence[str]) -> None:
         """What cannot be removed now is, by `clean`, later."""
         for digest in digests:
             self._cached_bytes -= len(self._pictures.pop(digest, b""))
-            with contextlib.suppress(OSError):
-                self.picture_file(digest).unlink(missing_ok=True)
+        self._storage.remove_files([_input(digest) for digest in digests])
 
     def _keep_picture(self, digest: str, data: bytes) -> None:
         with self._lock:
@@ -414,19 +374,22 @@ class JobStore:
                 self._pictures.move_to_end(digest)
                 return PreparedReference(data=self._pictures[digest], report=report)
         try:
-            with Image.open(self.picture_file(digest), formats=["PNG"]) as image:
+            with Image.open(io.BytesIO(self._storage.read_file(_input(digest))), formats=["PNG"]) as image:
                 picture = PreparedReference(data=image.tobytes(), report=report)
         except (OSError, SyntaxError, ValueError) as error:
             _logger.warning("picture %s cannot be read again (%s)", digest, error)
             raise LimnerError(f"picture {digest} cannot be read again; send it again") from error
         if picture.computed_digest() != digest:
-            raise LimnerError(f"picture {digest} was changed on disk; send it again")
+            raise LimnerError(f"picture {digest} was changed where it is kept; send it again")
         self._keep_picture(digest, picture.data)
         return picture
 
-    def picture_file(self, digest: str) -> Path:
-        """The PNG of a kept reference."""
-        return self.folder / "inputs" / f"{digest}.png"
+    def picture_png(self, digest: str) -> bytes:
+        """The PNG file of a kept reference. Raises `LimnerError` where it is gone."""
+        try:
+            return self._storage.read_file(_input(digest))
+        except OSError as error:
+            raise LimnerError(f"picture {digest} cannot be read again; send it again") from error
 
     # handles of references
 
@@ -439,11 +402,12 @@ class JobStore:
             others = self._rows("SELECT count(*) FROM handles WHERE owner = ? AND key != ?", handle.owner, handle.key)
             if others[0][0] >= max_handles:
                 raise InvalidRequest("references", f"{max_handles} are kept for you, which is the most; delete some")
-            with self._written(pictures), self._transaction() as db:
+            with self._written(pictures), self._storage.transaction() as db:
                 self._use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
                 references = [asdict(report) for report in handle.references]
                 db.execute(
-                    "INSERT INTO handles VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET described = excluded.described",
+                    "INSERT INTO handles VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT (owner, key) DO UPDATE SET described = excluded.described",
                     (
                         handle.owner, handle.key, self._clock(),
                         json.dumps({**handle.described, "references": references}),
@@ -465,7 +429,7 @@ class JobStore:
 
     def remove_handle(self, owner: str, key: str) -> bool:
         """Forgets references of an owner, with pictures that nobody else has; whether nobody has the key now."""
-        with self._transaction() as db:
+        with self._storage.transaction() as db:
             db.execute("DELETE FROM handles WHERE owner = ? AND key = ?", (owner, key))
             dropped = self._unused_without(db, f"handle:{owner}:{key}")
             is_last = db.execute("SELECT 1 FROM handles WHERE key = ? LIMIT 1", (key,)).fetchone() is None
@@ -482,32 +446,29 @@ class JobStore:
         """
         now = self._clock()
         with self._lock:
-            with self._transaction() as db:
+            with self._storage.transaction() as db:
                 old = db.execute(
                     "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
                     (now - forget_seconds,),
                 ).fetchall()
                 dropped = [digest for (id_,) in old for digest in self._unused_without(db, f"job:{id_}")]
-                db.executemany("DELETE FROM jobs WHERE id = ?", old)
+                for row in old:
+                    db.execute("DELETE FROM jobs WHERE id = ?", row)
             self._remove_files(dropped)
             used = {f"{digest}.png" for (digest,) in self._rows("SELECT DISTINCT digest FROM uses")}
-            for file in (self.folder / "inputs").iterdir():
-                if file.name not in used:
-                    _remove_old(file, grace_seconds)
-        for file in (self.folder / "results").iterdir():
-            rows = self._rows(
-                "SELECT expires FROM jobs WHERE id = ? AND status = 'ready'", file.name.rpartition("-")[0]
+            self._storage.remove_files(
+                f"inputs/{name}"
+                for name, age in self._storage.files("inputs")
+                if name not in used and age >= grace_seconds
             )
-            if not rows:
-                _remove_old(file, grace_seconds)
-            elif rows[0][0] <= now:
-                file.unlink(missing_ok=True)
+        for name, age in self._storage.files("results"):
+            rows = self._rows("SELECT expires FROM jobs WHERE id = ? AND status = 'ready'", name.rpartition("-")[0])
+            if rows[0][0] <= now if rows else age >= grace_seconds:
+                self._storage.remove_files([f"results/{name}"])
 
 
-def _remove_old(file: Path, grace_seconds: float) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if file.stat().st_mtime <= time.time() - grace_seconds:
-            file.unlink()
+def _input(digest: str) -> str:
+    return f"inputs/{digest}.png"
 
 
 def _job(row: tuple[Any, ...]) -> Job:

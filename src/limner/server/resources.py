@@ -186,7 +186,7 @@ def routes(service: Service) -> APIRouter:
         handle = await service.handle(owner, id)
         if not 1 <= number <= len(handle.references):
             raise NotFound(f"number: {number} is not within 1 to {len(handle.references)}")
-        data = await runner.aside(jobs.picture_file(handle.references[number - 1].digest).read_bytes)
+        data = await runner.aside(jobs.picture_png, handle.references[number - 1].digest)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
@@ -270,7 +270,7 @@ def results(service: Service) -> APIRouter:
         job = await service.job(owner, id)
         if not 1 <= number <= len(job.references):
             raise NotFound(f"number: {number} is not within 1 to {len(job.references)}")
-        data = await runner.aside(jobs.picture_file(job.references[number - 1].digest).read_bytes)
+        data = await runner.aside(jobs.picture_png, job.references[number - 1].digest)
         return Response(data, media_type="image/png", headers=_PRIVATE)
 
     @router.get(

@@ -26,6 +26,7 @@ from limner.images import write_beside
 from limner.pipeline import Pipeline
 from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
 from limner.server.outbound import Origin, OutboundPolicy
+from limner.server.storage import check_data, is_url
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,7 +41,7 @@ _logger = logging.getLogger("limner.server")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOptions:
-    """What the command line says; files and folders as text."""
+    """What the command line says; files and folders as text. `data` is a folder, or a `postgresql://` URL."""
 
     host: str
     port: int
@@ -89,6 +90,7 @@ def add_key(name: str, *, file: str) -> str:
 def check_options(options: ServeOptions) -> None:
     """Raises what can be known to be wrong before a model is loaded."""
     check_bind(options.host, _keyring(options))
+    check_data(options.data)
     _allowed(options)
 
 
@@ -104,7 +106,7 @@ def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
     _log_to_stderr(options.log)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
-    _logger.info("%s at %s, jobs in %s", model_name, address, options.data)
+    _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
 
     server = make_server(
         app, host=options.host, port=options.port, drain=options.drain, certificate=options.tls_certificate,
@@ -138,7 +140,7 @@ def build_app(engine: Backend, options: ServeOptions, *, model_name: str) -> Fas
         keyring=_keyring(options),
         checks=safety.no_checks() if options.unsafe else safety.default_checks(terms=options.terms),
         settings=ServeSettings(
-            data=Path(options.data),
+            data=options.data,
             public_url=options.public_url,
             fetch_urls=options.fetch_urls,
             outbound=OutboundPolicy(allowed=_allowed(options)),
@@ -213,7 +215,8 @@ def _signer(options: ServeOptions) -> provenance.Signer | None:
     if options.development_certificate:
         if options.certificate:
             raise InvalidRequest("--c2pa-development", "a certificate is given as well; give one of them")
-        return provenance.development_credentials(Path(options.data) / "c2pa-development")
+        folder = default_data() if is_url(options.data) else options.data
+        return provenance.development_credentials(Path(folder) / "c2pa-development")
     if (options.certificate is None) != (options.private_key is None):
         raise InvalidRequest("--c2pa-certificate", "needs --c2pa-key, and the other way round")
     if options.certificate is None or options.private_key is None:

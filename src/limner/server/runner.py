@@ -32,6 +32,7 @@ from limner.server.access import Limiter, Owner, Slot
 from limner.server.backend import Backend
 from limner.server.jobs import Job, JobStore, Status
 from limner.server.outbound import OutboundClient
+from limner.server.storage import StorageUnavailable
 from limner.server.webhooks import Delivery, Outcome, deliver, next_attempt
 
 __all__ = ["JobRunner", "RunnerSettings", "Update"]
@@ -39,7 +40,9 @@ __all__ = ["JobRunner", "RunnerSettings", "Update"]
 _logger = logging.getLogger("limner.server")
 _R = TypeVar("_R")
 _WEBHOOKS_AT_ONCE = 16
-_LONGEST_PAUSE = 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_LEFT_SECONDS = 60.0
+"""A job that is pending for so long and not known here was written by a call that did not hear of it."""
 _PASSED_KEPT = 4096
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 """File endings of results, by output format."""
@@ -121,14 +124,16 @@ class JobRunner:
     async def start(self) -> None:
         """Takes up what an earlier process left, and begins to send webhooks and to clean."""
         self._loop = asyncio.get_running_loop()
-        pending = await self.store(self.jobs.pending)
-        for job in pending:
-            self._coming += 1
-            self._begin(job, self.limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True))
-        if pending:
-            _logger.info("%d jobs of an earlier run are taken up again", len(pending))
+        self._take_up(await self.store(self.jobs.pending))
         self._spawn(self._send_webhooks(), self._background)
         self._spawn(self._clean(), self._background)
+
+    def _take_up(self, left: Sequence[Job]) -> None:
+        for job in left:
+            self._coming += 1
+            self._begin(job, self.limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True))
+        if left:
+            _logger.info("%d jobs of an earlier run are taken up again", len(left))
 
     async def stop(self) -> None:
         """Finishes what can be finished in time; what is left stays pending, for the next start.
@@ -312,7 +317,7 @@ class JobRunner:
         """Checks what came, and gives the job to the engine. Counted in `_coming` by who began it."""
         try:
             finding = await self.aside(self.checks.check_prompt, job.prompt, tolerance=job.tolerance)
-            pictures = [await self.aside(self.jobs.picture, report) for report in job.references]
+            pictures = [await self._patiently(self.jobs.picture, report) for report in job.references]
             if finding is None and not job.options.get("references_checked"):
                 finding = await self.check_pictures(pictures, tolerance=job.tolerance)
             if finding is not None:
@@ -337,6 +342,17 @@ class JobRunner:
             await self._fail(job, error)
         finally:
             self._coming -= 1
+
+    async def _patiently(self, call: Callable[..., _R], *args: Any, **kwargs: Any) -> _R:
+        """Work on files, again and again where their storage does not answer: what is drawn is not lost to that."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await self.aside(call, *args, **kwargs)
+            except StorageUnavailable as error:
+                _logger.warning("%s; tried again in %g s", error, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _hear(self, job: Job, event: Event) -> None:
         live = self._live.get(job.id)
@@ -366,8 +382,8 @@ class JobRunner:
                 await self._end(job, "content_moderated", {"finding": asdict(finding)})
                 return
             started = time.perf_counter()
-            files = await self.aside(self._encode, job, result)
-            names = await self.aside(self.jobs.write_results, job.id, files, suffix=SUFFIXES[job.output_format])
+            files = await self._patiently(self._encode, job, result)
+            names = await self._patiently(self.jobs.write_results, job.id, files, suffix=SUFFIXES[job.output_format])
             told = _told(job, result) | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
             await self._end(job, "ready", told)
         except Exception as error:
@@ -386,7 +402,7 @@ class JobRunner:
             data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
             if self.signer is not None:
                 used = [
-                    Ingredient(data=self.jobs.picture_file(report.digest).read_bytes(), title=f"image {number}")
+                    Ingredient(data=self.jobs.picture_png(report.digest), title=f"image {number}")
                     for number, report in enumerate(job.references, start=1)
                 ]
                 data = provenance.sign(
@@ -413,7 +429,7 @@ class JobRunner:
 
     async def _end(self, job: Job, status: Status, result: dict[str, Any]) -> None:
         """Ends a job; where the store fails, until it does not, and the job keeps its place."""
-        pause = 0.5
+        pause = _FIRST_PAUSE
         while True:
             try:
                 await self.store(self.jobs.end, job.id, status, result=result, keep_seconds=self.settings.keep_results)
@@ -499,6 +515,9 @@ class JobRunner:
         while True:
             try:
                 await self.store(self.jobs.clean, forget_seconds=self.settings.keep_jobs)
+                if self._stop_by is None:
+                    pending, old = await self.store(self.jobs.pending), time.time() - _LEFT_SECONDS
+                    self._take_up([job for job in pending if job.id not in self._live and job.created < old])
             except (LimnerError, OSError):
                 _logger.exception("old results could not be removed")
             await asyncio.sleep(self.settings.clean_every)

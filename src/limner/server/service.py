@@ -51,14 +51,14 @@ KEYS = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeSettings:
-    """How a server works. Sizes in bytes, times in seconds.
+    """How a server works. Sizes in bytes, times in seconds. `data` is what a `JobStore` opens.
 
     `public_url` is what callers reach the server under, if it is not what their requests name. `fetch_urls`: pictures may
     be named by URL. `webhooks`: jobs may name a URL that hears of their end. `max_references` are those of a job,
     `max_handles` those that are kept for a key.
     """
 
-    data: Path
+    data: str | Path
     public_url: str | None = None
     max_body_bytes: int = 128 << 20
     max_buffered_bytes: int = 1 << 30

@@ -1,0 +1,147 @@
+"""Trains the autoencoder further, on whole pictures; writes OUT/vae.
+
+It was first trained on crops, whose group statistics are not those of whole pictures; its decoder meets latents that a
+transformer drew, so here some have noise; and what is seldom right is the form of small stickers, so here their pixels
+weigh more than the scene's.
+
+With `--freeze-encoder` latents stay what they were, and data and transformers made with them stay valid. Otherwise
+`--keep-latents` holds them near, so that a transformer trained on the old ones can go on from its weights (with data made
+anew). The BatchNorm statistics do not change.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from torch import Tensor, nn
+
+from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
+from train_autoencoder import evaluate, pixels, random_picture, watched
+from world import SIZES, STICKERS, Renderer
+
+NOISE = 0.2
+"""Largest deviation of the noise, in units of each channel's own deviation."""
+STICKER_WEIGHT = 3.0
+"""What an error on a sticker weighs, next to one on the scene."""
+
+
+def deviations(vae: AutoencoderKLFlux2) -> Tensor:
+    """Deviation of each latent channel, (C, 1, 1): the mean over the four places of a patch."""
+    variance = vae.bn.running_var.view(vae.config.latent_channels, -1)
+    return variance.mean(1).sqrt()[:, None, None]
+
+
+def add_noise(latents: Tensor, deviation: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of 0 to `NOISE` deviations on half of the latents."""
+    level = NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    level = level * (torch.rand(level.shape, generator=generator) < 0.5)
+    return latents + level * deviation * torch.randn(latents.shape, generator=generator)
+
+
+def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], num: int) -> tuple[Tensor, Tensor]:
+    """`num` pictures of one size, (num, 3, height, width), and what an error in each pixel weighs (num, 1, height, width)."""
+    size = rng.choices(SIZES, (0.7, 0.15, 0.15))[0]
+    some = [replace(random_picture(rng, glyphs), size=size) for _ in range(num)]
+    x = torch.stack([pixels(renderer.render(p)) for p in some])
+    scenes = torch.stack([pixels(renderer.render(replace(p, stickers=()))) for p in some])
+    weight = 1 + (STICKER_WEIGHT - 1) * (x != scenes).any(1, keepdim=True).float()
+    return x.contiguous(memory_format=torch.channels_last), weight / weight.mean()
+
+
+class Refined(nn.Module):
+    """The autoencoder with one loss."""
+
+    def __init__(self, vae: AutoencoderKLFlux2, *, freeze_encoder: bool, keep_latents: float) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self._vae, self._deviation = [vae], deviations(vae)  # in a list: its modules are named once
+        self._keep = keep_latents
+        self._before = None
+        if freeze_encoder:
+            self.encoder.requires_grad_(False)
+            self.quant_conv.requires_grad_(False)
+        elif keep_latents:
+            self._before = [AutoencoderKLFlux2.from_config(vae.config)]
+            self._before[0].load_state_dict(vae.state_dict())
+            self._before[0].requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def encode(self, x: Tensor, vae: AutoencoderKLFlux2) -> Tensor:
+        """Posterior means (B, C, h, w)."""
+        return vae.encode(x).latent_dist.mode().float()
+
+    def forward(self, x: Tensor, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, squared error of pixels in [-1, 1], squared change of the latents in units of their deviations."""
+        vae = self._vae[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = self.encode(x, vae)
+            restored = vae.decode(add_noise(latents, self._deviation, generator)).sample
+            moved = torch.zeros(())
+            if self._before:
+                with torch.no_grad():
+                    before = self.encode(x, self._before[0])
+                moved = ((latents - before) / self._deviation).square().mean()
+        error = restored.float() - x
+        loss = (weight * (error.square() + 0.05 * error.abs())).mean() + self._keep * moved
+        return loss, error.detach().square().mean(), moved.detach()
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", steps=1600, batch=16, lr=1e-3)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder to start from")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone")
+    parser.add_argument(
+        "--keep-latents", type=float, default=0.0, help="price of a unit squared change of the latents, in the loss"
+    )
+    args = parser.parse_args()
+    log = Log(args.out)
+    renderer = Renderer(find_font(args.font))
+    glyphs = [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKLFlux2.from_pretrained(args.vae, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+    vae.eval()
+    model = Refined(vae, freeze_encoder=args.freeze_encoder, keep_latents=args.keep_latents)
+    average = Average(model, 0.998)
+    optimizer = Optimizer(
+        model, lr=args.lr, matrices=lambda name, p: (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
+    )
+    first = 0
+    if args.resume:
+        first = restore(args.out / "checkpoint.pt", model, average, optimizer)["step"]
+    truth = watched(renderer, glyphs, seed=args.seed)
+    log.write(psnr=evaluate(vae, truth))
+
+    def prepare(step: int) -> tuple[tuple[Tensor, Tensor], torch.Generator]:
+        rng, generator = step_rng(args.seed, step)
+        return batch(rng, renderer, glyphs, args.batch), generator
+
+    with ThreadPoolExecutor(1) as beside:
+        following = beside.submit(prepare, first)
+        for step in range(first, args.steps):
+            (x, weight), generator = following.result()
+            following = beside.submit(prepare, step + 1)
+            loss, error, moved = model(x, weight, generator)
+            rate = min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+            optimizer.step(loss, rate=rate)
+            average.update(model, step)
+            if step % min(50, args.steps // 6 or 1) == 0:
+                log.write(step=step, loss=loss.item(), mse=error.item(), moved=moved.item())
+            stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
+            if stop or (step + 1) % 200 == 0:
+                save_checkpoint(args.out / "checkpoint.pt", snapshot(model, average, optimizer, step + 1))
+            if stop:
+                break
+
+    average.copy_to(model)
+    log.write(psnr=evaluate(vae, truth))
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(args.out / "vae")
+
+
+if __name__ == "__main__":
+    main()
