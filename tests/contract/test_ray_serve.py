@@ -37,7 +37,7 @@ SECONDS = 120.0
 class Deployed:
     """The application with the tiny model: two replicas of one core, and what tests ask of it."""
 
-    def __init__(self, model: Path, data: Path) -> None:
+    def __init__(self, model: Path, data: Path | str, *, address: str = "local", replicas: int = 2) -> None:
         from ray import serve
 
         from limner.deploy.cluster import connect, quiet
@@ -46,10 +46,9 @@ class Deployed:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.data = data
-        connect("local", option="--address", num_cpus=2)
+        connect(address, option="--address", num_cpus=2)
         self.options = {
-            "model": str(model), "data": str(data), "replicas": 2, "threads": 1, "store_memory": "64MiB", "drain": 5,
+            "model": str(model), "data": str(data), "replicas": replicas, "threads": 1, "store_memory": "64MiB", "drain": 5,
             "unsafe_no_checks": True, "requests_per_minute": 1e6, "concurrent": 1000,
         }  # fmt: skip
         with quiet():
@@ -232,7 +231,8 @@ def _is_ingress(process: psutil.Process) -> bool:
         (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no cluster at 127.0.0.1:1 ([Errno 111] Connection refused);"),
         (["--address", "somewhere"], "--address: 'somewhere' is not local, auto or HOST:PORT of the head node"),
         (["--store", "s3://bucket/kv"], "--store: 's3://bucket/kv' is a URL; replicas share a folder;"),
-        (["--data", "postgresql://u@db/jobs"], "--data: 'postgresql://u@db/jobs' is a URL; jobs are kept in a folder"),
+        (["--data", "mysql://u@db/jobs"], "data: mysql:// is not read; give a folder, or postgresql://HOST/DATABASE"),
+        (["--data", "postgresql://u:%zz@db/jobs"], "data: the postgresql:// URL cannot be read; give postgresql://USER@HOST"),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas: 2 is less than the 3 of --replicas"),
         (["--replicas", "0"], "--replicas: 0: Input should be greater than or equal to 1"),
         (["--host", "0.0.0.0"], "host: '0.0.0.0' can be reached from other machines, and there are no keys"),
