@@ -55,9 +55,7 @@ def test_a_restart_finds_jobs_results_and_references(
         assert after.http.get(f"/v1/references/{kept}").status_code == 200
 
 
-def test_a_database_that_stops_loses_no_job(
-    server: Server, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_that_stops_loses_no_job(server: Server, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "_RECONNECT_SECONDS", 0.2)
     monkeypatch.setattr(postgres, "_AGAIN_SECONDS", 0.1)
     gate = Gate(monkeypatch)

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -112,15 +112,24 @@ def test_a_lost_connection_is_made_again(store: JobStore, url: str, caplog: pyte
 
 def test_a_transaction_that_loses_its_connection_leaves_nothing(store: JobStore, url: str) -> None:
     kept, _ = store.add(job())
-    with pytest.raises(StorageUnavailable, match="cannot be written"), store._storage.transaction() as db:
-        db.execute("UPDATE jobs SET status = 'ready' WHERE id = ?", (kept.id,))
-        kill_sessions(url)
-        db.execute("UPDATE jobs SET ended = 1 WHERE id = ?", (kept.id,))
-    assert store.get(kept.id) == kept
-    with pytest.raises(KeyError), store._storage.transaction() as db:
-        db.execute("UPDATE jobs SET status = 'ready' WHERE id = ?", (kept.id,))
+
+    def work(then: Callable[[], None]) -> None:
+        with store._storage.transaction() as db:
+            db.execute("UPDATE jobs SET status = 'ready' WHERE id = ?", (kept.id,))
+            then()
+            db.execute("UPDATE jobs SET ended = 1 WHERE id = ?", (kept.id,))
+
+    def fail() -> None:
         raise KeyError
+
+    with pytest.raises(StorageUnavailable, match="cannot be written"):
+        work(lambda: kill_sessions(url))
     assert store.get(kept.id) == kept
+    with pytest.raises(KeyError):
+        work(fail)
+    assert store.get(kept.id) == kept
+    work(lambda: None)
+    assert store.counts() == {"ready": 1}
 
 
 @pytest.mark.parametrize("is_done", [True, False])
@@ -159,7 +168,9 @@ def test_a_server_that_crashes_has_what_was_answered(server: Server, hasty: None
             with pytest.raises(StorageUnavailable):
                 call()
         start = time.monotonic()
-        with pytest.raises(StorageUnavailable, match="does not answer"):  # those that wait behind one do not wait as long
+        with pytest.raises(
+            StorageUnavailable, match="does not answer"
+        ):  # those that wait behind one do not wait as long
             store.counts()
         assert time.monotonic() - start < postgres._RECONNECT_SECONDS
         with pytest.raises(StorageUnavailable, match="cannot be reached"):
@@ -178,7 +189,11 @@ def test_who_lost_the_jobs_to_another_process_does_not_touch_them(url: str, hast
     first._storage._db.close()  # type: ignore[attr-defined]
     second = JobStore(url)
     assert second.pending() == [kept]
-    for call in (lambda: first.add(job()), lambda: first.end(kept.id, "error", result={}, keep_seconds=1), first.pending):
+    for call in (
+        lambda: first.add(job()),
+        lambda: first.end(kept.id, "error", result={}, keep_seconds=1),
+        first.pending,
+    ):
         with pytest.raises(StorageUnavailable):
             call()
     assert second.end(kept.id, "ready", result={}, keep_seconds=60) is not None

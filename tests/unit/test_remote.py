@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,21 @@ def test_a_request_whose_replica_died_is_sent_again_as_it_was(card: ModelCard, f
         assert [options["id"] for _, options in replicas.asked] == ["a/1", "a/2", "a/3"]  # never two of one name
         assert {(o["owner"], o["priority"]) for _, o in replicas.asked} == {("anna", 3)}
         assert (engine.stats().finished, engine.stats().failed, engine.stats().running) == (1, 0, 0)
+
+    run(test)
+
+
+def test_batches_are_counted_as_results_tell_of_them(card: ModelCard, finished: Finished) -> None:
+    """Of three images, two requests were one batch of the replica, and one ran alone."""
+
+    async def test() -> None:
+        result = replace(finished.result, seeds=(1,), images=finished.result.images[:1], ran=2.0, batch=2)
+        pair, alone = Finished(result), Finished(replace(result, ran=1.0, batch=1))
+        engine = engine_of(card, [pair], [pair], [alone], max_waiting=3)
+        for id_ in "abc":
+            engine.submit(REQUEST, id=id_, listener=lambda event: None)
+        await until(lambda: engine.stats().finished == 3)
+        assert (engine.stats().batches, engine.stats().images, engine.stats().busy_seconds) == (2, 3, 3.0)
 
     run(test)
 

@@ -147,6 +147,7 @@ class RemoteEngine:
         self._context = contextvars.Context()
         self._requests: dict[str, _Request] = {}
         self._stats = EngineStats()
+        self._batches = 0.0
         self._closed = False
 
     # callers
@@ -235,9 +236,11 @@ class RemoteEngine:
         return True
 
     def stats(self) -> EngineStats:
-        """Counts of this process: `batches`, `batch_sizes` and `busy_seconds` are the replicas' own, and stay 0."""
+        """Counts of this process, of batches and busy seconds as results tell of them; `batch_sizes` stays empty."""
         waiting = self._waiting()
-        return replace(self._stats, waiting=waiting, running=len(self._requests) - waiting)
+        return replace(
+            self._stats, waiting=waiting, running=len(self._requests) - waiting, batches=round(self._batches)
+        )
 
     def _waiting(self) -> int:
         return sum(not found.began for found in list(self._requests.values()))
@@ -329,6 +332,9 @@ class RemoteEngine:
             if isinstance(event, Finished):
                 self._stats.images += len(event.result.images)
                 self._stats.waited_seconds += event.result.waited
+                share = len(event.result.seeds) / event.result.batch  # of the batch that it was drawn in
+                self._batches += share
+                self._stats.busy_seconds += share * event.result.ran
                 self._stats.prefills += event.result.reference_cache == "miss"
             else:
                 self._stats.prefills += event.source == "miss"
