@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,11 @@ def test_an_ingress_that_died_takes_up_its_jobs(deployed: Deployed) -> None:
 def test_an_update_replaces_everything_and_loses_no_job(deployed: Deployed) -> None:
     before = {pid for pid, _, _ in deployed.stats()}
     jobs = [deployed.submit(input_image=text(png(seed=number % 4)), num_inference_steps=50) for number in range(12)]
-    deployed.run(max_batch=4)
+    deployed.run(max_batch=4, max_pixels=64 * 64)
     assert [deployed.poll(id)["status"] for id in jobs] == ["Ready"] * 12
     assert deployed.http.get("/v1/capabilities").json()["max_images"] == 4
+    made = deployed.http.post("/v1/references", json={"images": [text(png(256, 256, seed=5))]}).json()
+    assert made["references"][0]["processed_size"] == [64, 64]  # the ingress waited for replicas of the new model
     assert not before & {pid for pid, _, _ in deployed.stats()}
 
 
@@ -222,7 +225,64 @@ def _is_ingress(process: psutil.Process) -> bool:
     return False
 
 
-# what is refused, without a cluster
+def test_a_serve_that_runs_is_left_alone(deployed: Deployed) -> None:
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "limner", "deploy", "--address", address, "--threads", "1", "--unsafe-no-checks"]
+    environment = {name: value for name, value in os.environ.items() if name != "LIMNER_KEYS"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert ended.returncode == 2, ended.stderr
+    assert f"limner: --address: {address}: Ray Serve runs there already" in ended.stderr
+    assert deployed.http.get("/readyz").json() == {"status": "ready"}
+
+
+# what is refused or lost, without a cluster
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (ray.exceptions.OutOfMemoryError("the node ran out of memory"), True),
+        (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.NodeDiedError("gone"), True),
+        (ray.exceptions.RayActorError(), False),
+        (ray.exceptions.ObjectLostError("00" * 28, None, ""), False),
+        (asyncio.CancelledError(), False),
+        (ray.exceptions.RayTaskError("draw", "a traceback", ValueError("ours")), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | None) -> None:
+    """And which of those may be the request's own doing; a fault of ours stays one."""
+    from limner.deploy.ray import _Painters
+    from limner.deploy.remote import LostReplica
+
+    class Handle:
+        cancelled = 0
+
+        def options(self, **_: Any) -> Handle:
+            return self
+
+        def remote(self, *_: Any, **__: Any) -> Handle:
+            return self
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+        async def __aiter__(self) -> AsyncIterator[Any]:
+            raise error
+            yield
+
+    async def heard() -> None:
+        async with _Painters(handle).run(None) as events:  # type: ignore[arg-type]
+            async for _ in events:
+                pass
+
+    handle: Any = Handle()
+    with pytest.raises(type(error) if counts is None else LostReplica) as raised:
+        asyncio.run(heard())
+    if counts is not None:
+        assert raised.value.counts is counts
+    assert handle.cancelled == 1
 
 
 @pytest.mark.parametrize(
