@@ -6,6 +6,12 @@ doubled if what it ended as, its end time or its picture ever changes, or if an 
 is one JSON object.
 
     .venv/bin/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+
+With `--data postgresql://...`, an empty database, jobs are there; and its sessions are ended at random moments too, between
+two statements of a transaction as elsewhere. A request may then be answered with 503, and is sent again.
+
+    .venv/bin/python benchmarks/serve_kills.py --data postgresql://limner@127.0.0.1/kills \\
+        -o benchmarks/results/serve_kills_postgres.json
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ class Watch:
         self.accepted: dict[str, str] = {}
         self.ended: dict[str, tuple[str, float, str]] = {}
         self.problems: list[str] = []
+        self.cuts = self.unavailable = 0
 
     def accept(self, key: str, id_: str) -> None:
         if self.accepted.setdefault(key, id_) != id_:
@@ -59,17 +66,25 @@ async def submit(client: httpx.AsyncClient, watch: Watch, number: int, rng: rand
             continue
         if answer.status_code == 200:
             watch.accept(key, answer.json()["id"])
+        elif answer.status_code == 503 and watch.cuts:
+            watch.unavailable += 1
         else:
             watch.problems.append(f"{key}: {answer.status_code} {answer.text[:200]}")
 
 
 async def look(client: httpx.AsyncClient, watch: Watch, id_: str) -> str:
     answer = await client.get("/v1/get_result", params={"id": id_})
+    if answer.status_code == 503 and watch.cuts:
+        watch.unavailable += 1
+        return "Pending"
     found = answer.json()
     if found["status"] in ("Ready", "Error"):
         digest = ""
         if found["status"] == "Ready":
             sample = await client.get(found["result"]["sample"])
+            if sample.status_code == 503 and watch.cuts:
+                watch.unavailable += 1
+                return "Pending"
             digest = hashlib.sha256(sample.content).hexdigest()
             if sample.status_code != 200:
                 watch.problems.append(f"{id_} is Ready and its picture is not there")
@@ -77,8 +92,27 @@ async def look(client: httpx.AsyncClient, watch: Watch, id_: str) -> str:
     return str(found["status"])
 
 
-async def load(server: Server, watch: Watch, rng: random.Random, numbers: Any, seconds: float, sets: list[Any]) -> None:
-    """Submits and looks until the server is killed."""
+def end_sessions(url: str) -> None:
+    """Ends the connections of a database, whatever they do."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid != pg_backend_pid()"
+        )
+
+
+async def load(
+    server: Server,
+    watch: Watch,
+    rng: random.Random,
+    numbers: Any,
+    seconds: float,
+    sets: list[Any],
+    database: str | None,
+) -> None:
+    """Submits and looks until the server is killed; connections to its database, if there is one, are cut meanwhile."""
 
     async def work(client: httpx.AsyncClient) -> None:
         end = time.monotonic() + seconds
@@ -96,8 +130,14 @@ async def load(server: Server, watch: Watch, rng: random.Random, numbers: Any, s
         await asyncio.sleep(rng.uniform(0.05, seconds))
         server.kill()
 
+    async def cut() -> None:
+        while database is not None and server.process.poll() is None:
+            await asyncio.sleep(rng.uniform(0.05, 1.0))
+            watch.cuts += 1
+            await asyncio.to_thread(end_sessions, database)
+
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        await asyncio.gather(kill(), *(work(client) for _ in range(4)))
+        await asyncio.gather(kill(), cut(), *(work(client) for _ in range(4)))
 
 
 async def finish(server: Server, watch: Watch, seconds: float) -> None:
@@ -113,42 +153,56 @@ async def finish(server: Server, watch: Watch, seconds: float) -> None:
             await look(client, watch, id_)
 
 
+def num_results(data: str | Path) -> int:
+    """Pictures that are kept."""
+    if isinstance(data, Path):
+        return len(list((data / "results").glob("*.png")))
+    import psycopg
+
+    with psycopg.connect(data) as db:
+        row = db.execute("SELECT count(*) FROM limner.files WHERE folder = 'results'").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=4.0, help="longest time from ready to a kill")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", metavar="URL", help="a postgresql:// database; default: a folder")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     rng, watch = random.Random(args.seed), Watch()
     numbers, sets, port = iter(range(10**9)), reference_sets(4), free_port()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
+        data, log = args.data or Path(folder) / "data", Path(folder) / "server.log"
         for kill in range(1, args.kills + 1):
-            server = Server(data, *OPTIONS, port=port)
+            server = Server(data, *OPTIONS, port=port, log=log)
             if rng.random() < 0.2:  # also while it starts and takes up jobs
                 time.sleep(rng.uniform(1, 8))
                 server.kill()
             else:
                 server.wait()
-                asyncio.run(load(server, watch, rng, numbers, args.seconds, sets))
+                asyncio.run(load(server, watch, rng, numbers, args.seconds, sets, args.data))
             print(
                 f"kill {kill}: {len(watch.accepted)} accepted, {len(watch.ended)} seen to end",
                 file=sys.stderr,
                 flush=True,
             )
-        server = Server(data, *OPTIONS, port=port)
+        server = Server(data, *OPTIONS, port=port, log=log)
         server.wait()
         asyncio.run(finish(server, watch, 1200))
         code = server.stop()
         lost = sorted(set(watch.accepted.values()) - set(watch.ended))
-        files = len(list((data / "results").glob("*.png")))
+        files = num_results(data)
     report = {
         "benchmark": "serve_kills", **machine(), "command": shlex.join(sys.argv), "kills": args.kills,
         "seconds": round(time.monotonic() - start, 1), "accepted": len(watch.accepted), "ended": len(watch.ended),
         "ready": sum(state == "Ready" for state, _, _ in watch.ended.values()), "lost": lost,
         "problems": watch.problems, "result_files": files, "exit_code": code,
+        **({"sessions_ended": watch.cuts, "answers_503": watch.unavailable} if args.data else {}),
     }  # fmt: skip
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

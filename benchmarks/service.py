@@ -48,7 +48,7 @@ def as_text(data: bytes) -> str:
 class Server:
     """One server process over a data folder."""
 
-    def __init__(self, data: Path, *options: str, port: int | None = None, log: Path | None = None) -> None:
+    def __init__(self, data: str | Path, *options: str, port: int | None = None, log: Path | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         words = [sys.executable, "-m", "limner", "serve", "--port", str(self.port), "--data", str(data), *options]
