@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from limner.errors import InvalidRequest
 from limner.images import ReferenceReport, written_beside
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
-__all__ = ["DamagedPack", "PackIdentity", "References", "read_identity", "reference_key", "write_pack"]
+__all__ = [
+    "DamagedPack",
+    "PackIdentity",
+    "References",
+    "parse_identity",
+    "read_identity",
+    "reference_key",
+    "write_pack",
+]
 
 _FORMAT = 3
 _HEADER = "limner.references"
@@ -295,6 +303,11 @@ def read_identity(path: str | os.PathLike[str]) -> PackIdentity:
         raise _unreadable(path, error) from error
 
 
+def parse_identity(head: bytes, *, nbytes: int, where: object) -> PackIdentity:
+    """What the first bytes of a pack of `nbytes` say. Raises `DamagedPack`, also where they do not have the header."""
+    return _parse_header(io.BytesIO(head), size=nbytes, where=where).identity(where=where)
+
+
 def _unreadable(path: object, error: OSError) -> InvalidRequest:
     return InvalidRequest("references", f"{path} cannot be read ({error.strerror or error}); check the file")
 
@@ -326,7 +339,11 @@ class _Header(NamedTuple):
 
 def _read_header(file: io.BufferedReader, *, where: object) -> _Header:
     """Raises `DamagedPack` and `OSError`."""
-    size = os.fstat(file.fileno()).st_size
+    return _parse_header(file, size=os.fstat(file.fileno()).st_size, where=where)
+
+
+def _parse_header(file: BinaryIO, *, size: int, where: object) -> _Header:
+    """The header of a file of `size` bytes. Raises `DamagedPack` and `OSError`."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
         raise DamagedPack(where, "is damaged or no safetensors file (its header ends after the file)")
