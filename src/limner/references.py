@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -265,7 +265,8 @@ def write_pack(references: References, path: Path) -> None:
         for name, x in layer._asdict().items()
     }
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-        digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        made = {name: _digest_in(pool, tensor) for name, tensor in tensors.items()}
+        digests = {name: future.result() for name, future in made.items()}
     identity = {
         "format": _FORMAT,
         "key": references.key,
@@ -377,7 +378,7 @@ def _read_tensors(
                 file.seek(header.start + start)
                 if file.readinto(_bytes(tensors[name])) != end - start:
                     raise ValueError("the file ends early")
-                found[name] = pool.submit(_digest, tensors[name])
+                found[name] = _digest_in(pool, tensors[name])
             wrong = [name for name, future in found.items() if future.result() != identity.digests[name]]
         if wrong:
             raise ValueError(f"the bytes of {', '.join(sorted(wrong)[:3])} are not those that were written")
@@ -456,6 +457,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _digest(tensor: Tensor) -> str:
     """SHA-256 in hex of a contiguous CPU tensor's bytes."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _digest_in(pool: ThreadPoolExecutor, tensor: Tensor) -> Future[str]:
+    """A digest that a pool computes; computed here where the interpreter ends, and pools take nothing more."""
+    try:
+        return pool.submit(_digest, tensor)
+    except RuntimeError:
+        done: Future[str] = Future()
+        done.set_result(_digest(tensor))
+        return done
 
 
 def _text_digest(text: str) -> str:

@@ -411,7 +411,11 @@ class _Remote:
             with self._lock:
                 self._seen.pop(key, None)
             return None
-        references = References.load(path)
+        try:
+            references = References.load(path)
+        except DamagedPack as error:
+            error.args = (str(error).replace(str(path), self.tier.name(key)),)
+            raise
         if references.key != key:
             raise DamagedPack(self.tier.name(key), f"holds the key {references.key}, not that of its name")
         self._note(self._seen, key)
@@ -749,7 +753,7 @@ class ReferenceStore:
             if written is not None and time.time() - written < _UPLOADED_SECONDS:
                 _logger.info("references %s are made again: %s, perhaps still being written", key[:16], error)
                 return
-            _logger.warning("dropped %s: %s", remote.tier.name(key), error)
+            _logger.warning("dropped %s", error)
             with self._lock:
                 self._stats.dropped_files += 1
             remote.replace(key)

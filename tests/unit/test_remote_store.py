@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -248,6 +250,10 @@ def test_what_is_dear_to_read_is_not_uploaded(tmp_path: Path, problem: dict[str,
     assert list((tmp_path / "far").iterdir()) == []
     assert store.stats().refused == 1
     assert cheap.key not in ReferenceStore(remote=faulty(tmp_path)).keys()  # noqa: SIM118
+    FaultyFileSystem.calls.clear()
+    store.get(cheap.key, never)
+    store.flush()
+    assert FaultyFileSystem.calls == []  # not offered each time that it is used
     other = references(1, seconds=1e-9)
     FaultyFileSystem.calls.clear()
     store.get(other.key, lambda: other)  # by now the cost is known: not even uploaded
@@ -318,7 +324,7 @@ def test_damaged_objects_are_dropped_and_made_again(
         found, source = store.get(KEY, references)
     assert source == "miss"
     assert same(found, references())
-    assert f"dropped {url}/{KEY}.safetensors" in caplog.text
+    assert f"dropped references: {url}/{KEY}.safetensors" in caplog.text
     assert store.stats().dropped_files == 1
     store.flush()
     assert ReferenceStore(remote=url).verify() == {KEY: None}  # uploaded again
@@ -763,6 +769,26 @@ def test_open(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidRequest, match=message):
             ReferenceStore.open(**options)  # type: ignore[arg-type]
+
+
+_ENDS_AT_ONCE = """
+from pathlib import Path
+from limner import ReferenceStore
+from tests.unit.test_store import references
+store = ReferenceStore(disk_path={near!r}, remote={far!r})
+for number in range(3):
+    store.get(references(number).key, lambda: references(number))
+"""
+
+
+def test_what_waits_is_written_when_the_process_ends(tmp_path: Path) -> None:
+    program = _ENDS_AT_ONCE.format(near=str(tmp_path / "near"), far=f"file://{tmp_path}/far")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("near", "far"):
+        assert {file.stem for file in (tmp_path / name).iterdir()} == {references(n).key for n in range(3)}
 
 
 def test_torn_folders_of_writers_that_were_killed_go(tmp_path: Path) -> None:

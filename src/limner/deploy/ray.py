@@ -278,8 +278,9 @@ class Painter:
         """Ray asks for it now and then, and gives it to routers; rounded, so that little news is no news."""
         return {name: float(f"{value:.2g}") for name, value in self._means.items()}
 
-    def forget(self, key: str) -> bool:
-        return self.engine.pipe.store.remove(key)
+    async def forget(self, key: str) -> bool:
+        """Aside, since a remote tier may take seconds to answer."""
+        return await asyncio.to_thread(self.engine.pipe.store.remove, key)
 
     def stats(self) -> tuple[int, EngineStats, StoreStats]:
         """The process, and the counts of its engine and store."""
