@@ -418,6 +418,27 @@ def test_a_remote_that_fails_is_left_alone_and_tried_again(
     store.check_integrity()
 
 
+def test_one_request_alone_tries_again(
+    tmp_path: Path, problem: dict[str, Any], hang: Callable[[], None], clock: Callable[[float], None]
+) -> None:
+    store = ReferenceStore(remote=faulty(tmp_path))
+    problem["all"] = refuse
+    store.get(KEY, references)
+    clock(6)
+    problem["all"] = hang
+    FaultyFileSystem.calls.clear()
+    tries = threading.Thread(target=store.get, args=(references(1).key, lambda: references(1)))
+    tries.start()
+    while not FaultyFileSystem.calls:
+        time.sleep(0.001)
+    start = time.monotonic()
+    assert store.get(references(2).key, lambda: references(2))[1] == "miss"
+    assert time.monotonic() - start < 3  # the other one waits for 5 s
+    assert tries.is_alive()
+    assert len(FaultyFileSystem.calls) == 1
+    tries.join()
+
+
 def test_what_was_made_meanwhile_is_uploaded_when_it_is_used_again(
     tmp_path: Path, problem: dict[str, Any], clock: Callable[[float], None]
 ) -> None:
