@@ -371,9 +371,7 @@ class RemoteTier:
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without credentials."""
-        text = " ".join(str(error).split()).replace(self._url, self.url)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        text = self._scrubbed(" ".join(str(error).split()))
         return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
     # the filesystem
@@ -428,14 +426,14 @@ class RemoteTier:
                 try:
                     fs.info(bucket)
                 except FileNotFoundError:
-                    return f"is in no bucket that is there; make {self._told_path(bucket)} first, or check the name"
+                    return f"is in no bucket that is there; make {self._scrubbed(bucket)} first, or check the name"
             return ""
         return "is a file; give a prefix or a folder" if found.get("type") == "file" else ""
 
-    def _told_path(self, path: str) -> str:
+    def _scrubbed(self, text: str) -> str:
         for secret in self._secrets:
-            path = path.replace(secret, "***")
-        return path
+            text = text.replace(secret, "***")
+        return text
 
 
 class _ReadOnly(Exception):
