@@ -766,7 +766,9 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, problem: dict[str, Any])
     for call in (store.keys, lambda: list(store.entries()), store.verify, lambda: store.outlives(KEY)):
         with pytest.raises(RemoteError):
             call()
+    assert store.get(references(1).key, lambda: references(1))[1] == "miss"
     problem.clear()
+    assert store.find(KEY) is None  # left alone
     assert store.remove(KEY)  # what a person asks for does not wait until it is tried again
 
 
@@ -810,6 +812,25 @@ def test_what_waits_is_written_when_the_process_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("near", "far"):
         assert {file.stem for file in (tmp_path / name).iterdir()} == {references(n).key for n in range(3)}
+
+
+_HANGS = """
+import time
+from limner import ReferenceStore
+from limner.remote_tier import RemoteTier
+from tests.unit.test_remote_store import FaultyFileSystem, references
+store = ReferenceStore(remote=RemoteTier({far!r}, timeout=0.2))
+FaultyFileSystem.problem["get"] = lambda: time.sleep(300)
+print(store.get(references().key, references)[1])
+"""
+
+
+def test_a_copy_that_hangs_does_not_hold_the_end_of_the_process(tmp_path: Path) -> None:
+    program = _HANGS.format(far=f"faulty://{tmp_path}/far")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "miss\n")
 
 
 def test_torn_folders_of_writers_that_were_killed_go(tmp_path: Path) -> None:
