@@ -372,7 +372,7 @@ class _Remote:
         self._to_measure = _Disk.MEASURED
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="limner-upload")
         self._lock = threading.Lock()
-        self._uploads: dict[str, Future[None]] = {}
+        self._uploads: dict[str, list[Future[None]]] = {}
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._refused: OrderedDict[str, None] = OrderedDict()
         """Not to be asked about each time that they are used."""
@@ -385,7 +385,9 @@ class _Remote:
     def wants(self, key: str, *, asked: bool) -> bool:
         """Whether an entry may have to be uploaded: it is not known to be there, and the tier can be written now."""
         with self._lock:
-            if key in self._seen or key in self._uploads or (key in self._refused and not asked):
+            if not asked and (key in self._uploads or key in self._refused):
+                return False
+            if key in self._seen and key not in self._uploads:  # one that was not asked for may be removed again
                 return False
         return self.tier.writable and not self.tier.is_away
 
@@ -424,13 +426,16 @@ class _Remote:
     def submit(self, key: str, upload: Callable[[], None], *, ended: Callable[[], None]) -> None:
         """Uploads on the thread for that; `ended` is called when that was done, failed or was cancelled."""
 
-        def end(_: Future[None]) -> None:
+        def end(future: Future[None]) -> None:
             with self._lock:
-                self._uploads.pop(key, None)
+                self._uploads[key].remove(future)
+                if not self._uploads[key]:
+                    del self._uploads[key]
             ended()
 
         with self._lock:
-            waiting = self._uploads[key] = self._uploader.submit(upload)
+            waiting = self._uploader.submit(upload)
+            self._uploads.setdefault(key, []).append(waiting)
         waiting.add_done_callback(end)
 
     def write(self, references: References, folder: Path, *, asked: bool) -> None:
@@ -471,9 +476,8 @@ class _Remote:
     def remove(self, key: str) -> bool:
         """Removes an entry, also one that is yet to be uploaded; whether there was one. Raises `RemoteError`."""
         with self._lock:
-            upload = self._uploads.get(key)
-        if upload is not None and not upload.cancel():
-            wait([upload])
+            uploads = list(self._uploads.get(key, ()))
+        wait([upload for upload in uploads if not upload.cancel()])
         found = self.tier.remove(key)
         with self._lock:
             self._seen.pop(key, None)
@@ -885,14 +889,17 @@ class ReferenceStore:
         disk, key = self._disk, references.key
         assert disk is not None
         try:
-            with self._counted("on disk", references, asked=asked):
+            with self._counted("on disk", "written to disk", references, asked=asked):
                 if not disk.file(key).exists():
                     disk.write(references, asked=asked or disk.pin_file(key).exists())
         finally:
             self._waits_no_more("disk", references)
 
     def _upload(self, references: References, remote: _Remote, *, asked: bool) -> None:
-        with self._counted("in the remote tier", references, asked=asked), _own_folder(self._disk) as folder:
+        with (
+            self._counted("in the remote tier", "uploaded", references, asked=asked),
+            _own_folder(self._disk) as folder,
+        ):
             remote.write(references, folder, asked=asked)
 
     def _waits_no_more(self, tier: str, references: References) -> None:
@@ -900,7 +907,7 @@ class ReferenceStore:
             self._pending[tier] -= references.nbytes
 
     @contextlib.contextmanager
-    def _counted(self, where: str, references: References, *, asked: bool) -> Iterator[None]:
+    def _counted(self, where: str, done: str, references: References, *, asked: bool) -> Iterator[None]:
         """Counts and logs what becomes of a write in the background."""
         try:
             yield
@@ -915,7 +922,7 @@ class ReferenceStore:
             with self._lock:
                 self._stats.failed_writes += 1
             if not isinstance(error, RemoteError):  # the tier says so, once
-                _logger.warning("references %s were not kept %s: %s", references.key[:16], where, error)
+                _logger.warning("references %s were not %s: %s", references.key[:16], done, error)
 
     def _touch_file(self, key: str) -> None:
         """Tells the disk tier of a use in memory, now and then, so that what is used most is not evicted there first."""

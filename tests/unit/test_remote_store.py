@@ -266,6 +266,22 @@ def test_what_is_dear_to_read_is_not_uploaded(tmp_path: Path, problem: dict[str,
     assert store.outlives(cheap.key)
 
 
+def test_what_is_asked_for_stays_whatever_was_under_way(tmp_path: Path, problem: dict[str, Any]) -> None:
+    """`limner refs warm` prefills, which uploads what is worth it, and then asks for it."""
+    go = threading.Event()
+    problem["put"] = lambda: (go.wait(30), None)[1]
+    store, cheap = ReferenceStore(remote=faulty(tmp_path)), references(seconds=1e-9)
+    store.get(cheap.key, lambda: cheap)
+    while "put" not in FaultyFileSystem.calls:
+        time.sleep(0.001)
+    store.put(cheap)
+    go.set()
+    store.flush()
+    assert store.outlives(cheap.key)
+    assert (store.stats().refused, store.stats().pending_bytes) == (1, 0)
+    assert store.remove(cheap.key)
+
+
 def test_the_folder_before_it_keeps_its_budget(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/far"
     fill(url, 0, 1, 2)
