@@ -98,6 +98,8 @@ class Group:
 class BatchOptions:
     """Where rows come from and results go. `store` None keeps K/V in a hidden folder of `folder` until the end.
 
+    `store` is a folder, or a URL with perhaps a folder `store_cache` of each machine before it.
+
     `images_at_once` rows of equal references and size are drawn side by side: faster on some devices, and a picture then
     depends on its neighbours by rounding. With 1, each is bit for bit what `limner edit` makes of its row.
     """
@@ -106,12 +108,15 @@ class BatchOptions:
     folder: Path
     format: str = "png"
     images_at_once: int = 1
-    store: Path | None = None
+    store: str | Path | None = None
     store_bytes: int | None = None
+    store_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ENDINGS:
             raise InvalidRequest("format", f"{self.format!r} is not one of {', '.join(ENDINGS)}")
+        if self.store is None and self.store_cache is not None:
+            raise InvalidRequest("store_cache", f"{self.store_cache} is a folder before a URL; give one as the store")
         check_number("images_at_once", self.images_at_once, low=1, high=1000)
 
     @property
@@ -119,12 +124,10 @@ class BatchOptions:
         return self.folder / _HIDDEN
 
     def open_store(self) -> ReferenceStore:
-        """Kept on disk alone: a group is drawn with the References in hand and then never asked for again."""
-        return ReferenceStore(
-            memory_bytes=0,
-            disk_path=self.store if self.store is not None else self.hidden / "store",
-            disk_bytes=self.store_bytes if self.store is not None else None,
-        )
+        """Kept beyond memory alone: a group is drawn with the References in hand and then never asked for again."""
+        if self.store is None:
+            return ReferenceStore(memory_bytes=0, disk_path=self.hidden / "store", disk_bytes=None)
+        return ReferenceStore.open(self.store, cache=self.store_cache, disk_bytes=self.store_bytes, memory_bytes=0)
 
 
 # files

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _drawing_arguments(edit)
     edit.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
     edit.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
-    _store_argument(edit, help="folder in which K/V of references are kept for later runs")
+    _store_argument(edit, help="where K/V of references are kept for later runs")
     _budget_argument(edit)
     _kv_argument(edit)
     _reference_arguments(edit)
@@ -68,8 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw from text alone", description="Draw from text alone.")
     _drawing_arguments(generate)
     generate.set_defaults(
-        run=_draw, image=None, references=None, store=None, kv_cache_dtype=None, background=None, max_pixels=None
-    )
+        run=_draw, image=None, references=None, store=None, store_cache=None, store_bytes=None, kv_cache_dtype=None,
+        background=None, max_pixels=None,
+    )  # fmt: skip
 
     batch = commands.add_parser(
         "batch",
@@ -234,7 +235,7 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
     )  # fmt: skip
     _model_arguments(parser)
-    _store_argument(parser, help="folder in which K/V of references are kept beyond this batch")
+    _store_argument(parser, help="where K/V of references are kept beyond this batch")
     _budget_argument(parser)
     _kv_argument(parser)
     _reference_arguments(parser)
@@ -253,7 +254,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     _listen_arguments(parser)
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     _model_arguments(parser)
-    _store_argument(parser, help="folder in which K/V of references are kept across restarts")
+    _store_argument(parser, help="where K/V of references are kept across restarts")
     _budget_argument(parser)
     _kv_argument(parser)
     _reference_arguments(parser)
@@ -264,7 +265,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
     _listen_arguments(parser)
     _model_arguments(parser)
-    _store_argument(parser, help="folder in which replicas share K/V of references; all nodes have to see it")
+    _store_argument(parser, help="where replicas share K/V of references; all nodes have to reach it")
     _budget_argument(parser)
     _kv_argument(parser)
     _reference_arguments(parser)
@@ -361,6 +362,7 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
     rm = add("rm", "remove entries of a store", _rm)
     rm.add_argument("key", nargs="+", metavar="KEY", help="content keys, or their first 8 or more digits")
     _store_argument(rm)
+    _cache_argument(rm)
     verify = add("verify", "read packs, or every entry of a store; exit code 1 if one is damaged", _verify)
     verify.add_argument("file", nargs="*", metavar="PACK", help="packs; default: those of the store")
     _store_argument(verify)
@@ -368,18 +370,29 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _store_argument(parser: argparse.ArgumentParser, help: str = "folder of the store") -> None:  # noqa: A002
+def _store_argument(parser: argparse.ArgumentParser, help: str = "the store") -> None:  # noqa: A002
     parser.add_argument(
-        "--store", metavar="DIR", default=os.environ.get("LIMNER_STORE"), help=f"{help} (default: $LIMNER_STORE)"
+        "--store", metavar="STORE", default=os.environ.get("LIMNER_STORE"),
+        help=f"{help}: a folder, or a URL such as s3://bucket/prefix (default: $LIMNER_STORE)",
+    )  # fmt: skip
+
+
+def _cache_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store-cache",
+        metavar="DIR",
+        help="with a URL as the store: folder of this machine for what was fetched and made",
     )
 
 
 def _budget_argument(parser: argparse.ArgumentParser) -> None:
+    """Of the folder of the store, which with a URL is that of its copies."""
+    _cache_argument(parser)
     parser.add_argument(
         "--store-bytes",
         type=int,
         metavar="N",
-        help="remove what was used least recently from the store when it has more bytes; default: remove nothing",
+        help="remove what was used least recently from the folder when it has more bytes; default: remove nothing",
     )
 
 
@@ -589,7 +602,7 @@ def _draw_here(args: argparse.Namespace, *, writes: bool) -> None:
         raise InvalidRequest(
             "--image", "give either pictures (-i FILE, again for more) or one pack (--references PACK)"
         )
-    for name in ("background", "max_pixels", "store", "kv_cache_dtype"):
+    for name in ("background", "max_pixels", "store", "store_cache", "kv_cache_dtype"):
         if args.references and getattr(args, name) is not None:
             raise InvalidRequest(
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
@@ -604,7 +617,7 @@ def _draw_here(args: argparse.Namespace, *, writes: bool) -> None:
     from limner.references import References
 
     pack = References.load(args.references) if args.references else None
-    store = _store(args, disk_bytes=args.store_bytes) if args.store else None
+    store = _optional_store(args)
     progress = _Progress(num_steps=args.steps, references=bool(prepared), silent=not writes)
     try:
         pipe = model.load(store=store, progress=progress)
@@ -719,20 +732,26 @@ def _inspect(args: argparse.Namespace) -> None:
             print(f"{name}: {value}")
 
 
-def _store(args: argparse.Namespace, *, disk_bytes: int | None = None) -> ReferenceStore:
-    """The store of a command: its folder, and no limit but an asked one that would remove what other commands kept."""
+def _store(args: argparse.Namespace, *, disk_bytes: int | None = None, make: bool = True) -> ReferenceStore:
+    """The store of a command: its place, and no limit but an asked one that would remove what other commands kept.
+
+    `make` makes a folder that is not there.
+    """
     from limner.store import ReferenceStore
 
     if not args.store:
-        raise InvalidRequest("--store", "no folder is given; use --store DIR or set LIMNER_STORE")
-    return ReferenceStore(disk_path=args.store, disk_bytes=disk_bytes)
+        raise InvalidRequest("--store", "no folder or URL is given; use --store STORE or set LIMNER_STORE")
+    cache = getattr(args, "store_cache", None)
+    return ReferenceStore.open(args.store, cache=cache, disk_bytes=disk_bytes, make=make)
 
 
-def _existing_store(args: argparse.Namespace) -> ReferenceStore:
-    """The store of a command that makes no folder."""
-    if args.store and not Path(args.store).is_dir():
-        raise InvalidRequest("--store", f"{args.store} is not a folder; check the name")
-    return _store(args)
+def _optional_store(args: argparse.Namespace) -> ReferenceStore | None:
+    """The store of a command that runs without one too."""
+    if args.store:
+        return _store(args, disk_bytes=args.store_bytes)
+    if args.store_cache is not None:
+        raise InvalidRequest("--store-cache", f"{args.store_cache} is a folder before a URL; add --store URL")
+    return None
 
 
 def _prefill(args: argparse.Namespace, store: ReferenceStore | None = None) -> References:
@@ -769,14 +788,16 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _warm(args: argparse.Namespace) -> None:
+    from limner.remote_tier import without_credentials
+
     store = _store(args, disk_bytes=args.store_bytes)
     refs = _prefill(args, store)
     store.put(refs)
     store.flush()
-    if store.file(refs.key) is None:
+    if not store.outlives(refs.key):
         raise OutputError(
-            f"--store: {args.store} did not take {refs.nbytes} bytes; free some space, unpin entries, raise --store-bytes "
-            "or give another folder"
+            f"--store: {without_credentials(args.store)} did not take {refs.nbytes} bytes; free some space, unpin entries, "
+            "raise --store-bytes or give another place"
         )
     if args.pin:
         store.pin(refs.key)
@@ -951,7 +972,7 @@ def _serve(args: argparse.Namespace) -> None:
     check_options(options)
     model = _model_options(args)
     model.check()
-    store = _store(args, disk_bytes=args.store_bytes) if args.store else None
+    store = _optional_store(args)
     pipe = load_aside(lambda: model.load(store=store))
     name = "limner-stickers" if args.model is None else Path(args.model).name
     serve(pipe, options, model_name=name)
@@ -1024,12 +1045,14 @@ def _batch(args: argparse.Namespace) -> int:
     from limner.batch import Batch, BatchOptions
     from limner.images import printable
     from limner.pipeline import check_device
+    from limner.remote_tier import absolute
 
     if args.workers is not None and args.ray is None:
         raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
     options = BatchOptions(
         manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
-        store=Path(os.path.abspath(args.store)) if args.store else None, store_bytes=args.store_bytes,
+        store=absolute(args.store) if args.store else None, store_bytes=args.store_bytes,
+        store_cache=Path(os.path.abspath(args.store_cache)) if args.store_cache else None,
     )  # fmt: skip
     model = _model_options(args)
     model.check()
@@ -1115,25 +1138,30 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _ls(args: argparse.Namespace) -> None:
-    entries = [entry for entry in _existing_store(args).entries() if entry.tier == "disk"]
+    entries = list(_store(args, make=False).entries())
     if args.json:
         print(json.dumps({"entries": [asdict(entry) for entry in entries]}))
         return
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         holds = f"{entry.num_references} references  {entry.num_tokens} tokens" if not entry.problem else "damaged"
-        print(f"{entry.key}  {holds}  {entry.nbytes} bytes  used {when}" + ("  pinned" if entry.pinned else ""))
+        what = "written" if entry.tier == "remote" else "used"
+        print(f"{entry.key}  {holds}  {entry.nbytes} bytes  {what} {when}" + ("  pinned" if entry.pinned else ""))
 
 
 def _rm(args: argparse.Namespace) -> None:
-    store = _existing_store(args)
-    keys = [entry.key for entry in store.entries() if entry.tier == "disk"]
+    from limner.remote_tier import without_credentials
+
+    store = _store(args, make=False)
+    keys = store.keys()
     chosen = []
     for prefix in args.key:
         found = [key for key in keys if key.startswith(prefix)] if len(prefix) >= 8 else []
         if len(found) != 1:
             raise InvalidRequest(
-                "KEY", f"{prefix!r} is the start of {len(found)} keys in {args.store}; give 8 digits or more of one"
+                "KEY",
+                f"{prefix!r} is the start of {len(found)} keys in {without_credentials(args.store)}; give 8 digits or more "
+                "of one",
             )
         chosen += found
     for key in chosen:
@@ -1153,7 +1181,7 @@ def _verify(args: argparse.Namespace) -> int:
             except InvalidRequest as error:
                 found[file] = str(error)
     else:
-        found = _existing_store(args).verify()
+        found = _store(args, make=False).verify()
     lines = [f"{name}: {'whole' if problem is None else problem}" for name, problem in found.items()]
     _print(args, {"files": found}, "\n".join(lines) or "nothing to verify")
     return int(any(found.values()))

@@ -67,7 +67,7 @@ class EditResult:
 
     images: tuple[Image.Image, ...]
     seeds: tuple[int, ...]
-    reference_cache: Literal["none", "miss", "memory", "disk"]
+    reference_cache: Literal["none", "miss", "memory", "disk", "remote"]
     reference_key: str | None
     seconds_saved: float
     references: tuple[ReferenceReport, ...]
@@ -107,7 +107,7 @@ class Prefilled:
     key: str
     nbytes: int
     prefill_seconds: float
-    source: Literal["miss", "memory", "disk"]
+    source: Literal["miss", "memory", "disk", "remote"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -141,7 +141,7 @@ class PipelineOutput:
     images: Any
     seeds: tuple[int | None, ...]
     timings: Timings
-    reference_cache: Literal["none", "miss", "memory", "disk", "given"]
+    reference_cache: Literal["none", "miss", "memory", "disk", "remote", "given"]
     references: tuple[ReferenceReport, ...] = ()
     reference_key: str | None = None
     seconds_saved: float = 0.0
@@ -545,7 +545,7 @@ class Pipeline:
 
     @_typed_memory_errors
     def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
-        """What `prefill` gives, and where it came from: "miss", "memory" or "disk"."""
+        """What `prefill` gives, and where it came from: "miss", "memory", "disk" or "remote"."""
         return self._references(self._prepare(image), num_own=0, batch=1)
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
@@ -831,7 +831,7 @@ class Pipeline:
         text_done = self._now()
         report("text", 1, 1)
 
-        cache: Literal["none", "miss", "memory", "disk", "given"] = "given" if given else "none"
+        cache: Literal["none", "miss", "memory", "disk", "remote", "given"] = "given" if given else "none"
         if prepared:
             report("references", 0, 1)
             given, cache = self._references(prepared, num_own=num_own, batch=batch)

@@ -18,10 +18,10 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from limner.errors import InvalidRequest
 from limner.images import ReferenceReport, written_beside
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
-__all__ = ["DamagedPack", "PackIdentity", "References", "read_identity", "reference_key", "write_pack"]
+__all__ = [
+    "DamagedPack",
+    "PackIdentity",
+    "References",
+    "parse_identity",
+    "read_identity",
+    "reference_key",
+    "write_pack",
+]
 
 _FORMAT = 3
 _HEADER = "limner.references"
@@ -257,7 +265,8 @@ def write_pack(references: References, path: Path) -> None:
         for name, x in layer._asdict().items()
     }
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-        digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        made = {name: _digest_in(pool, tensor) for name, tensor in tensors.items()}
+        digests = {name: future.result() for name, future in made.items()}
     identity = {
         "format": _FORMAT,
         "key": references.key,
@@ -295,6 +304,11 @@ def read_identity(path: str | os.PathLike[str]) -> PackIdentity:
         raise _unreadable(path, error) from error
 
 
+def parse_identity(head: bytes, *, nbytes: int, where: object) -> PackIdentity:
+    """What the first bytes of a pack of `nbytes` say. Raises `DamagedPack`, also where they do not have the header."""
+    return _parse_header(io.BytesIO(head), size=nbytes, where=where).identity(where=where)
+
+
 def _unreadable(path: object, error: OSError) -> InvalidRequest:
     return InvalidRequest("references", f"{path} cannot be read ({error.strerror or error}); check the file")
 
@@ -326,7 +340,11 @@ class _Header(NamedTuple):
 
 def _read_header(file: io.BufferedReader, *, where: object) -> _Header:
     """Raises `DamagedPack` and `OSError`."""
-    size = os.fstat(file.fileno()).st_size
+    return _parse_header(file, size=os.fstat(file.fileno()).st_size, where=where)
+
+
+def _parse_header(file: BinaryIO, *, size: int, where: object) -> _Header:
+    """The header of a file of `size` bytes. Raises `DamagedPack` and `OSError`."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
         raise DamagedPack(where, "is damaged or no safetensors file (its header ends after the file)")
@@ -360,7 +378,7 @@ def _read_tensors(
                 file.seek(header.start + start)
                 if file.readinto(_bytes(tensors[name])) != end - start:
                     raise ValueError("the file ends early")
-                found[name] = pool.submit(_digest, tensors[name])
+                found[name] = _digest_in(pool, tensors[name])
             wrong = [name for name, future in found.items() if future.result() != identity.digests[name]]
         if wrong:
             raise ValueError(f"the bytes of {', '.join(sorted(wrong)[:3])} are not those that were written")
@@ -439,6 +457,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _digest(tensor: Tensor) -> str:
     """SHA-256 in hex of a contiguous CPU tensor's bytes."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _digest_in(pool: ThreadPoolExecutor, tensor: Tensor) -> Future[str]:
+    """A digest that a pool computes; computed here where the interpreter ends, and pools take nothing more."""
+    try:
+        return pool.submit(_digest, tensor)
+    except RuntimeError:
+        done: Future[str] = Future()
+        done.set_result(_digest(tensor))
+        return done
 
 
 def _text_digest(text: str) -> str:

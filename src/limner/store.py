@@ -1,4 +1,4 @@
-"""Keeps References by content key, in tiers: devices, host memory, a folder on disk.
+"""Keeps References by content key, in tiers: devices, host memory, a folder on disk, a filesystem that machines share.
 
 Owns budgets, the order of eviction, single flight and the files of the disk tier. An entry that a full tier has no room
 for goes down a tier, then out; the least recently used goes first, pinned ones stay. What comes back from a tier has the
@@ -11,6 +11,10 @@ The disk tier is a folder of packs, `<key>.safetensors`, written beside and rena
 share it; an empty `<key>.pin` keeps a pack from eviction. Other files are not touched. Entries are written when they are
 made, in the background, so that they outlive the process. An entry is kept on disk only where reading it back is cheaper
 than a prefill; both are measured.
+
+The last tier is `remote_tier`'s. What is asked for and nowhere else is fetched from there, into the folder if there is one,
+checked as any pack, and kept as what came from disk. What is made is uploaded in the background, as it is written to disk;
+so is what is used and was not uploaded when it was made. Nothing is evicted there. While it is away, requests prefill.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import errno
 import logging
 import os
 import re
+import shutil
 import stat
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -33,31 +39,40 @@ from typing import Literal
 import psutil
 import torch
 
-from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.images import written_beside
-from limner.references import DamagedPack, References, read_identity, write_pack
+from limner.references import DamagedPack, PackIdentity, References, read_identity, write_pack
+from limner.remote_tier import RemoteObject, RemoteTier, is_url
 
 __all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
 
 _logger = logging.getLogger("limner")
 _KEY = re.compile(r"[0-9a-f]{64}")
-Source = Literal["miss", "memory", "disk"]
+Source = Literal["miss", "memory", "disk", "remote"]
 _TIERS = ("device", "memory", "disk")
+"""Those of this machine, whose bytes are known. The remote one is not counted: that would be a listing each time."""
 _SHARE = 4
 """A budget that is not given is this part of the memory that is free."""
 _TORN_SECONDS = 600.0
 """A file that a writer has not written to for so long is one that was killed."""
 _TOUCH_SECONDS = 60.0
 """How often at most the file of an entry that is used in memory hears of it."""
+_UPLOADED_SECONDS = 300.0
+"""A damaged object that was written so lately may be half of one: on some filesystems it is seen while it is written."""
+_KNOWN_KEYS = 100_000
+_HEADERS_AT_ONCE = 16
 _FAILURES = (LimnerError, OSError, RuntimeError, MemoryError)
 """What reading, writing and moving may raise; torch reports memory that ran out as a `RuntimeError`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StoreStats:
-    """Counts since the store was made, and bytes now. A hit on a device counts as `hits["device"]`."""
+    """Counts since the store was made, and bytes now. A hit on a device counts as `hits["device"]`.
 
-    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
+    `hits` has the remote tier too; evictions, bytes and entries are those of this machine.
+    """
+
+    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*_TIERS, "remote"), 0))
     misses: int = 0
     waits: int = 0
     """Requests that found their prefill under way and waited for it."""
@@ -65,12 +80,12 @@ class StoreStats:
     nbytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     num_entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     pending_bytes: int = 0
-    """Bytes that wait to be written to disk."""
+    """Bytes that wait to be written to disk, and those that wait to be uploaded."""
     dropped_files: int = 0
-    """Files of the disk tier that were damaged, foreign or of another format."""
+    """Files of the disk tier and objects that were damaged, foreign or of another format."""
     refused: int = 0
-    """Times that an entry was not written: reading it back takes longer than a prefill, it has no room beside pinned
-    ones, or too many bytes waited to be written."""
+    """Times that an entry was not written or uploaded: reading it back takes longer than a prefill, it has no room beside
+    pinned ones, or too many bytes waited."""
     failed_writes: int = 0
     prefill_seconds: float = 0.0
     prefill_seconds_saved: float = 0.0
@@ -296,6 +311,10 @@ class _Disk:
                 if 0 < references.prefill_seconds <= seconds:
                     raise _Refused(f"reading takes {seconds:.3f} s, a prefill {references.prefill_seconds:.3f} s")
 
+    def make_room_for(self, path: Path) -> None:
+        """Evicts until a file that is about to get its name fits into the budget. Raises `_Refused`."""
+        self._make_room(path.stat().st_size)
+
     def _time_read(self, path: Path, nbytes: int) -> float:
         """Seconds to read a pack from the disk itself, as far as the system allows it to be asked for."""
         if hasattr(os, "posix_fadvise"):
@@ -341,7 +360,166 @@ class _Disk:
         for path in self.folder.glob(".limner-*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < time.time() - _TORN_SECONDS:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class _Remote:
+    """The remote tier as the store uses it: what is known to be there, what waits to be uploaded, what reading costs."""
+
+    def __init__(self, remote: str | RemoteTier) -> None:
+        self.tier = RemoteTier(remote) if isinstance(remote, str) else remote
+        self.cost = _ReadCost()
+        self._to_measure = _Disk.MEASURED
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="limner-upload")
+        self._lock = threading.Lock()
+        self._uploads: dict[str, list[Future[None]]] = {}
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        """Not to be asked about each time that they are used."""
+        self._to_replace: set[str] = set()
+
+    def knows(self, key: str) -> bool:
+        with self._lock:
+            return key in self._seen
+
+    def wants(self, key: str, *, asked: bool) -> bool:
+        """Whether an entry may have to be uploaded: it is not known to be there, and the tier can be written now."""
+        with self._lock:
+            if not asked and (key in self._uploads or key in self._refused):
+                return False
+            if key in self._seen and key not in self._uploads:  # one that was not asked for may be removed again
+                return False
+        return self.tier.writable and not self.tier.is_away
+
+    def refuse(self, key: str) -> None:
+        self._note(self._refused, key)
+
+    def replace(self, key: str) -> None:
+        """The next upload of that key takes the place of what is there."""
+        with self._lock:
+            self._to_replace.add(key)
+            self._seen.pop(key, None)
+
+    def holds(self, key: str) -> bool:
+        """Asks whether an entry is there. Raises `RemoteError`."""
+        return self.tier.holds(key, asked=True)
+
+    def read(self, key: str, path: Path, *, asked: bool = False) -> References | None:
+        """The entry of a key, by way of a file; None if there is none.
+
+        Raises what `References.load` does, and `RemoteError`.
+        """
+        if not self.tier.fetch(key, path, asked=asked):
+            with self._lock:
+                self._seen.pop(key, None)
+            return None
+        try:
+            references = References.load(path)
+        except DamagedPack as error:
+            error.args = (str(error).replace(str(path), self.tier.name(key)),)
+            raise
+        if references.key != key:
+            raise DamagedPack(self.tier.name(key), f"holds the key {references.key}, not that of its name")
+        self._note(self._seen, key)
+        return references
+
+    def submit(self, key: str, upload: Callable[[], None], *, ended: Callable[[], None]) -> None:
+        """Uploads on the thread for that; `ended` is called when that was done, failed or was cancelled."""
+
+        def end(future: Future[None]) -> None:
+            with self._lock:
+                self._uploads[key].remove(future)
+                if not self._uploads[key]:
+                    del self._uploads[key]
+            ended()
+
+        with self._lock:
+            waiting = self._uploader.submit(upload)
+            self._uploads.setdefault(key, []).append(waiting)
+        waiting.add_done_callback(end)
+
+    def write(self, references: References, folder: Path, *, asked: bool) -> None:
+        """Uploads an entry that is not there. One that was not asked for is then read back, as on disk.
+
+        Raises `RemoteError`, `OutputError` and `_Refused`.
+        """
+        key, path = references.key, folder / "pack"
+        with self._lock:
+            replaces = key in self._to_replace
+        if replaces or not self.tier.holds(key):
+            with _typed(path):
+                write_pack(references, path)
+            self.tier.upload(path, key)
+            with self._lock:
+                self._to_replace.discard(key)
+            if not asked and (self._to_measure > 0 or self.cost.is_dear(references)):
+                self._to_measure -= 1
+                self._measure(references, folder / "copy")
+        self._note(self._seen, key)
+
+    def _measure(self, references: References, path: Path) -> None:
+        """Reads an entry back; removes it and raises `_Refused` where that takes longer than the prefill."""
+        start = time.perf_counter()
+        try:
+            self.read(references.key, path)
+        except RemoteError:  # the tier says so; what was uploaded is there
+            return
+        seconds = time.perf_counter() - start
+        self.cost.measure(seconds, references.nbytes)
+        if 0 < references.prefill_seconds <= seconds:
+            self.tier.remove(references.key, asked=False)
+            with self._lock:
+                self._seen.pop(references.key, None)
+            self.refuse(references.key)
+            raise _Refused(f"reading takes {seconds:.3f} s, a prefill {references.prefill_seconds:.3f} s")
+
+    def remove(self, key: str) -> bool:
+        """Removes an entry, also one that is yet to be uploaded; whether there was one. Raises `RemoteError`."""
+        with self._lock:
+            uploads = list(self._uploads.get(key, ()))
+        wait([upload for upload in uploads if not upload.cancel()])
+        found = self.tier.remove(key)
+        with self._lock:
+            self._seen.pop(key, None)
+            self._refused.pop(key, None)
+        return found
+
+    def entries(self) -> Iterator[StoreEntry]:
+        """Every entry, the oldest first, with what its header says. Raises `RemoteError`."""
+
+        def header(item: RemoteObject) -> tuple[PackIdentity | None, str | None]:
+            try:
+                return self.tier.identity(item), None
+            except DamagedPack as error:
+                return None, str(error)
+
+        items = self.tier.objects()
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            for item, (identity, problem) in zip(items, pool.map(header, items), strict=True):
+                if identity is not None or problem is not None:  # else it went meanwhile
+                    yield _entry(
+                        identity, key=item.key, tier="remote", nbytes=item.nbytes, pinned=False, used=item.modified or 0.0,
+                        problem=problem,
+                    )  # fmt: skip
+
+    def problem(self, key: str) -> str | None:
+        """What is wrong with an object, if anything is. Raises `RemoteError`."""
+        try:
+            with _own_folder() as folder:
+                self.read(key, folder / "pack", asked=True)
+        except InvalidRequest as error:
+            return str(error)
+        return None
+
+    def flush(self) -> None:
+        self._uploader.submit(lambda: None).result()
+
+    def _note(self, keys: OrderedDict[str, None], key: str) -> None:
+        with self._lock:
+            keys[key] = None
+            keys.move_to_end(key)
+            if len(keys) > _KNOWN_KEYS:
+                keys.popitem(last=False)
 
 
 class ReferenceStore:
@@ -349,8 +527,9 @@ class ReferenceStore:
 
     `device_bytes` is the budget on each device that has memory of its own, `memory_bytes` that of host memory (on the CPU
     the only one of the two); None takes a quarter of what is free when the store or the device is first used.
-    `disk_bytes` is the budget of the folder `disk_path`, if one is given; None never removes an entry there. Raises
-    `InvalidRequest`.
+    `disk_bytes` is the budget of the folder `disk_path`, if one is given; None never removes an entry there. `remote` is a
+    URL of fsspec below them, as `s3://bucket/prefix`, which machines share and where nothing is evicted; or a `RemoteTier`
+    with times of its own. Raises `InvalidRequest`, and `RemoteError` where it cannot be reached.
     """
 
     def __init__(
@@ -360,6 +539,7 @@ class ReferenceStore:
         memory_bytes: int | None = None,
         disk_path: str | os.PathLike[str] | None = None,
         disk_bytes: int | None = 64 << 30,
+        remote: str | RemoteTier | None = None,
     ) -> None:
         for name, budget in (
             ("device_bytes", device_bytes),
@@ -377,8 +557,39 @@ class ReferenceStore:
         self._lock = threading.RLock()
         self._under_way: dict[str, Future[References]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="limner-store") if self._disk else None
+        self._pending = {"disk": 0, "remote": 0}
         self._touched: dict[str, float] = {}
         self._warned = False
+        self._remote = _Remote(remote) if remote is not None else None
+
+    @classmethod
+    def open(
+        cls,
+        place: str | os.PathLike[str],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        disk_bytes: int | None = None,
+        memory_bytes: int | None = None,
+        make: bool = True,
+    ) -> ReferenceStore:
+        """The store in a folder, or under a URL with a folder `cache` before it; `disk_bytes` is the folder's budget.
+
+        Raises `InvalidRequest`, without `make` also where there is no folder, and `RemoteError`.
+        """
+        if not is_url(place):
+            if cache is not None:
+                raise InvalidRequest(
+                    "store_cache", f"{cache} is a folder before a URL; give one as the store, or leave it out"
+                )
+            if not make and not Path(place).is_dir():
+                raise InvalidRequest("store", f"{place} is not a folder; check the name")
+            return cls(disk_path=place, disk_bytes=disk_bytes, memory_bytes=memory_bytes)
+        if disk_bytes is not None and cache is None:
+            raise InvalidRequest(
+                "store_bytes", f"{disk_bytes} is the budget of a folder; give one before the URL as store_cache"
+            )
+        remote = RemoteTier(str(place), make=make)
+        return cls(disk_path=cache, disk_bytes=disk_bytes, memory_bytes=memory_bytes, remote=remote)
 
     # reading
 
@@ -409,10 +620,13 @@ class ReferenceStore:
             found = self.place(found, device=device)
             self._count_hit(name, found, start)
             self._touch_file(key)
+            self._upload_later(found)
             return found, "memory"
         try:
             found = self._from_disk(key)
             source: Source = "disk"
+            if found is None:
+                found, source = self._from_remote(key), "remote"
             if found is None:
                 found, source = make(), "miss"
                 if found.key != key:
@@ -423,13 +637,15 @@ class ReferenceStore:
             mine.set_exception(error)
             raise
         mine.set_result(found)  # delivered, whatever comes of keeping it
-        if source == "disk":
-            self._count_hit("disk", found, start)
+        if source != "miss":
+            self._count_hit(source, found, start)
         else:
             with self._lock:
                 self._stats.misses += 1
                 self._stats.prefill_seconds += found.prefill_seconds
         try:
+            if source == "disk":
+                self._upload_later(found)
             return self._keep(found, device=device, write=source == "miss"), source
         finally:
             with self._lock:
@@ -495,6 +711,60 @@ class ReferenceStore:
             _logger.warning("references %s are made again: %s", key[:16], error)
         return None
 
+    def _from_remote(self, key: str) -> References | None:
+        """None for what is not there, damaged, or not to be had now; the request then goes on with a prefill."""
+        remote, start = self._remote, time.perf_counter()
+        if remote is None:
+            return None
+        try:
+            references = self._fetch(key, remote)
+        except DamagedPack as error:
+            self._drop_object(key, error, remote)
+        except RemoteError:  # the tier says so, once
+            pass
+        except _FAILURES as error:
+            _logger.warning("references %s are made again: %s", key[:16], error)
+        else:
+            if references is not None:
+                remote.cost.measure(time.perf_counter() - start, references.nbytes)
+            return references
+        return None
+
+    def _fetch(self, key: str, remote: _Remote) -> References | None:
+        """The entry of the remote tier, which is then also in the folder, if there is one with room. Raises as it does."""
+        disk, references = self._disk, None
+        if disk is None or not disk.writable:
+            with _own_folder() as folder:
+                return remote.read(key, folder / "pack")
+        try:
+            with written_beside(disk.file(key)) as beside:
+                references = remote.read(key, beside)
+                if references is None:
+                    raise _Missing
+                disk.make_room_for(beside)
+        except _Missing:
+            return None
+        except (_Refused, OutputError) as why:
+            if references is None:
+                raise
+            _logger.info("references %s are not kept on disk: %s", key[:16], why)
+        return references
+
+    def _drop_object(self, key: str, error: DamagedPack, remote: _Remote) -> None:
+        """Removes a damaged object, unless somebody may still be writing it."""
+        try:
+            written = remote.tier.modified(key)
+            if written is not None and time.time() - written < _UPLOADED_SECONDS:
+                _logger.info("references %s are made again: %s, perhaps still being written", key[:16], error)
+                return
+            _logger.warning("dropped %s", error)
+            with self._lock:
+                self._stats.dropped_files += 1
+            remote.replace(key)
+            remote.tier.remove(key, asked=False)
+        except RemoteError as why:
+            _logger.warning("%s cannot be removed: %s", remote.tier.name(key), why)
+
     def _count_hit(self, tier: str, references: References, start: float) -> None:
         with self._lock:
             self._stats.hits[tier] += 1
@@ -558,7 +828,9 @@ class ReferenceStore:
         """Once, if an entry is over the budget of every tier: it will be made anew each time."""
         disk = self._disk.budget if self._disk is not None and self._disk.writable else 0
         budgets = {str(device): self._tier(device).budget, "memory": self._memory.budget, "disk": disk}
-        if self._warned or any(budget is None or budget >= references.nbytes for budget in budgets.values()):
+        if self._warned or self._remote is not None:
+            return
+        if any(budget is None or budget >= references.nbytes for budget in budgets.values()):
             return
         self._warned = True
         _logger.warning(
@@ -569,44 +841,88 @@ class ReferenceStore:
         )
 
     def _write_later(self, references: References, *, asked: bool = False) -> None:
-        """To disk, on the writer's thread. No more waits there than host memory may hold, and one entry in any case."""
+        """To disk and to the remote tier, each on a thread of its own, if it is not there."""
+        self._to_disk_later(references, asked=asked)
+        self._upload_later(references, asked=asked)
+
+    def _to_disk_later(self, references: References, *, asked: bool) -> None:
         disk = self._disk
         if disk is None or self._writer is None or not disk.writable:
             return
         asked = asked or disk.pin_file(references.key).exists()
         if not asked and disk.file(references.key).exists():
             return
+        if self._may_wait("disk", references, disk.cost, asked=asked):
+            self._writer.submit(self._write, references, asked)
+
+    def _upload_later(self, references: References, *, asked: bool = False) -> None:
+        remote = self._remote
+        if remote is None or not remote.wants(references.key, asked=asked):
+            return
+        if self._may_wait("remote", references, remote.cost, asked=asked):
+            remote.submit(
+                references.key,
+                lambda: self._upload(references, remote, asked=asked),
+                ended=lambda: self._waits_no_more("remote", references),
+            )
+        elif remote.cost.is_dear(references):
+            remote.refuse(references.key)
+
+    def _may_wait(self, tier: str, references: References, cost: _ReadCost, *, asked: bool) -> bool:
+        """Whether an entry joins those that wait for a tier; it is then counted there.
+
+        No more waits for each than host memory may hold, and one entry in any case.
+        """
         with self._lock:
-            waiting = self._stats.pending_bytes
+            waiting = self._pending[tier]
             full = waiting > 0 and waiting + references.nbytes > self._memory.budget
-            if not asked and (full or not disk.cost.is_worth_a_write(references)):
+            if not asked and (full or not cost.is_worth_a_write(references)):
                 self._stats.refused += 1
-                return
+                return False
         if full:
             self.flush()
         with self._lock:
-            self._stats.pending_bytes += references.nbytes
-        self._writer.submit(self._write, references, asked)
+            self._pending[tier] += references.nbytes
+        return True
 
     def _write(self, references: References, asked: bool) -> None:
         disk, key = self._disk, references.key
         assert disk is not None
         try:
-            if not disk.file(key).exists():
-                disk.write(references, asked=asked or disk.pin_file(key).exists())
+            with self._counted("on disk", "written to disk", references, asked=asked):
+                if not disk.file(key).exists():
+                    disk.write(references, asked=asked or disk.pin_file(key).exists())
+        finally:
+            self._waits_no_more("disk", references)
+
+    def _upload(self, references: References, remote: _Remote, *, asked: bool) -> None:
+        with (
+            self._counted("in the remote tier", "uploaded", references, asked=asked),
+            _own_folder(self._disk) as folder,
+        ):
+            remote.write(references, folder, asked=asked)
+
+    def _waits_no_more(self, tier: str, references: References) -> None:
+        with self._lock:
+            self._pending[tier] -= references.nbytes
+
+    @contextlib.contextmanager
+    def _counted(self, where: str, done: str, references: References, *, asked: bool) -> Iterator[None]:
+        """Counts and logs what becomes of a write in the background."""
+        try:
+            yield
         except _Refused as why:
             with self._lock:
                 self._stats.refused += 1
             _logger.log(
-                logging.WARNING if asked else logging.INFO, "references %s are not kept on disk: %s", key[:16], why
-            )
+                logging.WARNING if asked else logging.INFO,
+                "references %s are not kept %s: %s", references.key[:16], where, why,
+            )  # fmt: skip
         except _FAILURES as error:
             with self._lock:
                 self._stats.failed_writes += 1
-            _logger.warning("references %s were not written to disk: %s", key[:16], error)
-        finally:
-            with self._lock:
-                self._stats.pending_bytes -= references.nbytes
+            if not isinstance(error, RemoteError):  # the tier says so, once
+                _logger.warning("references %s were not %s: %s", references.key[:16], done, error)
 
     def _touch_file(self, key: str) -> None:
         """Tells the disk tier of a use in memory, now and then, so that what is used most is not evicted there first."""
@@ -620,18 +936,24 @@ class ReferenceStore:
         self._writer.submit(self._disk.touch, key)
 
     def flush(self) -> None:
-        """Waits until all that was given to the disk tier is written."""
+        """Waits until all that was given to the disk tier is written, and what was given to the remote one uploaded.
+
+        A remote one that hangs is given up after a time.
+        """
         if self._writer is not None:
             self._writer.submit(lambda: None).result()
+        if self._remote is not None:
+            self._remote.flush()
 
     # managing
 
     def pin(self, key: str) -> None:
         """Keeps an entry from eviction in every tier, on disk for all processes and also if it is yet to be written.
 
-        Raises `InvalidRequest` and `OutputError`.
+        The remote tier evicts nothing, and is asked only whether it has one that is nowhere else. Raises `InvalidRequest`,
+        `OutputError` and `RemoteError`.
         """
-        if key not in self:
+        if key not in self and not (self._remote is not None and self._remote.holds(key)):
             raise InvalidRequest("key", f"{key} is not in the store; prefill its references first")
         with self._lock:
             self._pinned.add(key)
@@ -648,18 +970,37 @@ class ReferenceStore:
                 self._disk.pin_file(key).unlink(missing_ok=True)
 
     def remove(self, key: str) -> bool:
-        """Forgets an entry in every tier; whether there was one. References in use stay whole. Raises `OutputError`."""
+        """Forgets an entry in every tier; whether there was one. References in use stay whole.
+
+        Other machines that share the remote tier keep their own copies. Raises `OutputError`, and `RemoteError` where it is
+        left in the remote tier alone.
+        """
         with self._lock:
             self._pinned.discard(key)
             found = any([tier.pop(key) is not None for tier in (self._memory, *self._devices.values())])  # noqa: C419 (all)
-        if self._disk is not None:
-            self.flush()
+        if self._disk is not None and self._writer is not None:
+            self._writer.submit(lambda: None).result()
             path = self._disk.file(key)
             found = found or path.exists()
             for file in (path, self._disk.pin_file(key)):
                 with _typed(file):
                     file.unlink(missing_ok=True)
+        if self._remote is not None:
+            found = self._remote.remove(key) or found
         return found
+
+    def outlives(self, key: str) -> bool:
+        """Whether an entry is where other processes find it: in the remote tier if there is one, else on disk.
+
+        Raises `RemoteError`.
+        """
+        return self._remote.holds(key) if self._remote is not None else self.file(key) is not None
+
+    def keys(self) -> list[str]:
+        """The keys of what `outlives` this process. Lists the remote tier if there is one; raises `RemoteError`."""
+        if self._remote is not None:
+            return [item.key for item in self._remote.tier.objects()]
+        return [path.stem for path, _ in self._disk.files()] if self._disk is not None else []
 
     def file(self, key: str) -> Path | None:
         """The file of an entry in the disk tier, if there is one."""
@@ -668,7 +1009,10 @@ class ReferenceStore:
         return self._disk.file(key)
 
     def entries(self) -> Iterator[StoreEntry]:
-        """Every entry of every tier, the least recently used of a tier first; damaged files as such."""
+        """Every entry of every tier, the least recently used of a tier first; damaged files as such.
+
+        Lists the remote tier and reads the header of each object; `used` is then when it was written. Raises `RemoteError`.
+        """
         with self._lock:
             tiers = [("device", tier) for tier in self._devices.values()] + [("memory", self._memory)]
             found = [
@@ -687,14 +1031,18 @@ class ReferenceStore:
                 identity = read_identity(path)
             except InvalidRequest as error:
                 problem = str(error)
-            yield StoreEntry(
-                key=path.stem, tier="disk", nbytes=status.st_size, num_tokens=identity.num_tokens if identity else 0,
-                num_references=len(identity.reports) if identity else 0, pinned=path.with_suffix(".pin").exists(),
-                prefill_seconds=identity.prefill_seconds if identity else 0.0, used=status.st_mtime, problem=problem,
+            yield _entry(
+                identity, key=path.stem, tier="disk", nbytes=status.st_size, pinned=path.with_suffix(".pin").exists(),
+                used=status.st_mtime, problem=problem,
             )  # fmt: skip
+        if self._remote is not None:
+            yield from self._remote.entries()
 
     def verify(self) -> dict[str, str | None]:
-        """Reads every file of the disk tier; by key None, or what is wrong with it. Removes nothing."""
+        """Reads every file of the disk tier, and every object of the remote one; by key None, or what is wrong with it.
+
+        Removes nothing. Raises `RemoteError`.
+        """
         found: dict[str, str | None] = {}
         for path, _ in self._disk.files() if self._disk else ():
             try:
@@ -702,6 +1050,9 @@ class ReferenceStore:
                 found[path.stem] = None if references.key == path.stem else f"{path} holds the key {references.key}"
             except InvalidRequest as error:
                 found[path.stem] = str(error)
+        for item in self._remote.tier.objects() if self._remote is not None else ():
+            problem = self._remote.problem(item.key) if self._remote is not None else None
+            found[item.key] = found.get(item.key) or problem
         return found
 
     def stats(self) -> StoreStats:
@@ -709,6 +1060,7 @@ class ReferenceStore:
         with self._lock:
             copy = StoreStats(**{f.name: getattr(self._stats, f.name) for f in fields(StoreStats)})
             copy.hits, copy.evictions = dict(self._stats.hits), dict(self._stats.evictions)
+            copy.pending_bytes = sum(self._pending.values())
             devices = list(self._devices.values())
             copy.nbytes = {"device": sum(tier.nbytes for tier in devices), "memory": self._memory.nbytes, "disk": 0}
             copy.num_entries = {
@@ -738,9 +1090,34 @@ class ReferenceStore:
         return len(set(self._memory.entries).union(*(tier.entries for tier in self._devices.values())))
 
     def __contains__(self, key: str) -> bool:
+        """Whether an entry is on this machine, or was in the remote tier when it was last seen; asks nobody."""
         if any(key in tier.entries for tier in (self._memory, *self._devices.values())):
             return True
-        return self._disk is not None and self._disk.file(key).exists()
+        if self._disk is not None and self._disk.file(key).exists():
+            return True
+        return self._remote is not None and self._remote.knows(key)
+
+
+def _entry(
+    identity: PackIdentity | None, *, key: str, tier: str, nbytes: int, pinned: bool, used: float, problem: str | None
+) -> StoreEntry:
+    """An entry as the header of its pack describes it."""
+    return StoreEntry(
+        key=key, tier=tier, nbytes=nbytes, num_tokens=identity.num_tokens if identity else 0,
+        num_references=len(identity.reports) if identity else 0, pinned=pinned,
+        prefill_seconds=identity.prefill_seconds if identity else 0.0, used=used, problem=problem,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _own_folder(disk: _Disk | None = None) -> Iterator[Path]:
+    """A new folder that nobody else reads and that goes at the end: in that of the disk tier, or where such files go."""
+    within = disk.folder if disk is not None and disk.writable else None
+    folder = Path(tempfile.mkdtemp(prefix=".limner-", dir=within))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_index(device: torch.device | str) -> torch.device:

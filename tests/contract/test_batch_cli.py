@@ -103,6 +103,11 @@ BAD = {
         "images_at_once: 0 is not a whole number",
     ),
     "store": (["batch", "rows.jsonl", "-o", "out", "--store", "a.png"], "disk_path: "),
+    "store url": (
+        ["batch", "rows.jsonl", "-o", "out", "--store", "nosuch://b/p"],
+        "no filesystem is known for nosuch://",
+    ),
+    "cache": (["batch", "rows.jsonl", "-o", "out", "--store-cache", "near"], "store_cache: "),
     "model": (["batch", "rows.jsonl", "-o", "out", "--model", "no-such-folder"], "neither a folder nor a hub id"),
     "device": (["batch", "rows.jsonl", "-o", "out", "--device", "abacus"], "'abacus' is not a device"),
     "pixels": (["batch", "rows.jsonl", "-o", "out", "--max-pixels", "1"], "max_pixels: 1 is not allowed"),
@@ -243,6 +248,19 @@ def test_a_bar_on_a_terminal(folder: Path, tiny_folder: Path, monkeypatch: pytes
     shown = b"".join(parts).decode()
     assert "4/4" in shown
     assert "failed=0" in shown
+
+
+def test_a_store_under_a_url_is_used_and_kept(
+    folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for prefills, cache in ((2, "near"), (0, "other")):
+        store = ("--store", f"file://{folder}/far", "--store-cache", folder / cache)
+        assert batch(folder, tiny_folder, *store, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["prefills"] == prefills
+        assert len(list((folder / "far").iterdir())) == len(list((folder / cache).glob("*.safetensors"))) == 2
+        caches = [row["reference_cache"] for row in results(folder)]
+        shutil.rmtree(folder / "out")
+    assert caches == ["remote", "remote", "none", "memory"]
 
 
 def test_a_store_that_is_given_is_used_and_kept(

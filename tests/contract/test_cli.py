@@ -299,11 +299,66 @@ def test_stores_are_neither_made_nor_emptied_by_looking(
     assert (store / "model.safetensors").exists()
 
 
+def test_a_store_under_a_url(files: Path, tiny_folder: Path) -> None:
+    """warm, ls, edit with a folder before it and without, verify, rm: all over a URL."""
+    url, cache, model = f"file://{files}/far/kv", files / "near", ("--model", tiny_folder)
+    pictures = (files / "a.png", files / "b.jpg")
+    warmed = run("refs", "warm", *pictures, "--store", url, *model, "--json")
+    assert warmed.returncode == 0, warmed.stderr
+    key = json.loads(warmed.stdout)["key"]
+    (listed,) = json.loads(run("refs", "ls", "--store", url, "--json").stdout)["entries"]
+    assert (listed["key"], listed["tier"], listed["num_references"]) == (key, "remote", 2)
+    edit = ("edit", "put b into a", "--seed", 5, *model, "-i", pictures[0], "-i", pictures[1], "--json")
+    found = []
+    for number, store in enumerate(((), ("--store", url), *[("--store", url, "--store-cache", cache)] * 2)):
+        done = run(*edit, *store, "-o", files / f"{number}.png")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["reference_cache"])
+    assert found == ["miss", "remote", "remote", "disk"]
+    with Image.open(files / "0.png") as expected:
+        for number in (1, 2, 3):
+            with Image.open(files / f"{number}.png") as image:
+                assert np.array_equal(np.asarray(image), np.asarray(expected)), number
+    assert run("refs", "verify", "--store", url).stdout == f"{key}: whole\n"
+    file = files / "far" / "kv" / f"{key}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    damaged = run("refs", "verify", "--store", url)
+    assert damaged.returncode == 1
+    assert f"{url}/{key}.safetensors is damaged or edited" in damaged.stdout
+    removed = run("refs", "rm", key[:8], "--store", url, "--store-cache", cache)
+    assert removed.returncode == 0, removed.stderr
+    assert [*cache.iterdir(), *file.parent.iterdir()] == []
+    assert json.loads(run("refs", "ls", "--store", url, "--json").stdout) == {"entries": []}
+
+
 def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
     picture(64, 64).save(files / "c.png")
     (files / "store").mkdir()
     cases = [
-        (("refs", "ls"), "--store: no folder is given"),
+        (("refs", "ls"), "--store: no folder or URL is given"),
+        (("refs", "ls", "--store", f"file://{files}/typo"), "remote: file://.*/typo is not there; check the name"),
+        (
+            ("refs", "ls", "--store", "nosuch://a:b@c/d"),
+            r"remote: nosuch://\*\*\*@c/d: no filesystem is known for nosuch://",
+        ),
+        (
+            ("refs", "rm", "01234567", "--store", f"file://{files}/store"),
+            "KEY: '01234567' is the start of 0 keys in file://",
+        ),
+        (
+            ("edit", "x", "-i", files / "c.png", "-o", files / "o.png", "--store-cache", files),
+            "--store-cache: .* add --store URL",
+        ),
+        (
+            ("refs", "warm", files / "c.png", "--store", f"file://{files}/store", "--store-bytes", "9"),
+            "store_bytes: 9 is the budget of a folder",
+        ),
+        (
+            ("refs", "warm", files / "c.png", "--store", files / "store", "--store-cache", files),
+            "store_cache: .* is a folder before a URL",
+        ),
         (("refs", "rm", "0123", "--store", files / "store"), "KEY: '0123' is the start of 0 keys"),
         (("refs", "pack", files / "c.png", "-o", files / "c.png"), "--output: c.png does not end in .safetensors"),
         (("refs", "pack", files / "no.png", "-o", files / "c.safetensors"), "image 1"),

@@ -77,6 +77,19 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path, capsys: pytest.Ca
     assert sorted(shard for shard in shards if shard) == [(0, 2), (1, 2)]
 
 
+def test_two_processes_share_a_store_under_a_url(tmp_path: Path) -> None:
+    arguments = ["edit", "make it red", "-i", SAMPLES / "cat.png", "--seed", 1, "--json", "--steps", 1]
+    arguments += ["--store", f"file://{tmp_path}/far", "-o", tmp_path / "out.png"]
+    found = []
+    for _ in range(2):
+        done = torchrun(2, "-m", "limner", *arguments)
+        assert (done.returncode, said(done)) == (0, []), done.stderr
+        found.append(json.loads(done.stdout)["reference_cache"])
+    shards = [read_identity(file).shard for file in (tmp_path / "far").iterdir()]
+    assert sorted(shard for shard in shards if shard) == [(0, 2), (1, 2)]
+    assert found == ["miss", "remote"]
+
+
 def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
     done = torchrun(3, "-m", "limner", "generate", "a cat", "-o", tmp_path / "out.png")
     assert done.returncode != 0

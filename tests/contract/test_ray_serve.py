@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import generators, picture
 from tests.serving import opened, png, text
 
-from limner import Pipeline
+from limner import Pipeline, ReferenceStore
 from limner.cli import main
 from limner.errors import InvalidRequest
 from limner.model_options import ModelOptions
@@ -225,6 +225,23 @@ def _is_ingress(process: psutil.Process) -> bool:
     return False
 
 
+def test_replicas_share_a_store_under_a_url(deployed: Deployed, tiny_folder: Path, tmp_path: Path) -> None:
+    """A replica finds what it never made, with the bits of whoever made it; what is forgotten is forgotten there too."""
+    store = ReferenceStore(remote=f"file://{tmp_path}/far")
+    store.put(Pipeline.from_pretrained(tiny_folder).prefill(picture(64, 64, seed=77)))
+    store.flush()
+    deployed.run(store=f"file://{tmp_path}/far", store_cache=str(tmp_path / "near"))
+    found = deployed.poll(deployed.submit(input_image=text(png(seed=77)), seed=1))
+    assert found["status"] == "Ready", found
+    assert found["result"]["limner"]["reference_cache"] == "remote"
+    assert sum(store.hits["remote"] for _, _, store in deployed.stats()) == 1
+    (key,) = store.keys()
+    assert [file.stem for file in (tmp_path / "near").iterdir()] == [key]
+    assert any(deployed.painters.broadcast("forget", key).results(timeout_s=30))
+    assert store.keys() == []
+    assert list((tmp_path / "near").iterdir()) == []
+
+
 def test_a_serve_that_runs_is_left_alone(deployed: Deployed) -> None:
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "limner", "deploy", "--address", address, "--threads", "1", "--unsafe-no-checks"]
@@ -290,7 +307,10 @@ def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | No
     [
         (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no cluster at 127.0.0.1:1 ([Errno 111] Connection refused);"),
         (["--address", "somewhere"], "--address: 'somewhere' is not local, auto or HOST:PORT of the head node"),
-        (["--store", "s3://bucket/kv"], "--store: 's3://bucket/kv' is a URL; replicas share a folder;"),
+        (["--store", "nosuch://a:b@bucket/kv"], "remote: nosuch://***@bucket/kv: no filesystem is known for nosuch://"),
+        (["--store", "file:///dev/null/kv"], "remote: file:///dev/null/kv cannot be opened (NotADirectoryError"),
+        (["--store-cache", "/tmp/kv"], "--store-cache: /tmp/kv is a folder before a URL; give one as --store"),
+        (["--store", "file:///tmp/kv", "--store-bytes", "9"], "--store-bytes: 9 is the budget of a folder; add --store-cache"),
         (["--data", "mysql://u@db/jobs"], "data: mysql:// is not read; give a folder, or postgresql://HOST/DATABASE"),
         (["--data", "postgresql://u:%zz@db/jobs"], "data: the postgresql:// URL cannot be read; give postgresql://USER@HOST"),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas: 2 is less than the 3 of --replicas"),

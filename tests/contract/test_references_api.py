@@ -12,7 +12,7 @@ import openai
 import pytest
 from tests.serving import ANNA, BOB, KEYS, Served, Words, opened, png, text, types
 
-from limner import Pipeline
+from limner import Pipeline, ReferenceStore
 from limner.images import prepare_reference
 from limner.safety import Checks
 
@@ -31,6 +31,24 @@ def upload(served: Served, *seeds: int, **options: Any) -> dict[str, Any]:
     answer = served.http.post("/v1/references", json={"images": [text(png(96, 64, seed=s)) for s in seeds]}, **options)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
+
+
+def test_a_store_that_machines_share(tiny_folder: Path, tmp_path: Path) -> None:
+    """What another machine made is found, counted and forgotten."""
+    url, image = f"file://{tmp_path}/far", png(96, 64, seed=1)
+    store = ReferenceStore(remote=url)
+    store.put(Pipeline.from_pretrained(tiny_folder).prefill(opened(image)))
+    store.flush()
+    pipe = Pipeline.from_pretrained(tiny_folder, store=ReferenceStore(remote=url))
+    with Served(pipe, tmp_path / "data", keys=KEYS) as served:
+        made = upload(served, 1)
+        assert (made["cache"], [made["id"]]) == ("remote", store.keys())
+        assert made["seconds_saved"] > 0
+        told = httpx.get(f"{served.url}/metrics", headers=BOBS).text
+        assert 'limner_references_hits_total{tier="remote"} 1.0' in told
+        assert 'limner_references_bytes{tier="remote"}' not in told
+        assert served.http.delete(f"/v1/references/{made['id']}").json()["deleted"]
+    assert store.keys() == []
 
 
 def test_one_upload_serves_both_dialects(served: Served) -> None:

@@ -16,7 +16,7 @@ LAYERS = (
     {"tokens", "schedule", "images"},
     {"safety", "provenance"},
     {"model"},
-    {"weights", "references", "residency"},
+    {"weights", "references", "remote_tier", "residency"},
     {"store", "adapters", "ranks"},
     {"pipeline"},
     {"engine", "bench", "manifest", "model_options"},

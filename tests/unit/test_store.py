@@ -615,7 +615,7 @@ def test_what_came_from_disk_is_kept_on_the_device(tmp_path: Path) -> None:
     assert store.get(references().key, never, device="meta")[0].device.type == "meta"
     assert store.stats().num_entries["device"] == 1
     store.get(references().key, never, device="meta")
-    assert store.stats().hits == {"device": 1, "memory": 0, "disk": 1}
+    assert store.stats().hits == {"device": 1, "memory": 0, "disk": 1, "remote": 0}
 
 
 def test_the_device_evicts_to_host_memory_once() -> None:

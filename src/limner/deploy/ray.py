@@ -44,9 +44,10 @@ from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finis
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
+from limner.remote_tier import RemoteTier, absolute, is_url
 from limner.server.limits import LoopbackCallers
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
-from limner.server.storage import StorageInUse, is_url
+from limner.server.storage import StorageInUse
 from limner.server.wire import error_body
 from limner.store import ReferenceStore, StoreStats
 
@@ -91,6 +92,7 @@ class DeployOptions(BaseModel):
     threads: int | None = Field(None, ge=1)
     router: Literal["affine", "ray"] = "affine"
     store: str | None = None
+    store_cache: str | None = None
     store_bytes: int | None = None
     store_memory: str | None = None
     head: bool | None = None
@@ -129,28 +131,41 @@ class DeployOptions(BaseModel):
 
     def checked(self) -> DeployOptions:
         """With paths that do not depend on a process's folder. Raises `InvalidRequest` and what the options get wrong."""
-        for name, remedy in (("store", "replicas share a folder; mount the store on all nodes and give its path"),):
-            value = getattr(self, name)
-            if value is not None and "://" in value:
-                raise InvalidRequest(f"--{name}", f"{value!r} is a URL; {remedy}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise InvalidRequest(
                 "--max-replicas", f"{self.max_replicas} is less than the {self.replicas} of --replicas"
             )
         if self.store_memory is not None:
             parse_bytes(self.store_memory, field="--store-memory")
+        self._check_store()
         names = (
-            "model", "transformer", "vae", "text_encoder", "store", "data", "keys", "terms", "c2pa_certificate", "c2pa_key",
+            "model", "transformer", "vae", "text_encoder", "store_cache", "data", "keys", "terms", "c2pa_certificate",
+            "c2pa_key",
         )  # fmt: skip
         made = {
             name: os.path.abspath(value)
             for name in names
             if (value := getattr(self, name)) is not None
-            and (name in ("store", "data") or os.path.exists(value))
+            and (name in ("store_cache", "data") or os.path.exists(value))
             and not is_url(value)
         }
         keyed = self.keyed or bool(os.environ.get("LIMNER_KEYS"))
+        if self.store is not None:
+            made["store"] = absolute(self.store)
         return self.model_copy(update={"data": self.data or default_data(), "keyed": keyed, **made})
+
+    def _check_store(self) -> None:
+        if self.store_cache is not None and not is_url(self.store):
+            raise InvalidRequest("--store-cache", f"{self.store_cache} is a folder before a URL; give one as --store")
+        if self.store_bytes is not None and is_url(self.store) and self.store_cache is None:
+            raise InvalidRequest(
+                "--store-bytes", f"{self.store_bytes} is the budget of a folder; add --store-cache DIR"
+            )
+
+    @property
+    def store_folder(self) -> str:
+        """The folder of K/V that nodes write in; "" if there is none."""
+        return (self.store_cache if is_url(self.store) else self.store) or ""
 
     def model_options(self) -> ModelOptions:
         policy = {"background": self.background, "max_pixels": self.max_pixels}
@@ -174,7 +189,7 @@ class DeployOptions(BaseModel):
 
     @property
     def on_head(self) -> bool:
-        return not is_url(self.data or "") if self.head is None else self.head
+        return not is_url(self.data) if self.head is None else self.head
 
     @property
     def model_name(self) -> str:
@@ -195,11 +210,16 @@ class Painter:
         store_bytes: int | None,
         store_memory: int,
         memory_bytes: int | None,
+        store_cache: str | None = None,
     ) -> None:
         check_nodes({socket.gethostname(): this_node()}, driver=versions, option="versions")
         log_own("text")
         torch.set_num_threads(threads)
-        kept = ReferenceStore(memory_bytes=store_memory, disk_path=store, disk_bytes=store_bytes)
+        kept = (
+            ReferenceStore(memory_bytes=store_memory)
+            if store is None
+            else ReferenceStore.open(store, cache=store_cache, disk_bytes=store_bytes, memory_bytes=store_memory)
+        )
         pipe = load_aside(lambda: model.load(store=kept))
         self._model = model
         self.engine = Engine(  # the ingress counts what waits
@@ -247,8 +267,9 @@ class Painter:
             return
         result = event.result
         was_made = result.reference_cache == "miss"
+        was_brought = was_made or result.reference_cache == "remote"
         told = {
-            "service_seconds": (result.ran - was_made * result.timings.references) * len(result.seeds) / result.batch
+            "service_seconds": (result.ran - was_brought * result.timings.references) * len(result.seeds) / result.batch
         }
         tokens = sum(w * h for w, h in (r.report.processed_size for r in request.references)) // 256
         if tokens:
@@ -262,8 +283,9 @@ class Painter:
         """Ray asks for it now and then, and gives it to routers; rounded, so that little news is no news."""
         return {name: float(f"{value:.2g}") for name, value in self._means.items()}
 
-    def forget(self, key: str) -> bool:
-        return self.engine.pipe.store.remove(key)
+    async def forget(self, key: str) -> bool:
+        """Aside, since a remote tier may take seconds to answer."""
+        return await asyncio.to_thread(self.engine.pipe.store.remove, key)
 
     def stats(self) -> tuple[int, EngineStats, StoreStats]:
         """The process, and the counts of its engine and store."""
@@ -417,6 +439,7 @@ def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
         threads=threads,
         max_batch=options.max_batch,
         store=options.store,
+        store_cache=options.store_cache,
         store_bytes=options.store_bytes,
         store_memory=store_memory,
         memory_bytes=None if on_gpu else share,
@@ -476,6 +499,8 @@ def deploy(
     options = options.checked()
     check_options(options.serve_options(host=host, port=port))
     options.model_options().check()
+    if options.store is not None and is_url(options.store):
+        RemoteTier(options.store)  # before anything starts; each replica tries it again
     if (certificate is None) != (key is None):
         raise InvalidRequest("--tls-certificate", "needs --tls-key, and the other way round")
     if address == "local":
@@ -521,7 +546,7 @@ def _check_cluster(options: DeployOptions, *, address: str, threads: int) -> Non
     files = [
         f for f in (options.model, options.transformer, options.vae, options.text_encoder) if f and os.path.isabs(f)
     ]
-    found = nodes(address, option="--address", folder=options.store or "", files=files)
+    found = nodes(address, option="--address", folder=options.store_folder, files=files)
     check_nodes(found, driver=this_node(), option="--address")
     on_gpu = options.device.startswith("cuda")
     room = [

@@ -384,7 +384,7 @@ class RemotePipeline:
 
 @dataclass(kw_only=True, slots=True)
 class _Counts:
-    hits: dict[str, int] = field(default_factory=lambda: {"device": 0, "memory": 0, "disk": 0})
+    hits: dict[str, int] = field(default_factory=lambda: dict(StoreStats().hits))
     misses: int = 0
     prefill_seconds: float = 0.0
     saved: float = 0.0
@@ -440,7 +440,7 @@ class RemoteStore:
             prefill_seconds_saved=self._counts.saved,
         )  # fmt: skip
         for one in asked.result():
-            for tier in found.hits:
+            for tier in found.nbytes:
                 found.nbytes[tier] += one.nbytes[tier]
                 found.num_entries[tier] += one.num_entries[tier]
                 found.evictions[tier] += one.evictions[tier]

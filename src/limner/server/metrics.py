@@ -64,6 +64,7 @@ class Metrics(Collector):
         evictions = CounterMetricFamily("limner_references_evictions", "Evictions, by tier", labels=["tier"])
         for tier in store.hits:
             hits.add_metric([tier], store.hits[tier])
+        for tier in store.nbytes:
             nbytes.add_metric([tier], store.nbytes[tier])
             evictions.add_metric([tier], store.evictions[tier])
         yield from (hits, nbytes, evictions)

@@ -43,7 +43,7 @@ class ReferenceInputs(BaseModel):
 
 
 class Reference(BaseModel):
-    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory or disk.
+    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory, disk or remote.
 
     `nbytes` and `prefill_seconds` are null where the upload left the K/V to the first job.
     """

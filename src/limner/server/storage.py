@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from limner.errors import InvalidRequest, OutputError
 from limner.images import write_beside
+from limner.remote_tier import is_url
 
 __all__ = [
     "Connection",
@@ -26,7 +27,6 @@ __all__ = [
     "StorageInUse",
     "StorageUnavailable",
     "check_data",
-    "is_url",
     "open_storage",
 ]
 
@@ -96,10 +96,6 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Lets another process have the storage. A second time does nothing."""
-
-
-def is_url(data: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(data)
 
 
 def open_storage(data: str | os.PathLike[str]) -> Storage:

@@ -173,7 +173,7 @@ export class Jobs extends EventTarget {
       return image;
     });
     const told = entry.result?.limner, cache = told?.reference_cache;
-    const hit = cache === "memory" || cache === "disk";
+    const hit = ["memory", "disk", "remote"].includes(cache);
     const meta = [size([entry.width, entry.height]), plural(entry.num_inference_steps, "step"), told ? `drawn in ${seconds(told.timings.total)}` : ""];
     return h("div", { className: "foot" },
       thumbs.length ? h("div", { className: "thumbs" }, ...thumbs) : null,
@@ -192,6 +192,7 @@ function references(entry) {
     case "miss": return `References kept: computed in ${seconds(told.timings.references)}`;
     case "memory": return `References found in memory, ${seconds(told.seconds_saved)} saved`;
     case "disk": return `References found on disk, ${seconds(told.seconds_saved)} saved`;
+    case "remote": return `References found in the shared store, ${seconds(told.seconds_saved)} saved`;
     default: return "";
   }
 }

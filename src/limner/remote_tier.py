@@ -1,0 +1,502 @@
+"""Packs in a filesystem of fsspec (`s3://bucket/prefix`, `gs://`, `sftp://`, `file:///`), which machines share.
+
+Owns the URL, the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
+others are not touched. It never changes: it is put whole, or removed. Nothing is evicted here. Knows of References no more
+than what the header of a pack says.
+
+A filesystem may hang, so that each call runs in a thread of its own and is given up after a time: a thread that hangs holds
+nobody, also not the end of the process. After a failure the tier is away: nobody asks it for a while, which grows with
+each failure up to minutes; then one caller tries. That is logged when it starts and when it ends. Calls that a person asked
+for (`asked`) are tried in any case, and raise.
+
+No message has the credentials that a URL may hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
+from limner.references import PackIdentity, parse_identity, read_identity
+
+__all__ = ["RemoteObject", "RemoteTier", "absolute", "is_url", "without_credentials"]
+
+_logger = logging.getLogger("limner")
+_R = TypeVar("_R")
+_KEY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(rf"({_KEY.pattern})\.safetensors")
+_START_FACTOR = 4.0
+"""The first answer may take so many times `timeout`: names, connections and credentials are looked up."""
+_UPLOAD_FACTOR = 12.0
+_UPLOAD_BYTES_PER_SECOND = 1 << 20
+"""An upload holds nobody: it may take 12 times `timeout`, and a second for each of its MiB."""
+_LIST_FACTOR = 12.0
+_FIRST_AWAY, _LAST_AWAY = 5.0, 300.0
+_HEAD = 1 << 16
+"""Bytes that have the header of most packs."""
+_LONGEST_HEADER = 100 << 20
+_UNKNOWN_PREFILL = 60.0
+"""Seconds that a prefill is taken to save where the pack does not say."""
+_SHORTEST_SECRET = 6
+"""Values of a query that are shorter are no secrets: to look for them would garble messages."""
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+"""Where filesystems say when an object was written."""
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is a URL, not a folder."""
+    return isinstance(place, str) and "://" in place
+
+
+def absolute(place: str) -> str:
+    """A place that does not depend on the folder of a process: a URL as it is, the whole path of a folder."""
+    return place if is_url(place) else os.path.abspath(place)
+
+
+def without_credentials(place: str) -> str:
+    """A place as it may be shown: a URL without user, password and query."""
+    if not is_url(place):
+        return place
+    return _shown(place)
+
+
+def _shown(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    rest, query, _ = rest.partition("?")
+    user = _user(rest)
+    shown = f"***{rest[len(user) :]}" if user else rest
+    return f"{scheme}://{shown}" + ("?***" if query else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteObject:
+    """A pack as a listing shows it. `modified` is in seconds since the epoch; None where the filesystem does not say."""
+
+    key: str
+    nbytes: int
+    modified: float | None
+
+
+class RemoteTier:
+    """Packs under a URL. Safe to share by threads; the place, by processes and machines.
+
+    `timeout` is how many seconds the first byte, each further one and any short answer may take. `make` makes the folder
+    where a filesystem has folders. Raises `InvalidRequest` for a URL that cannot be used, its package missing among the
+    reasons, and `RemoteError` where it cannot be reached.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 5.0, make: bool = True) -> None:
+        self._url, self.url = url, _shown(url)
+        self.timeout = timeout
+        self.writable = True
+        self._secrets = _secrets(url)
+        self._lock = threading.Lock()
+        self._made: tuple[Any, str] | None = None
+        self._away, self._until = 0.0, 0.0
+        self._check_url()
+        try:
+            problem = self._bounded(lambda: self._probe(make=make), _START_FACTOR * timeout, doing="be opened")
+        except FileNotFoundError:
+            problem = "is not there; check the name"
+        if problem:
+            raise InvalidRequest("remote", f"{self.url} {problem}")
+
+    # what there is
+
+    def fetch(self, key: str, path: Path, *, asked: bool = False) -> bool:
+        """Copies an object into a local file; False if there is none. What comes is not looked at.
+
+        Gives up when no byte has come for `timeout`, and when it takes that much longer than the prefill that it saves.
+        Raises `RemoteError`, and `OutputError` where the local disk has no room.
+        """
+        given_up = threading.Event()
+
+        def get() -> bool:
+            fs, root = self._filesystem()
+            if given_up.is_set():
+                return False
+            try:
+                fs.get_file(_object(root, key), str(path), callback=_stopper(given_up))
+            finally:
+                if given_up.is_set():
+                    path.unlink(missing_ok=True)
+            return True
+
+        try:
+            return self._ask(get, self._until_slow(path, given_up, patient=asked), doing="be read", asked=asked)
+        except FileNotFoundError:
+            return False
+
+    def _until_slow(self, path: Path, given_up: threading.Event, *, patient: bool) -> Callable[[Future[bool]], str]:
+        """Waits for a copy as long as it gets on: "" when it has ended, else why not to wait any longer."""
+
+        def watch(copy: Future[bool]) -> str:
+            start = progress = time.monotonic()
+            seen, limit = 0, None
+            while not wait([copy], timeout=min(0.1, self.timeout / 4)).done:
+                now, size = time.monotonic(), _size(path)
+                if size != seen:
+                    seen, progress = size, now
+                if limit is None and seen > 0:
+                    with contextlib.suppress(InvalidRequest):  # its header is not there yet
+                        limit = self.timeout + (read_identity(path).prefill_seconds or _UNKNOWN_PREFILL)
+                problem = ""
+                if now - progress > self.timeout:
+                    problem = f"nothing more came for {self.timeout:g} s, after {seen} bytes"
+                elif not patient and now - start > (limit or self.timeout):
+                    problem = f"{seen} bytes took {now - start:.1f} s, which a prefill does not"
+                if problem:
+                    given_up.set()
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
+                    return problem
+            return ""
+
+        return watch
+
+    def holds(self, key: str, *, asked: bool = False) -> bool:
+        """Whether there is an object of that key. Raises `RemoteError`."""
+        return self._info(key, asked=asked) is not None
+
+    def modified(self, key: str) -> float | None:
+        """When an object was written, seconds since the epoch; None if nobody knows. Raises `RemoteError`."""
+        info = self._info(key, asked=True)
+        return None if info is None else _modified(info)
+
+    def _info(self, key: str, *, asked: bool) -> dict[str, Any] | None:
+        def look() -> dict[str, Any]:
+            fs, root = self._filesystem()
+            fs.invalidate_cache()
+            return dict(fs.info(_object(root, key)))
+
+        try:
+            return self._ask(look, self.timeout, doing="be asked", asked=asked)
+        except FileNotFoundError:
+            return None
+
+    def objects(self) -> list[RemoteObject]:
+        """All packs there, by their names, the oldest first. Asks for a listing. Raises `RemoteError`."""
+
+        def look() -> list[RemoteObject]:
+            fs, root = self._filesystem()
+            fs.invalidate_cache()
+            found = []
+            for info in fs.ls(root, detail=True):
+                match = _NAME.fullmatch(str(info["name"]).rpartition("/")[2])
+                if match and info.get("type") == "file":
+                    found.append(RemoteObject(key=match[1], nbytes=int(info["size"] or 0), modified=_modified(info)))
+            return sorted(found, key=lambda one: (one.modified or 0.0, one.key))
+
+        try:
+            return self._ask(look, _LIST_FACTOR * self.timeout, doing="be listed", asked=True)
+        except FileNotFoundError:
+            return []
+
+    def identity(self, item: RemoteObject) -> PackIdentity | None:
+        """What the header of an object says; None if it is gone. Raises `DamagedPack` and `RemoteError`."""
+
+        def head() -> bytes:
+            fs, root = self._filesystem()
+            path = _object(root, item.key)
+            data: bytes = fs.cat_file(path, start=0, end=min(_HEAD, item.nbytes))
+            length = 8 + int.from_bytes(data[:8], "little")
+            if len(data) < length <= min(_LONGEST_HEADER, item.nbytes):
+                data = fs.cat_file(path, start=0, end=length)
+            return data
+
+        try:
+            data = self._ask(head, 2 * self.timeout, doing="be read", asked=True)
+        except FileNotFoundError:
+            return None
+        return parse_identity(data, nbytes=item.nbytes, where=self.name(item.key))
+
+    def name(self, key: str) -> str:
+        """The name of an object, as it may be shown."""
+        return f"{self.url.rstrip('/')}/{key}.safetensors"
+
+    # what changes it
+
+    def upload(self, path: Path, key: str) -> None:
+        """Puts a local file under the name of its key. Raises `RemoteError`; one that may not write stays unwritable."""
+
+        def put() -> None:
+            fs, root = self._filesystem()
+            if _has_folders(root):
+                fs.makedirs(root, exist_ok=True)
+            try:
+                fs.put_file(str(path), _object(root, key))
+            except FileNotFoundError as error:  # no bucket: that is no object that is not there
+                raise ConnectionError(str(error)) from error
+
+        seconds = _UPLOAD_FACTOR * self.timeout + _size(path) / _UPLOAD_BYTES_PER_SECOND
+        try:
+            self._ask(put, seconds, doing="be written")
+        except _ReadOnly as error:
+            if self.writable:
+                self.writable = False
+                _logger.warning("%s: its entries are used, and none is added", error)
+            raise RemoteError(str(error)) from None
+
+    def remove(self, key: str, *, asked: bool = True) -> bool:
+        """Removes an object; whether there was one. Raises `RemoteError`."""
+
+        def drop() -> bool:
+            fs, root = self._filesystem()
+            fs.invalidate_cache()
+            try:
+                fs.info(_object(root, key))
+                fs.rm_file(_object(root, key))
+            except FileNotFoundError:
+                return False
+            fs.invalidate_cache()
+            return True
+
+        try:
+            return self._ask(drop, 2 * self.timeout, doing="be changed", asked=asked)
+        except _ReadOnly as error:
+            raise RemoteError(str(error)) from None
+
+    # asking
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it failed and is left alone for now."""
+        with self._lock:
+            return time.monotonic() < self._until
+
+    def _ask(
+        self,
+        call: Callable[[], _R],
+        seconds: float | Callable[[Future[_R]], str],
+        *,
+        doing: str,
+        asked: bool = False,
+    ) -> _R:
+        """What a call gives. Raises `FileNotFoundError` as it does; else what `_bounded` raises, after which it is away."""
+        is_trial = not asked and self._enter()
+        try:
+            found = self._bounded(call, seconds, doing=doing)
+        except (FileNotFoundError, _ReadOnly, OutputError):
+            self._answered()
+            raise
+        except RemoteError as error:
+            self._failed(error, counts=not asked, is_trial=is_trial)
+            raise
+        self._answered()
+        return found
+
+    def _enter(self) -> bool:
+        """Lets in who may ask now; whether that is the one caller who tries again after a failure."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._until:
+                raise RemoteError(
+                    f"remote: {self.url} does not answer, and is left alone for {self._until - now:.0f} s"
+                )
+            if self._away:
+                self._until = now + self._away
+            return self._away > 0
+
+    def _answered(self) -> None:
+        with self._lock:
+            was_away, self._away, self._until = self._away, 0.0, 0.0
+        if was_away:
+            _logger.warning("%s answers again", self.url)
+
+    def _failed(self, error: RemoteError, *, counts: bool, is_trial: bool) -> None:
+        with self._lock:
+            self._made = None  # a connection that broke does not mend
+            first = not self._away
+            if not counts or not (first or is_trial):  # of several that failed at once, one counts
+                return
+            self._away = _FIRST_AWAY if first else min(2 * self._away, _LAST_AWAY)
+            self._until = time.monotonic() + self._away
+        if first:
+            _logger.warning(
+                "%s; it is left alone for a while, and tried again: references are computed meanwhile", error
+            )
+
+    def _bounded(self, call: Callable[[], _R], seconds: float | Callable[[Future[_R]], str], *, doing: str) -> _R:
+        """What a call gives within a time, in a thread that is left behind if it hangs.
+
+        Raises what is wrong as `RemoteError`, `_ReadOnly`, `OutputError`, or `FileNotFoundError`; none with credentials.
+        """
+        done: Future[_R] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="limner-remote", daemon=True).start()
+        if isinstance(seconds, (int, float)):
+            problem = "" if wait([done], timeout=seconds).done else f"no answer within {seconds:g} s"
+        else:
+            problem = seconds(done)
+        if problem:
+            raise self._error(doing, problem)
+        error = done.exception()
+        if error is None:
+            return done.result()
+        if isinstance(error, LimnerError):
+            raise error
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError from None
+        told = self._told(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and doing == "be read":
+            raise OutputError(f"store: no room for what is fetched ({told}); free some space") from None
+        if doing in ("be written", "be changed") and isinstance(error, (PermissionError, NotImplementedError)):
+            raise _ReadOnly(f"remote: {self.url} cannot {doing} ({told})") from None
+        raise self._error(doing, told) from None
+
+    def _error(self, doing: str, problem: str) -> RemoteError:
+        return RemoteError(
+            f"remote: {self.url} cannot {doing} ({problem}); check the address, the credentials in the environment, "
+            "and that they may list, read, write and remove there"
+        )  # fmt: skip
+
+    def _told(self, error: BaseException) -> str:
+        """An error in one line, without credentials."""
+        text = self._scrubbed(" ".join(str(error).split()))
+        return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+    # the filesystem
+
+    def _check_url(self) -> None:
+        """Raises `InvalidRequest` unless fsspec has a filesystem for the URL, and its package is there."""
+        import fsspec
+
+        protocol = self._url.partition("://")[0]
+        if "::" in protocol or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol):
+            raise InvalidRequest(
+                "remote", f"{self.url} is not a URL of one filesystem; give one such as s3://bucket/prefix"
+            )
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ValueError:
+            raise InvalidRequest(
+                "remote", f"{self.url}: no filesystem is known for {protocol}://; use s3://, gs://, abfs://, sftp:// or "
+                "another one of fsspec"
+            ) from None  # fmt: skip
+        except ImportError as error:
+            packages = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs",
+                        "az": "adlfs", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol"}  # fmt: skip
+            remedy = f"pip install {packages[protocol]}" if protocol in packages else self._told(error)
+            raise InvalidRequest("remote", f"{self.url} needs a package that is not installed: {remedy}") from None
+
+    def _filesystem(self) -> tuple[Any, str]:
+        """The filesystem, made anew after a failure, and the path of the prefix in it. To be called in `_bounded`."""
+        made = self._made
+        if made is None:
+            import fsspec
+
+            fs, root = fsspec.core.url_to_fs(self._url, skip_instance_cache=True)
+            made = self._made = fs, str(root).rstrip("/")
+        return made
+
+    def _probe(self, *, make: bool) -> str:
+        """What is wrong with the place, if anything is; nothing is written there, but a folder where `make` says so."""
+        fs, root = self._filesystem()
+        if not root:
+            return "names no bucket or folder; give one such as s3://bucket/prefix"
+        try:
+            found = fs.info(root)
+        except FileNotFoundError:
+            if _has_folders(root):
+                if not make:
+                    return "is not there; check the name"
+                fs.makedirs(root, exist_ok=True)
+                return ""
+            bucket = root.partition("/")[0]
+            with contextlib.suppress(PermissionError):  # one that may not be looked at, but what is in it
+                try:
+                    fs.info(bucket)
+                except FileNotFoundError:
+                    return f"is in no bucket that is there; make {self._scrubbed(bucket)} first, or check the name"
+            return ""
+        return "is a file; give a prefix or a folder" if found.get("type") == "file" else ""
+
+    def _scrubbed(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+class _ReadOnly(Exception):
+    """It answers, and may not be changed."""
+
+
+def _object(root: str, key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
+    return f"{root}/{key}.safetensors"
+
+
+def _has_folders(root: str) -> bool:
+    """Whether a path is in a filesystem with folders: those of object stores start with a bucket."""
+    return root.startswith("/")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    """When an object was written, from what its filesystem says of it."""
+    for name in _TIMES:
+        value = info.get(name)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def _secrets(url: str) -> list[str]:
+    """What no message may have: user, password and query of a URL, as they are and unquoted, the longest first."""
+    rest, _, query = url.partition("://")[2].partition("?")
+    user = _user(rest)
+    found = {user, user.partition(":")[2], query}
+    found |= {value for part in query.split("&") if len(value := part.partition("=")[2]) >= _SHORTEST_SECRET}
+    return sorted({text for one in found for text in (one, unquote(one)) if text}, key=len, reverse=True)
+
+
+def _user(rest: str) -> str:
+    """User and password of a URL without its scheme; a password may have a slash that nobody quoted."""
+    authority = rest.partition("/")[0]
+    if "@" in authority:
+        return authority.rpartition("@")[0]
+    port = authority.partition(":")[2]
+    return rest.rpartition("@")[0] if port and not port.isdigit() else ""
+
+
+def _stopper(given_up: threading.Event) -> Any:
+    """A callback of fsspec that ends a copy that nobody waits for."""
+    from fsspec.callbacks import Callback
+
+    class Stopper(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            if given_up.is_set():
+                raise ConnectionAbortedError("nobody waits for it")
+
+    return Stopper()
