@@ -4,9 +4,9 @@ It was first trained on crops, whose group statistics are not those of whole pic
 transformer drew, so here some have noise; and what is seldom right is the form of small stickers, so here their pixels
 weigh more than the scene's.
 
-With `--freeze-encoder` latents stay what they were, and data and transformers made with them stay valid. Otherwise
-`--keep-latents` holds them near, so that a transformer trained on the old ones can go on from its weights (with data made
-anew). The BatchNorm statistics do not change.
+With `--freeze-encoder` latents stay what they were, and data and transformers made with them stay valid. With
+`--keep-latents` they stay near, in the same BatchNorm statistics, so that a transformer trained on the old ones can go on from
+its weights (with data made anew). With neither the statistics are measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 
 from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
-from train_autoencoder import evaluate, pixels, random_picture, watched
+from train_autoencoder import evaluate, fit_batch_norm, pixels, random_picture, watched
 from world import SIZES, STICKERS, Renderer
 
 NOISE = 0.2
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument(
         "--keep-latents", type=float, default=0.0, help="price of a unit squared change of the latents, in the loss"
     )
+    parser.add_argument("--statistics", type=int, default=768, help="pictures that the BatchNorm statistics come from")
     args = parser.parse_args()
     log = Log(args.out)
     renderer = Renderer(find_font(args.font))
@@ -139,6 +140,8 @@ def main() -> None:
                 break
 
     average.copy_to(model)
+    if not args.freeze_encoder and not args.keep_latents:
+        fit_batch_norm(vae, renderer, glyphs, num=args.statistics, seed=args.seed)
     log.write(psnr=evaluate(vae, truth))
     vae.to(memory_format=torch.contiguous_format).save_pretrained(args.out / "vae")
 

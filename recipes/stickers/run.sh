@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the bundled model from nothing: font, autoencoder, data, transformer, export, evaluation. Seeded and resumable:
-# run it again after a stop and it goes on. One part alone: run.sh font | vae | decoder | data | train | export | eval | plots.
-# Where things go and how long they run: BUILD, ASSETS, VAE_ARGS, DECODER_ARGS, DATA_ARGS, TRAIN_ARGS, EVAL_ARGS.
+# run it again after a stop and it goes on. One part alone: run.sh font | vae | refine | data | train | export | eval | plots.
+# Where things go and how long they run: BUILD, ASSETS, VAE_ARGS, REFINE_ARGS, DATA_ARGS, TRAIN_ARGS, EVAL_ARGS.
 set -euo pipefail
 cd "$(dirname "$0")"
 build=${BUILD:-build}
@@ -18,18 +18,18 @@ font() {
     cp build/font/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf build/
 }
 vae() { [ -d "$build/vae/vae" ] || "$python" train_autoencoder.py --out "$build/vae" $(resume "$build/vae") ${VAE_ARGS:-}; }
-decoder() {
-    [ -d "$build/decoder/vae" ] ||
-        "$python" train_decoder.py --out "$build/decoder" --vae "$build/vae/vae" $(resume "$build/decoder") ${DECODER_ARGS:-}
+refine() {
+    [ -d "$build/refined/vae" ] ||
+        "$python" refine_autoencoder.py --out "$build/refined" --vae "$build/vae/vae" $(resume "$build/refined") ${REFINE_ARGS:-}
 }
-data() { [ -f "$build/data/data.pt" ] || "$python" prepare.py --out "$build/data" --vae "$build/decoder/vae" ${DATA_ARGS:-}; }
+data() { [ -f "$build/data/data.pt" ] || "$python" prepare.py --out "$build/data" --vae "$build/refined/vae" ${DATA_ARGS:-}; }
 train() {
     # with a C++ compiler a step takes a fifth less; the data and the noise are the same
     default=$(command -v g++ > /dev/null && echo --compile || true)
     "$python" train.py --out "$build/model" --data "$build/data/data.pt" $(resume "$build/model") ${TRAIN_ARGS:-$default}
 }
 export_model() {
-    "$python" export.py --run "$build/model" --vae "$build/decoder/vae" --tokenizer "$build/data/tokenizer" \
+    "$python" export.py --run "$build/model" --vae "$build/refined/vae" --tokenizer "$build/data/tokenizer" \
         --data "$build/data/data.pt" --out "$assets"
 }
 evaluate() {
@@ -39,9 +39,9 @@ evaluate() {
 plots() { "$python" plots.py --vae "$build/vae/log.jsonl" --model "$build/model/log.jsonl" --out curves; }
 
 case "${1:-all}" in
-    font | vae | decoder | data | train | plots) "$1" ;;
+    font | vae | refine | data | train | plots) "$1" ;;
     export) export_model ;;
     eval) evaluate ;;
-    all) font && vae && decoder && data && train && export_model && evaluate ;;
-    *) echo "run.sh: $1 is not one of font, vae, decoder, data, train, export, eval, plots" >&2 && exit 2 ;;
+    all) font && vae && refine && data && train && export_model && evaluate ;;
+    *) echo "run.sh: $1 is not one of font, vae, refine, data, train, export, eval, plots" >&2 && exit 2 ;;
 esac

@@ -85,7 +85,7 @@ def test_no_cluster_on_this_machine(
     words = ["batch", folder / "rows.jsonl", "-o", folder / "out", "--model", tiny_folder, "--ray", "auto"]
     assert main([str(word) for word in words]) == 2
     assert capsys.readouterr().err == (
-        "limner: --ray auto: no cluster is there; start one with `ray start --head`, or give HOST:PORT of its head\n"
+        "limner: --ray auto: no cluster is there that answers; start one with `ray start --head`, or give HOST:PORT of its head\n"
     )
 
 

@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = run(
         "bash", "run.sh", BUILD=str(folder / "build"), ASSETS=str(folder / "assets"),
         VAE_ARGS="--steps 24 --batch 8 --statistics 32",
-        DECODER_ARGS="--steps 12 --batch 4",
+        REFINE_ARGS="--steps 12 --batch 4 --statistics 32",
         DATA_ARGS="--sittings 40 --pool 30 --validation 1",
         TRAIN_ARGS="--steps 24 --batch 16 --lr 4e-3 --validate-every 24",
         EVAL_ARGS="--cases 1 --nearest 40 --pool 30 --workers 1",
@@ -65,7 +65,7 @@ def test_the_whole_recipe_in_miniature(made: Path) -> None:
     """Losses fall, the result loads as a model, and the evaluation ends in its JSON."""
     vae = [row["mse"] for row in rows(made / "build" / "vae" / "log.jsonl") if "mse" in row]
     assert vae[-1] < 0.8 * vae[0]
-    before, after = (row["psnr"] for row in rows(made / "build" / "decoder" / "log.jsonl") if "psnr" in row)
+    before, after = (row["psnr"] for row in rows(made / "build" / "refined" / "log.jsonl") if "psnr" in row)
     assert after > before
     losses = [row for row in rows(made / "build" / "model" / "log.jsonl") if "loss" in row]
     assert np.mean([row["loss"] for row in losses[-4:]]) < 0.9 * np.mean([row["loss"] for row in losses[:4]])

@@ -85,9 +85,10 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
         with quiet():
             ray.init(address=address, **options)
     except ConnectionError as error:
-        raise RemoteError(
-            f"{option} {address}: no cluster is there; start one with `ray start --head`, or give HOST:PORT of its head"
-        ) from error
+        remedy = "start one with `ray start --head`, or give HOST:PORT of its head"
+        if address != "auto" and not os.environ.get("RAY_AUTH_MODE"):  # Ray shows its token to no address it is given
+            remedy += "; if it asks for a token, as it does where ~/.ray/auth_token is, set RAY_AUTH_MODE=token"
+        raise RemoteError(f"{option} {address}: no cluster is there that answers; {remedy}") from error
     except Exception as error:  # of all kinds, `Exception` itself among them
         remedy = (
             "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
