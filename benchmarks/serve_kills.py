@@ -49,6 +49,8 @@ class Watch:
             self.problems.append(f"{key} has two jobs: {self.accepted[key]} and {id_}")
 
     def end(self, id_: str, state: tuple[str, float, str]) -> None:
+        if state[0] != "Ready":
+            self.problems.append(f"{id_} ended as {state[0]}")
         if self.ended.setdefault(id_, state) != state:
             self.problems.append(f"{id_} ended twice: {self.ended[id_]} and {state}")
 

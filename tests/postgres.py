@@ -32,6 +32,13 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
+        try:
+            self._start()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _start(self) -> None:
         self._call("initdb", "-D", self._data, "-U", "limner", "-A", "trust", "-N", "-E", "UTF8", "--locale=C")
         self._number = 0
         self.start()

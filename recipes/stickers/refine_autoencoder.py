@@ -101,6 +101,8 @@ def main() -> None:
     )
     parser.add_argument("--statistics", type=int, default=768, help="pictures that the BatchNorm statistics come from")
     args = parser.parse_args()
+    if args.freeze_encoder and args.keep_latents:
+        parser.error("--keep-latents: a frozen encoder keeps them; give one of the two")
     log = Log(args.out)
     renderer = Renderer(find_font(args.font))
     glyphs = [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()

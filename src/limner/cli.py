@@ -252,6 +252,9 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     _listen_arguments(parser)
+    parser.add_argument(
+        "--standby", action="store_true", help="wait with the model loaded while another server has the jobs of --data"
+    )
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     _model_arguments(parser)
     _store_argument(parser, help="where K/V of references are kept across restarts")
@@ -951,7 +954,6 @@ def _plan_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from limner.engine import load_aside
     from limner.server.run import ServeOptions, add_key, check_options, default_data, serve
 
     if args.new_key is not None:
@@ -962,8 +964,8 @@ def _serve(args: argparse.Namespace) -> None:
     if not 0 <= args.port <= 65535:
         raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
     options = ServeOptions(
-        host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys, unsafe=args.unsafe_no_checks,
-        terms=args.terms, certificate=args.c2pa_certificate, private_key=args.c2pa_key,
+        host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys,
+        standby=args.standby, unsafe=args.unsafe_no_checks, terms=args.terms, certificate=args.c2pa_certificate, private_key=args.c2pa_key,
         development_certificate=args.c2pa_development, fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
         requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
         max_batch=args.max_batch, images_per_key=args.images_per_key, keep_results=args.keep_results, drain=args.drain,
@@ -973,9 +975,8 @@ def _serve(args: argparse.Namespace) -> None:
     model = _model_options(args)
     model.check()
     store = _optional_store(args)
-    pipe = load_aside(lambda: model.load(store=store))
     name = "limner-stickers" if args.model is None else Path(args.model).name
-    serve(pipe, options, model_name=name)
+    serve(lambda: model.load(store=store), options, model_name=name)
 
 
 def _deploy(args: argparse.Namespace) -> None:

@@ -296,9 +296,11 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_beside(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all. Raises `OutputError`."""
+def write_beside(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Writes a file whole or not at all; `mode` is who may use it, from its first byte on. Raises `OutputError`."""
     with written_beside(path) as beside, beside.open("xb") as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(data)
 
 

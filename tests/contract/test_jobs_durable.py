@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from limner.errors import OutputError
 from limner.server import run
 from limner.server.jobs import JobStore
 from limner.server.runner import RunnerSettings
+from limner.server.storage import StorageInUse
 
 KEY = {"Idempotency-Key": "once"}
 
@@ -162,6 +164,34 @@ def test_a_running_job_is_finished_before_the_server_ends(
     store = JobStore(tmp_path / "data")
     assert store.get(id_).status == "ready"  # type: ignore[union-attr]
     store.close()
+
+
+def test_who_comes_second_ends_before_it_loads_a_model_or_stands_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = run.ServeOptions(host="127.0.0.1", port=0, data=str(tmp_path), keys=None)
+    first = JobStore(tmp_path)
+    monkeypatch.setattr(run, "_log_to_stderr", lambda kind: None)
+
+    def load() -> Pipeline:
+        raise AssertionError("it loads")
+
+    with pytest.raises(StorageInUse, match="is used by another server"):
+        run.serve(load, options, model_name="m")
+    with pytest.raises(AssertionError, match="it loads"):  # on standby it does that first
+        run.serve(load, replace(options, standby=True), model_name="m")
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            first.close()
+
+    waits: list[float] = []
+    monkeypatch.setattr(run.time, "sleep", wait)
+    caplog.set_level(logging.INFO, "limner.server")
+    run.open_jobs(replace(options, standby=True)).close()
+    assert len(waits) == 3
+    assert caplog.text.count("standby") == 1  # it is told once
 
 
 def test_results_expire(pipe: Pipeline, tmp_path: Path) -> None:

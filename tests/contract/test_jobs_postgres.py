@@ -96,5 +96,12 @@ def test_a_job_whose_caller_heard_of_a_failure_is_not_left_behind(
         assert served.http.post("/v1/edit", json={"prompt": "a", **SIZE}).status_code == 503
         monkeypatch.setattr(served.service.jobs, "add", add)
         assert served.poll(made[0])["status"] == "Ready"
+        monkeypatch.setattr(running, "_LEFT_SECONDS", 1000.0)
+        monkeypatch.setattr(served.service.jobs, "add", unheard)
+        body, key = {"prompt": "a", **SIZE}, {"Idempotency-Key": "once"}
+        assert served.http.post("/v1/edit", json=body, headers=key).status_code == 503
+        monkeypatch.setattr(served.service.jobs, "add", add)
+        assert served.http.post("/v1/edit", json=body, headers=key).json()["id"] == made[1]
+        assert served.poll(made[1])["status"] == "Ready"  # at once where it is asked for again
         assert served.service.runner._coming == 0
         assert served.service.limiter.num_owners <= 1

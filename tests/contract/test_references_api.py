@@ -13,6 +13,7 @@ import pytest
 from tests.serving import ANNA, BOB, KEYS, Served, Words, opened, png, text, types
 
 from limner import Pipeline, ReferenceStore
+from limner.errors import RemoteError
 from limner.images import prepare_reference
 from limner.safety import Checks
 
@@ -31,6 +32,30 @@ def upload(served: Served, *seeds: int, **options: Any) -> dict[str, Any]:
     answer = served.http.post("/v1/references", json={"images": [text(png(96, 64, seed=s)) for s in seeds]}, **options)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
+
+
+def test_forgetting_that_fails_can_be_asked_for_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, store = upload(served, 1), served.service.engine.pipe.store
+    path = f"/v1/references/{made['id']}"
+    assert (
+        served.http.post("/v1/references", json={"images": [text(png(96, 64, seed=1))]}, headers=BOBS).status_code
+        == 201
+    )
+
+    def fail(key: str) -> bool:
+        raise RemoteError("remote: s3://secret-bucket cannot be changed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "remove", fail)
+        assert served.http.delete(path, headers=BOBS).status_code == 200  # she has them still: nothing is removed
+        answer = served.http.delete(path)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        types(answer)
+        assert "secret-bucket" not in answer.text
+    assert served.http.get(path).status_code == 200
+    assert served.http.delete(path).status_code == 200
+    assert made["id"] not in store
 
 
 def test_a_store_that_machines_share(tiny_folder: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> Non
     assert store.get(kept.id) == kept
     assert store.get(kept.id, owner="bob") is None
     assert store.get("other") is None
+    assert store.get("\0") is None
     assert store.pending() == [kept]
     assert store.counts() == {"pending": 1}
     assert inputs(store) == {first.report.digest, second.report.digest}

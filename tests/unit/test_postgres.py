@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+import psycopg.sql
 import pytest
 from tests.postgres import PROGRAMS, WHY, Server, kill_sessions
 from tests.unit.test_jobs import job, reference
@@ -251,6 +255,111 @@ def test_other_versions_and_other_urls_are_refused(url: str) -> None:
     for other in ("mysql://a/b", "s3://a"):
         with pytest.raises(InvalidRequest, match="is not read; give a folder, or postgresql"):
             check_data(other)
+
+
+def test_of_two_losses_at_one_commit_no_picture_is_lost(
+    store: JobStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was done cannot be asked either: pictures stay, for the job may be there."""
+    execute, own = psycopg.Connection.execute, reference(1)
+    asked = job(own, idempotency="once")
+
+    def lost(db: psycopg.Connection[Any], query: Any, *args: Any, **kwargs: Any) -> Any:
+        if query == "COMMIT":
+            execute(db, query)
+        if query == "COMMIT" or "pg_xact_status" in str(query):
+            db.close()
+            raise psycopg.OperationalError("the connection was lost")
+        return execute(db, query, *args, **kwargs)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", lost)
+    with pytest.raises(StorageUnavailable):
+        store.add(asked, [own])
+    monkeypatch.setattr(psycopg.Connection, "execute", execute)
+    kept, new = store.add(replace(asked, id="again"), [own])
+    assert (kept.id, new) == (asked.id, False)
+    assert store.picture_png(own.report.digest).startswith(b"\x89PNG")
+
+
+def test_a_server_that_may_only_be_read_was_the_primary(store: JobStore, url: str, hasty: None) -> None:
+    """After a failover the standby is what is connected to, until the other host is."""
+    kept, _ = store.add(job())
+
+    def make(read_only: str) -> None:
+        with psycopg.connect(url, autocommit=True, options="-c default_transaction_read_only=off") as db:
+            name = psycopg.sql.Identifier(urlsplit(url).path.strip("/"))
+            db.execute(
+                psycopg.sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}").format(
+                    name, psycopg.sql.SQL(read_only)
+                )
+            )
+
+    make("on")
+    store._storage._db.execute("SET default_transaction_read_only = on")  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(StorageUnavailable):
+            store.end(kept.id, "ready", result={}, keep_seconds=60)
+        store._storage._not_before = 0.0  # type: ignore[attr-defined]
+    with pytest.raises(StorageUnavailable, match="read-only"):  # locks of a standby are its own
+        JobStore(url)
+    make("off")
+    assert store.end(kept.id, "ready", result={}, keep_seconds=60) is not None
+
+
+def test_a_server_that_hangs_holds_nobody_for_long(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    monkeypatch.setattr(postgres, "_HANGS_SECONDS", 0.5)
+    kept, _ = store.add(job())
+    backend = store._storage._session[0]  # type: ignore[attr-defined]
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        with pytest.raises(StorageUnavailable):
+            store.counts()
+        assert time.monotonic() - start < 30  # it would be for ever
+    finally:
+        os.kill(backend, signal.SIGCONT)
+    store._storage._not_before = 0.0  # type: ignore[attr-defined]
+    assert store.pending() == [kept]
+
+
+def test_what_is_closed_is_free(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when the server has seen the session end; and who asks while it is let go gets it."""
+    first = JobStore(url)
+    with monkeypatch.context() as patched:
+        patched.setattr(first._storage._db, "close", lambda: None)  # type: ignore[attr-defined]
+        first.close()
+        JobStore(url).close()
+    first._storage._db.close()  # type: ignore[attr-defined]
+
+    ask, asked = postgres._one, []
+
+    def too_early(db: Any, query: str, *args: Any) -> Any:
+        if "pg_try_advisory_lock" in query:
+            asked.append(query)
+            return ask(db, query, *args) if len(asked) > 1 else False
+        return ask(db, query, *args)
+
+    monkeypatch.setattr(postgres, "_one", too_early)
+    JobStore(url).close()
+    assert len(asked) == 2
+
+
+def test_who_lost_the_jobs_does_not_draw_over_a_result(url: str) -> None:
+    first = JobStore(url)
+    kept, _ = first.add(job())
+    first._storage._db.close()  # type: ignore[attr-defined]
+    second = JobStore(url)
+    ended = second.end(
+        kept.id, "ready", result={"files": second.write_results(kept.id, [b"its"], suffix="png")}, keep_seconds=60
+    )
+    second.close()
+    assert first.write_results(kept.id, [b"mine"], suffix="png") == [f"{kept.id}-1.png"]
+    assert first.end(kept.id, "ready", result={}, keep_seconds=60) is None
+    assert ended is not None
+    assert first.read_result(ended, 1) == b"its"
+    first.close()
 
 
 def test_a_schema_that_was_made_before_is_enough(server: Server, url: str) -> None:

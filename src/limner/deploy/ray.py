@@ -389,7 +389,9 @@ class IngressApp:
         end = time.monotonic() + 2 * options.drain + 2 * _GRACE_SECONDS
         while True:
             try:
-                made = build_app(self._engine, options.serve_options(), model_name=options.model_name)
+                made = await asyncio.to_thread(
+                    build_app, self._engine, options.serve_options(), model_name=options.model_name
+                )
                 break
             except StorageInUse:  # in an update, by the ingress before, which finishes what it has
                 if time.monotonic() > end:

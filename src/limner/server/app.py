@@ -47,15 +47,17 @@ def create_app(
     checks: Checks,
     settings: ServeSettings,
     signer: Signer | None = None,
+    jobs: JobStore | None = None,
     outbound: OutboundClient | None = None,
     webhook_client: OutboundClient | None = None,
 ) -> FastAPI:
     """The application over an engine. Serving starts its jobs and stopping drains them; it is served once.
 
+    `jobs` are those of `settings.data`, where they are open already; they are closed when it stops.
     `outbound` and `webhook_client` are what URLs of callers are asked with: pictures, and receivers, which may be slow
     and are not to hold up pictures.
     """
-    jobs = JobStore(settings.data)
+    jobs = jobs or JobStore(settings.data)
     limiter = Limiter(settings.limits)
     outbound = outbound or OutboundClient(settings.outbound)
     webhook_client = webhook_client or OutboundClient(settings.outbound)

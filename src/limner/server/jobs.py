@@ -30,7 +30,7 @@ from PIL import Image
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import PreparedReference, ReferenceReport
-from limner.server.storage import Connection, open_storage
+from limner.server.storage import Connection, StorageUnavailable, open_storage
 
 __all__ = ["Handle", "Job", "JobStore", "Status", "Webhook", "check_idempotency_key"]
 
@@ -237,6 +237,8 @@ class JobStore:
 
     def get(self, id: str, *, owner: str | None = None) -> Job | None:
         """A job, if it is here (and is of that owner, if one is given)."""
+        if "\0" in id:  # which not every database takes
+            return None
         rows = self._rows("SELECT * FROM jobs WHERE id = ?", id)
         job = _job(rows[0]) if rows else None
         return job if job and owner in (None, job.owner) else None
@@ -285,10 +287,12 @@ class JobStore:
         return job
 
     def write_results(self, id: str, files: Sequence[bytes], *, suffix: str) -> list[str]:
-        """Writes the pictures of a job, each whole; gives their names."""
+        """Writes the pictures of a job, each whole, unless it has ended; gives their names."""
         names = [f"{id}-{number}.{suffix}" for number in range(1, len(files) + 1)]
-        for name, data in zip(names, files, strict=True):
-            self._storage.write_file(f"results/{name}", data)
+        with self._storage.transaction() as db:  # another process may have had the storage meanwhile
+            if db.execute("SELECT 1 FROM jobs WHERE id = ? AND status = 'pending'", (id,)).fetchone():
+                for name, data in zip(names, files, strict=True):
+                    self._storage.write_file(f"results/{name}", data)
         return names
 
     def read_result(self, job: Job, number: int) -> bytes | None:
@@ -335,6 +339,8 @@ class JobStore:
                     made.append(digest)
                 self._keep_picture(digest, picture.data)
             yield
+        except StorageUnavailable:  # perhaps it was done; `clean` removes what nobody uses
+            raise
         except BaseException:
             self._remove_files(made)
             raise
@@ -427,6 +433,10 @@ class JobStore:
         rows = self._rows("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC, key", owner)
         return [_handle(row) for row in rows]
 
+    def is_only_owner(self, owner: str, key: str) -> bool:
+        """Whether nobody else has a handle of these references."""
+        return not self._rows("SELECT 1 FROM handles WHERE key = ? AND owner != ? LIMIT 1", key, owner)
+
     def remove_handle(self, owner: str, key: str) -> bool:
         """Forgets references of an owner, with pictures that nobody else has; whether nobody has the key now."""
         with self._storage.transaction() as db:
@@ -461,10 +471,13 @@ class JobStore:
                 for name, age in self._storage.files("inputs")
                 if name not in used and age >= grace_seconds
             )
+        expires = dict(self._rows("SELECT id, expires FROM jobs WHERE status = 'ready'"))
+        over: list[str] = []
         for name, age in self._storage.files("results"):
-            rows = self._rows("SELECT expires FROM jobs WHERE id = ? AND status = 'ready'", name.rpartition("-")[0])
-            if rows[0][0] <= now if rows else age >= grace_seconds:
-                self._storage.remove_files([f"results/{name}"])
+            end = expires.get(name.rpartition("-")[0])
+            if age >= grace_seconds if end is None else end <= now:
+                over.append(f"results/{name}")
+        self._storage.remove_files(over)
 
 
 def _input(digest: str) -> str:

@@ -12,8 +12,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError
 from limner.server.storage import Connection, StorageInUse, StorageUnavailable
@@ -27,20 +27,25 @@ except ImportError as error:
 __all__ = ["PostgresStorage", "check_url"]
 
 _logger = logging.getLogger("limner.server")
+_R = TypeVar("_R")
 _LOCK = (0x4C494D4E, 1)
 """The advisory lock of a job store, in its database."""
 _DEFAULTS: dict[str, Any] = {
     "connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 20000, "application_name": "limner",
+    "target_session_attrs": "read-write",  # of several hosts the primary: locks of a standby are its own
 }  # fmt: skip
 _SESSION = (
     "SET search_path TO limner",
-    "SET statement_timeout = '30s'",
+    "SET statement_timeout = '15s'",
     # the server hears of a machine that is gone in 25 s, and not in hours: until then it holds the lock for it
     "SET tcp_keepalives_idle = 10",
     "SET tcp_keepalives_interval = 5",
     "SET tcp_keepalives_count = 3",
+    "SET tcp_user_timeout = '25s'",  # and where an answer is under way, when there are no keepalives
 )
+_HANGS_SECONDS = 20.0
+"""A server that has not answered a statement for so long will not: it would have given it up itself before."""
 _FILES = """
 CREATE TABLE files (folder TEXT, name TEXT, data BYTEA NOT NULL, written TIMESTAMPTZ NOT NULL, PRIMARY KEY (folder, name));
 CREATE TABLE version (version INTEGER NOT NULL);
@@ -49,6 +54,34 @@ _RECONNECT_SECONDS = 5.0
 _PAUSE = 0.25
 _AGAIN_SECONDS = 1.0
 """After a connection that could not be made, so long no other is tried."""
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that is closed where the server hangs."""
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().wait(_bounded(gen, time.monotonic() + _HANGS_SECONDS), *args, **kwargs)
+        except _Hangs as error:
+            self.close()
+            raise psycopg.OperationalError(f"no answer for {_HANGS_SECONDS:g} s") from error
+
+
+class _Hangs(Exception):
+    pass
+
+
+def _bounded(gen: Generator[Any, Any, _R], end: float) -> Generator[Any, Any, _R]:
+    """The steps of a statement, as psycopg takes them: now and then also where nothing has come."""
+    try:
+        wanted = next(gen)
+        while True:
+            came = yield wanted
+            if time.monotonic() > end:
+                raise _Hangs
+            wanted = gen.send(came)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
 
 
 def check_url(url: str) -> dict[str, Any]:
@@ -70,7 +103,7 @@ class PostgresStorage:
         self._conninfo = conninfo.make_conninfo(**{**_DEFAULTS, **given})
         self.name = "postgresql://{}/{}".format(given.get("host", ""), given.get("dbname", ""))
         self.lock = threading.RLock()
-        self._closed, self._not_before = False, 0.0
+        self._closed, self._in_transaction, self._not_before = False, False, 0.0
         self._session: tuple[int, str] | None = None  # process and start of the server's side of a connection
         try:
             self._db = self._connect()
@@ -81,7 +114,7 @@ class PostgresStorage:
 
     def _connect(self) -> psycopg.Connection[Any]:
         """A connection that holds the lock. Raises `StorageInUse` and psycopg's errors."""
-        db: psycopg.Connection[Any] = psycopg.connect(self._conninfo, autocommit=True)
+        db = _Connection.connect(self._conninfo, autocommit=True)
         try:
             for statement in _SESSION:
                 db.execute(statement)
@@ -95,7 +128,8 @@ class PostgresStorage:
 
     def _take_lock(self, db: psycopg.Connection[Any]) -> bool:
         """Takes the lock, also from a session of our own that the server believes alive; False: another process has it."""
-        if _one(db, "SELECT pg_try_advisory_lock(%s, %s)", _LOCK):
+        lock = "SELECT pg_try_advisory_lock(%s, %s)"
+        if _one(db, lock, _LOCK):
             return True
         holder = db.execute(
             "SELECT a.pid, a.backend_start::text FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
@@ -103,10 +137,11 @@ class PostgresStorage:
             "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())",
             _LOCK,
         ).fetchone()
-        if holder is None or holder != self._session:
-            return False
-        db.execute("SELECT pg_terminate_backend(%s, 3000)", (holder[0],))
-        return bool(_one(db, "SELECT pg_try_advisory_lock(%s, %s)", _LOCK))
+        if holder is not None:
+            if holder != self._session:
+                return False
+            db.execute("SELECT pg_terminate_backend(%s, 3000)", (holder[0],))
+        return bool(_one(db, lock, _LOCK))
 
     @staticmethod
     def _own_session(db: psycopg.Connection[Any]) -> tuple[int, str]:
@@ -139,12 +174,17 @@ class PostgresStorage:
             time.sleep(_PAUSE)
 
     def _failed(self, what: str, error: psycopg.Error) -> OutputError:
+        if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):  # it was the primary, and is no longer
+            self._db.close()
         may_be_back = self._db.closed or isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
         kind = StorageUnavailable if may_be_back else OutputError
         return kind(f"data: {self.name} cannot be {what} ({_said(error)})")
 
     def close(self) -> None:
         with self.lock:
+            if not self._closed:
+                with contextlib.suppress(psycopg.Error):  # now, and not when the server has seen the session end
+                    self._db.execute("SELECT pg_advisory_unlock_all()")
             self._closed = True
             self._db.close()
 
@@ -166,13 +206,14 @@ class PostgresStorage:
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self._run("read", query, values).fetchall()
 
-    def _run(self, what: str, query: str, values: Sequence[Any]) -> psycopg.Cursor[Any]:
-        """One statement that may be done twice: once more over a new connection where the first was lost."""
+    def _run(self, what: str, query: str, values: Sequence[Any], *, binary: bool = False) -> psycopg.Cursor[Any]:
+        """One statement that may be done twice: once more over a new connection where the first was lost, unless that had
+        a transaction."""
         with self.lock:
-            for is_last in (False, True):
-                db = self._connection()
+            for is_last in (self._in_transaction, True):
+                db = self._connection() if not self._in_transaction else self._db
                 try:
-                    return db.execute(_translated(query), values)
+                    return db.execute(_translated(query), values, binary=binary)
                 except psycopg.Error as error:
                     if is_last or not db.closed:
                         raise self._failed(what, error) from error
@@ -183,16 +224,18 @@ class PostgresStorage:
         """What a connection that is lost had done is undone; where that happens in the end, the server is asked which."""
         with self.lock:
             self._run("written", "BEGIN", ())
-            db = self._db
+            db, self._in_transaction = self._db, True
             try:
                 yield _Statements(db)
                 number = _one(db, "SELECT pg_current_xact_id_if_assigned()::text")
+                self._in_transaction = False
                 try:
                     db.execute("COMMIT")
                 except psycopg.OperationalError:
                     if not db.closed or number is None or not self._was_committed(number):
                         raise
             except BaseException as error:
+                self._in_transaction = False
                 with contextlib.suppress(psycopg.Error):
                     if not db.closed:
                         db.execute("ROLLBACK")
@@ -201,13 +244,8 @@ class PostgresStorage:
                 raise
 
     def _was_committed(self, number: str) -> bool:
-        """What became of a transaction whose end was not heard of."""
-        for _ in range(20):
-            status = _one(self._connection(), "SELECT pg_xact_status(%s::xid8)", (number,))
-            if status != "in progress":
-                return bool(status == "committed")
-            time.sleep(_PAUSE)
-        return False
+        """What became of a transaction whose end was not heard of. It is over: the lock that it had is here again."""
+        return bool(self.rows("SELECT pg_xact_status(?::xid8)", (number,))[0][0] == "committed")
 
     # files
 
@@ -222,22 +260,26 @@ class PostgresStorage:
 
     def read_file(self, name: str) -> bytes:
         folder, _, base = name.rpartition("/")
-        found = self.rows("SELECT data FROM files WHERE folder = ? AND name = ?", (folder, base))
-        if not found:
+        query = "SELECT data FROM files WHERE folder = ? AND name = ?"
+        found = self._run("read", query, (folder, base), binary=True).fetchone()
+        if found is None:
             raise FileNotFoundError(f"{name} is not in {self.name}")
-        return bytes(found[0][0])
+        return bytes(found[0])
 
     def has_file(self, name: str) -> bool:
         folder, _, base = name.rpartition("/")
         return bool(self.rows("SELECT 1 FROM files WHERE folder = ? AND name = ?", (folder, base)))
 
     def remove_files(self, names: Iterable[str]) -> None:
+        by_folder: dict[str, list[str]] = {}
         for name in names:
             folder, _, base = name.rpartition("/")
+            by_folder.setdefault(folder, []).append(base)
+        for folder, found in by_folder.items():
             try:
-                self._run("written", "DELETE FROM files WHERE folder = ? AND name = ?", (folder, base))
+                self._run("written", "DELETE FROM files WHERE folder = ? AND name = ANY(?)", (folder, found))
             except LimnerError as error:
-                _logger.warning("%s is not removed now: %s", name, error)
+                _logger.warning("%d files of %s are not removed now: %s", len(found), folder, error)
 
     def files(self, folder: str) -> list[tuple[str, float]]:
         query = "SELECT name, extract(epoch FROM now() - written)::float8 FROM files WHERE folder = ?"

@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
 from limner import __version__
-from limner.errors import InvalidRequest, Moderated, NotFound
+from limner.errors import InvalidRequest, Moderated, NotFound, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access import Owner
 from limner.server.bfl import as_result
@@ -192,8 +192,18 @@ def routes(service: Service) -> APIRouter:
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
     async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
-        if await runner.store(jobs.remove_handle, owner.id, id):  # nobody else has them
-            await runner.aside(service.engine.pipe.store.remove, id)
+
+        async def forget() -> None:
+            try:
+                await runner.aside(service.engine.pipe.store.remove, id)
+            except RemoteError as error:  # not the caller's fault, and not for his eyes
+                raise OutputError(str(error)) from error
+
+        alone = await runner.store(jobs.is_only_owner, owner.id, id)
+        if alone:  # while the handle is there, so that a failure can be asked away
+            await forget()
+        if await runner.store(jobs.remove_handle, owner.id, id) and not alone:  # the other one went at the same time
+            await forget()
         return {"id": id, "deleted": True}
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")

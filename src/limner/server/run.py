@@ -14,30 +14,42 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner import provenance, safety
-from limner.engine import Engine
+from limner.engine import Engine, load_aside
 from limner.errors import InvalidRequest, MissingExtra, OutputError
 from limner.images import write_beside
 from limner.pipeline import Pipeline
 from limner.remote_tier import is_url
 from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
 from limner.server.outbound import Origin, OutboundPolicy
-from limner.server.storage import check_data
+from limner.server.storage import StorageInUse, StorageUnavailable, check_data
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
     from limner.server.backend import Backend
+    from limner.server.jobs import JobStore
 
-__all__ = ["ServeOptions", "add_key", "build_app", "check_options", "default_data", "log_own", "make_server", "serve"]
+__all__ = [
+    "ServeOptions",
+    "add_key",
+    "build_app",
+    "check_options",
+    "default_data",
+    "log_own",
+    "make_server",
+    "open_jobs",
+    "serve",
+]
 
 _logger = logging.getLogger("limner.server")
+_STANDBY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +60,7 @@ class ServeOptions:
     port: int
     data: str
     keys: str | None
+    standby: bool = False
     unsafe: bool = False
     terms: str | None = None
     certificate: str | None = None
@@ -95,16 +108,43 @@ def check_options(options: ServeOptions) -> None:
     _allowed(options)
 
 
-def serve(pipe: Pipeline, options: ServeOptions, *, model_name: str) -> None:
-    """Serves until a signal stops it; then waits `drain` seconds for what runs. Raises what the options get wrong."""
+def open_jobs(options: ServeOptions) -> JobStore:
+    """The jobs of `data`, held by this process; with `standby` when nobody else has them. Raises `OutputError`."""
     with needs_extra("limner serve"):
-        import uvicorn  # noqa: F401  # before anything is built
+        import uvicorn  # noqa: F401  # before anything is held
 
+        from limner.server.jobs import JobStore
+    told = False
+    while True:
+        try:
+            return JobStore(options.data)
+        except StorageInUse as error:
+            if not options.standby:
+                raise
+            if not told:
+                _logger.info("standby: %s", error)
+                told = True
+        except StorageUnavailable as error:
+            if not told:  # it was not there before either
+                raise
+            _logger.warning("standby: %s", error)
+        time.sleep(_STANDBY_SECONDS)
+
+
+def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str) -> None:
+    """Serves until a signal stops it; then waits `drain` seconds for what runs. Raises what the options get wrong.
+
+    The model is loaded when the jobs are held, so that one server too many ends soon; on standby before, so that it takes
+    over soon.
+    """
     check_bind(options.host, _keyring(options))
-    app = build_app(
-        Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch), options, model_name=model_name
-    )
     _log_to_stderr(options.log)
+    jobs = None if options.standby else open_jobs(options)
+    pipe = load_aside(load)
+    jobs = jobs or open_jobs(options)
+    app = build_app(
+        Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch), options, model_name=model_name, jobs=jobs
+    )  # fmt: skip
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
@@ -129,7 +169,7 @@ def needs_extra(what: str) -> Iterator[None]:
         raise MissingExtra(what, package=str(error.name), extra="serve") from error
 
 
-def build_app(engine: Backend, options: ServeOptions, *, model_name: str) -> FastAPI:
+def build_app(engine: Backend, options: ServeOptions, *, model_name: str, jobs: JobStore | None = None) -> FastAPI:
     """The application that options ask for, over an engine. Raises what the options get wrong."""
     with needs_extra("limner serve"):
         from limner.server.app import create_app
@@ -156,6 +196,7 @@ def build_app(engine: Backend, options: ServeOptions, *, model_name: str) -> Fas
             model_name=model_name,
         ),
         signer=_signer(options),
+        jobs=jobs,
     )
 
 

@@ -194,11 +194,18 @@ class JobRunner:
             if new:
                 self._begin(kept, slot)
                 begun = True
+            else:
+                self.resume(kept)
             return kept, new
         finally:
             if not begun:
                 self._coming -= 1
                 slot.release()
+
+    def resume(self, job: Job) -> None:
+        """Takes up a job that a call has written down which did not hear of it; nothing for others."""
+        if job.status == "pending" and job.id not in self._live and self._stop_by is None:
+            self._take_up([job])
 
     def update(self, id: str) -> Update | None:
         """How far a job is that has not ended; None: it has, or is not here."""
@@ -464,14 +471,17 @@ class JobRunner:
     async def _send_webhooks(self) -> None:
         """Several at once, so that a receiver that is slow holds up none of the others for long."""
         under_way: dict[str, asyncio.Task[None]] = {}
+        due: list[Job] | None = []
         while True:
             self._webhook_due.clear()
+            before = due
             try:
                 due = await self.store(self.jobs.due_webhooks)
-            except LimnerError:
-                _logger.exception("webhooks that are due cannot be read")
-                due = []
-            for job in due:
+            except LimnerError as error:
+                due = None
+                if before is not None:  # once an outage
+                    _logger.error("webhooks that are due cannot be read, and wait: %s", error)
+            for job in due or ():
                 if job.id not in under_way and len(under_way) < _WEBHOOKS_AT_ONCE:
                     task = self._loop.create_task(self._send_webhook(job))
                     under_way[job.id] = task

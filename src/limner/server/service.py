@@ -209,6 +209,7 @@ class Service:
         job = replace(job, width=width, height=height)
         known = await self.runner.store(self.jobs.known, job)
         if known is not None:  # asked for again, it takes no place
+            self.runner.resume(known)
             return known, False
         slot = self.limiter.hold(owner)
         return await self.runner.accept(job, pictures, slot)

@@ -36,7 +36,7 @@ class StorageInUse(OutputError):
 
 
 class StorageUnavailable(OutputError):
-    """The storage does not answer, and may again; what was asked of it was not done."""
+    """The storage does not answer, and may again; what was asked of it was done or not, but not half."""
 
 
 class Rows(Protocol):
@@ -184,13 +184,19 @@ class FolderStorage:
 
     def write_file(self, name: str, data: bytes, *, private: bool = False) -> None:
         path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        write_beside(path, data)
-        if private:
-            path.chmod(0o600)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"data: {path.parent} cannot be made ({error.strerror or error})") from error
+        write_beside(path, data, mode=0o600 if private else None)
 
     def read_file(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OutputError(f"data: {self.folder / name} cannot be read ({error.strerror or error})") from error
 
     def has_file(self, name: str) -> bool:
         return (self.folder / name).exists()
