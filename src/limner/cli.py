@@ -965,7 +965,8 @@ def _serve(args: argparse.Namespace) -> None:
         raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
     options = ServeOptions(
         host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys,
-        standby=args.standby, unsafe=args.unsafe_no_checks, terms=args.terms, certificate=args.c2pa_certificate, private_key=args.c2pa_key,
+        standby=args.standby, unsafe=args.unsafe_no_checks, terms=args.terms, certificate=args.c2pa_certificate,
+        private_key=args.c2pa_key,
         development_certificate=args.c2pa_development, fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
         requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
         max_batch=args.max_batch, images_per_key=args.images_per_key, keep_results=args.keep_results, drain=args.drain,

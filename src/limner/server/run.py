@@ -142,9 +142,8 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     jobs = None if options.standby else open_jobs(options)
     pipe = load_aside(load)
     jobs = jobs or open_jobs(options)
-    app = build_app(
-        Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch), options, model_name=model_name, jobs=jobs
-    )  # fmt: skip
+    engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)
+    app = build_app(engine, options, model_name=model_name, jobs=jobs)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
