@@ -788,7 +788,7 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _warm(args: argparse.Namespace) -> None:
-    from limner.remote_tier import without_credentials
+    from limner.places import without_credentials
 
     store = _store(args, disk_bytes=args.store_bytes)
     refs = _prefill(args, store)
@@ -1045,7 +1045,7 @@ def _batch(args: argparse.Namespace) -> int:
     from limner.batch import Batch, BatchOptions
     from limner.images import printable
     from limner.pipeline import check_device
-    from limner.remote_tier import absolute
+    from limner.places import absolute
 
     if args.workers is not None and args.ray is None:
         raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
@@ -1150,7 +1150,7 @@ def _ls(args: argparse.Namespace) -> None:
 
 
 def _rm(args: argparse.Namespace) -> None:
-    from limner.remote_tier import without_credentials
+    from limner.places import without_credentials
 
     store = _store(args, make=False)
     keys = store.keys()

@@ -1,6 +1,6 @@
 """Packs in a filesystem of fsspec (`s3://bucket/prefix`, `gs://`, `sftp://`, `file:///`), which machines share.
 
-Owns the URL, the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
+Owns the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
 others are not touched. It never changes: it is put whole, or removed. Nothing is evicted here. Knows of References no more
 than what the header of a pack says.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import re
 import threading
 import time
@@ -27,17 +26,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
-from limner.references import PackIdentity, parse_identity, read_identity
+from limner.places import secrets_of, without_credentials
+from limner.references import CONTENT_KEY, PackIdentity, check_key, parse_identity, read_identity
 
-__all__ = ["RemoteObject", "RemoteTier", "absolute", "is_url", "without_credentials"]
+__all__ = ["RemoteObject", "RemoteTier"]
 
 _logger = logging.getLogger("limner")
 _R = TypeVar("_R")
-_KEY = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(rf"({_KEY.pattern})\.safetensors")
+_NAME = re.compile(rf"({CONTENT_KEY.pattern})\.safetensors")
 _START_FACTOR = 4.0
 """The first answer may take so many times `timeout`: names, connections and credentials are looked up."""
 _UPLOAD_FACTOR = 12.0
@@ -50,35 +48,8 @@ _HEAD = 1 << 16
 _LONGEST_HEADER = 100 << 20
 _UNKNOWN_PREFILL = 60.0
 """Seconds that a prefill is taken to save where the pack does not say."""
-_SHORTEST_SECRET = 6
-"""Values of a query that are shorter are no secrets: to look for them would garble messages."""
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 """Where filesystems say when an object was written."""
-
-
-def is_url(place: object) -> bool:
-    """Whether a place is a URL, not a folder."""
-    return isinstance(place, str) and "://" in place
-
-
-def absolute(place: str) -> str:
-    """A place that does not depend on the folder of a process: a URL as it is, the whole path of a folder."""
-    return place if is_url(place) else os.path.abspath(place)
-
-
-def without_credentials(place: str) -> str:
-    """A place as it may be shown: a URL without user, password and query."""
-    if not is_url(place):
-        return place
-    return _shown(place)
-
-
-def _shown(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    rest, query, _ = rest.partition("?")
-    user = _user(rest)
-    shown = f"***{rest[len(user) :]}" if user else rest
-    return f"{scheme}://{shown}" + ("?***" if query else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +70,10 @@ class RemoteTier:
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0, make: bool = True) -> None:
-        self._url, self.url = url, _shown(url)
+        self._url, self.url = url, without_credentials(url)
         self.timeout = timeout
         self.writable = True
-        self._secrets = _secrets(url)
+        self._secrets = secrets_of(url)
         self._lock = threading.Lock()
         self._made: tuple[Any, str] | None = None
         self._away, self._until = 0.0, 0.0
@@ -441,8 +412,7 @@ class _ReadOnly(Exception):
 
 
 def _object(root: str, key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
+    check_key(key)
     return f"{root}/{key}.safetensors"
 
 
@@ -470,24 +440,6 @@ def _modified(info: dict[str, Any]) -> float | None:
         if isinstance(value, (int, float)):
             return float(value)
     return None
-
-
-def _secrets(url: str) -> list[str]:
-    """What no message may have: user, password and query of a URL, as they are and unquoted, the longest first."""
-    rest, _, query = url.partition("://")[2].partition("?")
-    user = _user(rest)
-    found = {user, user.partition(":")[2], query}
-    found |= {value for part in query.split("&") if len(value := part.partition("=")[2]) >= _SHORTEST_SECRET}
-    return sorted({text for one in found for text in (one, unquote(one)) if text}, key=len, reverse=True)
-
-
-def _user(rest: str) -> str:
-    """User and password of a URL without its scheme; a password may have a slash that nobody quoted."""
-    authority = rest.partition("/")[0]
-    if "@" in authority:
-        return authority.rpartition("@")[0]
-    port = authority.partition(":")[2]
-    return rest.rpartition("@")[0] if port and not port.isdigit() else ""
 
 
 def _stopper(given_up: threading.Event) -> Any:

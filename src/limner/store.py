@@ -23,7 +23,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -41,13 +40,21 @@ import torch
 
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.images import written_beside
-from limner.references import DamagedPack, PackIdentity, References, read_identity, write_pack
-from limner.remote_tier import RemoteObject, RemoteTier, is_url
+from limner.places import check_store, is_url
+from limner.references import (
+    CONTENT_KEY,
+    DamagedPack,
+    PackIdentity,
+    References,
+    check_key,
+    read_identity,
+    write_pack,
+)
+from limner.remote_tier import RemoteObject, RemoteTier
 
 __all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
 
 _logger = logging.getLogger("limner")
-_KEY = re.compile(r"[0-9a-f]{64}")
 Source = Literal["miss", "memory", "disk", "remote"]
 _TIERS = ("device", "memory", "disk")
 """Those of this machine, whose bytes are known. The remote one is not counted: that would be a listing each time."""
@@ -234,8 +241,7 @@ class _Disk:
             _logger.warning("%s cannot be written: its entries are used, and none is added", folder)
 
     def file(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
+        check_key(key)
         return self.folder / f"{key}.safetensors"
 
     def pin_file(self, key: str) -> Path:
@@ -245,7 +251,7 @@ class _Disk:
         """Packs, by their names, with their stat, least recently used first."""
         found = []
         for path in self.folder.glob("*.safetensors"):
-            if _KEY.fullmatch(path.stem):
+            if CONTENT_KEY.fullmatch(path.stem):
                 with contextlib.suppress(OSError):
                     if stat.S_ISREG((status := path.stat()).st_mode):
                         found.append((path, status))
@@ -576,18 +582,11 @@ class ReferenceStore:
 
         Raises `InvalidRequest`, without `make` also where there is no folder, and `RemoteError`.
         """
+        check_store(place, cache=cache, disk_bytes=disk_bytes)
         if not is_url(place):
-            if cache is not None:
-                raise InvalidRequest(
-                    "store_cache", f"{cache} is a folder before a URL; give one as the store, or leave it out"
-                )
             if not make and not Path(place).is_dir():
                 raise InvalidRequest("store", f"{place} is not a folder; check the name")
             return cls(disk_path=place, disk_bytes=disk_bytes, memory_bytes=memory_bytes)
-        if disk_bytes is not None and cache is None:
-            raise InvalidRequest(
-                "store_bytes", f"{disk_bytes} is the budget of a folder; give one before the URL as store_cache"
-            )
         remote = RemoteTier(str(place), make=make)
         return cls(disk_path=cache, disk_bytes=disk_bytes, memory_bytes=memory_bytes, remote=remote)
 

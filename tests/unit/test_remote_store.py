@@ -27,7 +27,8 @@ from tests.unit.test_store import references, same
 import limner.remote_tier as remote_tier
 from limner import InvalidRequest, Pipeline, References, ReferenceStore
 from limner.errors import RemoteError
-from limner.remote_tier import RemoteTier, without_credentials
+from limner.places import without_credentials
+from limner.remote_tier import RemoteTier
 
 KEY = references().key
 LONG_AGO = time.time() - 3600
