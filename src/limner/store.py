@@ -736,7 +736,7 @@ class ReferenceStore:
             with _own_folder() as folder:
                 return remote.read(key, folder / "pack")
         try:
-            with written_beside(disk.file(key)) as beside:
+            with written_beside(disk.file(key), synced=False) as beside:  # one that is torn is fetched again
                 references = remote.read(key, beside)
                 if references is None:
                     raise _Missing
