@@ -795,6 +795,8 @@ def _warm(args: argparse.Namespace) -> None:
     store.put(refs)
     store.flush()
     if not store.outlives(refs.key):
+        if (error := store.upload_error(refs.key)) is not None:
+            raise RemoteError(f"--store: {error}")
         raise OutputError(
             f"--store: {without_credentials(args.store)} did not take {refs.nbytes} bytes; free some space, unpin entries, "
             "raise --store-bytes or give another place"
