@@ -38,6 +38,7 @@ from limner.errors import Conflict, InvalidRequest, LimnerError, OutputError
 from limner.images import FORMATS, ReferenceReport, encode, prepare_reference, write_beside
 from limner.manifest import BrokenRow, Row, check_number, read_manifest
 from limner.pipeline import Pipeline, PipelineOutput
+from limner.places import check_store
 from limner.references import References
 from limner.store import ReferenceStore
 
@@ -115,8 +116,7 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.format not in ENDINGS:
             raise InvalidRequest("format", f"{self.format!r} is not one of {', '.join(ENDINGS)}")
-        if self.store is None and self.store_cache is not None:
-            raise InvalidRequest("store_cache", f"{self.store_cache} is a folder before a URL; give one as the store")
+        check_store(self.store, cache=self.store_cache, disk_bytes=self.store_bytes)
         check_number("images_at_once", self.images_at_once, low=1, high=1000)
 
     @property

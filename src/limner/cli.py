@@ -791,13 +791,15 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _warm(args: argparse.Namespace) -> None:
-    from limner.remote_tier import without_credentials
+    from limner.places import without_credentials
 
     store = _store(args, disk_bytes=args.store_bytes)
     refs = _prefill(args, store)
     store.put(refs)
     store.flush()
     if not store.outlives(refs.key):
+        if (error := store.upload_error(refs.key)) is not None:
+            raise RemoteError(f"--store: {error}")
         raise OutputError(
             f"--store: {without_credentials(args.store)} did not take {refs.nbytes} bytes; free some space, unpin entries, "
             "raise --store-bytes or give another place"
@@ -1047,7 +1049,7 @@ def _batch(args: argparse.Namespace) -> int:
     from limner.batch import Batch, BatchOptions
     from limner.images import printable
     from limner.pipeline import check_device
-    from limner.remote_tier import absolute
+    from limner.places import absolute
 
     if args.workers is not None and args.ray is None:
         raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
@@ -1152,7 +1154,7 @@ def _ls(args: argparse.Namespace) -> None:
 
 
 def _rm(args: argparse.Namespace) -> None:
-    from limner.remote_tier import without_credentials
+    from limner.places import without_credentials
 
     store = _store(args, make=False)
     keys = store.keys()

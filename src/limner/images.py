@@ -305,13 +305,17 @@ def write_beside(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails. Raises `OutputError`."""
+def written_beside(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails. Raises `OutputError`.
+
+    Without `synced` nobody waits for the disk: after a power failure, part of the file may be there under its name.
+    """
     beside = path.with_name(f".limner-{os.getpid()}-{secrets.token_hex(8)}")
     try:
         yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        if synced:
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

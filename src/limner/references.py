@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,15 +32,19 @@ from limner.images import ReferenceReport, written_beside
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
 __all__ = [
+    "CONTENT_KEY",
     "DamagedPack",
     "PackIdentity",
     "References",
+    "check_key",
     "parse_identity",
     "read_identity",
     "reference_key",
     "write_pack",
 ]
 
+CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
+"""What keys look like, and so the names of packs in a store."""
 _FORMAT = 3
 _HEADER = "limner.references"
 _HEADER_DIGEST = "limner.references.sha256"
@@ -57,6 +62,12 @@ class DamagedPack(InvalidRequest):
 
     def __init__(self, path: object, problem: object) -> None:
         super().__init__("references", f"{path} {problem}; make the pack again")
+
+
+def check_key(key: str) -> None:
+    """Raises `InvalidRequest` for what cannot be a content key."""
+    if not CONTENT_KEY.fullmatch(key):
+        raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
 
 
 def reference_key(

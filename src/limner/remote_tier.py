@@ -1,13 +1,14 @@
 """Packs in a filesystem of fsspec (`s3://bucket/prefix`, `gs://`, `sftp://`, `file:///`), which machines share.
 
-Owns the URL, the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
+Owns the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
 others are not touched. It never changes: it is put whole, or removed. Nothing is evicted here. Knows of References no more
 than what the header of a pack says.
 
 A filesystem may hang, so that each call runs in a thread of its own and is given up after a time: a thread that hangs holds
 nobody, also not the end of the process. After a failure the tier is away: nobody asks it for a while, which grows with
 each failure up to minutes; then one caller tries. That is logged when it starts and when it ends. Calls that a person asked
-for (`asked`) are tried in any case, and raise.
+for (`asked`) are tried in any case, and raise. One that says that nothing may be written is not written to for minutes:
+rights come back, as when a token that expired is renewed.
 
 No message has the credentials that a URL may hold.
 """
@@ -17,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -27,17 +28,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
-from limner.references import PackIdentity, parse_identity, read_identity
+from limner.places import secrets_of, without_credentials
+from limner.references import CONTENT_KEY, PackIdentity, check_key, parse_identity, read_identity
 
-__all__ = ["RemoteObject", "RemoteTier", "absolute", "is_url", "without_credentials"]
+__all__ = ["RemoteObject", "RemoteTier"]
 
 _logger = logging.getLogger("limner")
 _R = TypeVar("_R")
-_KEY = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(rf"({_KEY.pattern})\.safetensors")
+_NAME = re.compile(rf"({CONTENT_KEY.pattern})\.safetensors")
 _START_FACTOR = 4.0
 """The first answer may take so many times `timeout`: names, connections and credentials are looked up."""
 _UPLOAD_FACTOR = 12.0
@@ -45,40 +45,18 @@ _UPLOAD_BYTES_PER_SECOND = 1 << 20
 """An upload holds nobody: it may take 12 times `timeout`, and a second for each of its MiB."""
 _LIST_FACTOR = 12.0
 _FIRST_AWAY, _LAST_AWAY = 5.0, 300.0
+_MOST_LEFT = 8
+"""Calls that a person asked for are not tried while so many that were given up still hang: each has a thread."""
+_TORN = ".limner-"
+_TORN_SECONDS = 86400.0
+"""What was not renamed for so long is of a writer that was killed."""
 _HEAD = 1 << 16
 """Bytes that have the header of most packs."""
 _LONGEST_HEADER = 100 << 20
 _UNKNOWN_PREFILL = 60.0
 """Seconds that a prefill is taken to save where the pack does not say."""
-_SHORTEST_SECRET = 6
-"""Values of a query that are shorter are no secrets: to look for them would garble messages."""
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 """Where filesystems say when an object was written."""
-
-
-def is_url(place: object) -> bool:
-    """Whether a place is a URL, not a folder."""
-    return isinstance(place, str) and "://" in place
-
-
-def absolute(place: str) -> str:
-    """A place that does not depend on the folder of a process: a URL as it is, the whole path of a folder."""
-    return place if is_url(place) else os.path.abspath(place)
-
-
-def without_credentials(place: str) -> str:
-    """A place as it may be shown: a URL without user, password and query."""
-    if not is_url(place):
-        return place
-    return _shown(place)
-
-
-def _shown(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    rest, query, _ = rest.partition("?")
-    user = _user(rest)
-    shown = f"***{rest[len(user) :]}" if user else rest
-    return f"{scheme}://{shown}" + ("?***" if query else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +77,17 @@ class RemoteTier:
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0, make: bool = True) -> None:
-        self._url, self.url = url, _shown(url)
+        self._url, self.url = url, without_credentials(url)
         self.timeout = timeout
-        self.writable = True
-        self._secrets = _secrets(url)
+        self.read_only = ""
+        """Why it could not be written when that was last tried; "" if it could."""
+        self._secrets = secrets_of(url)
         self._lock = threading.Lock()
         self._made: tuple[Any, str] | None = None
-        self._away, self._until = 0.0, 0.0
+        self._away, self._until, self._read_only_until = 0.0, 0.0, 0.0
+        self._left: list[threading.Thread] = []
+        """Of calls that were given up since it last answered."""
+        self._looked_for_torn = False
         self._check_url()
         try:
             problem = self._bounded(lambda: self._probe(make=make), _START_FACTOR * timeout, doing="be opened")
@@ -229,26 +211,67 @@ class RemoteTier:
 
     # what changes it
 
-    def upload(self, path: Path, key: str) -> None:
-        """Puts a local file under the name of its key. Raises `RemoteError`; one that may not write stays unwritable."""
+    @property
+    def is_writable(self) -> bool:
+        """Whether writing may be tried: nobody was refused it for some minutes."""
+        with self._lock:
+            return time.monotonic() >= self._read_only_until
+
+    def upload(self, path: Path, key: str, *, asked: bool = False) -> None:
+        """Puts a local file under the name of its key, whole or not at all. Raises `RemoteError`."""
 
         def put() -> None:
             fs, root = self._filesystem()
-            if _has_folders(root):
-                fs.makedirs(root, exist_ok=True)
             try:
-                fs.put_file(str(path), _object(root, key))
+                if _has_folders(root):
+                    self._put_beside(fs, root, path, key)
+                else:
+                    fs.put_file(str(path), _object(root, key))
             except FileNotFoundError as error:  # no bucket: that is no object that is not there
                 raise ConnectionError(str(error)) from error
 
         seconds = _UPLOAD_FACTOR * self.timeout + _size(path) / _UPLOAD_BYTES_PER_SECOND
         try:
-            self._ask(put, seconds, doing="be written")
+            self._ask(put, seconds, doing="be written", asked=asked)
         except _ReadOnly as error:
-            if self.writable:
-                self.writable = False
-                _logger.warning("%s: its entries are used, and none is added", error)
-            raise RemoteError(str(error)) from None
+            raise self._refused(error) from None
+        with self._lock:
+            was_read_only, self.read_only = self.read_only, ""
+        if was_read_only:
+            _logger.warning("%s can be written again", self.url)
+
+    def _refused(self, error: _ReadOnly) -> RemoteError:
+        """Nothing is written for a while, and then as by one who has just come: with credentials that are read anew."""
+        told = f"{error}; check that the credentials in the environment may write there"
+        with self._lock:
+            was_read_only, self.read_only = self.read_only, told
+            self._read_only_until = time.monotonic() + _LAST_AWAY
+            self._made = None
+        if not was_read_only:
+            _logger.warning("%s: its entries are used, and for now none is added", error)
+        return RemoteError(told)
+
+    def _put_beside(self, fs: Any, root: str, path: Path, key: str) -> None:
+        """Puts a file where half of one would be seen: under a name of its own, which it then changes."""
+        fs.makedirs(root, exist_ok=True)
+        if not self._looked_for_torn:
+            self._looked_for_torn = True
+            with contextlib.suppress(Exception):
+                _remove_torn(fs, root)
+        beside, target = f"{root}/{_TORN}{secrets.token_hex(8)}", _object(root, key)
+        try:
+            fs.put_file(str(path), beside)
+            try:
+                fs.mv(beside, target)
+            except OSError:
+                if not fs.exists(target):
+                    raise
+                fs.rm_file(target)  # some do not rename over what is there
+                fs.mv(beside, target)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                fs.rm_file(beside)
+            raise
 
     def remove(self, key: str, *, asked: bool = True) -> bool:
         """Removes an object; whether there was one. Raises `RemoteError`."""
@@ -267,6 +290,8 @@ class RemoteTier:
         try:
             return self._ask(drop, 2 * self.timeout, doing="be changed", asked=asked)
         except _ReadOnly as error:
+            with self._lock:
+                self._made = None  # its credentials may be old
             raise RemoteError(str(error)) from None
 
     # asking
@@ -286,6 +311,8 @@ class RemoteTier:
         asked: bool = False,
     ) -> _R:
         """What a call gives. Raises `FileNotFoundError` as it does; else what `_bounded` raises, after which it is away."""
+        if asked:
+            self._check_left()
         is_trial = not asked and self._enter()
         try:
             found = self._bounded(call, seconds, doing=doing)
@@ -310,9 +337,19 @@ class RemoteTier:
                 self._until = now + self._away
             return self._away > 0
 
+    def _check_left(self) -> None:
+        """Raises `RemoteError` while too many calls hang that nobody waits for."""
+        with self._lock:
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            if len(self._left) >= _MOST_LEFT:
+                raise RemoteError(
+                    f"remote: {self.url} does not answer: {len(self._left)} calls still wait for it; try again later"
+                )
+
     def _answered(self) -> None:
         with self._lock:
             was_away, self._away, self._until = self._away, 0.0, 0.0
+            self._left = []
         if was_away:
             _logger.warning("%s answers again", self.url)
 
@@ -342,12 +379,15 @@ class RemoteTier:
             except BaseException as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, name="limner-remote", daemon=True).start()
+        thread = threading.Thread(target=run, name="limner-remote", daemon=True)
+        thread.start()
         if isinstance(seconds, (int, float)):
             problem = "" if wait([done], timeout=seconds).done else f"no answer within {seconds:g} s"
         else:
             problem = seconds(done)
         if problem:
+            with self._lock:
+                self._left = [*(left for left in self._left if left.is_alive()), thread]
             raise self._error(doing, problem)
         error = done.exception()
         if error is None:
@@ -441,14 +481,22 @@ class _ReadOnly(Exception):
 
 
 def _object(root: str, key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
+    check_key(key)
     return f"{root}/{key}.safetensors"
 
 
 def _has_folders(root: str) -> bool:
     """Whether a path is in a filesystem with folders: those of object stores start with a bucket."""
     return root.startswith("/")
+
+
+def _remove_torn(fs: Any, root: str) -> None:
+    """What writers left that were killed while writing."""
+    for info in fs.ls(root, detail=True):
+        written = _modified(info)
+        if str(info["name"]).rpartition("/")[2].startswith(_TORN) and written and time.time() - written > _TORN_SECONDS:
+            with contextlib.suppress(Exception):
+                fs.rm_file(info["name"])
 
 
 def _size(path: Path) -> int:
@@ -470,24 +518,6 @@ def _modified(info: dict[str, Any]) -> float | None:
         if isinstance(value, (int, float)):
             return float(value)
     return None
-
-
-def _secrets(url: str) -> list[str]:
-    """What no message may have: user, password and query of a URL, as they are and unquoted, the longest first."""
-    rest, _, query = url.partition("://")[2].partition("?")
-    user = _user(rest)
-    found = {user, user.partition(":")[2], query}
-    found |= {value for part in query.split("&") if len(value := part.partition("=")[2]) >= _SHORTEST_SECRET}
-    return sorted({text for one in found for text in (one, unquote(one)) if text}, key=len, reverse=True)
-
-
-def _user(rest: str) -> str:
-    """User and password of a URL without its scheme; a password may have a slash that nobody quoted."""
-    authority = rest.partition("/")[0]
-    if "@" in authority:
-        return authority.rpartition("@")[0]
-    port = authority.partition(":")[2]
-    return rest.rpartition("@")[0] if port and not port.isdigit() else ""
 
 
 def _stopper(given_up: threading.Event) -> Any:

@@ -23,31 +23,40 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 import stat
 import tempfile
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
 
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.images import written_beside
-from limner.references import DamagedPack, PackIdentity, References, read_identity, write_pack
-from limner.remote_tier import RemoteObject, RemoteTier, is_url
+from limner.places import check_store, is_url
+from limner.references import (
+    CONTENT_KEY,
+    DamagedPack,
+    PackIdentity,
+    References,
+    check_key,
+    read_identity,
+    write_pack,
+)
+from limner.remote_tier import RemoteObject, RemoteTier
 
 __all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
 
 _logger = logging.getLogger("limner")
-_KEY = re.compile(r"[0-9a-f]{64}")
+_V = TypeVar("_V")
 Source = Literal["miss", "memory", "disk", "remote"]
 _TIERS = ("device", "memory", "disk")
 """Those of this machine, whose bytes are known. The remote one is not counted: that would be a listing each time."""
@@ -59,7 +68,11 @@ _TOUCH_SECONDS = 60.0
 """How often at most the file of an entry that is used in memory hears of it."""
 _UPLOADED_SECONDS = 300.0
 """A damaged object that was written so lately may be half of one: on some filesystems it is seen while it is written."""
+_SEEN_SECONDS = 3600.0
+"""How long an object that was there is taken to be there still: a bucket's rules may remove it."""
 _KNOWN_KEYS = 100_000
+_UPLOADS_BYTES = 4 << 30
+"""What waits to be uploaded may have so many, or a quarter of what is free, where the budget of memory is smaller."""
 _HEADERS_AT_ONCE = 16
 _FAILURES = (LimnerError, OSError, RuntimeError, MemoryError)
 """What reading, writing and moving may raise; torch reports memory that ran out as a `RuntimeError`."""
@@ -234,8 +247,7 @@ class _Disk:
             _logger.warning("%s cannot be written: its entries are used, and none is added", folder)
 
     def file(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise InvalidRequest("key", f"{key!r} is not a content key (64 hexadecimal digits)")
+        check_key(key)
         return self.folder / f"{key}.safetensors"
 
     def pin_file(self, key: str) -> Path:
@@ -245,7 +257,7 @@ class _Disk:
         """Packs, by their names, with their stat, least recently used first."""
         found = []
         for path in self.folder.glob("*.safetensors"):
-            if _KEY.fullmatch(path.stem):
+            if CONTENT_KEY.fullmatch(path.stem):
                 with contextlib.suppress(OSError):
                     if stat.S_ISREG((status := path.stat()).st_mode):
                         found.append((path, status))
@@ -373,32 +385,60 @@ class _Remote:
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="limner-upload")
         self._lock = threading.Lock()
         self._uploads: dict[str, list[Future[None]]] = {}
-        self._seen: OrderedDict[str, None] = OrderedDict()
-        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        """When a key was last seen there."""
+        self._refused: OrderedDict[str, float] = OrderedDict()
         """Not to be asked about each time that they are used."""
-        self._to_replace: set[str] = set()
+        self._to_replace: dict[str, float] = {}
+        """Keys whose objects are damaged, and from when on an upload may take their place."""
+        self._failures: OrderedDict[str, RemoteError] = OrderedDict()
+        """Why what was asked for was not uploaded."""
+        self._failed = float("-inf")
+        """When an upload that was asked for failed last."""
+        register = getattr(threading, "_register_atexit", None)  # `atexit` is too late: asyncio's executors have ended
+        if register is not None:
+            with contextlib.suppress(RuntimeError):  # the process ends already
+                register(_upload_at_exit, weakref.ref(self), os.getpid())
 
     def knows(self, key: str) -> bool:
         with self._lock:
             return key in self._seen
 
     def wants(self, key: str, *, asked: bool) -> bool:
-        """Whether an entry may have to be uploaded: it is not known to be there, and the tier can be written now."""
+        """Whether an entry may have to be uploaded: it was not seen there lately, and the tier can be written now.
+
+        One that was asked for is tried in any case, unless the tier has just said that it may not be written.
+        """
+        is_writable = self.tier.is_writable
+        if asked:
+            if not is_writable:
+                self._note(self._failures, key, RemoteError(self.tier.read_only))
+            return is_writable
+        if not is_writable or self.tier.is_away:
+            return False
+        now = time.monotonic()
         with self._lock:
-            if not asked and (key in self._uploads or key in self._refused):
+            if key in self._uploads or key in self._refused or now < self._to_replace.get(key, now):
                 return False
-            if key in self._seen and key not in self._uploads:  # one that was not asked for may be removed again
-                return False
-        return self.tier.writable and not self.tier.is_away
+            return now - self._seen.get(key, float("-inf")) >= _SEEN_SECONDS
 
     def refuse(self, key: str) -> None:
-        self._note(self._refused, key)
+        self._note(self._refused, key, time.monotonic())
 
-    def replace(self, key: str) -> None:
-        """The next upload of that key takes the place of what is there."""
+    def replace(self, key: str, *, after: float = 0.0) -> None:
+        """An upload of that key, so many seconds from now or later, takes the place of what is there."""
         with self._lock:
-            self._to_replace.add(key)
+            self._to_replace[key] = time.monotonic() + after
             self._seen.pop(key, None)
+
+    @property
+    def has_told(self) -> bool:
+        """Whether the tier has said that it fails, or that it cannot be written."""
+        return self.tier.is_away or not self.tier.is_writable
+
+    def failure(self, key: str) -> RemoteError | None:
+        with self._lock:
+            return self._failures.get(key)
 
     def holds(self, key: str) -> bool:
         """Asks whether an entry is there. Raises `RemoteError`."""
@@ -420,7 +460,7 @@ class _Remote:
             raise
         if references.key != key:
             raise DamagedPack(self.tier.name(key), f"holds the key {references.key}, not that of its name")
-        self._note(self._seen, key)
+        self._saw(key)
         return references
 
     def submit(self, key: str, upload: Callable[[], None], *, ended: Callable[[], None]) -> None:
@@ -438,24 +478,45 @@ class _Remote:
             self._uploads.setdefault(key, []).append(waiting)
         waiting.add_done_callback(end)
 
-    def write(self, references: References, folder: Path, *, asked: bool) -> None:
+    def write(self, references: References, folder: Path, *, asked: bool, since: float) -> None:
         """Uploads an entry that is not there. One that was not asked for is then read back, as on disk.
 
-        Raises `RemoteError`, `OutputError` and `_Refused`.
+        Of those asked for that waited while one failed (`since` when), none is tried: all would wait for what hangs. Raises
+        `RemoteError`, `OutputError` and `_Refused`.
         """
+        key = references.key
+        is_late = asked and since < self._failed
+        try:
+            if is_late:
+                raise RemoteError(f"remote: {self.tier.url} failed to take the one before; try again")
+            self._write(references, folder, asked=asked)
+        except RemoteError as error:
+            if asked:
+                self._note(self._failures, key, error)
+                self._failed = self._failed if is_late else time.monotonic()
+            raise
+        with self._lock:
+            self._failures.pop(key, None)
+
+    def _write(self, references: References, folder: Path, *, asked: bool) -> None:
         key, path = references.key, folder / "pack"
         with self._lock:
-            replaces = key in self._to_replace
-        if replaces or not self.tier.holds(key):
-            with _typed(path):
-                write_pack(references, path)
-            self.tier.upload(path, key)
+            damaged = key in self._to_replace
+        if not damaged:
+            if self.tier.holds(key, asked=asked):
+                self._saw(key)
+                return
             with self._lock:
-                self._to_replace.discard(key)
-            if not asked and (self._to_measure > 0 or self.cost.is_dear(references)):
-                self._to_measure -= 1
-                self._measure(references, folder / "copy")
-        self._note(self._seen, key)
+                self._seen.pop(key, None)
+        if not self.tier.is_writable:
+            raise RemoteError(self.tier.read_only)
+        with _typed(path):
+            write_pack(references, path)
+        self.tier.upload(path, key, asked=asked)
+        self._saw(key)
+        if not asked and (self._to_measure > 0 or self.cost.is_dear(references)):
+            self._to_measure -= 1
+            self._measure(references, folder / "copy")
 
     def _measure(self, references: References, path: Path) -> None:
         """Reads an entry back; removes it and raises `_Refused` where that takes longer than the prefill."""
@@ -464,6 +525,9 @@ class _Remote:
             self.read(references.key, path)
         except RemoteError:  # the tier says so; what was uploaded is there
             return
+        except DamagedPack:
+            self.replace(references.key)
+            raise
         seconds = time.perf_counter() - start
         self.cost.measure(seconds, references.nbytes)
         if 0 < references.prefill_seconds <= seconds:
@@ -480,8 +544,8 @@ class _Remote:
         wait([upload for upload in uploads if not upload.cancel()])
         found = self.tier.remove(key)
         with self._lock:
-            self._seen.pop(key, None)
-            self._refused.pop(key, None)
+            for known in (self._seen, self._refused, self._to_replace, self._failures):
+                known.pop(key, None)
         return found
 
     def entries(self) -> Iterator[StoreEntry]:
@@ -514,12 +578,29 @@ class _Remote:
     def flush(self) -> None:
         self._uploader.submit(lambda: None).result()
 
-    def _note(self, keys: OrderedDict[str, None], key: str) -> None:
+    def flush_at_exit(self) -> None:
         with self._lock:
-            keys[key] = None
+            uploads = [upload for of_key in self._uploads.values() for upload in of_key]
+        wait(uploads)
+
+    def _saw(self, key: str) -> None:
+        self._note(self._seen, key, time.monotonic())
+        with self._lock:
+            self._to_replace.pop(key, None)
+
+    def _note(self, keys: OrderedDict[str, _V], key: str, value: _V) -> None:
+        with self._lock:
+            keys[key] = value
             keys.move_to_end(key)
             if len(keys) > _KNOWN_KEYS:
                 keys.popitem(last=False)
+
+
+def _upload_at_exit(remote: weakref.ref[_Remote], process: int) -> None:
+    """Waits for uploads at the end of a process, but of one that was forked: it has no thread that would do them."""
+    found = remote()
+    if found is not None and process == os.getpid():
+        found.flush_at_exit()
 
 
 class ReferenceStore:
@@ -558,6 +639,9 @@ class ReferenceStore:
         self._under_way: dict[str, Future[References]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="limner-store") if self._disk else None
         self._pending = {"disk": 0, "remote": 0}
+        self._most_uploads = min(_UPLOADS_BYTES, psutil.virtual_memory().available // _SHARE)
+        self._told_full: set[str] = set()
+        """Tiers of which it was said that too much waits for them, until nothing does."""
         self._touched: dict[str, float] = {}
         self._warned = False
         self._remote = _Remote(remote) if remote is not None else None
@@ -576,18 +660,11 @@ class ReferenceStore:
 
         Raises `InvalidRequest`, without `make` also where there is no folder, and `RemoteError`.
         """
+        check_store(place, cache=cache, disk_bytes=disk_bytes)
         if not is_url(place):
-            if cache is not None:
-                raise InvalidRequest(
-                    "store_cache", f"{cache} is a folder before a URL; give one as the store, or leave it out"
-                )
             if not make and not Path(place).is_dir():
                 raise InvalidRequest("store", f"{place} is not a folder; check the name")
             return cls(disk_path=place, disk_bytes=disk_bytes, memory_bytes=memory_bytes)
-        if disk_bytes is not None and cache is None:
-            raise InvalidRequest(
-                "store_bytes", f"{disk_bytes} is the budget of a folder; give one before the URL as store_cache"
-            )
         remote = RemoteTier(str(place), make=make)
         return cls(disk_path=cache, disk_bytes=disk_bytes, memory_bytes=memory_bytes, remote=remote)
 
@@ -737,7 +814,7 @@ class ReferenceStore:
             with _own_folder() as folder:
                 return remote.read(key, folder / "pack")
         try:
-            with written_beside(disk.file(key)) as beside:
+            with written_beside(disk.file(key), synced=False) as beside:  # one that is torn is fetched again
                 references = remote.read(key, beside)
                 if references is None:
                     raise _Missing
@@ -754,7 +831,8 @@ class ReferenceStore:
         """Removes a damaged object, unless somebody may still be writing it."""
         try:
             written = remote.tier.modified(key)
-            if written is not None and time.time() - written < _UPLOADED_SECONDS:
+            if written is not None and (age := time.time() - written) < _UPLOADED_SECONDS:
+                remote.replace(key, after=_UPLOADED_SECONDS - age)
                 _logger.info("references %s are made again: %s, perhaps still being written", key[:16], error)
                 return
             _logger.warning("dropped %s", error)
@@ -773,7 +851,10 @@ class ReferenceStore:
     # keeping
 
     def put(self, references: References) -> None:
-        """Keeps References that were made elsewhere, such as a pack; on disk whatever reading them back costs."""
+        """Keeps References that were made elsewhere, such as a pack; on disk whatever reading them back costs.
+
+        They are uploaded in the background, also while the remote tier is left alone; `upload_error` says if that failed.
+        """
         self._keep(references, device=references.device, write=True, asked=True)
 
     def _keep(self, references: References, *, device: torch.device, write: bool, asked: bool = False) -> References:
@@ -860,9 +941,10 @@ class ReferenceStore:
         if remote is None or not remote.wants(references.key, asked=asked):
             return
         if self._may_wait("remote", references, remote.cost, asked=asked):
+            since = time.monotonic()
             remote.submit(
                 references.key,
-                lambda: self._upload(references, remote, asked=asked),
+                lambda: self._upload(references, remote, asked=asked, since=since),
                 ended=lambda: self._waits_no_more("remote", references),
             )
         elif remote.cost.is_dear(references):
@@ -871,14 +953,27 @@ class ReferenceStore:
     def _may_wait(self, tier: str, references: References, cost: _ReadCost, *, asked: bool) -> bool:
         """Whether an entry joins those that wait for a tier; it is then counted there.
 
-        No more waits for each than host memory may hold, and one entry in any case.
+        No more waits for each than host memory may hold, and one entry in any case. More may wait to be uploaded, which is
+        slow, if it is not in a device's memory.
         """
+        most = self._memory.budget
+        if tier == "remote" and references.device.type == "cpu":
+            most = max(most, self._most_uploads)
         with self._lock:
             waiting = self._pending[tier]
-            full = waiting > 0 and waiting + references.nbytes > self._memory.budget
-            if not asked and (full or not cost.is_worth_a_write(references)):
-                self._stats.refused += 1
-                return False
+            full = waiting > 0 and waiting + references.nbytes > most
+            refused = not asked and (full or not cost.is_worth_a_write(references))
+            self._stats.refused += refused
+            is_news = full and refused and tier not in self._told_full
+            if is_news:
+                self._told_full.add(tier)
+        if is_news:
+            _logger.warning(
+                "%d bytes wait for the %s tier, which takes less than is made: what is made now is not kept there",
+                waiting, tier,
+            )  # fmt: skip
+        if refused:
+            return False
         if full:
             self.flush()
         with self._lock:
@@ -895,16 +990,18 @@ class ReferenceStore:
         finally:
             self._waits_no_more("disk", references)
 
-    def _upload(self, references: References, remote: _Remote, *, asked: bool) -> None:
+    def _upload(self, references: References, remote: _Remote, *, asked: bool, since: float) -> None:
         with (
             self._counted("in the remote tier", "uploaded", references, asked=asked),
             _own_folder(self._disk) as folder,
         ):
-            remote.write(references, folder, asked=asked)
+            remote.write(references, folder, asked=asked, since=since)
 
     def _waits_no_more(self, tier: str, references: References) -> None:
         with self._lock:
             self._pending[tier] -= references.nbytes
+            if not self._pending[tier]:
+                self._told_full.discard(tier)
 
     @contextlib.contextmanager
     def _counted(self, where: str, done: str, references: References, *, asked: bool) -> Iterator[None]:
@@ -921,7 +1018,7 @@ class ReferenceStore:
         except _FAILURES as error:
             with self._lock:
                 self._stats.failed_writes += 1
-            if not isinstance(error, RemoteError):  # the tier says so, once
+            if not isinstance(error, RemoteError) or (asked and self._remote is not None and not self._remote.has_told):
                 _logger.warning("references %s were not %s: %s", references.key[:16], done, error)
 
     def _touch_file(self, key: str) -> None:
@@ -997,10 +1094,14 @@ class ReferenceStore:
         return self._remote.holds(key) if self._remote is not None else self.file(key) is not None
 
     def keys(self) -> list[str]:
-        """The keys of what `outlives` this process. Lists the remote tier if there is one; raises `RemoteError`."""
-        if self._remote is not None:
-            return [item.key for item in self._remote.tier.objects()]
-        return [path.stem for path, _ in self._disk.files()] if self._disk is not None else []
+        """The keys of what is in the remote tier, and on disk. Lists the remote tier; raises `RemoteError`."""
+        far = [item.key for item in self._remote.tier.objects()] if self._remote is not None else []
+        near = [path.stem for path, _ in self._disk.files()] if self._disk is not None else []
+        return list(dict.fromkeys([*far, *near]))
+
+    def upload_error(self, key: str) -> RemoteError | None:
+        """Why an entry that was `put` is not in the remote tier, if its upload failed."""
+        return self._remote.failure(key) if self._remote is not None else None
 
     def file(self, key: str) -> Path | None:
         """The file of an entry in the disk tier, if there is one."""

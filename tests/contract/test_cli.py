@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from tests.conftest import picture
 
@@ -331,6 +332,31 @@ def test_a_store_under_a_url(files: Path, tiny_folder: Path) -> None:
     assert removed.returncode == 0, removed.stderr
     assert [*cache.iterdir(), *file.parent.iterdir()] == []
     assert json.loads(run("refs", "ls", "--store", url, "--json").stdout) == {"entries": []}
+
+
+def test_warm_says_why_nothing_was_uploaded(
+    files: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rights to read alone are no lack of space."""
+
+    def deny(*_: object, **__: object) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", deny)
+    warm = ["refs", "warm", str(files / "a.png"), "--store", f"file://{files}/far", "--model", str(tiny_folder)]
+    assert main(warm) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("limner: --store")]
+    assert "cannot be written (PermissionError: AccessDenied); check that the credentials" in told
+    assert "free some space" not in told
+
+
+def test_rm_of_what_is_in_the_folder_before_a_url_alone(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "far").mkdir()
+    (files / "near").mkdir()
+    (files / "near" / f"{'ab' * 32}.safetensors").write_bytes(b"x")
+    remove = ["refs", "rm", "abababab", "--store", f"file://{files}/far", "--store-cache", str(files / "near")]
+    assert main(remove) == 0
+    assert list((files / "near").iterdir()) == []
 
 
 def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:

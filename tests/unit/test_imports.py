@@ -12,6 +12,7 @@ import limner
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native"},
+    {"places"},
     {"memory"},
     {"tokens", "schedule", "images"},
     {"safety", "provenance"},

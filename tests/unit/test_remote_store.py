@@ -25,9 +25,11 @@ from tests.conftest import generators, picture
 from tests.unit.test_store import references, same
 
 import limner.remote_tier as remote_tier
+import limner.store
 from limner import InvalidRequest, Pipeline, References, ReferenceStore
 from limner.errors import RemoteError
-from limner.remote_tier import RemoteTier, without_credentials
+from limner.places import without_credentials
+from limner.remote_tier import RemoteTier
 
 KEY = references().key
 LONG_AGO = time.time() - 3600
@@ -64,6 +66,10 @@ class FaultyFileSystem(LocalFileSystem):
         self._meet("put")
         return super().put_file(path1, path2, callback=callback, **kwargs)
 
+    def mv(self, path1: Any, path2: Any, recursive: bool = True, **kwargs: Any) -> None:
+        self._meet("mv")
+        super().mv(path1, path2, recursive=recursive, **kwargs)
+
     def rm_file(self, path: Any) -> None:
         self._meet("rm")
         super().rm_file(path)
@@ -92,15 +98,18 @@ def hang() -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets time go by for the pauses of the tier."""
+    """Lets time go by for the pauses of the tier, and for what was seen there."""
     real, ahead = time.monotonic, [0.0]
 
     class Clock:
-        @staticmethod
-        def monotonic() -> float:
+        def monotonic(self) -> float:
             return real() + ahead[0]
 
-    monkeypatch.setattr(remote_tier, "time", Clock)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+    for module in (remote_tier, limner.store):
+        monkeypatch.setattr(module, "time", Clock())
 
     def go(seconds: float) -> None:
         ahead[0] += seconds
@@ -282,6 +291,64 @@ def test_what_is_asked_for_stays_whatever_was_under_way(tmp_path: Path, problem:
     assert store.remove(cheap.key)
 
 
+def test_what_went_from_the_bucket_is_put_back_when_it_is_used(
+    tmp_path: Path, problem: dict[str, Any], clock: Callable[[float], None]
+) -> None:
+    """A bucket's rules remove what is old, however much it is used."""
+    store = ReferenceStore(remote=faulty(tmp_path))
+    store.put(references())
+    store.flush()
+    for file in (tmp_path / "far").iterdir():
+        file.unlink()
+    FaultyFileSystem.calls.clear()
+    for seconds, calls in ((0.0, 0), (3500.0, 0), (200.0, 1)):
+        clock(seconds)
+        for _ in range(3):
+            assert store.get(KEY, never)[1] == "memory"
+            store.flush()
+        assert FaultyFileSystem.calls.count("put") == calls
+    assert store.keys() == [KEY]
+    FaultyFileSystem.calls.clear()
+    for _ in range(2):  # asked once an hour
+        clock(3700)
+        for _ in range(3):
+            store.get(KEY, never)
+            store.flush()
+    assert FaultyFileSystem.calls == ["info"] * 2
+
+
+def test_uploads_that_are_slower_than_prefills_wait_where_nothing_is_kept_in_memory(
+    tmp_path: Path, problem: dict[str, Any]
+) -> None:
+    go = threading.Event()
+    problem["put"] = lambda: (go.wait(30), None)[1]
+    store = ReferenceStore(remote=faulty(tmp_path), memory_bytes=0)
+    for number in range(6):
+        store.get(references(number).key, lambda number=number: references(number))
+    go.set()
+    store.flush()
+    assert (store.stats().refused, len(store.keys())) == (0, 6)
+
+
+def test_that_too_much_waits_to_be_uploaded_is_told_once(
+    tmp_path: Path, problem: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limner.store, "_UPLOADS_BYTES", 2 * references().nbytes)
+    store = ReferenceStore(remote=faulty(tmp_path), memory_bytes=0)
+    with caplog.at_level(logging.WARNING, logger="limner"):
+        for turn in (1, 2):
+            go = threading.Event()
+            problem["put"] = lambda go=go: (go.wait(30), None)[1]
+            for number in range(5):
+                store.get(references(10 * turn + number).key, lambda n=10 * turn + number: references(n))
+            assert (store.stats().refused, store.stats().pending_bytes) == (3 * turn, 2 * references().nbytes)
+            go.set()
+            store.flush()
+            assert len(caplog.records) == turn
+            assert "wait for the remote tier" in caplog.text
+    assert len(store.keys()) == 4
+
+
 def test_the_folder_before_it_keeps_its_budget(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/far"
     fill(url, 0, 1, 2)
@@ -362,6 +429,47 @@ def test_what_may_still_be_being_written_is_left_alone(
     assert same(found, references())
     assert file.read_bytes() == half
     assert (caplog.text, store.stats().dropped_files) == ("", 0)
+
+
+def test_half_an_object_is_replaced_when_nobody_can_be_writing_it(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    file = tmp_path / "far" / f"{KEY}.safetensors"
+    fill(f"file://{tmp_path}/far", 0)
+    damage_truncate(file)
+    half = file.read_bytes()
+    store = ReferenceStore(remote=f"file://{tmp_path}/far")
+    assert store.get(KEY, references)[1] == "miss"
+    for seconds in (0, 290):
+        clock(seconds)
+        store.get(KEY, never)
+        store.flush()
+        assert file.read_bytes() == half
+        assert store._remote is not None
+        assert not store._remote.knows(KEY)
+    clock(20)
+    store.get(KEY, never)
+    store.flush()
+    assert same(References.load(file), references())
+    assert KEY in store
+
+
+def test_half_an_object_that_was_ended_is_not_replaced(
+    tmp_path: Path, problem: dict[str, Any], clock: Callable[[float], None]
+) -> None:
+    file = tmp_path / "far" / f"{KEY}.safetensors"
+    fill(f"faulty://{tmp_path}/far", 0)
+    whole = file.read_bytes()
+    damage_truncate(file)
+    store = ReferenceStore(remote=faulty(tmp_path), memory_bytes=0)
+    assert store.get(KEY, references)[1] == "miss"
+    file.write_bytes(whole)
+    FaultyFileSystem.calls.clear()
+    assert store.get(KEY, never)[1] == "remote"
+    clock(400)
+    store.get(KEY, never)
+    store.flush()
+    assert FaultyFileSystem.calls.count("put") == 0
 
 
 def test_a_damaged_object_that_cannot_be_removed_is_replaced(tmp_path: Path, problem: dict[str, Any]) -> None:
@@ -570,10 +678,110 @@ def test_no_permission_to_write(tmp_path: Path, problem: dict[str, Any], caplog:
             store.flush()
         assert store.get(KEY, never)[1] == "remote"
     (record,) = caplog.records
-    assert "none is added" in record.getMessage()
+    assert "for now none is added" in record.getMessage()
     assert store.stats().failed_writes == 1
+    store.put(references(4))
+    assert "cannot be written (PermissionError: AccessDenied); check that" in str(store.upload_error(references(4).key))
     with pytest.raises(RemoteError, match="cannot be changed .PermissionError: AccessDenied"):
         store.remove(KEY)
+
+
+def test_rights_that_come_back(
+    tmp_path: Path, problem: dict[str, Any], clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token that expired is no permission until it is renewed, by credentials that are read anew."""
+    store = ReferenceStore(remote=faulty(tmp_path))
+    assert store._remote is not None
+    assert store._remote.tier._made is not None
+    old, _ = store._remote.tier._made
+
+    def deny() -> None:
+        raise PermissionError("ExpiredToken")
+
+    problem["put"] = deny
+    with caplog.at_level(logging.WARNING, logger="limner"):
+        for _ in range(3):
+            for number in range(2):
+                store.get(references(number).key, lambda number=number: references(number))
+                store.put(references(number))
+            store.flush()
+            clock(310)
+        assert FaultyFileSystem.calls.count("put") == 3  # one each time
+        assert ["none is added" in record.getMessage() for record in caplog.records] == [True]
+        problem.clear()
+        store.get(KEY, never)
+        store.flush()
+        store.put(references(1))
+        store.flush()
+    assert "can be written again" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+    assert len(store.keys()) == 2
+    assert store._remote.tier._made is not None
+    assert store._remote.tier._made[0] is not old
+    assert store.upload_error(references(1).key) is None
+
+
+def test_what_is_asked_for_is_uploaded_while_the_tier_is_left_alone(tmp_path: Path, problem: dict[str, Any]) -> None:
+    store = ReferenceStore(remote=faulty(tmp_path))
+    assert store._remote is not None
+    problem["get"] = refuse
+    assert store.get(KEY, references)[1] == "miss"
+    problem.clear()
+    assert store._remote.tier.is_away
+    store.put(references())
+    store.flush()
+    assert store.keys() == [KEY]
+    assert store.upload_error(KEY) is None
+
+
+def test_that_what_was_asked_for_failed_is_said(
+    tmp_path: Path, problem: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ReferenceStore(remote=faulty(tmp_path))
+    problem["put"] = refuse
+    with caplog.at_level(logging.WARNING, logger="limner"):
+        store.put(references())
+        store.flush()
+    assert "were not uploaded" in caplog.text
+    assert "ConnectionError: the line is cut" in caplog.text
+    assert "ConnectionError: the line is cut" in str(store.upload_error(KEY))
+    problem.clear()
+    store.put(references())
+    store.flush()
+    assert store.upload_error(KEY) is None
+
+
+def test_what_is_asked_for_does_not_queue_up_before_one_that_hangs(
+    tmp_path: Path, problem: dict[str, Any], hang: Callable[[], None]
+) -> None:
+    store = ReferenceStore(remote=faulty(tmp_path, timeout=0.2))
+    FaultyFileSystem.calls.clear()
+    problem["info"] = hang
+    for number in range(20):
+        store.put(references(number))
+    store.flush()
+    assert FaultyFileSystem.calls == ["info"]
+    assert (store.stats().failed_writes, store.stats().pending_bytes) == (20, 0)
+    problem.clear()
+    store.put(references(0))
+    store.flush()
+    assert store.keys() == [KEY]
+
+
+def test_calls_that_hang_do_not_add_up(tmp_path: Path, problem: dict[str, Any], hang: Callable[[], None]) -> None:
+    """Each leaves a thread; what a person asks for is tried in any case, but not without end."""
+    tier = faulty(tmp_path, timeout=0.05)
+    before = sum(thread.name == "limner-remote" for thread in threading.enumerate())
+    problem["info"] = hang
+    FaultyFileSystem.calls.clear()
+    for _ in range(20):
+        with pytest.raises(RemoteError, match="no answer within|calls still wait for it; try again later"):
+            tier.holds(KEY, asked=True)
+    assert len(FaultyFileSystem.calls) == 8
+    assert sum(thread.name == "limner-remote" for thread in threading.enumerate()) - before <= 8
+    problem.clear()
+    assert not tier.holds(KEY)  # a request tries as it did, and when there was an answer all may
+    assert not tier.holds(KEY, asked=True)
 
 
 def test_a_filesystem_that_broke_is_opened_anew(
@@ -606,6 +814,56 @@ def test_no_room_for_what_is_fetched(tmp_path: Path, problem: dict[str, Any], ca
     assert "no room for what is fetched" in caplog.text
     problem.clear()
     assert store.get(references(1).key, never)[1] == "remote"
+
+
+def test_nobody_sees_half_of_what_is_put_into_a_folder(tmp_path: Path, problem: dict[str, Any]) -> None:
+    store, seen = ReferenceStore(remote=faulty(tmp_path)), []
+    problem["mv"] = lambda: seen.append([p.name for p in (tmp_path / "far").iterdir()])
+    store.put(references())
+    store.flush()
+    ((name,),) = seen
+    assert name.startswith(".limner-")
+    assert [p.name for p in (tmp_path / "far").iterdir()] == [f"{KEY}.safetensors"]
+    problem["mv"] = refuse
+    store.put(references(1))
+    store.flush()
+    assert [p.name for p in (tmp_path / "far").iterdir()] == [f"{KEY}.safetensors"]  # nothing is left
+
+
+def test_a_folder_that_does_not_rename_over_what_is_there(tmp_path: Path, problem: dict[str, Any]) -> None:
+    file = tmp_path / "far" / f"{KEY}.safetensors"
+    fill(f"faulty://{tmp_path}/far", 0)
+    damage_flip(file)
+
+    def taken() -> None:
+        if file.exists():
+            raise FileExistsError(file)
+
+    problem["mv"] = taken
+    references().save(tmp_path / "pack.safetensors")
+    faulty(tmp_path).upload(tmp_path / "pack.safetensors", KEY)
+    assert same(References.load(file), references())
+
+
+def test_what_writers_left_that_were_killed_goes(tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    for name in (".limner-old", ".limner-new", "old"):
+        (far / name).write_bytes(b"x")
+        if "old" in name:
+            os.utime(far / name, (LONG_AGO - 86400, LONG_AGO - 86400))
+    fill(f"file://{far}", 0)
+    assert {p.name for p in far.iterdir()} == {".limner-new", "old", f"{KEY}.safetensors"}
+
+
+def test_a_request_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched into the folder before is there in any case: nobody waits until that is on disk."""
+    fill(f"file://{tmp_path}/far", 0)
+    store, synced = ReferenceStore(remote=f"file://{tmp_path}/far", disk_path=tmp_path / "near"), []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert store.get(KEY, never)[1] == "remote"
+    assert store.file(KEY) is not None
+    assert synced == []
 
 
 # what is opened
@@ -738,6 +996,20 @@ def test_entries_verify_and_remove(url: str) -> None:
     assert ReferenceStore(remote=url).find(KEY) is None
 
 
+def test_keys_of_the_folder_before_it(tmp_path: Path) -> None:
+    """What is in the folder alone can be removed by its key too."""
+    url = f"file://{tmp_path}/far"
+    fill(url, 0)
+    before = ReferenceStore(disk_path=tmp_path / "near")
+    for number in (0, 1):
+        before.put(references(number))
+    before.flush()
+    store = ReferenceStore(remote=url, disk_path=tmp_path / "near")
+    assert store.keys() == [KEY, references(1).key]
+    assert all(store.remove(key) for key in store.keys())  # noqa: SIM118
+    assert store.keys() == []
+
+
 def test_damaged_headers_are_listed(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/far"
     fill(url, 0, 1)
@@ -828,6 +1100,74 @@ def test_what_waits_is_written_when_the_process_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("near", "far"):
         assert {file.stem for file in (tmp_path / name).iterdir()} == {references(n).key for n in range(3)}
+
+
+_NEEDS_NAMES = """
+import asyncio, sys, time
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from limner import ReferenceStore
+from tests.unit.test_store import references
+
+class Net(AsyncFileSystem):
+    "Local files, before which a name is looked up, as for each connection."
+    protocol, cachable, local = "net", False, LocalFileSystem()
+    @classmethod
+    def _strip_protocol(cls, path):
+        return str(path).replace("net://", "")
+    async def _look_up(self):
+        await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+    async def _info(self, path, **kwargs):
+        await self._look_up()
+        return self.local.info(path)
+    async def _get_file(self, far, near, **kwargs):
+        await self._look_up()
+        self.local.get_file(far, near)
+    async def _put_file(self, near, far, **kwargs):
+        await asyncio.sleep(0.2)
+        await self._look_up()
+        self.local.put_file(near, far)
+    def makedirs(self, path, exist_ok=False):
+        self.local.makedirs(path, exist_ok=exist_ok)
+    def mv(self, old, new):
+        self.local.mv(old, new)
+
+fsspec.register_implementation("net", Net, clobber=True)
+store = ReferenceStore(remote="net://{far}")
+for number in range(3):
+    store.get(references(number).key, lambda: references(number))
+"""
+
+
+def test_a_filesystem_that_needs_executors_takes_what_waits_when_the_process_ends(tmp_path: Path) -> None:
+    """asyncio looks up names on one, and Python ends those before anything else."""
+    program = _NEEDS_NAMES.replace("{far}", str(tmp_path / "far"))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {file.stem for file in (tmp_path / "far").iterdir()} == {references(n).key for n in range(3)}
+
+
+def _fork(far: str) -> None:
+    store = ReferenceStore(remote=f"faulty://{far}")
+    busy = threading.Event()
+    FaultyFileSystem.problem["put"] = lambda: (busy.wait(60), None)[1]
+    store.get(KEY, references)
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join(20)
+    ended = child.exitcode == 0
+    child.kill()
+    os._exit(0 if ended else 1)
+
+
+def test_a_process_that_was_forked_does_not_wait_for_uploads_of_its_parent(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_fork, args=(str(tmp_path / "far"),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 _HANGS = """

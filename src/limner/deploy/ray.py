@@ -44,7 +44,8 @@ from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finis
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.model_options import ModelOptions
-from limner.remote_tier import RemoteTier, absolute, is_url
+from limner.places import absolute, check_store, is_url
+from limner.remote_tier import RemoteTier
 from limner.server.limits import LoopbackCallers
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
 from limner.server.storage import StorageInUse
@@ -137,7 +138,7 @@ class DeployOptions(BaseModel):
             )
         if self.store_memory is not None:
             parse_bytes(self.store_memory, field="--store-memory")
-        self._check_store()
+        check_store(self.store, cache=self.store_cache, disk_bytes=self.store_bytes)
         names = (
             "model", "transformer", "vae", "text_encoder", "store_cache", "data", "keys", "terms", "c2pa_certificate",
             "c2pa_key",
@@ -153,14 +154,6 @@ class DeployOptions(BaseModel):
         if self.store is not None:
             made["store"] = absolute(self.store)
         return self.model_copy(update={"data": self.data or default_data(), "keyed": keyed, **made})
-
-    def _check_store(self) -> None:
-        if self.store_cache is not None and not is_url(self.store):
-            raise InvalidRequest("--store-cache", f"{self.store_cache} is a folder before a URL; give one as --store")
-        if self.store_bytes is not None and is_url(self.store) and self.store_cache is None:
-            raise InvalidRequest(
-                "--store-bytes", f"{self.store_bytes} is the budget of a folder; add --store-cache DIR"
-            )
 
     @property
     def store_folder(self) -> str:

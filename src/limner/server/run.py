@@ -24,7 +24,7 @@ from limner.engine import Engine, load_aside
 from limner.errors import InvalidRequest, MissingExtra, OutputError
 from limner.images import write_beside
 from limner.pipeline import Pipeline
-from limner.remote_tier import is_url
+from limner.places import is_url
 from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
 from limner.server.outbound import Origin, OutboundPolicy
 from limner.server.storage import StorageInUse, StorageUnavailable, check_data

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from limner.errors import InvalidRequest, OutputError
 from limner.images import write_beside
-from limner.remote_tier import is_url
+from limner.places import is_url
 
 __all__ = [
     "Connection",
