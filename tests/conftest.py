@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from PIL import Image
 
 from limner import Pipeline
 from limner.weights.folder import bundled_model
+from tests.postgres import Server
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # workers share the cores; threads of OpenMP beside each other would wait and spin
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for what tests start
+
+# its own folder would be here, and holds whole paths of sources
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "limner-hypothesis"))
 
 TEXT_LAYERS = (1, 2, 3)
 MAX_TOKENS = 40
@@ -35,6 +41,14 @@ def _seeded() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests of files that tests load stay out of the user's folder of caches."""
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A PostgreSQL of this machine; whoever stops it starts it again."""
+    server = Server()
+    yield server
+    server.remove()
 
 
 def make_transformer(

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 
 from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
-from train_autoencoder import evaluate, fit_batch_norm, pixels, random_picture, watched
+from train_autoencoder import evaluate, fit_batch_norm, is_inner, pixels, random_picture, watched
 from world import SIZES, STICKERS, Renderer
 
 NOISE = 0.2
@@ -111,9 +111,7 @@ def main() -> None:
     vae.eval()
     model = Refined(vae, freeze_encoder=args.freeze_encoder, keep_latents=args.keep_latents)
     average = Average(model, 0.998)
-    optimizer = Optimizer(
-        model, lr=args.lr, matrices=lambda name, p: (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
-    )
+    optimizer = Optimizer(model, lr=args.lr, matrices=is_inner)
     first = 0
     if args.resume:
         first = restore(args.out / "checkpoint.pt", model, average, optimizer)["step"]

@@ -24,6 +24,11 @@ CONFIG = {
 KL_WEIGHT = 1e-5
 
 
+def is_inner(name: str, p: torch.nn.Parameter) -> bool:
+    """Whether a parameter is one of the convolutions between the first and the last."""
+    return (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
+
+
 def random_picture(rng: random.Random, glyphs: list[int]) -> Picture:
     """Any scene, one to four stickers of any kind but the held-out ones."""
     stickers = [
@@ -80,9 +85,7 @@ def main() -> None:
     vae = AutoencoderKLFlux2(**CONFIG)
     torch.nn.init.constant_(vae.quant_conv.bias[CONFIG["latent_channels"] :].detach(), -6.0)  # little noise at first
     average = Average(vae, 0.998)
-    optimizer = Optimizer(
-        vae, lr=args.lr, matrices=lambda name, p: (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
-    )
+    optimizer = Optimizer(vae, lr=args.lr, matrices=is_inner)
     first = 0
     if args.resume:
         first = restore(args.out / "checkpoint.pt", vae, average, optimizer)["step"]

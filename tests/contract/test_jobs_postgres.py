@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -21,13 +20,6 @@ from limner.server.runner import RunnerSettings
 from limner.server.storage import StorageUnavailable
 
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason=WHY)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.remove()
 
 
 def test_a_restart_finds_jobs_results_and_references(

@@ -18,13 +18,6 @@ ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limne
 pytest.importorskip("ray.serve", reason="needs the extra ray: pip install 'limner[ray]'")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.remove()
-
-
 @contextlib.contextmanager
 def cluster(num_nodes: int) -> Iterator[Any]:
     """Nodes of one core each; killed, as far as they are there, when the block ends."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.conftest import picture
-from tests.postgres import PROGRAMS, WHY, Server
+from tests.postgres import PROGRAMS, WHY
 
 from limner.config import ReferencePolicy
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
@@ -34,13 +34,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.remove()
 
 
 @pytest.fixture(params=["folder", pytest.param("postgresql", marks=pytest.mark.skipif(not PROGRAMS, reason=WHY))])

@@ -28,13 +28,6 @@ from limner.server.storage import StorageInUse, StorageUnavailable, check_data
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason=WHY)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.remove()
-
-
 @pytest.fixture
 def url(server: Server) -> str:
     return server.url()

@@ -18,11 +18,17 @@ from typing import Any
 
 import fsspec
 import pytest
-import torch
 from fsspec.implementations.local import LocalFileSystem
-from safetensors.torch import save_file
 from tests.conftest import generators, picture
-from tests.unit.test_store import references, same
+from tests.unit.test_store import (
+    damage_empty,
+    damage_flip,
+    damage_foreign,
+    damage_other_key,
+    damage_truncate,
+    references,
+    same,
+)
 
 import limner.remote_tier as remote_tier
 import limner.store
@@ -365,28 +371,6 @@ def test_the_folder_before_it_keeps_its_budget(tmp_path: Path) -> None:
 
 
 # damage
-
-
-def damage_truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def damage_flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-7] ^= 4
-    path.write_bytes(data)
-
-
-def damage_foreign(path: Path) -> None:
-    save_file({"a": torch.zeros(3)}, path)
-
-
-def damage_other_key(path: Path) -> None:
-    references(5).save(path)
-
-
-def damage_empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 DAMAGES = [damage_truncate, damage_flip, damage_foreign, damage_other_key, damage_empty]
