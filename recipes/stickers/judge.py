@@ -72,14 +72,35 @@ def alternatives(truth: Picture, before: Picture | None) -> Iterator[tuple[str, 
         for scale in SCALES:
             if scale != sticker.scale:
                 yield "form", truth.with_sticker(i, scale=scale)
-        yield "form", truth.with_sticker(i, mirrored=not sticker.mirrored)
-        yield "form", truth.with_sticker(i, grey=not sticker.grey)
+        for other in other_forms(truth, i):
+            yield "form", other
         yield "sticker", replace(truth, stickers=(*truth.stickers[:i], *truth.stickers[i + 1 :]))
     if before is not None and not truth.stickers:
         yield "sticker", replace(truth, stickers=before.stickers)
     for name in scene_names():
         if name != truth.scene.name:
             yield "scene", replace(truth, scene=Scene(name=name))
+
+
+def seen(candidate: Pixels, right: Pixels) -> bool:
+    """Whether somebody would see that a picture is another than the right one: where they differ, by more than `SAME`."""
+    differs = np.abs(candidate - right).max(-1) > 0
+    return bool(differs.any()) and psnr(candidate, right, differs) <= SAME
+
+
+def other_forms(picture: Picture, index: int) -> tuple[Picture, Picture]:
+    """The picture with one of its stickers mirrored, and with it in grey instead of colour or the other way round."""
+    sticker = picture.stickers[index]
+    return (
+        picture.with_sticker(index, mirrored=not sticker.mirrored),
+        picture.with_sticker(index, grey=not sticker.grey),
+    )
+
+
+def told_forms(picture: Picture, index: int, renderer: Renderer) -> list[Picture]:
+    """Those of `other_forms` that can be told from the picture; a mirrored ball cannot."""
+    right = pixels(renderer.render(picture))
+    return [form for form in other_forms(picture, index) if seen(pixels(renderer.render(form)), right)]
 
 
 def judge(image: Image.Image, truth: Picture, *, before: Picture | None, renderer: Renderer) -> Verdict:
@@ -91,9 +112,9 @@ def judge(image: Image.Image, truth: Picture, *, before: Picture | None, rendere
         if thing in wrong:
             continue
         candidate = pixels(renderer.render(other))
-        differs = np.abs(candidate - right).max(-1) > 0
-        if not differs.any() or psnr(candidate, right, differs) > SAME:
+        if not seen(candidate, right):
             continue
+        differs = np.abs(candidate - right).max(-1) > 0
         if np.square(found - candidate).sum(-1)[differs].sum() <= squared[differs].sum():
             wrong.add(thing)
     return Verdict(

@@ -1,7 +1,8 @@
 """Makes the tokenizer and the training set, in OUT/tokenizer and OUT/data.pt.
 
 The set is of sittings: some references and several examples (prompt, result) that share them, as a training batch shares
-their keys and values. Every picture is encoded once.
+their keys and values. Every picture is encoded once. Of a result it also has the pictures whose stickers are all mirrored, and all grey, and
+which token belongs to which sticker, so that training can ask for the form of each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
 
 from common import Log, find_font
+from judge import other_forms, told_forms
 from limner.tokens import pack, patchify, unpack, unpatchify
 from tasks import Example, Grammar
 from train_autoencoder import pixels
-from world import HELD_OUT, STICKERS, Picture, Renderer
+from world import GRID, HELD_OUT, STICKERS, Picture, Renderer
 
 MAX_TOKENS = 48
 ENOUGH_PROMPTS = 20000
@@ -100,6 +102,24 @@ class Pictures:
         known = self._numbers.setdefault(picture.size, {})
         return known.setdefault(picture, len(known))
 
+    def forms(self, picture: Picture) -> tuple[list[int], torch.Tensor]:
+        """The numbers of the picture with its stickers mirrored, and with them in grey (or in colour, those that are grey).
+
+        And the sticker of each token (2, S), counted from 1. 0: no sticker, or one that cannot be told from its other form.
+        """
+        width, height = (side // GRID for side in picture.size)
+        owners = torch.zeros(2, height, width, dtype=torch.int8)
+        found = [picture, picture]
+        for i, sticker in enumerate(picture.stickers):
+            told = told_forms(picture, i, self._renderer)
+            x, y = (start // GRID for start in sticker.box(picture.size))
+            side = sticker.scale // GRID
+            for which, form in enumerate(other_forms(picture, i)):
+                owners[which, y : y + side, x : x + side] = i + 1 if form in told else 0
+                if form in told:
+                    found[which] = other_forms(found[which], i)[which]
+        return [self.number(one) for one in found], owners.flatten(1)
+
     def encode(self) -> dict[tuple[int, int], torch.Tensor]:
         """Tokens (n, S, C) of all numbered pictures by size."""
         tokens = {}
@@ -166,7 +186,10 @@ def main() -> None:
     prompts = itertools.count()
 
     def place(task: str, sitting: list[Example]) -> dict[str, Any]:
+        forms = [pictures.forms(e.result) for e in sitting]
         return {
+            "forms": [numbers for numbers, _ in forms],
+            "owners": torch.stack([owners for _, owners in forms]),
             "task": task,
             "size": sitting[0].result.size,
             "reference_sizes": [p.size for p in sitting[0].references],

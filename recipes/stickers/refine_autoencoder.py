@@ -2,7 +2,8 @@
 
 It was first trained on crops, whose group statistics are not those of whole pictures; its decoder meets latents that a
 transformer drew, so here some have noise; and what is seldom right is the form of small stickers, so here their pixels
-weigh more than the scene's.
+weigh more than the scene's, and the loss counts how far each sticker has gone the way to its mirror image or to grey. (A koala
+is nearly grey, and an autoencoder of squared errors alone makes it so.)
 
 With `--freeze-encoder` latents stay what they were, and data and transformers made with them stay valid. With
 `--keep-latents` they stay near, in the same BatchNorm statistics, so that a transformer trained on the old ones can go on from
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,12 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 
 from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
+from judge import told_forms
 from train_autoencoder import evaluate, fit_batch_norm, is_inner, pixels, random_picture, watched
 from world import SIZES, STICKERS, Renderer
 
+NEAR = 0.2
+"""A sticker that has gone less than this part of the way to another form costs nothing."""
 NOISE = 0.2
 """Largest deviation of the noise, in units of each channel's own deviation."""
 STICKER_WEIGHT = 3.0
@@ -37,32 +41,61 @@ def deviations(vae: AutoencoderKLFlux2) -> Tensor:
     return variance.mean(1).sqrt()[:, None, None]
 
 
-def add_noise(latents: Tensor, deviation: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise of 0 to `NOISE` deviations on half of the latents."""
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pictures `x` (B, 3, height, width) and what an error in each pixel weighs (B, 1, height, width).
+
+    `ways` (N, 3, height, width) is what changes if one sticker is mirrored, or is in grey, in the pictures of these `numbers` (N,).
+    """
+
+    x: Tensor
+    weight: Tensor
+    numbers: Tensor
+    ways: Tensor
+
+
+def strayed(error: Tensor, batch: Batch) -> Tensor:
+    """How far each sticker has gone the way to another form (N,): 0 as it should be, 1 there."""
+    return (error[batch.numbers] * batch.ways).sum((1, 2, 3)) / batch.ways.square().sum((1, 2, 3))
+
+
+def add_noise(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of 0 to `NOISE` deviations of each channel on half of the latents."""
+    deviation = latents.detach().std((0, 2, 3), keepdim=True)
     level = NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
     level = level * (torch.rand(level.shape, generator=generator) < 0.5)
     return latents + level * deviation * torch.randn(latents.shape, generator=generator)
 
 
-def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], num: int) -> tuple[Tensor, Tensor]:
-    """`num` pictures of one size, (num, 3, height, width), and what an error in each pixel weighs (num, 1, height, width)."""
+def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], num: int) -> Batch:
+    """`num` pictures of one size."""
     size = rng.choices(SIZES, (0.7, 0.15, 0.15))[0]
     some = [replace(random_picture(rng, glyphs), size=size) for _ in range(num)]
     x = torch.stack([pixels(renderer.render(p)) for p in some])
     scenes = torch.stack([pixels(renderer.render(replace(p, stickers=()))) for p in some])
     weight = 1 + (STICKER_WEIGHT - 1) * (x != scenes).any(1, keepdim=True).float()
-    return x.contiguous(memory_format=torch.channels_last), weight / weight.mean()
+    numbers, ways = [], []
+    for number, picture in enumerate(some):
+        for form in (form for i in range(len(picture.stickers)) for form in told_forms(picture, i, renderer)):
+            numbers.append(number)
+            ways.append(pixels(renderer.render(form)) - x[number])
+    return Batch(
+        x=x.contiguous(memory_format=torch.channels_last), weight=weight / weight.mean(),
+        numbers=torch.tensor(numbers, dtype=torch.long), ways=torch.stack(ways) if ways else x[:0],
+    )  # fmt: skip
 
 
 class Refined(nn.Module):
     """The autoencoder with one loss."""
 
-    def __init__(self, vae: AutoencoderKLFlux2, *, freeze_encoder: bool, keep_latents: float) -> None:
+    def __init__(
+        self, vae: AutoencoderKLFlux2, *, freeze_encoder: bool, keep_latents: float, form_weight: float
+    ) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         self._vae, self._deviation = [vae], deviations(vae)  # in a list: its modules are named once
-        self._keep = keep_latents
+        self._keep, self._form_weight = keep_latents, form_weight
         self._before = None
         if freeze_encoder:
             self.encoder.requires_grad_(False)
@@ -76,20 +109,24 @@ class Refined(nn.Module):
         """Posterior means (B, C, h, w)."""
         return vae.encode(x).latent_dist.mode().float()
 
-    def forward(self, x: Tensor, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, squared error of pixels in [-1, 1], squared change of the latents in units of their deviations."""
-        vae = self._vae[0]
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and of it: squared error of pixels in [-1, 1], how far stickers strayed, squared change of the latents
+        in their deviations."""
+        vae, x = self._vae[0], batch.x
         with torch.autocast("cpu", torch.bfloat16):
             latents = self.encode(x, vae)
-            restored = vae.decode(add_noise(latents, self._deviation, generator)).sample
+            restored = vae.decode(add_noise(latents, generator)).sample
             moved = torch.zeros(())
             if self._before:
                 with torch.no_grad():
                     before = self.encode(x, self._before[0])
                 moved = ((latents - before) / self._deviation).square().mean()
         error = restored.float() - x
-        loss = (weight * (error.square() + 0.05 * error.abs())).mean() + self._keep * moved
-        return loss, error.detach().square().mean(), moved.detach()
+        strays = (strayed(error, batch) - NEAR).relu().square().sum() / max(1, len(batch.numbers))
+        loss = (batch.weight * (error.square() + 0.05 * error.abs())).mean()
+        loss = loss + self._form_weight * strays + self._keep * moved
+        parts = {"mse": error.square().mean(), "strayed": strays, "moved": moved}
+        return loss, {name: value.detach() for name, value in parts.items()}
 
 
 def main() -> None:
@@ -99,17 +136,21 @@ def main() -> None:
     parser.add_argument(
         "--keep-latents", type=float, default=0.0, help="price of a unit squared change of the latents, in the loss"
     )
+    parser.add_argument("--named", type=int, default=16, help="how much oftener a named sticker is shown than another")
+    parser.add_argument("--form-weight", type=float, default=0.5, help="what a sticker of another form weighs")
     parser.add_argument("--statistics", type=int, default=768, help="pictures that the BatchNorm statistics come from")
     args = parser.parse_args()
     if args.freeze_encoder and args.keep_latents:
         parser.error("--keep-latents: a frozen encoder keeps them; give one of the two")
     log = Log(args.out)
     renderer = Renderer(find_font(args.font))
-    glyphs = [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
+    glyphs = [*STICKERS.values()] * args.named + renderer.unnamed_glyphs()
     torch.manual_seed(args.seed)
     vae = AutoencoderKLFlux2.from_pretrained(args.vae, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
     vae.eval()
-    model = Refined(vae, freeze_encoder=args.freeze_encoder, keep_latents=args.keep_latents)
+    model = Refined(
+        vae, freeze_encoder=args.freeze_encoder, keep_latents=args.keep_latents, form_weight=args.form_weight
+    )
     average = Average(model, 0.998)
     optimizer = Optimizer(model, lr=args.lr, matrices=is_inner)
     first = 0
@@ -118,21 +159,21 @@ def main() -> None:
     truth = watched(renderer, glyphs, seed=args.seed)
     log.write(psnr=evaluate(vae, truth))
 
-    def prepare(step: int) -> tuple[tuple[Tensor, Tensor], torch.Generator]:
+    def prepare(step: int) -> tuple[Batch, torch.Generator]:
         rng, generator = step_rng(args.seed, step)
         return batch(rng, renderer, glyphs, args.batch), generator
 
     with ThreadPoolExecutor(1) as beside:
         following = beside.submit(prepare, first)
         for step in range(first, args.steps):
-            (x, weight), generator = following.result()
+            pictures, generator = following.result()
             following = beside.submit(prepare, step + 1)
-            loss, error, moved = model(x, weight, generator)
+            loss, parts = model(pictures, generator)
             rate = min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
             optimizer.step(loss, rate=rate)
             average.update(model, step)
             if step % min(50, args.steps // 6 or 1) == 0:
-                log.write(step=step, loss=loss.item(), mse=error.item(), moved=moved.item())
+                log.write(step=step, loss=loss.item(), **{name: value.item() for name, value in parts.items()})
             stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
             if stop or (step + 1) % 200 == 0:
                 save_checkpoint(args.out / "checkpoint.pt", snapshot(model, average, optimizer, step + 1))

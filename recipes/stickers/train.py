@@ -7,7 +7,8 @@ a sitting share their references, so one prefill, and its gradient, serves sever
 A model that runs in 4 steps is trained on its own runs: each example is drawn at noise level 1, and then once more at a
 later level, from what the model itself drew and not from the truth. From the truth it would learn at the late levels to
 clean up what only the truth can show there, and blur when it meets its own drawing. The loss is the squared error of the
-velocity at both, each channel weighted by what its error costs in pixels.
+velocity at both, each channel weighted by what its error costs in pixels, and how far each sticker has gone the way to its mirror
+image or to grey: a koala is nearly grey, and the first alone leaves it grey.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ GEOMETRY = TransformerConfig(
 DECAY_PART = 0.4
 NUM_STEPS = 4
 LATER_SHARES = (0.15, 0.2, 0.65)
+NEAR = 0.2
+"""A sticker that has gone less than this part of the way to another form costs nothing."""
 DRAW_WEIGHT = 2
 """How much oftener a sitting without references is drawn than one with them."""
 
@@ -82,15 +85,13 @@ class Model(nn.Module):
         }
 
     def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of the velocity, (B, S, C): at level 1, and at `sigma` (B,) from the model's own drawing."""
+        """Errors of the picture, (B, S, C): drawn at level 1, and at `sigma` (B,) from the model's own drawing."""
         clean, given = batch["result"], self.encode(batch)
         first = self.transformer(noise, sigma=torch.ones_like(sigma), **given).float()
         level = sigma[:, None, None]
         noisy = torch.lerp(noise - first.detach(), noise, level)
         later = self.transformer(noisy, sigma=sigma, **given).float()
-        # under the last level of a run the velocity, which is the error of the picture over the level, would weigh too much
-        weight = (level / last_level(noise.shape[1])).clamp(max=1).square()
-        return (first - (noise - clean)).square(), weight * (later - (noisy - clean) / level).square()
+        return noise - first - clean, noisy - level * later - clean
 
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
@@ -101,6 +102,20 @@ class Model(nn.Module):
         for sigma, after in pairwise(sigmas):
             x = euler_step(x, self.transformer(x, sigma=sigma, **given), sigma=sigma, next_sigma=after)
         return x
+
+
+def strayed(error: Tensor, batch: dict[str, Any], cost: Tensor) -> Tensor:
+    """How far each sticker of a drawing has gone the way to another form (N,): 0 as it should be, 1 mirrored, or grey.
+
+    That is the part of the `error` (B, S, C) that lies along the way to the picture of the other form, in the tokens of the sticker.
+    """
+    found = []
+    for form, owners in zip(batch["forms"], batch["owners"].unbind(1), strict=True):
+        way = form - batch["result"]
+        owner = nn.functional.one_hot(owners, 5)[..., 1:].float()
+        along, length = (torch.einsum("bsc,c,bsk->bk", x * way, cost, owner) for x in (error, way))
+        found.append(along[length > 0] / length[length > 0])
+    return torch.cat(found)
 
 
 def grid(size: tuple[int, int]) -> tuple[int, int]:
@@ -140,6 +155,10 @@ class Batches:
             "size": size,
             "reference_sizes": sizes,
             "result": tokens[size][[i for s in sittings for i in s["results"]]].float(),
+            "forms": [
+                tokens[size][[numbers[which] for s in sittings for numbers in s["forms"]]].float() for which in range(2)
+            ],
+            "owners": torch.cat([s["owners"] for s in sittings]).long(),
             "references": [
                 tokens[one][[s["references"][slot] for s in sittings]].float() for slot, one in enumerate(sizes)
             ],
@@ -167,16 +186,21 @@ def learning_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def validate(model: Model, batches: dict[str, list[dict[str, Any]]], cost: Tensor) -> dict[str, float]:
-    """PSNR in dB of 4-step results by task, from token errors at their price in pixels."""
+    """By task: PSNR in dB of 4-step results, from token errors at their price in pixels; the share of stickers that are
+    nearer to another form."""
     found = {}
     for task, some in batches.items():
-        errors = []
+        errors, strays = [], []
         for i, batch in enumerate(some):
             noise = torch.randn(batch["result"].shape, generator=torch.Generator().manual_seed(i))
             with torch.autocast("cpu", torch.bfloat16):
                 result = model.sample(batch, noise)
-            errors.append(((result - batch["result"]).square() * cost).sum(-1).mean().item())
-        found[task] = -10 * math.log10(sum(errors) / len(errors))
+            error = result.float() - batch["result"]
+            errors.append((error.square() * cost).sum(-1).mean().item())
+            strays.append(strayed(error, batch, cost) > 0.5)
+        found[f"psnr_{task}"] = -10 * math.log10(sum(errors) / len(errors))
+        if sum(map(len, strays)):
+            found[f"strayed_{task}"] = torch.cat(strays).float().mean().item()
     return found
 
 
@@ -193,6 +217,9 @@ def main() -> None:
     parser = arguments(__doc__ or "", steps=4500, batch=48, lr=2e-3)
     parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
+    parser.add_argument(
+        "--form-weight", type=float, default=1.0, help="what a sticker of another form weighs in the loss"
+    )
     parser.add_argument("--validate-every", type=int, default=400, help="steps between validations")
     parser.add_argument(
         "--init", type=Path, help="start from the weights of a model folder, such as the bundled model's"
@@ -222,22 +249,32 @@ def main() -> None:
     log.write(parameters=sum(p.numel() for p in model.parameters()), sittings=len(data["sittings"]), first=first)
     if args.compile:
         compile_blocks(model.transformer)
-    losses: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    losses: dict[int, list[tuple[float, ...]]] = defaultdict(list)
     for step in range(first, args.steps):
         rng, generator = step_rng(args.seed, step)
         batch = batches.draw(rng, args.batch)
         noise = torch.randn(batch["result"].shape, generator=generator)
         sigma = draw_sigma(generator, len(noise), noise.shape[1])
         with torch.autocast("cpu", torch.bfloat16):
-            first_loss, later_loss = ((error * weights).mean() for error in model(batch, noise, sigma))
-        optimizer.step(first_loss + later_loss, rate=learning_rate(step, args.steps))
+            errors = model(batch, noise, sigma)
+        # under the last level of a run the velocity, which is the error over the level, would weigh too much
+        levels = (1.0, sigma.clamp(min=last_level(noise.shape[1]))[:, None, None])
+        first_loss, later_loss = (
+            ((error / level).square() * weights).mean() for error, level in zip(errors, levels, strict=True)
+        )
+        strays = torch.cat([strayed(error, batch, cost) for error in errors])
+        astray = (strays - NEAR).relu()
+        form_loss = nn.functional.huber_loss(astray, 0 * astray, reduction="sum") / max(1, len(strays))
+        parts = (first_loss, later_loss, form_loss)
+        loss = first_loss + later_loss + args.form_weight * form_loss
+        optimizer.step(loss, rate=learning_rate(step, args.steps))
         average.update(model, step)
-        losses[len(batch["references"])].append((first_loss.item(), later_loss.item()))
+        losses[len(batch["references"])].append(tuple(part.item() for part in parts))
         if (step + 1) % min(50, args.steps // 6 or 1) == 0:
             by_count = {
-                f"{name}_{n}_references": sum(pair[i] for pair in pairs) / len(pairs)
-                for n, pairs in sorted(losses.items())
-                for i, name in enumerate(("loss", "later_loss"))
+                f"{name}_{n}_references": sum(some[i] for some in steps) / len(steps)
+                for n, steps in sorted(losses.items())
+                for i, name in enumerate(("loss", "later_loss", "form_loss"))
             }
             known = [value for name, value in by_count.items() if name.startswith("loss")]
             log.write(step=step + 1, loss=sum(known) / len(known), **by_count)
@@ -246,8 +283,9 @@ def main() -> None:
         if stop or (step + 1) % args.validate_every == 0:
             average.copy_to(judged)
             scores = validate(judged, watched, cost)
-            score = sum(scores.values()) / len(scores)
-            log.write(step=step + 1, score=score, **{f"psnr_{task}": value for task, value in scores.items()})
+            known = [value for name, value in scores.items() if name.startswith("psnr")]
+            score = sum(known) / len(known)
+            log.write(step=step + 1, score=score, **scores)
             if score > best:
                 best = score
                 save_checkpoint(args.out / "best.pt", {"model": judged.state_dict(), "step": step + 1, "score": score})

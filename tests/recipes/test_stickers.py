@@ -183,3 +183,79 @@ def test_pictures_of_cases_are_those_of_the_recipe() -> None:
             assert (row["task"], row["prompt"]) == (task, case.prompt)
             with Image.open(folder / row["truth"]) as truth:
                 assert np.array_equal(np.asarray(truth), np.asarray(renderer.render(case.result)))
+
+
+@needs_font
+def test_forms_that_can_be_told() -> None:
+    """A panda has no colour to lose and a robot no other side; a koala has both, if little colour."""
+    from judge import told_forms
+    from world import STICKERS, Picture, Renderer, Scene, Sticker
+
+    renderer, beach = Renderer(FONT), Scene(name="beach")
+    for name, changes in {"panda": ["mirrored"], "robot": ["grey"], "koala": ["mirrored", "grey"]}.items():
+        picture = Picture(scene=beach, stickers=(Sticker(glyph=STICKERS[name]),))
+        found = [form.stickers[0] for form in told_forms(picture, 0, renderer)]
+        assert [next(c for c in ("mirrored", "grey") if getattr(sticker, c)) for sticker in found] == changes
+
+
+@needs_font
+def test_the_autoencoder_pays_for_a_sticker_that_lost_its_form() -> None:
+    from refine_autoencoder import batch, strayed
+    from world import STICKERS, Renderer
+
+    some = batch(random.Random(0), Renderer(FONT), [*STICKERS.values()], 3)
+    error = torch.zeros_like(some.x)
+    assert strayed(error, some).count_nonzero() == 0
+    error[some.numbers[0]] = some.ways[0]  # the picture of the other form in place of the right one
+    found = strayed(error, some)
+    assert found[0] == pytest.approx(1)
+    assert found[some.numbers != some.numbers[0]].count_nonzero() == 0
+    error[some.numbers[0]] = -some.ways[0]
+    assert strayed(error, some)[0] == pytest.approx(-1)
+
+
+@needs_font
+def test_the_transformer_pays_for_a_sticker_that_lost_its_form(made: Path) -> None:
+    from train import Batches, strayed
+
+    data = torch.load(made / "build" / "data" / "data.pt", weights_only=True)
+    sittings = [s for s in data["sittings"] if s["task"] == "combine3" and s["size"] == (128, 128)]
+    batch, cost = Batches(data).collect(sittings[:1]), data["pixel_cost"]
+    mirrored, grey = (form - batch["result"] for form in batch["forms"])
+    of_mirrored, of_grey = (owners.amax(1).sum() for owners in batch["owners"].unbind(1))
+    assert of_mirrored > 0
+    assert of_grey > 0
+    found = strayed(mirrored, batch, cost)
+    whole = len(strayed(torch.zeros_like(mirrored), batch, cost))
+    num_mirrored = sum(len(set(row.tolist()) - {0}) for row in batch["owners"][:, 0])
+    assert len(found) == whole
+    assert torch.allclose(found[:num_mirrored], torch.ones(num_mirrored), atol=1e-5)
+    assert torch.allclose(strayed(grey, batch, cost)[num_mirrored:], torch.ones(whole - num_mirrored), atol=1e-5)
+    nobody = (batch["owners"] == 0).all(1)  # an error of the scene is none of form
+    assert strayed(mirrored * nobody[..., None], batch, cost).abs().max() == 0
+
+
+@needs_font
+def test_tokens_know_their_sticker() -> None:
+    """A sticker of 48 pixels owns 3x3 tokens, where its mirror image and its grey one differ from it."""
+    from common import Log
+    from prepare import Pictures
+    from world import STICKERS, Picture, Renderer, Scene, Sticker
+
+    class Quiet(Log):
+        def __init__(self) -> None:
+            pass
+
+    pictures = Pictures(None, Renderer(FONT), Quiet())
+    stickers = (
+        Sticker(glyph=STICKERS["robot"], column="center", row="top"),
+        Sticker(glyph=STICKERS["fox"], scale=32, column="right", row="bottom"),
+    )
+    numbers, owners = pictures.forms(Picture(scene=Scene(name="beach"), stickers=stickers))
+    assert len(set(numbers)) == 2
+    mirrored, grey = owners.view(2, 8, 8)
+    assert (grey[:3, 2:5] == 1).all()
+    assert (grey[6:, 6:] == 2).all()
+    assert grey.count_nonzero() == 13
+    assert (mirrored[6:, 6:] == 2).all()
+    assert mirrored.count_nonzero() == 4  # a robot looks straight ahead
