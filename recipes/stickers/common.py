@@ -49,8 +49,23 @@ def arguments(description: str, *, steps: int, batch: int, lr: float) -> argpars
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    parser.add_argument("--stop-after", type=int, help="checkpoint and stop after this step, of the same schedule")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="checkpoint and stop after this long")
     return parser
+
+
+NEAR = 0.2
+"""A sticker that has gone less than this part of the way to another form costs nothing."""
+
+
+def form_loss(strayed: torch.Tensor) -> torch.Tensor:
+    """The price of stickers that lose their form: (N,), 0 as they should be, 1 mirrored, or grey, to a mean.
+
+    Half the square of what is over `NEAR`, a straight line over 1: where the forms differ by little, an error that has nothing to
+    do with them can lie many times the way along it.
+    """
+    over = (strayed - NEAR).relu()
+    return nn.functional.huber_loss(over, 0 * over, reduction="sum") / max(1, len(over))
 
 
 class Average:
@@ -72,6 +87,12 @@ class Average:
             p.copy_(self.values[name])
 
 
+def rows(values: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
+    """A weight, or its gradient, as a matrix with a row for each output, in the order that `like` has in memory: of a weight a view."""
+    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return (values.permute(0, 2, 3, 1) if last else values).flatten(1)
+
+
 class Optimizer:
     """Muon for the inner matrices (convolutions flattened to them), AdamW for the rest, one learning rate for both."""
 
@@ -80,7 +101,9 @@ class Optimizer:
         named = list(modules.named_parameters())
         self._inner = [p for name, p in named if p.dim() > 1 and matrices(name, p)]
         chosen = {id(p) for p in self._inner}
-        self._flat = [nn.Parameter(p.detach().flatten(1)) for p in self._inner]  # views: they share the weights' memory
+        self._flat = [nn.Parameter(rows(p.detach(), p)) for p in self._inner]
+        if any(flat.data_ptr() != p.data_ptr() for flat, p in zip(self._flat, self._inner, strict=True)):
+            raise ValueError("a weight has a layout that is no matrix; a copy of it would be trained in its place")
         rest = [p for _, p in named if id(p) not in chosen]
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(self._flat, lr=lr, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -93,7 +116,7 @@ class Optimizer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._modules.parameters(), 1.0)
         for flat, p in zip(self._flat, self._inner, strict=True):
-            flat.grad = None if p.grad is None else p.grad.flatten(1)
+            flat.grad = None if p.grad is None else rows(p.grad, p)
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = self._lr * rate

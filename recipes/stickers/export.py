@@ -17,6 +17,7 @@ from common import find_font
 from limner.model.autoencoder import Autoencoder
 from limner.model.preview import LatentPreview
 from limner.tokens import unpack
+from prepare import results
 from train import GEOMETRY, Model
 from world import HELD_OUT, LARGE, MEDIUM, STICKERS, Picture, Renderer, Scene, Sticker
 
@@ -59,7 +60,7 @@ def main() -> None:
     transformer = Flux2Transformer2DModel(**GEOMETRY.to_diffusers())
     transformer.load_state_dict(model.transformer.state_dict())
     vae = AutoencoderKLFlux2.from_pretrained(args.vae)
-    preview = fit_preview(vae, torch.load(args.data, weights_only=True)["tokens"][128, 128][:1024])
+    preview = fit_preview(vae, results(torch.load(args.data, weights_only=True), 1024))
     pipe = Flux2KleinKVPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae.half(),
@@ -75,6 +76,7 @@ def main() -> None:
     settings = {
         "default_size": [128, 128],
         "default_dtype": "float32",
+        "max_reference_pixels": 128 * 128,
         "latent_preview": {
             "weight": [[round(w, 4) for w in row] for row in preview.weight.tolist()],
             "bias": [round(b, 4) for b in preview.bias.tolist()],

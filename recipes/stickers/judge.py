@@ -2,13 +2,13 @@
 
 Owns the measures. A picture is a success when the truth is nearer to it than every picture that differs from the truth in
 one thing: another sticker in its place (of all named and held-out ones), another place, another size, mirrored, grey,
-left out, or another scene. Knows nothing of models.
+left out, one of a reference that should not be there, or another scene. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,7 +58,7 @@ def ssim(a: Pixels, b: Pixels) -> float:
     )
 
 
-def alternatives(truth: Picture, before: Picture | None) -> Iterator[tuple[str, Picture]]:
+def alternatives(truth: Picture, references: Sequence[Picture]) -> Iterator[tuple[str, Picture]]:
     """Pictures that differ from the truth in one thing, with the name of that thing."""
     for i, sticker in enumerate(truth.stickers):
         for glyph in (*STICKERS.values(), *HELD_OUT.values()):
@@ -75,8 +75,9 @@ def alternatives(truth: Picture, before: Picture | None) -> Iterator[tuple[str, 
         for other in other_forms(truth, i):
             yield "form", other
         yield "sticker", replace(truth, stickers=(*truth.stickers[:i], *truth.stickers[i + 1 :]))
-    if before is not None and not truth.stickers:
-        yield "sticker", replace(truth, stickers=before.stickers)
+    for sticker in {s for picture in references for s in picture.stickers}:
+        if (sticker.glyph, sticker.column, sticker.row) not in {(s.glyph, s.column, s.row) for s in truth.stickers}:
+            yield "sticker", replace(truth, stickers=(sticker, *truth.stickers))  # behind those that belong there
     for name in scene_names():
         if name != truth.scene.name:
             yield "scene", replace(truth, scene=Scene(name=name))
@@ -103,12 +104,12 @@ def told_forms(picture: Picture, index: int, renderer: Renderer) -> list[Picture
     return [form for form in other_forms(picture, index) if seen(pixels(renderer.render(form)), right)]
 
 
-def judge(image: Image.Image, truth: Picture, *, before: Picture | None, renderer: Renderer) -> Verdict:
-    """`before` is the first reference, if there is one."""
+def judge(image: Image.Image, truth: Picture, *, references: Sequence[Picture], renderer: Renderer) -> Verdict:
+    """Everything that is wrong with an image; `references` are the pictures that it was made from."""
     found, right = pixels(image), pixels(renderer.render(truth))
     squared = np.square(found - right).sum(-1)
     wrong = set()
-    for thing, other in alternatives(truth, before):
+    for thing, other in alternatives(truth, references):
         if thing in wrong:
             continue
         candidate = pixels(renderer.render(other))

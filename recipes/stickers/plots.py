@@ -37,7 +37,7 @@ def main() -> None:
         rows = read(args.vae)
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         axes.plot([r["step"] for r in rows], [r["mse"] for r in rows])
-        axes.set(xlabel="step (16 crops)", ylabel="squared error, [-1, 1]", yscale="log", title="autoencoder")
+        axes.set(xlabel="step", ylabel="squared error, [-1, 1]", yscale="log", title="autoencoder")
         figure.savefig(args.out / "autoencoder.png", dpi=90)
     if args.model:
         rows, starts = [], [0]

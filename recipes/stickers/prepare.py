@@ -134,6 +134,13 @@ class Pictures:
         return tokens
 
 
+def results(data: dict[str, Any], num: int) -> torch.Tensor:
+    """Tokens (num, 64, C) of the first results of 128x128 pixels in a training set."""
+    numbers = [n for sitting in data["sittings"] if sitting["size"] == (128, 128) for n in sitting["results"]]
+    tokens: torch.Tensor = data["tokens"][128, 128][numbers[:num]]
+    return tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -188,26 +195,26 @@ def main() -> None:
     def place(task: str, sitting: list[Example]) -> dict[str, Any]:
         forms = [pictures.forms(e.result) for e in sitting]
         return {
-            "forms": [numbers for numbers, _ in forms],
-            "owners": torch.stack([owners for _, owners in forms]),
             "task": task,
             "size": sitting[0].result.size,
             "reference_sizes": [p.size for p in sitting[0].references],
             "references": [pictures.number(p) for p in sitting[0].references],
             "results": [pictures.number(e.result) for e in sitting],
+            "forms": [numbers for numbers, _ in forms],
+            "owners": torch.stack([owners for _, owners in forms]),
             "prompts": [next(prompts) for _ in sitting],
         }
 
-    data = {
+    data: dict[str, Any] = {
         "sittings": [place(sitting[0].task, sitting) for sitting in sittings],
         "validation": [place(name, sitting) for name, sitting in watched],
         "vocabulary": len(tokenizer),
         "ids": ids["input_ids"].to(torch.int16),
         "mask": ids["attention_mask"].bool(),
     }
-    tokens = pictures.encode()
-    cost = sensitivity(vae, tokens[128, 128][:16], seed=args.seed)
-    torch.save({**data, "tokens": tokens, "pixel_cost": cost}, args.out / "data.pt")
+    data["tokens"] = tokens = pictures.encode()
+    data["pixel_cost"] = cost = sensitivity(vae, results(data, 32), seed=args.seed)
+    torch.save(data, args.out / "data.pt")
     log.write(pictures=sum(len(t) for t in tokens.values()), pixel_cost=str([round(c, 5) for c in cost.tolist()]))
 
 

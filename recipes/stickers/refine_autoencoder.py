@@ -22,13 +22,22 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 
-from common import Average, Log, Optimizer, arguments, find_font, restore, save_checkpoint, snapshot, step_rng
+from common import (
+    Average,
+    Log,
+    Optimizer,
+    arguments,
+    find_font,
+    form_loss,
+    restore,
+    save_checkpoint,
+    snapshot,
+    step_rng,
+)
 from judge import told_forms
 from train_autoencoder import evaluate, fit_batch_norm, is_inner, pixels, random_picture, watched
 from world import SIZES, STICKERS, Renderer
 
-NEAR = 0.2
-"""A sticker that has gone less than this part of the way to another form costs nothing."""
 NOISE = 0.2
 """Largest deviation of the noise, in units of each channel's own deviation."""
 STICKER_WEIGHT = 3.0
@@ -122,22 +131,22 @@ class Refined(nn.Module):
                     before = self.encode(x, self._before[0])
                 moved = ((latents - before) / self._deviation).square().mean()
         error = restored.float() - x
-        strays = (strayed(error, batch) - NEAR).relu().square().sum() / max(1, len(batch.numbers))
+        forms = form_loss(strayed(error, batch))
         loss = (batch.weight * (error.square() + 0.05 * error.abs())).mean()
-        loss = loss + self._form_weight * strays + self._keep * moved
-        parts = {"mse": error.square().mean(), "strayed": strays, "moved": moved}
+        loss = loss + self._form_weight * forms + self._keep * moved
+        parts = {"mse": error.square().mean(), "form_loss": forms, "moved": moved}
         return loss, {name: value.detach() for name, value in parts.items()}
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", steps=1600, batch=16, lr=1e-3)
+    parser = arguments(__doc__ or "", steps=1200, batch=16, lr=1.5e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder to start from")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone")
     parser.add_argument(
         "--keep-latents", type=float, default=0.0, help="price of a unit squared change of the latents, in the loss"
     )
     parser.add_argument("--named", type=int, default=16, help="how much oftener a named sticker is shown than another")
-    parser.add_argument("--form-weight", type=float, default=0.5, help="what a sticker of another form weighs")
+    parser.add_argument("--form-weight", type=float, default=1.0, help="what a sticker of another form weighs")
     parser.add_argument("--statistics", type=int, default=768, help="pictures that the BatchNorm statistics come from")
     args = parser.parse_args()
     if args.freeze_encoder and args.keep_latents:
@@ -156,7 +165,7 @@ def main() -> None:
     first = 0
     if args.resume:
         first = restore(args.out / "checkpoint.pt", model, average, optimizer)["step"]
-    truth = watched(renderer, glyphs, seed=args.seed)
+    truth = watched(renderer)
     log.write(psnr=evaluate(vae, truth))
 
     def prepare(step: int) -> tuple[Batch, torch.Generator]:
@@ -174,7 +183,7 @@ def main() -> None:
             average.update(model, step)
             if step % min(50, args.steps // 6 or 1) == 0:
                 log.write(step=step, loss=loss.item(), **{name: value.item() for name, value in parts.items()})
-            stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
+            stop = log.seconds > args.minutes * 60 or step + 1 in (args.steps, args.stop_after)
             if stop or (step + 1) % 200 == 0:
                 save_checkpoint(args.out / "checkpoint.pt", snapshot(model, average, optimizer, step + 1))
             if stop:

@@ -1,8 +1,8 @@
 """The tasks of the bundled model: a grammar of prompts over pictures, each with its references and its true result.
 
 Owns wording and what a wording means. A prompt belongs to the evaluation when its hash says so (`is_evaluation`), and so
-does a pair of sticker and scene to draw (`is_evaluation_pair`). Training skips both, so every prompt of the evaluation,
-and every pair that it asks to draw, is one that training never saw.
+does a pair of sticker and scene (`is_evaluation_pair`). Training skips both: it never asks for a prompt of the evaluation, with
+or without "please", and never for such a pair by name, neither to draw nor as the new scene of an edit.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Example:
 
 
 def is_evaluation(prompt: str) -> bool:
-    """Whether a prompt is kept for the evaluation (about one in twelve)."""
+    """Whether a prompt, without "please" before or after it, is kept for the evaluation (about one in twelve)."""
     return hashlib.sha256(prompt.encode()).digest()[0] < 21
 
 
 def is_evaluation_pair(glyph: int, scene: str) -> bool:
-    """Whether drawing this sticker on this scene from text alone is kept for the evaluation (about one in eight)."""
+    """Whether this sticker on this scene, asked for by name, is kept for the evaluation (about one in eight)."""
     return hashlib.sha256(f"{glyph} {scene}".encode()).digest()[0] < 32
 
 
@@ -124,10 +124,11 @@ class Grammar:
         found: list[Example] = []
         while len(found) < num:
             prompt, result = ask(rng, size, references)
+            kept = is_evaluation(" ".join(prompt.split()))
             if len(references) < 3 and rng.random() < 0.15:
                 prompt = rng.choice((f"please {prompt}", f"{prompt}, please", f"{prompt} please"))
             example = Example(task=task, prompt=" ".join(prompt.split()), references=references, result=result)
-            if is_evaluation(example.prompt) == self._evaluation and example not in found:
+            if kept == self._evaluation and example not in found:
                 found.append(example)
         return found
 
@@ -203,7 +204,10 @@ class Grammar:
         it = self._call(rng, sticker)
         kind = rng.choice(EDITS if self._evaluation else (*EDITS, *HARD_EDITS))
         if kind == "scene":
-            scene = Scene(name=rng.choice([n for n in scene_names() if n != before.scene.name]))
+            others = [n for n in scene_names() if n != before.scene.name]
+            if not self._evaluation:
+                others = [n for n in others if not is_evaluation_pair(sticker.glyph, n)]
+            scene = Scene(name=rng.choice(others))
             where = scene_words(rng, scene.name)
             prompt = rng.choice(
                 (
@@ -220,6 +224,12 @@ class Grammar:
                 (f"remove {it}", f"take {it} away", f"erase {it}", f"only the background, without {it}")
             )
             return prompt, replace(before, stickers=())
+        if kind == "scale" and sticker.scale != LARGE and rng.random() < 0.3:
+            word = rng.choice(SCALE_WORDS[LARGE])
+            return rng.choice((f"make {it} {word}", f"{it} should be {word}")), before.with_sticker(0, scale=LARGE)
+        if kind == "scale" and sticker.scale != SMALL and rng.random() < 0.3:
+            word = rng.choice(SCALE_WORDS[SMALL])
+            return rng.choice((f"make {it} {word}", f"{it} should be {word}")), before.with_sticker(0, scale=SMALL)
         if kind == "scale":
             at = SCALES.index(sticker.scale)
             step = rng.choice([s for s in (at - 1, at + 1) if 0 <= s < len(SCALES)])

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common import Average, Log, Optimizer, arguments, restore, save_checkpoint, snapshot, step_rng
+from common import Average, Log, Optimizer, arguments, form_loss, restore, save_checkpoint, snapshot, step_rng
 from limner.config import TransformerConfig
 from limner.model.layers import LayerKV
 from limner.model.transformer import ReferenceKV, Transformer
@@ -43,8 +43,6 @@ GEOMETRY = TransformerConfig(
 DECAY_PART = 0.4
 NUM_STEPS = 4
 LATER_SHARES = (0.15, 0.2, 0.65)
-NEAR = 0.2
-"""A sticker that has gone less than this part of the way to another form costs nothing."""
 DRAW_WEIGHT = 2
 """How much oftener a sitting without references is drawn than one with them."""
 
@@ -224,7 +222,6 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="start from the weights of a model folder, such as the bundled model's"
     )
-    parser.add_argument("--stop-after", type=int, help="checkpoint and stop after this step, of the same schedule")
     args = parser.parse_args()
     log = Log(args.out)
     data = torch.load(args.data, weights_only=True)
@@ -263,10 +260,8 @@ def main() -> None:
             ((error / level).square() * weights).mean() for error, level in zip(errors, levels, strict=True)
         )
         strays = torch.cat([strayed(error, batch, cost) for error in errors])
-        astray = (strays - NEAR).relu()
-        form_loss = nn.functional.huber_loss(astray, 0 * astray, reduction="sum") / max(1, len(strays))
-        parts = (first_loss, later_loss, form_loss)
-        loss = first_loss + later_loss + args.form_weight * form_loss
+        parts = (first_loss, later_loss, form_loss(strays))
+        loss = first_loss + later_loss + args.form_weight * parts[2]
         optimizer.step(loss, rate=learning_rate(step, args.steps))
         average.update(model, step)
         losses[len(batch["references"])].append(tuple(part.item() for part in parts))
@@ -280,7 +275,7 @@ def main() -> None:
             log.write(step=step + 1, loss=sum(known) / len(known), **by_count)
             losses.clear()
         stop = log.seconds > args.minutes * 60 or step + 1 in (args.steps, args.stop_after)
-        if stop or (step + 1) % args.validate_every == 0:
+        if step + 1 == args.steps or (step + 1) % args.validate_every == 0:
             average.copy_to(judged)
             scores = validate(judged, watched, cost)
             known = [value for name, value in scores.items() if name.startswith("psnr")]

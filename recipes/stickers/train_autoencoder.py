@@ -60,9 +60,9 @@ def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], size: int) 
     return torch.stack(crops)
 
 
-def watched(renderer: Renderer, glyphs: list[int], *, seed: int) -> torch.Tensor:
-    """The pictures that the autoencoder is judged on, (48, 3, 128, 128)."""
-    rng = random.Random(f"{seed}/evaluation")
+def watched(renderer: Renderer) -> torch.Tensor:
+    """The pictures that every autoencoder is judged on, (48, 3, 128, 128)."""
+    rng, glyphs = random.Random("0/evaluation"), [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
     pictures = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
     return torch.stack([pixels(renderer.render(p)) for p in pictures])
 
@@ -89,7 +89,7 @@ def main() -> None:
     first = 0
     if args.resume:
         first = restore(args.out / "checkpoint.pt", vae, average, optimizer)["step"]
-    truth = watched(renderer, glyphs, seed=args.seed)
+    truth = watched(renderer)
 
     for step in range(first, args.steps):
         rng, generator = step_rng(args.seed, step)
@@ -108,7 +108,7 @@ def main() -> None:
         average.update(vae, step)
         if step % min(50, args.steps // 6 or 1) == 0:
             log.write(step=step, loss=loss.item(), mse=error.square().mean().item())
-        stop = log.seconds > args.minutes * 60 or step + 1 == args.steps
+        stop = log.seconds > args.minutes * 60 or step + 1 in (args.steps, args.stop_after)
         if stop or (step + 1) % 500 == 0:
             save_checkpoint(args.out / "checkpoint.pt", snapshot(vae, average, optimizer, step + 1))
         if stop:

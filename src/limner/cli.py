@@ -67,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw from text alone", description="Draw from text alone.")
     _drawing_arguments(generate)
+    generate.add_argument("-i", "--image", action="append", help=argparse.SUPPRESS)  # refused with the remedy
     generate.set_defaults(
-        run=_draw, image=None, references=None, store=None, store_cache=None, store_bytes=None, kv_cache_dtype=None,
+        run=_draw, references=None, store=None, store_cache=None, store_bytes=None, kv_cache_dtype=None,
         background=None, max_pixels=None,
     )  # fmt: skip
 
@@ -453,7 +454,10 @@ def _reference_arguments(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="COLOUR", help="what stands behind transparent references, as white or #fff"
     )
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="scale larger references down to N pixels (1048576)"
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="scale larger references down to N pixels (what the model says, else 1048576)",
     )
 
 
@@ -534,8 +538,14 @@ def _output_files(output: str, num_images: int) -> list[Path]:
 
 
 def _policy(args: argparse.Namespace) -> ReferencePolicy:
-    policy = ReferencePolicy(background=args.background)
-    return policy if args.max_pixels is None else replace(policy, max_pixels=args.max_pixels)
+    """Pictures are prepared before the model is loaded; what a folder at hand says of them is read."""
+    policy = ReferencePolicy(background=args.background, max_pixels=args.max_pixels)
+    if args.max_pixels is None and (args.model is None or Path(args.model).is_dir()):
+        from limner.weights.folder import PARTS, read_settings, resolve_model
+
+        folder = resolve_model(args.model, without=PARTS)
+        return policy.for_model(read_settings(folder).max_reference_pixels)
+    return policy
 
 
 def _prepare(args: argparse.Namespace, files: Sequence[str]) -> list[PreparedReference]:
@@ -603,8 +613,12 @@ def _draw_here(args: argparse.Namespace, *, writes: bool) -> None:
         raise InvalidRequest("prompt", f"{args.prompt!r} is empty; say what to draw or to change")
     if args.command == "edit" and bool(args.image) == bool(args.references):
         raise InvalidRequest(
-            "--image", "give either pictures (-i FILE, again for more) or one pack (--references PACK)"
+            "--image",
+            "give either pictures (-i FILE, again for more) or one pack (--references PACK); without references: "
+            "limner generate",
         )
+    if args.command == "generate" and args.image:
+        raise InvalidRequest("--image", "generate draws without references; with them: limner edit PROMPT -i FILE")
     for name in ("background", "max_pixels", "store", "store_cache", "kv_cache_dtype"):
         if args.references and getattr(args, name) is not None:
             raise InvalidRequest(

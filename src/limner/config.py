@@ -6,7 +6,7 @@ Knows no tensors and no files. Names follow the diffusers configuration where th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from limner.errors import CheckpointError, InvalidRequest
@@ -237,16 +237,26 @@ class ReferencePolicy:
     """What happens to a reference before it is encoded. The defaults are those of the model card's system.
 
     A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept); then its middle is cut to multiples of
-    16. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is
+    16. Without it the model says how many (`max_reference_pixels` in its `limner.json`), or else they are 1024 x 1024. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is
     refused unless `background`, a colour name or "#rrggbb", says what stands behind it.
     """
 
-    max_pixels: int = 1024 * 1024
+    max_pixels: int | None = None
     min_side: int = 64
     max_aspect: float = 8.0
     background: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_pixels", 256), ("min_side", 16), ("max_aspect", 1)):
-            if not getattr(self, name) >= low:
-                raise InvalidRequest(name, f"{getattr(self, name)} is not allowed; use {low} or more")
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise InvalidRequest(name, f"{value} is not allowed; use {low} or more")
+
+    @property
+    def pixels(self) -> int:
+        """What a picture may have before it is scaled down."""
+        return 1024 * 1024 if self.max_pixels is None else self.max_pixels
+
+    def for_model(self, max_reference_pixels: int | None) -> ReferencePolicy:
+        """This policy, with what a model says where it leaves that to the model."""
+        return self if self.max_pixels is not None else replace(self, max_pixels=max_reference_pixels or self.pixels)

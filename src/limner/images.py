@@ -232,15 +232,15 @@ def prepare_reference(
     if max(width / height, height / width) > policy.max_aspect:
         raise InvalidRequest(field, f"{width}x{height} is too long; the aspect may be {policy.max_aspect:g}:1, crop it")
     resized = None
-    if width * height > policy.max_pixels:
+    if width * height > policy.pixels:
         # int() and LANCZOS as in diffusers 0.42.1, Flux2ImageProcessor._resize_to_target_area
-        factor = math.sqrt(policy.max_pixels / (width * height))
+        factor = math.sqrt(policy.pixels / (width * height))
         resized = (int(width * factor), int(height * factor))
         if min(resized) < _GRID:
             raise InvalidRequest(
                 field,
                 f"{width}x{height} would be scaled to {resized[0]}x{resized[1]}, under 16 pixels; raise "
-                f"max_pixels={policy.max_pixels}",
+                f"max_pixels={policy.pixels}",
             )
         rgb = rgb.resize(resized, Image.Resampling.LANCZOS)
         width, height = resized

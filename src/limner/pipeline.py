@@ -173,7 +173,7 @@ class Pipeline:
         self.schedule = schedule or Schedule()
         self.default_size = default_size
         self.store = store if store is not None else ReferenceStore()
-        self.reference_policy = reference_policy or ReferencePolicy()
+        self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
         self.kv_cache_dtype = _check_kv_cache_dtype(kv_cache_dtype)
         self.latent_preview = latent_preview
         self.residency = residency
@@ -274,7 +274,7 @@ class Pipeline:
             schedule=schedule,
             default_size=settings.default_size,
             store=store,
-            reference_policy=reference_policy,
+            reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
             kv_cache_dtype=kv_cache_dtype,
             latent_preview=settings.preview,
             residency=residency,
@@ -683,7 +683,7 @@ class Pipeline:
             batch=batch,
             formats=self.formats,
             whole_pixels=self.autoencoder.whole_pixels,
-            reference_pixels=min(num_ref * _GRID**2, self.reference_policy.max_pixels),
+            reference_pixels=min(num_ref * _GRID**2, self.reference_policy.pixels),
         ) - elsewhere  # fmt: skip
 
     def kv_bytes(self, num_ref: int) -> int:

@@ -124,6 +124,7 @@ def test_refs_inspect(files: Path, tiny_folder: Path) -> None:
 
 BAD = {
     "no prompt": (["edit", "", "-i", "a.png", "-o", "out.png"], "prompt: '' is empty; say what to draw"),
+    "image to generate": (["generate", "x", "-o", "out.png", "-i", "a.png"], "with them: limner edit PROMPT -i FILE"),
     "no image": (["edit", "x", "-o", "out.png"], "--image: give either pictures (-i FILE, again for more) or one pack"),
     "no output": (["generate", "x"], "the following arguments are required: -o/--output"),
     "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from limner import Pipeline
 
@@ -79,31 +80,58 @@ def test_the_whole_recipe_in_miniature(made: Path) -> None:
 
 @needs_font
 def test_a_resumed_training_is_the_same_training(made: Path, tmp_path: Path) -> None:
-    """Stopped after 3 of 6 steps and resumed: equal bits of weights, averages and optimizer."""
+    """Stopped after 3 of 6 steps and resumed: equal bits of weights, averages and optimizer, and of what is exported."""
     data = made / "build" / "data" / "data.pt"
-    common = (sys.executable, "train.py", "--data", data, "--steps", 6, "--batch", 8, "--validate-every", 100)
+    common = (sys.executable, "train.py", "--data", data, "--steps", 6, "--batch", 8, "--validate-every", 4)
     run(*common, "--out", tmp_path / "straight")
     run(*common, "--out", tmp_path / "stopped", "--stop-after", 3)
+    run(*common, "--out", tmp_path / "stopped", "--resume")
+    for file in ("checkpoint.pt", "best.pt"):
+        straight, stopped = (torch.load(tmp_path / name / file, weights_only=True) for name in ("straight", "stopped"))
+        torch.testing.assert_close(straight, stopped, rtol=0, atol=0)
+
+
+@needs_font
+@pytest.mark.parametrize("kept", [("--keep-latents", 0.003), ("--freeze-encoder",)])
+def test_a_resumed_autoencoder_is_the_same_autoencoder(made: Path, tmp_path: Path, kept: tuple[object, ...]) -> None:
+    """And every weight that is trained moves: an optimizer that steps on copies would leave the convolutions where they were."""
+    start = made / "build" / "vae" / "vae"
+    common = (sys.executable, "refine_autoencoder.py", "--vae", start, "--steps", 4, "--batch", 2, *kept)
+    run(*common, "--out", tmp_path / "straight")
+    run(*common, "--out", tmp_path / "stopped", "--stop-after", 2)
     run(*common, "--out", tmp_path / "stopped", "--resume")
     straight, stopped = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "stopped")
     )
-    assert straight["step"] == stopped["step"] == 6
-    for part in ("model", "average"):
-        for name, value in straight[part].items():
-            assert torch.equal(value, stopped[part][name]), name
+    torch.testing.assert_close(straight, stopped, rtol=0, atol=0)
+    before = load_file(start / "diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / "straight" / "vae" / "diffusion_pytorch_model.safetensors")
+    frozen = {"encoder", "quant_conv"} if "--freeze-encoder" in kept else set()
+    for name, value in before.items():
+        if not name.startswith("bn."):
+            assert torch.equal(value, after[name]) == (name.partition(".")[0] in frozen), name
+
+
+def plain(prompt: str) -> str:
+    """A prompt without the "please" that may stand before or after it."""
+    return prompt.removeprefix("please ").removesuffix(" please").removesuffix(", please").removesuffix(",")
 
 
 def test_prompts_of_the_evaluation_are_never_trained_on() -> None:
-    from tasks import TASKS, Grammar
+    from tasks import TASKS, Grammar, is_evaluation_pair
     from world import HELD_OUT, STICKERS
 
     glyphs, rng = [*STICKERS.values()], random.Random(0)
     kept, trained = Grammar(glyphs, evaluation=True), Grammar(glyphs, pool=200)
     for task in TASKS:
-        asked = {kept.draw(rng, task).prompt for _ in range(60)}
-        sittings = [trained.sitting(rng, task, 4) for _ in range(60)]
-        assert not asked & {e.prompt for sitting in sittings for e in sitting}
+        asked = {plain(kept.draw(rng, task).prompt) for _ in range(200)}
+        sittings = [trained.sitting(rng, task, 4) for _ in range(200)]
+        assert not asked & {plain(e.prompt) for sitting in sittings for e in sitting}
+        if task == "edit":
+            for sitting in sittings:
+                for e in sitting:
+                    if e.result.scene.name != e.references[0].scene.name:
+                        assert not is_evaluation_pair(e.result.stickers[0].glyph, e.result.scene.name)
         if task == "draw":
             kept_pairs, trained_pairs = (
                 {(e.result.stickers[0].glyph, e.result.scene.name) for e in some}
@@ -124,6 +152,15 @@ def test_the_world_is_large_enough() -> None:
     assert not set(STICKERS.values()) & set(HELD_OUT.values())
 
 
+def test_the_card_says_what_the_model_knows() -> None:
+    from world import HELD_OUT, PLACES, PLAIN, STICKERS
+
+    card = " ".join((RECIPE / "model-card.md").read_text().split())
+    assert f"{len(STICKERS)} stickers by name: {', '.join(STICKERS)}." in card
+    assert f"{len(HELD_OUT)} are kept for the evaluation" in card
+    assert f"Scenes: {', '.join(PLACES)}; plain {', '.join(PLAIN)};" in card
+
+
 @needs_font
 def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
     from judge import judge
@@ -134,7 +171,7 @@ def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
     truth = Picture(scene=Scene(name="beach", variant=3), stickers=(cat, Sticker(glyph=HELD_OUT["duck"], scale=32)))
 
     def verdict(picture: Picture) -> Any:
-        return judge(renderer.render(picture), truth, before=None, renderer=renderer)
+        return judge(renderer.render(picture), truth, references=(), renderer=renderer)
 
     right = verdict(truth)
     assert right.success
@@ -152,7 +189,7 @@ def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
         assert not found.success
     assert not verdict(replace(truth, stickers=truth.stickers[:1])).sticker
     blurred = renderer.render(truth).resize((32, 32)).resize((128, 128))
-    assert judge(blurred, truth, before=None, renderer=renderer).success
+    assert judge(blurred, truth, references=(), renderer=renderer).success
 
 
 @needs_font
@@ -163,8 +200,24 @@ def test_the_judge_sees_a_sticker_that_was_not_removed() -> None:
     renderer = Renderer(FONT)
     before = Picture(scene=Scene(name="room"), stickers=(Sticker(glyph=STICKERS["bus"]),))
     truth = replace(before, stickers=())
-    assert judge(renderer.render(truth), truth, before=before, renderer=renderer).success
-    assert not judge(renderer.render(before), truth, before=before, renderer=renderer).sticker
+    assert judge(renderer.render(truth), truth, references=(before,), renderer=renderer).success
+    assert not judge(renderer.render(before), truth, references=(before,), renderer=renderer).sticker
+
+
+@needs_font
+def test_the_judge_sees_a_sticker_too_many() -> None:
+    """One that was to move and stands in both places; one that came along with the background of its picture."""
+    from judge import judge
+    from world import STICKERS, Picture, Renderer, Scene, Sticker
+
+    renderer = Renderer(FONT)
+    bus, tree = Sticker(glyph=STICKERS["bus"]), Sticker(glyph=STICKERS["tree"], column="right", row="top")
+    room, snow = Picture(scene=Scene(name="room"), stickers=(bus,)), Picture(scene=Scene(name="snow"), stickers=(tree,))
+    moved, behind = room.with_sticker(0, column="left"), replace(room, scene=snow.scene)
+    for truth, references, extra in ((moved, (room,), bus), (behind, (room, snow), tree)):
+        assert judge(renderer.render(truth), truth, references=references, renderer=renderer).success
+        wrong = renderer.render(replace(truth, stickers=(*truth.stickers, extra)))
+        assert not judge(wrong, truth, references=references, renderer=renderer).sticker
 
 
 def test_pictures_of_cases_are_those_of_the_recipe() -> None:

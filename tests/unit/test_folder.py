@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.conftest import generators
+from tests.conftest import generators, picture
 
 from limner import CheckpointError, InvalidRequest, Pipeline
-from limner.config import KLEIN_4B, KLEIN_9B, TransformerConfig
+from limner.cli import main
+from limner.config import KLEIN_4B, KLEIN_9B, ReferencePolicy, TransformerConfig
 from limner.model.transformer import Transformer
 
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -107,6 +109,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "vae groups": (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=0), "does not describe a network"),
     "settings": (lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'), "default_dtype='float99' is not one of"),
     "settings size": (lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'), "default_size=.* has to be"),
+    "settings pixels": (
+        lambda f: (f / "limner.json").write_text('{"max_reference_pixels": "16k"}'), "max_reference_pixels='16k' has to be",
+    ),
     "no chat template": (lambda f: [p.unlink() for p in (f / "tokenizer").glob("chat_template*")], "the tokenizer cannot be used"),
     "shard outside the folder": (
         lambda f: (
@@ -126,6 +131,34 @@ def test_refuses_damage(name: str, tiny_copy: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Pipeline.from_pretrained(tiny_copy)
     assert str(tiny_copy) in str(caught.value)
+
+
+def test_a_model_says_how_many_pixels_a_reference_keeps(tiny_copy: Path) -> None:
+    """`limner.json` counts where the user left it to the model, in Python and on the command line."""
+    (tiny_copy / "limner.json").write_text('{"max_reference_pixels": 4096}')
+    own = ReferencePolicy(background="white", max_pixels=9216)
+    for given, pixels in ((None, 4096), (ReferencePolicy(background="white"), 4096), (own, 9216)):
+        pipe = Pipeline.from_pretrained(tiny_copy, reference_policy=given)
+        assert pipe.reference_policy.max_pixels == pixels
+        assert pipe.reference_policy.background == (given.background if given else None)
+    picture(96, 96).save(tiny_copy / "a.png")
+    for more, size in (([], (64, 64)), (["--max-pixels", "9216"], (96, 96))):
+        arguments = [
+            "edit",
+            "a dog",
+            "-i",
+            tiny_copy / "a.png",
+            "-o",
+            tiny_copy / "out.png",
+            "--model",
+            tiny_copy,
+            *more,
+        ]
+        assert main([str(a) for a in arguments]) == 0
+        with Image.open(tiny_copy / "out.png") as out:
+            assert out.size == size
+    (tiny_copy / "limner.json").unlink()
+    assert Pipeline.from_pretrained(tiny_copy).reference_policy.max_pixels == 1024 * 1024
 
 
 def test_refuses_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

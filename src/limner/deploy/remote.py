@@ -97,7 +97,7 @@ class ModelCard:
             batch=batch,
             formats=self.formats,
             whole_pixels=self.whole_pixels,
-            reference_pixels=min(num_ref * _GRID, self.reference_policy.max_pixels),
+            reference_pixels=min(num_ref * _GRID, self.reference_policy.pixels),
         )
 
 

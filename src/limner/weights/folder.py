@@ -250,11 +250,13 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSettings:
-    """What a folder says besides its parts: `limner.json` may set the default size and dtype, and hold a preview map."""
+    """What a folder says besides its parts: `limner.json` may set the default size and dtype, how many pixels a reference keeps,
+    and hold a preview map."""
 
     default_size: tuple[int, int] = (1024, 1024)
     default_dtype: torch.dtype | None = None
     preview: LatentPreview | None = None
+    max_reference_pixels: int | None = None
 
 
 def read_settings(folder: Path) -> FolderSettings:
@@ -279,10 +281,15 @@ def read_settings(folder: Path) -> FolderSettings:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
     if dtype not in dtypes:
         raise CheckpointError(f"{file}: default_dtype={dtype!r} is not one of float32, bfloat16, float16")
+    pixels = own.get("max_reference_pixels")
+    if pixels is not None and not (isinstance(pixels, int) and pixels >= 256):
+        raise CheckpointError(f"{file}: max_reference_pixels={pixels!r} has to be a number of at least 256")
     preview = None
     if (values := own.get("latent_preview")) is not None:
         try:
             preview = LatentPreview(values["weight"], values["bias"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: latent_preview is not a map of latents to pixels ({error})") from error
-    return FolderSettings(default_size=(size[0], size[1]), default_dtype=dtypes[dtype], preview=preview)
+    return FolderSettings(
+        default_size=(size[0], size[1]), default_dtype=dtypes[dtype], preview=preview, max_reference_pixels=pixels
+    )
