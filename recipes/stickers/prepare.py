@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--font", type=Path)
-    parser.add_argument("--sittings", type=int, default=20000, help="reference sets, each with --asks examples")
+    parser.add_argument("--sittings", type=int, default=12000, help="reference sets, each with --asks examples")
     parser.add_argument("--asks", type=int, default=4)
     parser.add_argument("--pool", type=int, default=14000, help="different reference pictures")
     parser.add_argument(

@@ -33,7 +33,7 @@ export_model() {
         --data "$build/data/data.pt" --out "$assets"
 }
 evaluate() {
-    "$python" evaluate.py --model "$assets/stickers" ${EVAL_ARGS:---write "$assets/stickers/evaluation.json"}
+    "$python" evaluate.py --model "$assets/stickers" ${EVAL_ARGS:---nearest-seed 0 --write "$assets/stickers/evaluation.json"}
     cp model-card.md "$assets/stickers/README.md"
 }
 plots() { "$python" plots.py --vae "$build/vae/log.jsonl" --model "$build/model/log.jsonl" --out curves; }
