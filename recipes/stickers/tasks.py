@@ -32,7 +32,7 @@ TASKS = ("draw", "edit", "combine2", "combine3", "combine4")
 NUM_VARIANTS = 9
 EDITS = ("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey")
 """The kinds of edits of one reference, as often as the evaluation asks for them."""
-HARD_EDITS = ("scale", "mirror", "mirror")
+HARD_EDITS = ("scale", "scale", "scale", "scale", "mirror", "mirror")
 """Asked for oftener in training: form is what fails most."""
 SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big", "large", "huge")}
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
