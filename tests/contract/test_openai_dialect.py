@@ -213,7 +213,7 @@ def test_a_caller_who_goes_away_frees_the_device(
         monkeypatch.setattr(Engine, "_drop_stopped", held)
         body = {"prompt": "a", "size": "64x64", "stream": stream, "num_inference_steps": 50}
         with pytest.raises(httpx.ReadTimeout):  # reads the whole stream, too
-            httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=0.5)
+            httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=3)
         assert reached.wait(60)
         end = time.monotonic() + 60
         while not any(live.cancelled for live in served.service.runner._live.values()):  # told of the loss
