@@ -237,8 +237,9 @@ class ReferencePolicy:
     """What happens to a reference before it is encoded. The defaults are those of the model card's system.
 
     A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept); then its middle is cut to multiples of
-    16. Without it the model says how many (`max_reference_pixels` in its `limner.json`), or else they are 1024 x 1024. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is
-    refused unless `background`, a colour name or "#rrggbb", says what stands behind it.
+    16. Without it the model says how many (`max_reference_pixels` in its `limner.json`), or else they are 1024 x 1024.
+    A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is refused
+    unless `background`, a colour name or "#rrggbb", says what stands behind it.
     """
 
     max_pixels: int | None = None

@@ -250,8 +250,8 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSettings:
-    """What a folder says besides its parts: `limner.json` may set the default size and dtype, how many pixels a reference keeps,
-    and hold a preview map."""
+    """What a folder says besides its parts: `limner.json` may set the default size and dtype, say how many pixels a
+    reference keeps, and hold a preview map."""
 
     default_size: tuple[int, int] = (1024, 1024)
     default_dtype: torch.dtype | None = None
