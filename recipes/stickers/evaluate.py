@@ -1,8 +1,8 @@
 """Evaluates a model on prompts that training never saw, against the rendered truth.
 
 The last line is one JSON object: by task, over `--cases` cases each, PSNR in dB, SSIM, success rate and what of it was
-right, beside two baselines: copying reference 1 (for `draw` a grey picture), and the nearest picture to the truth in a training set,
-by default that of the shipped model's last run (the median, and `in_training`, the share of cases whose very picture it
+right, beside two baselines: copying reference 1 (for `draw` a grey picture), and the nearest picture to the truth in a set made
+as the training sets are (the median, and `in_training`, the share of cases whose very picture it
 holds: plain scenes and single stickers repeat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
 `held_out` are edits and combinations of stickers that no training picture shows: only copying from a reference can bring them.
 """
