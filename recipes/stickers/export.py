@@ -19,7 +19,7 @@ from limner.model.preview import LatentPreview
 from limner.tokens import unpack
 from prepare import results
 from train import GEOMETRY, Model
-from world import HELD_OUT, LARGE, MEDIUM, STICKERS, Picture, Renderer, Scene, Sticker
+from world import HELD_OUT, LARGE, MEDIUM, SIZES, STICKERS, Picture, Renderer, Scene, Sticker
 
 SAMPLES = {
     "beach": Picture(scene=Scene(name="beach", variant=3)),
@@ -74,7 +74,8 @@ def main() -> None:
     told = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
     config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
     settings = {
-        "default_size": [128, 128],
+        "default_size": list(SIZES[0]),
+        "sizes": [list(size) for size in SIZES],
         "default_dtype": "float32",
         "max_reference_pixels": 128 * 128,
         "latent_preview": {

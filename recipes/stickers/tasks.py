@@ -32,8 +32,8 @@ TASKS = ("draw", "edit", "combine2", "combine3", "combine4")
 NUM_VARIANTS = 9
 EDITS = ("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey")
 """The kinds of edits of one reference, as often as the evaluation asks for them."""
-HARD_EDITS = ("scale", "scale", "scale", "scale", "mirror", "mirror")
-"""Asked for oftener in training: form is what fails most."""
+HARD_EDITS = ("scale", "scale", "scale", "size", "size", "size", "mirror")
+"""Asked for oftener in training: form is what fails most. "size" are those of "scale" that name a size ("make it tiny")."""
 SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big", "large", "huge")}
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
 ROW_WORDS = {"top": "at the top", "middle": "", "bottom": "at the bottom"}
@@ -224,10 +224,15 @@ class Grammar:
                 (f"remove {it}", f"take {it} away", f"erase {it}", f"only the background, without {it}")
             )
             return prompt, replace(before, stickers=())
-        if kind == "scale" and sticker.scale != LARGE and rng.random() < 0.3:
+        named = kind == "size"  # a size by its name, and not a step
+        if (
+            kind in ("scale", "size")
+            and sticker.scale != LARGE
+            and (rng.random() < 0.3 or (named and sticker.scale == SMALL))
+        ):
             word = rng.choice(SCALE_WORDS[LARGE])
             return rng.choice((f"make {it} {word}", f"{it} should be {word}")), before.with_sticker(0, scale=LARGE)
-        if kind == "scale" and sticker.scale != SMALL and rng.random() < 0.3:
+        if kind in ("scale", "size") and sticker.scale != SMALL and (rng.random() < 0.3 or named):
             word = rng.choice(SCALE_WORDS[SMALL])
             return rng.choice((f"make {it} {word}", f"{it} should be {word}")), before.with_sticker(0, scale=SMALL)
         if kind == "scale":

@@ -160,18 +160,23 @@ class Pipeline:
         text_encoder: TextEncoder,
         schedule: Schedule | None = None,
         default_size: tuple[int, int] = (1024, 1024),
+        sizes: Sequence[tuple[int, int]] = (),
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
         latent_preview: LatentPreview | None = None,
         residency: Residency | None = None,
     ) -> None:
-        """`residency` is the limit of memory that the networks are under; None: all weights stay where they are."""
+        """`sizes` are those (width, height) that the model draws; another is drawn with a warning; none: any.
+
+        `residency` is the limit of memory that the networks are under; None: all weights stay where they are.
+        """
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self.schedule = schedule or Schedule()
         self.default_size = default_size
+        self.sizes = tuple(sizes)
         self.store = store if store is not None else ReferenceStore()
         self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
         self.kv_cache_dtype = _check_kv_cache_dtype(kv_cache_dtype)
@@ -273,6 +278,7 @@ class Pipeline:
             text_encoder=loaded_text_encoder,
             schedule=schedule,
             default_size=settings.default_size,
+            sizes=settings.sizes,
             store=store,
             reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
             kv_cache_dtype=kv_cache_dtype,
@@ -796,6 +802,9 @@ class Pipeline:
             height, width = self._check_latents(latents, batch=batch, height=height, width=width)
         width = check_size("width", width if width is not None else (sizes or [self.default_size])[0][0])
         height = check_size("height", height if height is not None else (sizes or [self.default_size])[0][1])
+        if self.sizes and (width, height) not in self.sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", width, height, allowed)
         grid = (height // _GRID, width // _GRID)
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
         num_own = grid[0] * grid[1] + num_txt
@@ -1151,11 +1160,11 @@ def _check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
 def check_size(name: str, value: int) -> int:
     """A side of the output in pixels. Raises `InvalidRequest`."""
     if not isinstance(value, int):
-        raise InvalidRequest(name, f"{name}={value!r} is not a whole number of pixels")
+        raise InvalidRequest(name, f"{value!r} is not a whole number of pixels")
     if value < 64 or value % _GRID:
         low = max(64, value // _GRID * _GRID)
         use = f"{low} or {low + _GRID}" if value > 64 else "64"
-        raise InvalidRequest(name, f"{name}={value} is not a multiple of 16 of at least 64; use {use}")
+        raise InvalidRequest(name, f"{value} is not a multiple of 16 of at least 64; use {use}")
     return value
 
 

@@ -109,6 +109,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "vae groups": (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=0), "does not describe a network"),
     "settings": (lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'), "default_dtype='float99' is not one of"),
     "settings size": (lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'), "default_size=.* has to be"),
+    "settings sizes": (lambda f: (f / "limner.json").write_text('{"sizes": [[128, 100]]}'), "sizes=.* has to be a list"),
     "settings pixels": (
         lambda f: (f / "limner.json").write_text('{"max_reference_pixels": "16k"}'), "max_reference_pixels='16k' has to be",
     ),
@@ -131,6 +132,23 @@ def test_refuses_damage(name: str, tiny_copy: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Pipeline.from_pretrained(tiny_copy)
     assert str(tiny_copy) in str(caught.value)
+
+
+def test_a_model_says_which_sizes_it_draws(tiny_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another size is drawn, with a warning; a model that says nothing draws any."""
+    told = "64x96 is not a size that this model has learned to draw: 64x64, 96x64"
+    for settings, height, warnings in (
+        ({"sizes": [[64, 64], [96, 64]]}, 96, [told]),
+        ({"sizes": [[64, 64], [64, 96]]}, 96, []),
+        ({}, 96, []),
+    ):
+        (tiny_copy / "limner.json").write_text(json.dumps(settings))
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="limner"):
+            image = Pipeline.from_pretrained(tiny_copy)("a dog", width=64, height=height).images[0]
+        assert image.size == (64, height)
+        assert caplog.messages == warnings
+    (tiny_copy / "limner.json").unlink()
 
 
 def test_a_model_says_how_many_pixels_a_reference_keeps(tiny_copy: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -250,13 +250,23 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSettings:
-    """What a folder says besides its parts: `limner.json` may set the default size and dtype, say how many pixels a
-    reference keeps, and hold a preview map."""
+    """What a folder says besides its parts: `limner.json` may set the default size and dtype, say which sizes
+    (width, height) the model draws (none: any) and how many pixels a reference keeps, and hold a preview map."""
 
     default_size: tuple[int, int] = (1024, 1024)
+    sizes: tuple[tuple[int, int], ...] = ()
     default_dtype: torch.dtype | None = None
     preview: LatentPreview | None = None
     max_reference_pixels: int | None = None
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value of JSON is [width, height] of a picture."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(side, int) and side >= 64 and side % 16 == 0 for side in value)
+    )
 
 
 def read_settings(folder: Path) -> FolderSettings:
@@ -272,11 +282,14 @@ def read_settings(folder: Path) -> FolderSettings:
     file = folder / "limner.json"
     own = read_json(file) if file.is_file() else {}
     size, dtype = own.get("default_size", [1024, 1024]), own.get("default_dtype")
-    if not (
-        isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s >= 64 and s % 16 == 0 for s in size)
-    ):
+    if not _is_size(size):
         raise CheckpointError(
             f"{file}: default_size={size!r} has to be [width, height], multiples of 16 of at least 64"
+        )
+    sizes = own.get("sizes", [])
+    if not (isinstance(sizes, list) and all(_is_size(one) for one in sizes)):
+        raise CheckpointError(
+            f"{file}: sizes={sizes!r} has to be a list of [width, height], multiples of 16 of at least 64"
         )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
     if dtype not in dtypes:
@@ -291,5 +304,6 @@ def read_settings(folder: Path) -> FolderSettings:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: latent_preview is not a map of latents to pixels ({error})") from error
     return FolderSettings(
-        default_size=(size[0], size[1]), default_dtype=dtypes[dtype], preview=preview, max_reference_pixels=pixels
-    )
+        default_size=(size[0], size[1]), sizes=tuple((w, h) for w, h in sizes), default_dtype=dtypes[dtype],
+        preview=preview, max_reference_pixels=pixels,
+    )  # fmt: skip
