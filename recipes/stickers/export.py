@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from limner.model.autoencoder import Autoencoder
 from limner.model.preview import LatentPreview
 from limner.tokens import unpack
 from prepare import results
-from train import GEOMETRY, Model
+from train import GEOMETRY, Model, load_folder
 from world import HELD_OUT, LARGE, MEDIUM, SIZES, STICKERS, Picture, Renderer, Scene, Sticker
 
 SAMPLES = {
@@ -43,6 +44,24 @@ def fit_preview(vae: AutoencoderKLFlux2, tokens: Tensor) -> LatentPreview:
     return LatentPreview.fit(latents, F.avg_pool2d((pictures / 2 + 0.5).clamp(0, 1), 8))
 
 
+@torch.no_grad()
+def blend(model: Model, folder: Path, *, share: float, text_share: float) -> None:
+    """Moves weights back towards those they were trained on from, which are in `folder`; 1 leaves them.
+
+    A run learns what it is asked for, and on the way forgets some of what only follows from it ("move the sticker right" is no
+    prompt of any training set); between both ends of the line a model does better than at either. The idea is that of
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+    """
+    before = copy.deepcopy(model)
+    load_folder(before, folder)
+    for old, new, part in (
+        (before.transformer, model.transformer, share),
+        (before.text_encoder, model.text_encoder, text_share),
+    ):
+        for a, b in zip(old.parameters(), new.parameters(), strict=True):
+            b.copy_(torch.lerp(a, b, part))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with best.pt of train.py")
@@ -51,12 +70,24 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--font", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--blend",
+        type=Path,
+        help="a model folder, that of train.py --init; the result lies on the line from it to the run",
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="how far along the line the transformer is")
+    parser.add_argument("--text-share", type=float, default=0.0, help="and the text encoder; 0: that of the folder")
     args = parser.parse_args()
+    for name, share in (("--share", args.share), ("--text-share", args.text_share)):
+        if not 0 <= share <= 1:
+            parser.error(f"{name} {share} is not within 0 to 1")
 
     tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
     state = torch.load(args.run / "best.pt", weights_only=True)
     model = Model(len(tokenizer), pad=tokenizer.pad_token_id)
     model.load_state_dict(state["model"])
+    if args.blend:
+        blend(model, args.blend, share=args.share, text_share=args.text_share)
     transformer = Flux2Transformer2DModel(**GEOMETRY.to_diffusers())
     transformer.load_state_dict(model.transformer.state_dict())
     vae = AutoencoderKLFlux2.from_pretrained(args.vae)

@@ -102,6 +102,17 @@ class Model(nn.Module):
         return x
 
 
+def load_folder(model: Model, folder: Path) -> None:
+    """The weights of a model folder, such as the bundled model's."""
+    for name, part in (("transformer", model.transformer), ("text_encoder", model.text_encoder)):
+        file = (
+            folder / name / ("model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors")
+        )
+        missing = part.load_state_dict(load_file(file), strict=False).missing_keys
+        if set(missing) - {"lm_head.weight"}:  # tied to the embedding
+            raise SystemExit(f"{file} lacks {', '.join(missing)}; it is of another geometry")
+
+
 def strayed(error: Tensor, batch: dict[str, Any], cost: Tensor) -> Tensor:
     """How far each sticker of a drawing has gone the way to another form (N,): 0 as it should be, 1 mirrored, or grey.
 
@@ -232,11 +243,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, judged = (Model(data["vocabulary"], pad=0) for _ in range(2))
     if args.init:
-        for part, name in ((model.transformer, "diffusion_pytorch_model"), (model.text_encoder, "model")):
-            folder = args.init / ("transformer" if part is model.transformer else "text_encoder")
-            missing = part.load_state_dict(load_file(folder / f"{name}.safetensors"), strict=False).missing_keys
-            if set(missing) - {"lm_head.weight"}:  # tied to the embedding
-                raise SystemExit(f"{folder} lacks {', '.join(missing)}; it is of another geometry")
+        load_folder(model, args.init)
     optimizer = Optimizer(model, lr=args.lr, matrices=lambda name, p: "blocks." in name or ".layers." in name)
     average = Average(model, 0.997)
     first, best = 0, -math.inf

@@ -28,10 +28,10 @@ def test_every_task_has_enough_cases_and_every_measure() -> None:
 
 @pytest.mark.parametrize(
     ("task", "success"),
-    [("draw", 0.8), ("edit", 0.89), ("combine2", 0.9), ("combine3", 0.8), ("combine4", 0.8), ("held_out", 0.7)],
+    [("draw", 0.8), ("edit", 0.9), ("combine2", 0.9), ("combine3", 0.8), ("combine4", 0.8), ("held_out", 0.7)],
 )
 def test_the_model_is_as_good_as_it_was_meant_to_be(task: str, success: float) -> None:
-    """As good as was asked for (edits, of which 0.9 was, one case of 200 less), and 6 dB nearer to the truth than reference 1, where the two differ."""
+    """As good as was asked for, and 6 dB nearer to the truth than reference 1, where the two differ."""
     row = evaluation()["tasks"][task]
     assert row["success"] >= success
     assert row["psnr"] >= 24

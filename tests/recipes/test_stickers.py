@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from limner import Pipeline
 
@@ -98,6 +99,27 @@ def test_a_resumed_training_is_the_same_training(made: Path, tmp_path: Path) -> 
     for file in ("checkpoint.pt", "best.pt"):
         straight, stopped = (torch.load(tmp_path / name / file, weights_only=True) for name in ("straight", "stopped"))
         assert same(straight, stopped)
+
+
+def test_a_blend_lies_between_a_run_and_the_weights_before_it(tmp_path: Path) -> None:
+    """Each part at its own share of the way; a share of 0 is the folder's weights, bit for bit, and 1 the run's."""
+    from export import blend
+    from train import Model
+
+    torch.manual_seed(0)
+    before, run = (Model(300, pad=0) for _ in range(2))
+    for part, name in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (tmp_path / part).mkdir()
+        state = {n: p.detach() for n, p in getattr(before, part).named_parameters()}
+        save_file(state, tmp_path / part / f"{name}.safetensors")
+    for share, text_share in ((0.7, 0.0), (1.0, 0.25)):
+        mixed = copy.deepcopy(run)
+        blend(mixed, tmp_path, share=share, text_share=text_share)
+        for (name, a), b, found in zip(before.named_parameters(), run.parameters(), mixed.parameters(), strict=True):
+            along = text_share if name.startswith("text_encoder") else share
+            torch.testing.assert_close(found, (1 - along) * a + along * b)
+            if along in (0, 1):
+                assert torch.equal(found, b if along else a)
 
 
 @needs_font
