@@ -48,9 +48,8 @@ def fit_preview(vae: AutoencoderKLFlux2, tokens: Tensor) -> LatentPreview:
 def blend(model: Model, folder: Path, *, share: float, text_share: float) -> None:
     """Moves weights back towards those they were trained on from, which are in `folder`; 1 leaves them.
 
-    A run learns what it is asked for, and on the way forgets some of what only follows from it ("move the sticker right" is no
-    prompt of any training set); between both ends of the line a model does better than at either. The idea is that of
-    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+    A run learns what it is asked for, and on the way forgets some of what it is no longer asked for, such as prompts that the
+    split keeps from it. The idea is that of Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
     """
     before = copy.deepcopy(model)
     load_folder(before, folder)
@@ -75,11 +74,13 @@ def main() -> None:
         type=Path,
         help="a model folder, that of train.py --init; the result lies on the line from it to the run",
     )
-    parser.add_argument("--share", type=float, default=0.5, help="how far along the line the transformer is")
-    parser.add_argument("--text-share", type=float, default=0.0, help="and the text encoder; 0: that of the folder")
+    parser.add_argument("--share", type=float, help="with --blend: how far along the line the transformer is; 0.5")
+    parser.add_argument("--text-share", type=float, help="and the text encoder; 0, which leaves that of the folder")
     args = parser.parse_args()
     for name, share in (("--share", args.share), ("--text-share", args.text_share)):
-        if not 0 <= share <= 1:
+        if share is not None and not args.blend:
+            parser.error(f"{name} needs --blend")
+        if share is not None and not 0 <= share <= 1:
             parser.error(f"{name} {share} is not within 0 to 1")
 
     tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
@@ -87,7 +88,7 @@ def main() -> None:
     model = Model(len(tokenizer), pad=tokenizer.pad_token_id)
     model.load_state_dict(state["model"])
     if args.blend:
-        blend(model, args.blend, share=args.share, text_share=args.text_share)
+        blend(model, args.blend, share=0.5 if args.share is None else args.share, text_share=args.text_share or 0.0)
     transformer = Flux2Transformer2DModel(**GEOMETRY.to_diffusers())
     transformer.load_state_dict(model.transformer.state_dict())
     vae = AutoencoderKLFlux2.from_pretrained(args.vae)

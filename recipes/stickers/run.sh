@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the bundled model from nothing: font, autoencoder, data, transformer, export, evaluation. Seeded and resumable:
 # run it again after a stop and it goes on. One part alone: run.sh font | vae | refine | data | train | export | eval | plots.
-# Where things go and how long they run: BUILD, ASSETS, VAE_ARGS, REFINE_ARGS, DATA_ARGS, TRAIN_ARGS, EVAL_ARGS.
+# Where things go and how long they run: BUILD, ASSETS, VAE_ARGS, REFINE_ARGS, DATA_ARGS, TRAIN_ARGS, EXPORT_ARGS, EVAL_ARGS.
 set -euo pipefail
 cd "$(dirname "$0")"
 build=${BUILD:-build}
@@ -30,7 +30,7 @@ train() {
 }
 export_model() {
     "$python" export.py --run "$build/model" --vae "$build/refined/vae" --tokenizer "$build/data/tokenizer" \
-        --data "$build/data/data.pt" --out "$assets"
+        --data "$build/data/data.pt" --out "$assets" ${EXPORT_ARGS:-}
 }
 evaluate() {
     "$python" evaluate.py --model "$assets/stickers" ${EVAL_ARGS:---nearest-seed 0 --write "$assets/stickers/evaluation.json"}

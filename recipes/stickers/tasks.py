@@ -33,7 +33,8 @@ NUM_VARIANTS = 9
 EDITS = ("scene", "scene", "scene", "remove", "scale", "scale", "move", "move", "mirror", "grey")
 """The kinds of edits of one reference, as often as the evaluation asks for them."""
 HARD_EDITS = ("scale", "scale", "scale", "size", "size", "size", "mirror")
-"""Asked for oftener in training: form is what fails most. "size" are those of "scale" that name a size ("make it tiny")."""
+"""Asked for oftener in training: form is what fails most. "size" are those of "scale" that name a size ("make it tiny"; of a
+medium sticker, small in seven of ten)."""
 SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big", "large", "huge")}
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
 ROW_WORDS = {"top": "at the top", "middle": "", "bottom": "at the bottom"}

@@ -308,6 +308,7 @@ class Pipeline:
         pipeline: Any,
         *,
         default_size: tuple[int, int] = (1024, 1024),
+        sizes: Sequence[tuple[int, int]] = (),
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
@@ -337,6 +338,7 @@ class Pipeline:
             text_encoder=text_encoder,
             schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
             default_size=default_size,
+            sizes=sizes,
             store=store,
             reference_policy=reference_policy,
             kv_cache_dtype=kv_cache_dtype,
@@ -802,9 +804,6 @@ class Pipeline:
             height, width = self._check_latents(latents, batch=batch, height=height, width=width)
         width = check_size("width", width if width is not None else (sizes or [self.default_size])[0][0])
         height = check_size("height", height if height is not None else (sizes or [self.default_size])[0][1])
-        if self.sizes and (width, height) not in self.sizes:
-            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", width, height, allowed)
         grid = (height // _GRID, width // _GRID)
         num_txt = limit if prompt_embeds is None else prompt_embeds.shape[1]
         num_own = grid[0] * grid[1] + num_txt
@@ -813,6 +812,9 @@ class Pipeline:
         self._check_limit(Request(size=(width, height), references=tuple(sizes), batch=batch, num_text=num_txt))
         levels = self.schedule.sigmas(grid[0] * grid[1], num_steps=num_inference_steps, custom=sigmas)
         generators, seeds = self._generators(generator, latents=latents, batch=batch)
+        if self.sizes and (width, height) not in self.sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", width, height, allowed)
 
         start = time.perf_counter()
         prompt_reports: tuple[PromptReport, ...] = ()

@@ -335,6 +335,12 @@ def overflow(page: Page) -> float:
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
+def test_it_offers_the_sizes_that_the_model_draws(open_page) -> None:
+    page, _ = open_page()
+    offered = page.eval_on_selector_all("#size option", "(all) => all.map((e) => e.value)")
+    assert offered == ["", "128x128", "160x96", "96x160", "custom"]
+
+
 def test_it_fits_a_phone(open_page) -> None:
     page, _ = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     assert overflow(page) == 0

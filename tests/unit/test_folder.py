@@ -110,6 +110,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "settings": (lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'), "default_dtype='float99' is not one of"),
     "settings size": (lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'), "default_size=.* has to be"),
     "settings sizes": (lambda f: (f / "limner.json").write_text('{"sizes": [[128, 100]]}'), "sizes=.* has to be a list"),
+    "settings default": (
+        lambda f: (f / "limner.json").write_text('{"sizes": [[64, 64]], "default_size": [64, 96]}'), "has to be one of sizes=",
+    ),
     "settings pixels": (
         lambda f: (f / "limner.json").write_text('{"max_reference_pixels": "16k"}'), "max_reference_pixels='16k' has to be",
     ),
@@ -148,6 +151,9 @@ def test_a_model_says_which_sizes_it_draws(tiny_copy: Path, caplog: pytest.LogCa
             image = Pipeline.from_pretrained(tiny_copy)("a dog", width=64, height=height).images[0]
         assert image.size == (64, height)
         assert caplog.messages == warnings
+        if settings:
+            assert Pipeline.from_pretrained(tiny_copy)("a dog").images[0].size == (64, 64)
+            assert caplog.messages == warnings
     (tiny_copy / "limner.json").unlink()
 
 

@@ -70,6 +70,7 @@ class ModelCard:
     kv_cache_dtype: str | None
     reference_policy: ReferencePolicy
     default_size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
     text_length: int
     previews: bool
     geometry: ModelGeometry
@@ -82,7 +83,7 @@ class ModelCard:
         return cls(
             digest=pipe.digest, reference_weights=pipe.reference_weights, dtype=str(pipe.dtype).removeprefix("torch."),
             kernel=pipe.kernel, kv_cache_dtype=pipe.kv_cache_dtype, reference_policy=pipe.reference_policy,
-            default_size=pipe.default_size, text_length=pipe.text_encoder.max_length,
+            default_size=pipe.default_size, sizes=pipe.sizes, text_length=pipe.text_encoder.max_length,
             previews=pipe.latent_preview is not None, geometry=pipe.geometry, formats=pipe.formats,
             whole_pixels=pipe.autoencoder.whole_pixels, memory_bytes=memory_bytes,
         )  # fmt: skip
@@ -357,6 +358,10 @@ class RemotePipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         return self._card.default_size
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self._card.sizes
 
     @property
     def reference_policy(self) -> ReferencePolicy:

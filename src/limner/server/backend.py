@@ -33,6 +33,9 @@ class BackendPipeline(Protocol):
     def default_size(self) -> tuple[int, int]: ...
 
     @property
+    def sizes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
     def reference_policy(self) -> ReferencePolicy: ...
 
     @property

@@ -96,6 +96,7 @@ class Capabilities(BaseModel):
     model: str
     version: str
     default_size: list[int]
+    sizes: list[list[int]] = Field(description="those that the model has learned to draw; none: any")
     grid: int = Field(description="output sides are multiples of it")
     max_output_pixels: int
     max_images: int
@@ -293,7 +294,8 @@ def results(service: Service) -> APIRouter:
     async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
         settings, pipe = service.settings, service.engine.pipe
         return Capabilities(
-            model=settings.model_name, version=__version__, default_size=list(pipe.default_size), grid=_PATCH,
+            model=settings.model_name, version=__version__, default_size=list(pipe.default_size),
+            sizes=[list(size) for size in pipe.sizes], grid=_PATCH,
             max_output_pixels=settings.max_output_pixels, max_images=service.engine.max_batch,
             max_references=settings.max_references, max_picture_bytes=settings.max_picture_bytes,
             previews=pipe.latent_preview is not None, keep_seconds=settings.runner.keep_results,

@@ -281,16 +281,18 @@ def read_settings(folder: Path) -> FolderSettings:
         raise CheckpointError(f"{folder}: is_distilled is false; base models need guidance, which is not supported")
     file = folder / "limner.json"
     own = read_json(file) if file.is_file() else {}
-    size, dtype = own.get("default_size", [1024, 1024]), own.get("default_dtype")
-    if not _is_size(size):
-        raise CheckpointError(
-            f"{file}: default_size={size!r} has to be [width, height], multiples of 16 of at least 64"
-        )
     sizes = own.get("sizes", [])
     if not (isinstance(sizes, list) and all(_is_size(one) for one in sizes)):
         raise CheckpointError(
             f"{file}: sizes={sizes!r} has to be a list of [width, height], multiples of 16 of at least 64"
         )
+    size, dtype = own.get("default_size", sizes[0] if sizes else [1024, 1024]), own.get("default_dtype")
+    if not _is_size(size):
+        raise CheckpointError(
+            f"{file}: default_size={size!r} has to be [width, height], multiples of 16 of at least 64"
+        )
+    if sizes and size not in sizes:
+        raise CheckpointError(f"{file}: default_size={size!r} has to be one of sizes={sizes!r}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
     if dtype not in dtypes:
         raise CheckpointError(f"{file}: default_dtype={dtype!r} is not one of float32, bfloat16, float16")

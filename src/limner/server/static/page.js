@@ -39,6 +39,7 @@ api.onKeyNeeded((problem) => new Promise((resolve) => {
 // the form
 
 function sizes() {
+  if (able.sizes?.length) return able.sizes;  // those that the model has learned to draw
   const [width, height] = able.default_size, area = width * height, { grid } = able;
   return SHAPES.map(([w, h_]) => [Math.sqrt(area * w / h_), Math.sqrt(area * h_ / w)].map((x) => Math.max(grid, Math.round(x / grid) * grid)));
 }
