@@ -286,7 +286,8 @@ def read_settings(folder: Path) -> FolderSettings:
         raise CheckpointError(
             f"{file}: sizes={sizes!r} has to be a list of [width, height], multiples of 16 of at least 64"
         )
-    size, dtype = own.get("default_size", sizes[0] if sizes else [1024, 1024]), own.get("default_dtype")
+    size: Any = own.get("default_size", sizes[0] if sizes else [1024, 1024])
+    dtype = own.get("default_dtype")
     if not _is_size(size):
         raise CheckpointError(
             f"{file}: default_size={size!r} has to be [width, height], multiples of 16 of at least 64"
