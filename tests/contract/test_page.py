@@ -336,9 +336,21 @@ def overflow(page: Page) -> float:
 
 
 def test_it_offers_the_sizes_that_the_model_draws(open_page) -> None:
+    """Those of the model, and for a model that draws any, shapes with the pixels of its default size."""
     page, _ = open_page()
-    offered = page.eval_on_selector_all("#size option", "(all) => all.map((e) => e.value)")
-    assert offered == ["", "128x128", "160x96", "96x160", "custom"]
+    sizes: list[list[int]] = []
+
+    def answer(route: sync_api.Route) -> None:
+        real = route.fetch()
+        assert real.json()["sizes"] == [[128, 128], [160, 96], [96, 160]]
+        route.fulfill(response=real, json={**real.json(), "sizes": sizes})
+
+    page.route("**/v1/capabilities", answer)
+    for told, values in (([[128, 128], [192, 64]], ["128x128", "192x64"]), ([], ["128x128", "160x96", "96x160"])):
+        sizes = told
+        page.reload()
+        page.wait_for_selector("html[data-ready]")
+        assert page.eval_on_selector_all("#size option", "(all) => all.map((e) => e.value)") == ["", *values, "custom"]
 
 
 def test_it_fits_a_phone(open_page) -> None:
