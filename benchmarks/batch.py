@@ -46,11 +46,14 @@ def manifest(path: Path, *, rows: int, sets: int, side: int) -> list[str]:
     lists = reference_sets(sets)
     lines = [
         {
-            "id": f"row-{i:05d}", "prompt": PROMPTS[i // sets % len(PROMPTS)], "references": lists[i % sets], "seed": i,
+            "id": f"row-{i:05d}",
+            "prompt": PROMPTS[i // sets % len(PROMPTS)],
+            "references": lists[i % sets],
+            "seed": i,
             "size": f"{side}x{side}",
         }
         for i in range(rows)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [str(line["id"]) for line in lines]
 
@@ -108,12 +111,21 @@ def main() -> int:
                 problems.append(f"{row['id']} was drawn again")
         files = len(list(out.glob("*.png")))
     report = {
-        "benchmark": "batch", **bench.machine(torch.device("cpu")), "command": shlex.join(sys.argv), "rows": args.rows,
-        "sets": args.sets, "side": args.side, "killed_at": killed_at, "rows_in_results": len(rows), "files": files,
-        "prefills": summary["prefills_in_all"], "drawn_by_the_last_run": summary["drawn"],
-        "images_per_second": summary["images_per_second"], "seconds": round(time.monotonic() - start, 1),
+        "benchmark": "batch",
+        **bench.machine(torch.device("cpu")),
+        "command": shlex.join(sys.argv),
+        "rows": args.rows,
+        "sets": args.sets,
+        "side": args.side,
+        "killed_at": killed_at,
+        "rows_in_results": len(rows),
+        "files": files,
+        "prefills": summary["prefills_in_all"],
+        "drawn_by_the_last_run": summary["drawn"],
+        "images_per_second": summary["images_per_second"],
+        "seconds": round(time.monotonic() - start, 1),
         "problems": problems,
-    }  # fmt: skip
+    }
     line = json.dumps(report)
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -58,11 +58,19 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="limner-deploy-") as data, quiet():
             options = DeployOptions.parse(
                 {
-                    "data": data, "replicas": self.args.replicas, "threads": 1, "store_memory": str(self.store_memory),
-                    "router": "ray" if self.kind == "ray" else "affine", "unsafe_no_checks": True, "drain": 5,
-                    "requests_per_minute": 1e9, "concurrent": 100_000, "max_waiting": 100_000, "keep_results": 1e5,
+                    "data": data,
+                    "replicas": self.args.replicas,
+                    "threads": 1,
+                    "store_memory": str(self.store_memory),
+                    "router": "ray" if self.kind == "ray" else "affine",
+                    "unsafe_no_checks": True,
+                    "drain": 5,
+                    "requests_per_minute": 1e9,
+                    "concurrent": 100_000,
+                    "max_waiting": 100_000,
+                    "keep_results": 1e5,
                 }
-            )  # fmt: skip
+            )
             connect("local", option="--address", num_cpus=self.args.replicas)
             try:
                 serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -81,15 +89,20 @@ class Run:
         misses = sum(one["reference_cache"] == "miss" for one in told)
         prefills = misses if self.kind == "kill" else sum(engine.prefills for _, engine, _ in stats)
         found = {
-            "requests": self.args.requests, "ready": len(told), "lost": self.args.requests - len(self.ended),
-            "prefills": prefills, "hit_rate": round(1 - prefills / self.args.requests, 4), "answers_that_missed": misses,
+            "requests": self.args.requests,
+            "ready": len(told),
+            "lost": self.args.requests - len(self.ended),
+            "prefills": prefills,
+            "hit_rate": round(1 - prefills / self.args.requests, 4),
+            "answers_that_missed": misses,
             "images_of_replicas": [engine.images for _, engine, _ in stats],
             "requests_per_second": round(len(told) / wall, 3),
             "median_seconds": round(statistics.median(self.seconds), 3),
             "p95_seconds": round(statistics.quantiles(self.seconds, n=20)[-1], 3),
-            "mean_batch": round(statistics.mean(one["batch"] for one in told), 2), "seconds": round(wall, 1),
+            "mean_batch": round(statistics.mean(one["batch"] for one in told), 2),
+            "seconds": round(wall, 1),
             "problems": self.problems[:10],
-        }  # fmt: skip
+        }
         return found | ({"killed": self.killed} if self.kind == "kill" else {})
 
     async def _load(self, url: str) -> None:
@@ -157,10 +170,17 @@ def main() -> int:
     ]
     kv = sum(pipe.kv_bytes(sum(w * h for w, h in one) // 256) for one in sizes)
     report: dict[str, Any] = {
-        "benchmark": "deploy", **machine(), "ray_version": ray.__version__, "command": shlex.join(sys.argv),
-        "sets": args.sets, "kv_bytes": kv, "keep": args.keep, "replicas": args.replicas, "clients": args.clients,
+        "benchmark": "deploy",
+        **machine(),
+        "ray_version": ray.__version__,
+        "command": shlex.join(sys.argv),
+        "sets": args.sets,
+        "kv_bytes": kv,
+        "keep": args.keep,
+        "replicas": args.replicas,
+        "clients": args.clients,
         "side": args.side,
-    }  # fmt: skip
+    }
     found = {}
     for kind in args.runs:
         try:

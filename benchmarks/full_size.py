@@ -42,15 +42,25 @@ from limner.weights.networks import empty_autoencoder, empty_text_network, empty
 STAGES = ("9b-bf16", "9b-int8", "9b-load", "4b-256", "4b-512")
 SMALL = ModelGeometry(
     transformer=TransformerConfig(
-        num_double_blocks=2, num_single_blocks=3, num_heads=2, head_dim=128, text_width=384, in_channels=16, out_channels=16
+        num_double_blocks=2,
+        num_single_blocks=3,
+        num_heads=2,
+        head_dim=128,
+        text_width=384,
+        in_channels=16,
+        out_channels=16,
     ),
     text_encoder=TextConfig(
         width=128, mlp_width=256, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=64, vocab_size=768, num_used=3
     ),
     autoencoder=AutoencoderConfig(
-        encoder_channels=(4, 4, 8, 8), decoder_channels=(4, 4, 8, 8), num_resnets=1, latent_channels=4, mid_attention=False
+        encoder_channels=(4, 4, 8, 8),
+        decoder_channels=(4, 4, 8, 8),
+        num_resnets=1,
+        latent_channels=4,
+        mid_attention=False,
     ),
-)  # fmt: skip
+)
 SHARD = 5_000_000_000
 BLOCK = 16 << 20
 
@@ -109,20 +119,33 @@ def _drawn(shapes: Mapping[str, torch.Size], values: Values) -> Iterator[tuple[s
 
 def text_config(text: TextConfig) -> dict[str, Any]:
     return {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": text.vocab_size,
-        "hidden_size": text.width, "intermediate_size": text.mlp_width, "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads, "num_key_value_heads": text.num_kv_heads, "head_dim": text.head_dim,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
-        "attention_bias": False, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": text.mlp_width,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
 
 
 def autoencoder_config(geometry: AutoencoderConfig) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "_class_name": "AutoencoderKLFlux2", "block_out_channels": list(geometry.encoder_channels),
-        "layers_per_block": geometry.num_resnets, "latent_channels": geometry.latent_channels,
-        "mid_block_add_attention": geometry.mid_attention, "norm_num_groups": min(32, geometry.encoder_channels[0] // 2),
-    }  # fmt: skip
+        "_class_name": "AutoencoderKLFlux2",
+        "block_out_channels": list(geometry.encoder_channels),
+        "layers_per_block": geometry.num_resnets,
+        "latent_channels": geometry.latent_channels,
+        "mid_block_add_attention": geometry.mid_attention,
+        "norm_num_groups": min(32, geometry.encoder_channels[0] // 2),
+    }
     return config
 
 
@@ -189,9 +212,23 @@ def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8
         Image.fromarray(noise.numpy()).resize((side, side)).save(pictures[-1])
     limit = args.limit or ("14GiB" if int8 else "20GiB")
     command = [
-        sys.executable, "-m", "limner", "edit", "put the first beside the second", "-o", str(work / "out.png"),
-        "--size", f"{side}x{side}", "--seed", "1", "--model", str(model), "--memory-limit", limit, "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "limner",
+        "edit",
+        "put the first beside the second",
+        "-o",
+        str(work / "out.png"),
+        "--size",
+        f"{side}x{side}",
+        "--seed",
+        "1",
+        "--model",
+        str(model),
+        "--memory-limit",
+        limit,
+        "--json",
+    ]
     for picture in pictures:
         command += ["-i", str(picture)]
     if int8 is not None:

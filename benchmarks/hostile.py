@@ -434,9 +434,11 @@ def main() -> None:
     pipe = Pipeline.from_pretrained()
     with tempfile.TemporaryDirectory() as folder:
         settings = ServeSettings(
-            data=Path(folder), body_seconds=BODY_SECONDS, fetch_urls=True,
+            data=Path(folder),
+            body_seconds=BODY_SECONDS,
+            fetch_urls=True,
             limits=LimitPolicy(requests_per_minute=1e9, burst=10**6, concurrent=10**6),
-        )  # fmt: skip
+        )
         app = create_app(engine=Engine(pipe), keyring=KeyRing.open(), checks=safety.default_checks(), settings=settings)
         server = make_server(app, host="127.0.0.1", port=0, drain=30)
         thread = threading.Thread(target=server.run)
@@ -463,9 +465,14 @@ def main() -> None:
             thread.join()
     slowest = max(found, key=lambda result: result["seconds"])
     report = {
-        "benchmark": "hostile", **bench.machine(pipe.device), "command": shlex.join(sys.argv), "requests": len(found),
-        "slowest": slowest, "good_afterwards": after, "problems": problems,
-    }  # fmt: skip
+        "benchmark": "hostile",
+        **bench.machine(pipe.device),
+        "command": shlex.join(sys.argv),
+        "requests": len(found),
+        "slowest": slowest,
+        "good_afterwards": after,
+        "problems": problems,
+    }
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

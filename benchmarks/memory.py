@@ -21,10 +21,29 @@ from typing import Any
 def call(engine: str, args: argparse.Namespace) -> dict[str, Any]:
     """One call in a new process."""
     words = [
-        sys.executable, "-m", "limner", "bench", "--references", args.references, "--batch", args.batch, "--side",
-        args.side, "--reference-side", args.side, "--text", args.text, "--rounds", 1, "--engines", engine,
-        "--geometry", *args.geometry, "--device", args.device,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "limner",
+        "bench",
+        "--references",
+        args.references,
+        "--batch",
+        args.batch,
+        "--side",
+        args.side,
+        "--reference-side",
+        args.side,
+        "--text",
+        args.text,
+        "--rounds",
+        1,
+        "--engines",
+        engine,
+        "--geometry",
+        *args.geometry,
+        "--device",
+        args.device,
+    ]
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

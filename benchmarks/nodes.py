@@ -34,9 +34,11 @@ KEY = "anna-key-0123456789"
 PORT, RAY, POSTGRES = 8731, 6379, 5499
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
-    "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "LIMNER_KEYS": f"anna:{KEY}",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "LIMNER_KEYS": f"anna:{KEY}",
     "PATH": f"{BIN}:{os.environ['PATH']}",
-}  # fmt: skip
+}
 
 
 def call(*words: object, check: bool = True, **options: Any) -> None:
@@ -99,9 +101,19 @@ def start_ray(node: int, folder: Path, *, head: int | None = None) -> None:
     if head is not None:
         where = [f"--address={address(head)}:{RAY}"]
     call(
-        "ip", "netns", "exec", f"limner-{node}", BIN / "ray", "start", *where, f"--node-ip-address={address(node)}",
-        "--num-cpus=1", "--object-store-memory=100000000", env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        "ip",
+        "netns",
+        "exec",
+        f"limner-{node}",
+        BIN / "ray",
+        "start",
+        *where,
+        f"--node-ip-address={address(node)}",
+        "--num-cpus=1",
+        "--object-store-memory=100000000",
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 class Service:
@@ -109,10 +121,31 @@ class Service:
 
     def __init__(self, node: int, *, data: str, store: Path, replicas: int, log: Path) -> None:
         words = [
-            "ip", "netns", "exec", f"limner-{node}", BIN / "limner", "deploy", "--address", f"{address(node)}:{RAY}",
-            "--host", "0.0.0.0", "--port", PORT, "--replicas", replicas, "--threads", 1, "--data", data,
-            "--store", f"file://{store}", "--requests-per-minute", 100000, "--concurrent", 1000,
-        ]  # fmt: skip
+            "ip",
+            "netns",
+            "exec",
+            f"limner-{node}",
+            BIN / "limner",
+            "deploy",
+            "--address",
+            f"{address(node)}:{RAY}",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            PORT,
+            "--replicas",
+            replicas,
+            "--threads",
+            1,
+            "--data",
+            data,
+            "--store",
+            f"file://{store}",
+            "--requests-per-minute",
+            100000,
+            "--concurrent",
+            1000,
+        ]
         with log.open("w") as file:
             self.process = subprocess.Popen([str(w) for w in words], env=ENVIRONMENT, stdout=file, stderr=file)
         self._http = httpx.Client(base_url=f"http://{address(node)}:{PORT}", headers={"x-key": KEY}, timeout=20)

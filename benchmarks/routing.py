@@ -223,9 +223,19 @@ class Replica:
     """One device: a queue, a batch, and K/V in device and host memory (least recently used first out of each)."""
 
     __slots__ = (
-        "alive", "batch", "device", "device_bytes", "ends", "host", "host_bytes", "length", "name", "queue", "run",
+        "alive",
+        "batch",
+        "device",
+        "device_bytes",
+        "ends",
+        "host",
+        "host_bytes",
+        "length",
+        "name",
+        "queue",
+        "run",
         "work",
-    )  # fmt: skip
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -620,51 +630,51 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
         return rows
 
     yield (
-        "target", "profile",
+        "target",
+        "profile",
         lambda: vary(
-            "profile",
-            [(name, {"profile": make(), "num_requests": long}) for name, make in PROFILES.items()],
-            POLICIES,
+            "profile", [(name, {"profile": make(), "num_requests": long}) for name, make in PROFILES.items()], POLICIES
         ),
-    )  # fmt: skip
+    )
+    yield ("seeds", "seed", lambda: vary("seed", [(x, {"seed": x, "num_requests": long}) for x in (1, 2, 3)]))
     yield (
-        "seeds", "seed", lambda: vary("seed", [(x, {"seed": x, "num_requests": long}) for x in (1, 2, 3)])
-    )  # fmt: skip
-    yield (
-        "horizon", "requests in all",
+        "horizon",
+        "requests in all",
         lambda: vary(
             "requests in all", [(n, {"num_requests": n}) for n in (long // 4, long, 4 * long)], ("ours", "one cache")
         ),
-    )  # fmt: skip
+    )
     yield (
-        "load", "load",
+        "load",
+        "load",
         lambda: vary("load", [(x, {"load": x, "num_requests": long}) for x in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)], three),
-    )  # fmt: skip
+    )
     sizes = (8, 32, 128, 512) if replicas == 128 else (8, replicas)
     yield (
-        "replicas", "replicas",
+        "replicas",
+        "replicas",
         lambda: vary("replicas", [(n, {"num_replicas": n, "num_requests": max(short, 300 * n)}) for n in sizes]),
-    )  # fmt: skip
+    )
     shapes: list[tuple[str, dict[str, Any]]] = [(f"Zipf {z}", {"zipf": z}) for z in (0.6, 0.9, 1.1, 1.4)]
     shapes += [("sittings, rate in waves", {"arrivals": "bursts"}), ("flash crowd", {"arrivals": "flash"})]
     yield "popularity", "popularity", lambda: vary("popularity", shapes)
     yield (
-        "memory", "host GiB",
-        lambda: vary(
-            "host GiB", [(n, {"profile": replace(gpu, host_bytes=n * GiB)}) for n in (0, 64, 128, 256, 512)]
-        ),
-    )  # fmt: skip
+        "memory",
+        "host GiB",
+        lambda: vary("host GiB", [(n, {"profile": replace(gpu, host_bytes=n * GiB)}) for n in (0, 64, 128, 256, 512)]),
+    )
     links = [
         (f"{p.name}, {link:g} GB/s", {"profile": replace(p, tier_link=link * 1e9)})
         for p, links in ((cpu_profile(), (0.05, 0.1, 1.5)), (gpu, (3, 6, 12.5, 25)))
         for link in links
     ]
     totals = [
-        (f"{gpu.name}, 12.5 GB/s, all {total:g} GB/s", {
-            "profile": replace(gpu, tier_link=12.5e9, tier_rate=total * 1e9)
-        })
+        (
+            f"{gpu.name}, 12.5 GB/s, all {total:g} GB/s",
+            {"profile": replace(gpu, tier_link=12.5e9, tier_rate=total * 1e9)},
+        )
         for total in (10, 25, 50)
-    ]  # fmt: skip
+    ]
     yield "tier", "link", lambda: vary("link", links + totals, ("power of two + tier", "ours + tier"))
     failing: list[tuple[str, dict[str, Any]]] = [
         ("none", {}),
@@ -683,10 +693,23 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
         for k in (1, 2)
     ]
     views += [(f"4 routers, queues {x:g} s old", {"num_routers": 4, "stale_seconds": x}) for x in (1.0, 5.0)]
-    views += [(f"{name}={value:g}", {"routing": RoutingPolicy(**{name: value})}) for name, value in (
-        ("repay", 0), ("repay", 64), ("repay", 256), ("repay", 1024), ("homes", 1), ("homes", 2), ("homes", 16),
-        ("slack", 0), ("slack", 8), ("bound", 1), ("bound", 2), ("bound", math.inf),
-        )]  # fmt: skip
+    views += [
+        (f"{name}={value:g}", {"routing": RoutingPolicy(**{name: value})})
+        for name, value in (
+            ("repay", 0),
+            ("repay", 64),
+            ("repay", 256),
+            ("repay", 1024),
+            ("homes", 1),
+            ("homes", 2),
+            ("homes", 16),
+            ("slack", 0),
+            ("slack", 8),
+            ("bound", 1),
+            ("bound", 2),
+            ("bound", math.inf),
+        )
+    ]
 
     def ablation() -> list[Row]:
         one = vary("variant", [("one cache", {})], ("one cache",))
@@ -694,19 +717,27 @@ def questions(scale: float, replicas: int) -> Iterable[tuple[str, str, Callable[
 
     yield "variants", "variant", ablation
     yield (
-        "other profile, load", "load",
+        "other profile, load",
+        "load",
         lambda: vary(
             "load",
             [(x, {"profile": p, "load": x, "num_requests": short}) for p in (cpu_profile(), small) for x in (0.5, 0.9)],
         ),
-    )  # fmt: skip
+    )
 
 
 COLUMNS = {
-    "profile": "profile", "policy": "routing", "p50": "p50, s", "p99": "p99, s", "hit_rate": "hits",
-    "prefills": "prefills", "times_one_cache": "of one cache", "tier_reads": "tier reads", "busy": "busy",
+    "profile": "profile",
+    "policy": "routing",
+    "p50": "p50, s",
+    "p99": "p99, s",
+    "hit_rate": "hits",
+    "prefills": "prefills",
+    "times_one_cache": "of one cache",
+    "tier_reads": "tier reads",
+    "busy": "busy",
     "prefills_avoided": "avoided",
-}  # fmt: skip
+}
 
 
 def as_table(rows: list[Row], first: str) -> str:
@@ -747,9 +778,11 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
     for row in tables["popularity"]:
         if row["popularity"] == "flash crowd":
             d.plot(
-                row["timeline"]["from_second"], row["timeline"]["p99"], color=colors[row["policy"]],
+                row["timeline"]["from_second"],
+                row["timeline"]["p99"],
+                color=colors[row["policy"]],
                 label=f"{row['policy']}, flash crowd",
-            )  # fmt: skip
+            )
     for row in tables["failures"]:
         if row["event"] == "a quarter at once" and row["policy"] in colors:
             d.plot(

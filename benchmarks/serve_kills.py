@@ -200,12 +200,20 @@ def main() -> None:
         lost = sorted(set(watch.accepted.values()) - set(watch.ended))
         files = num_results(data)
     report = {
-        "benchmark": "serve_kills", **machine(), "command": shlex.join(sys.argv), "kills": args.kills,
-        "seconds": round(time.monotonic() - start, 1), "accepted": len(watch.accepted), "ended": len(watch.ended),
-        "ready": sum(state == "Ready" for state, _, _ in watch.ended.values()), "lost": lost,
-        "problems": watch.problems, "result_files": files, "exit_code": code,
+        "benchmark": "serve_kills",
+        **machine(),
+        "command": shlex.join(sys.argv),
+        "kills": args.kills,
+        "seconds": round(time.monotonic() - start, 1),
+        "accepted": len(watch.accepted),
+        "ended": len(watch.ended),
+        "ready": sum(state == "Ready" for state, _, _ in watch.ended.values()),
+        "lost": lost,
+        "problems": watch.problems,
+        "result_files": files,
+        "exit_code": code,
         **({"sessions_ended": watch.cuts, "answers_503": watch.unavailable} if args.data else {}),
-    }  # fmt: skip
+    }
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

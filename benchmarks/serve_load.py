@@ -186,8 +186,10 @@ def main() -> None:
             server.wait()
             seconds, beside = service_seconds(server.url, two, args.rounds)
             overhead[name] = {
-                "seconds": round(seconds, 4), "added": round(seconds - bare, 4), "beside_device": round(beside, 4)
-            }  # fmt: skip
+                "seconds": round(seconds, 4),
+                "added": round(seconds - bare, 4),
+                "beside_device": round(beside, 4),
+            }
             server.stop()
         report["one_client"] = overhead
         server = Server(Path(folder) / "load", *MANY)

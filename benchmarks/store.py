@@ -64,9 +64,13 @@ def disk_hit(shape: list[int], side: int, rounds: int, folder: Path) -> dict[str
         original_size=size, oriented=False, resized_to=None, cut=(0, 0, 0, 0), processed_size=size, digest="0" * 64
     )
     made = References.make(
-        kv, weights="0" * 64, kernel=transformer.arithmetic,
-        quantization=None, reports=(report,), prefill_seconds=prefill,
-    )  # fmt: skip
+        kv,
+        weights="0" * 64,
+        kernel=transformer.arithmetic,
+        quantization=None,
+        reports=(report,),
+        prefill_seconds=prefill,
+    )
     store = ReferenceStore(disk_path=folder)
     store.put(made)
     store.flush()

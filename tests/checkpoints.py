@@ -16,20 +16,28 @@ TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
 VAE = Path("vae") / "diffusion_pytorch_model.safetensors"
 TEXT = Path("text_encoder") / "model.safetensors"
 INSIDE = {
-    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.linear_in": "img_mlp.0",
-    "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
-    "attn.norm_q": "img_attn.norm.query_norm", "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm", "attn.norm_added_k": "txt_attn.norm.key_norm",
-}  # fmt: skip
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
 SINGLE = {"to_qkv_mlp_proj": "linear1", "to_out": "linear2", "norm_q": "norm.query_norm", "norm_k": "norm.key_norm"}
 TOP = {
-    "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "proj_out": "final_layer.linear",
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
-}  # fmt: skip
+}
 
 
 def original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,11 +99,17 @@ def original_vae(state: Mapping[str, Tensor], *, levels: int = 4) -> dict[str, T
             level = int(match[3]) if match[2] == "down" else levels - 1 - int(match[3])
             new = f"{match[1]}.{match[2]}.{level}.{name[match.end() :]}"
         for old, other in (
-            ("resnets.", "block."), ("conv_shortcut", "nin_shortcut"), ("downsamplers.0", "downsample"),
-            ("upsamplers.0", "upsample"), ("conv_norm_out", "norm_out"), ("mid_block.block.0", "mid.block_1"),
-            ("mid_block.block.1", "mid.block_2"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-            ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("mid_block.attentions.0.to_", "mid.attn_1."),
-        ):  # fmt: skip
+            ("resnets.", "block."),
+            ("conv_shortcut", "nin_shortcut"),
+            ("downsamplers.0", "downsample"),
+            ("upsamplers.0", "upsample"),
+            ("conv_norm_out", "norm_out"),
+            ("mid_block.block.0", "mid.block_1"),
+            ("mid_block.block.1", "mid.block_2"),
+            ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+            ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+            ("mid_block.attentions.0.to_", "mid.attn_1."),
+        ):
             new = new.replace(old, other)
         if new.startswith(("quant_conv", "post_quant_conv")):
             new = ("encoder." if new.startswith("quant") else "decoder.") + new
@@ -123,8 +137,16 @@ def gguf_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     quant = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[quant]
     data = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
-    halves = {"Q8_0": [0], "Q4_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82],
-              "Q3_K": [108]}[kind]  # fmt: skip
+    halves = {
+        "Q8_0": [0],
+        "Q4_0": [0],
+        "Q5_1": [0, 2],
+        "Q4_K": [0, 2],
+        "Q5_K": [0, 2],
+        "Q6_K": [208],
+        "Q2_K": [80, 82],
+        "Q3_K": [108],
+    }[kind]
     for at in halves:
         values = rng.uniform(0.0005, 0.002, data.shape[:-1]).astype(np.float16)
         data[..., at : at + 2] = values[..., None].view(np.uint8)

@@ -135,9 +135,15 @@ def pictures(number: int) -> list[Any]:
 def edit(pipe: Pipeline, number: int) -> PipelineOutput:
     """Two prompts over so many references."""
     made = pipe(
-        ["a hat", "two hats and a scarf"], image=pictures(number) or None, width=80, height=64, output_type="latent",
-        generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)], max_sequence_length=40, num_inference_steps=2,
-    )  # fmt: skip
+        ["a hat", "two hats and a scarf"],
+        image=pictures(number) or None,
+        width=80,
+        height=64,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)],
+        max_sequence_length=40,
+        num_inference_steps=2,
+    )
     assert isinstance(made, PipelineOutput)
     return made
 
@@ -194,8 +200,16 @@ def pipelines(rank: int, size: int, model: Path, folder: Path, adapter: dict[str
 
         # packs: a whole one is cut, a part of another process is refused
         whole = References.load(folder / "whole.safetensors")
-        made = pipe("a hat", references=whole, width=64, height=64, output_type="latent", max_sequence_length=40,
-                    generator=torch.Generator().manual_seed(1), num_inference_steps=1)  # fmt: skip
+        made = pipe(
+            "a hat",
+            references=whole,
+            width=64,
+            height=64,
+            output_type="latent",
+            max_sequence_length=40,
+            generator=torch.Generator().manual_seed(1),
+            num_inference_steps=1,
+        )
         found[mode, "whole pack"] = made.images
         if mode == "tensor":
             with pytest.raises(InvalidRequest, match=rf"part \({1 - rank}, 2\) .* this pipeline has \({rank}, 2\)"):

@@ -49,8 +49,13 @@ class Server:
 
     def _call(self, program: str, *args: str, check: bool = True) -> None:
         subprocess.run(
-            [PROGRAMS[0] / program, *args], check=check, stdout=subprocess.DEVNULL, cwd=self.folder, timeout=120, **self._as
-        )  # fmt: skip
+            [PROGRAMS[0] / program, *args],
+            check=check,
+            stdout=subprocess.DEVNULL,
+            cwd=self.folder,
+            timeout=120,
+            **self._as,
+        )
 
     def start(self) -> None:
         settings = f"-p {self.port} -k {self.folder} -h 127.0.0.1 -F"

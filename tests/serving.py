@@ -77,9 +77,14 @@ class Served:
         keyring = keys or KeyRing.open()
         self.engine = Engine(pipe, max_waiting=max_waiting, max_batch=max_batch, memory_bytes=1 << 30)
         self.app = create_app(
-            engine=self.engine, keyring=keyring, checks=checks or Checks(), settings=ServeSettings(data=data, **settings),
-            signer=signer, outbound=outbound, webhook_client=webhook_client,
-        )  # fmt: skip
+            engine=self.engine,
+            keyring=keyring,
+            checks=checks or Checks(),
+            settings=ServeSettings(data=data, **settings),
+            signer=signer,
+            outbound=outbound,
+            webhook_client=webhook_client,
+        )
         self.data = data
         self.service = self.app.state.service
         self._headers = {} if keyring.is_open else {"x-key": ANNA}

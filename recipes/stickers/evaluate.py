@@ -120,9 +120,13 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[d
             out = restored(pipe, truth)
         else:
             out = pipe(
-                case.prompt, image=references or None, width=truth.width, height=truth.height,
-                num_inference_steps=args.steps, generator=torch.Generator().manual_seed(number),
-            ).images[0]  # fmt: skip
+                case.prompt,
+                image=references or None,
+                width=truth.width,
+                height=truth.height,
+                num_inference_steps=args.steps,
+                generator=torch.Generator().manual_seed(number),
+            ).images[0]
         verdict = judge(out, case.result, references=case.references, renderer=renderer)
         right, copy = pixels(truth), copied(references, truth.size)
         row = {

@@ -60,9 +60,12 @@ def main() -> None:
         references = [renderer.render(p) for p in case.references]
         truth = renderer.render(case.result)
         out = pipe(
-            case.prompt, image=references or None, width=truth.width, height=truth.height,
+            case.prompt,
+            image=references or None,
+            width=truth.width,
+            height=truth.height,
             generator=torch.Generator().manual_seed(FIRST_SEED + number),
-        )  # fmt: skip
+        )
         for i, picture in enumerate(references):
             canvas.paste(fitted(picture), (GAP + i * cell, y))
         text = f"{task}\n\n{wrapped(draw, case.prompt, font)}"

@@ -53,9 +53,15 @@ def make_tokenizer(prompts: list[str]) -> Qwen2TokenizerFast:
     )
     small.train_from_iterator((chat(p) for p in prompts), trainer)
     tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=small, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token=None, bos_token=None,
-        additional_special_tokens=SPECIAL[1:3], model_max_length=MAX_TOKENS, padding_side="right",
-    )  # fmt: skip
+        tokenizer_object=small,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token=None,
+        bos_token=None,
+        additional_special_tokens=SPECIAL[1:3],
+        model_max_length=MAX_TOKENS,
+        padding_side="right",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

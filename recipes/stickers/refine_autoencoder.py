@@ -89,9 +89,11 @@ def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], num: int) -
             numbers.append(number)
             ways.append(pixels(renderer.render(form)) - x[number])
     return Batch(
-        x=x.contiguous(memory_format=torch.channels_last), weight=weight / weight.mean(),
-        numbers=torch.tensor(numbers, dtype=torch.long), ways=torch.stack(ways) if ways else x[:0],
-    )  # fmt: skip
+        x=x.contiguous(memory_format=torch.channels_last),
+        weight=weight / weight.mean(),
+        numbers=torch.tensor(numbers, dtype=torch.long),
+        ways=torch.stack(ways) if ways else x[:0],
+    )
 
 
 class Refined(nn.Module):

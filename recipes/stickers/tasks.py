@@ -39,17 +39,24 @@ SCALE_WORDS = {SMALL: ("small", "little", "tiny"), MEDIUM: ("",), LARGE: ("big",
 COLUMN_WORDS = {"left": "on the left", "center": "", "right": "on the right"}
 ROW_WORDS = {"top": "at the top", "middle": "", "bottom": "at the bottom"}
 CELL_WORDS = {
-    ("left", "top"): "in the top left corner", ("right", "top"): "in the top right corner",
-    ("left", "bottom"): "in the bottom left corner", ("right", "bottom"): "in the bottom right corner",
-}  # fmt: skip
+    ("left", "top"): "in the top left corner",
+    ("right", "top"): "in the top right corner",
+    ("left", "bottom"): "in the bottom left corner",
+    ("right", "bottom"): "in the bottom right corner",
+}
 CORNERS = (("left", "top"), ("right", "top"), ("left", "bottom"), ("right", "bottom"))
 SCENE_WORDS = {
-    "beach": ("on a beach", "at the beach"), "night sky": ("in the night sky", "at night"),
-    "meadow": ("on a meadow", "in a green meadow"), "snow": ("in the snow", "in a snowy landscape"),
-    "room": ("in a room", "inside a room"), "city": ("in the city", "in a city"),
-    "desert": ("in the desert", "in a desert"), "forest": ("in the forest", "in a forest"),
-    "sea": ("at sea", "on the sea"), "sunset": ("at sunset", "in the sunset"),
-}  # fmt: skip
+    "beach": ("on a beach", "at the beach"),
+    "night sky": ("in the night sky", "at night"),
+    "meadow": ("on a meadow", "in a green meadow"),
+    "snow": ("in the snow", "in a snowy landscape"),
+    "room": ("in a room", "inside a room"),
+    "city": ("in the city", "in a city"),
+    "desert": ("in the desert", "in a desert"),
+    "forest": ("in the forest", "in a forest"),
+    "sea": ("at sea", "on the sea"),
+    "sunset": ("at sunset", "in the sunset"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,27 @@ from limner.tokens import image_ids, reference_ids, text_ids
 
 CHANNELS = 48
 TEXT_LAYERS = (1, 2, 3)
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": True}  # fmt: skip
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 GEOMETRY = TransformerConfig(
-    num_double_blocks=2, num_single_blocks=6, num_heads=4, head_dim=64, text_width=128 * len(TEXT_LAYERS),
-    in_channels=CHANNELS, out_channels=CHANNELS, rope_axes=(16, 16, 16, 16), time_channels=128,
-)  # fmt: skip
+    num_double_blocks=2,
+    num_single_blocks=6,
+    num_heads=4,
+    head_dim=64,
+    text_width=128 * len(TEXT_LAYERS),
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    rope_axes=(16, 16, 16, 16),
+    time_channels=128,
+)
 DECAY_PART = 0.4
 NUM_STEPS = 4
 LATER_SHARES = (0.15, 0.2, 0.65)

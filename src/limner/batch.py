@@ -189,9 +189,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError("not all its fields are texts")
         except (ValueError, KeyError, RecursionError) as error:
             raise InvalidRequest(
-                "output", f"line {number} of {path} is no result of a batch ({error}); move the file away, or give "
-                "another folder"
-            ) from None  # fmt: skip
+                "output",
+                f"line {number} of {path} is no result of a batch ({error}); move the file away, or give "
+                "another folder",
+            ) from None
         yield values
 
 
@@ -294,18 +295,25 @@ class Drawer:
             picture = self._write(task, out, number)
             cache = source if number == 0 or source == "none" else "memory"
             yield {
-                "line": task.line, "id": task.id, "status": "ok", **picture, "seed": task.seed,
-                "size": f"{task.width}x{task.height}", "steps": task.steps, "prompt_cut": out.prompts[number].cut,
-                "references": list(task.references), "reference_cache": cache, "reference_key": out.reference_key,
-                "seconds": round(seconds, 4), "fingerprint": task.fingerprint,
-            }  # fmt: skip
+                "line": task.line,
+                "id": task.id,
+                "status": "ok",
+                **picture,
+                "seed": task.seed,
+                "size": f"{task.width}x{task.height}",
+                "steps": task.steps,
+                "prompt_cut": out.prompts[number].cut,
+                "references": list(task.references),
+                "reference_cache": cache,
+                "reference_key": out.reference_key,
+                "seconds": round(seconds, 4),
+                "fingerprint": task.fingerprint,
+            }
 
     def _write(self, task: Task, out: PipelineOutput, number: int) -> Result:
         """The picture, with the metadata that `limner edit` gives it; whole or not at all."""
         metadata = {"prompt": task.prompt, "seed": task.seed, "model": self.model, "version": __version__}
-        data = encode(
-            out.images[number], FORMATS[Path(task.file).suffix], metadata={**metadata, **out.metadata}
-        )  # fmt: skip
+        data = encode(out.images[number], FORMATS[Path(task.file).suffix], metadata={**metadata, **out.metadata})
         _write_whole(self.options, task.file, data)
         return {"file": task.file, "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -317,9 +325,7 @@ def _write_whole(options: BatchOptions, name: str, data: bytes) -> None:
     try:
         os.replace(part, options.folder / name)
     except OSError as error:
-        raise OutputError(
-            f"output: {options.folder / name} cannot be written ({error.strerror or error})"
-        ) from error  # fmt: skip
+        raise OutputError(f"output: {options.folder / name} cannot be written ({error.strerror or error})") from error
 
 
 def _chunks(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:
@@ -483,17 +489,30 @@ class Batch:
         if (self.options.folder / file).is_dir():
             raise InvalidRequest("id", f"{self.options.folder / file} is a folder; move it away")
         parts = {
-            "prompt": row.prompt, "seed": row.seed, "size": [width, height], "steps": row.steps, "file": file,
-            "references": [report.digest for report in reports], "model": self.model, "dtype": str(pipe.dtype),
+            "prompt": row.prompt,
+            "seed": row.seed,
+            "size": [width, height],
+            "steps": row.steps,
+            "file": file,
+            "references": [report.digest for report in reports],
+            "model": self.model,
+            "dtype": str(pipe.dtype),
             "kv_cache_dtype": pipe.kv_cache_dtype,
-        }  # fmt: skip
+        }
         return Task(
-            id=row.id, line=row.line, prompt=row.prompt, seed=row.seed, width=width, height=height, steps=row.steps,
-            file=file, fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+            id=row.id,
+            line=row.line,
+            prompt=row.prompt,
+            seed=row.seed,
+            width=width,
+            height=height,
+            steps=row.steps,
+            file=file,
+            fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
             references=tuple(
                 {"file": name, **asdict(report)} for name, report in zip(row.references, reports, strict=True)
             ),
-        )  # fmt: skip
+        )
 
     # running
 
@@ -556,11 +575,16 @@ class Batch:
         _write_whole(self.options, _RESULTS, "".join(lines).encode())
         shutil.rmtree(self.options.hidden, ignore_errors=True)
         return BatchSummary(
-            rows=len(self.rows), drawn=self._drawn, done_before=self._done_before, failed=len(self._errors),
-            prefills=prefills - self._prefills_before, prefills_in_all=prefills, seconds=round(seconds, 2),
+            rows=len(self.rows),
+            drawn=self._drawn,
+            done_before=self._done_before,
+            failed=len(self._errors),
+            prefills=prefills - self._prefills_before,
+            prefills_in_all=prefills,
+            seconds=round(seconds, 2),
             images_per_second=round(self._drawn / seconds, 3) if seconds else 0.0,
             results=str(self.options.folder / _RESULTS),
-        )  # fmt: skip
+        )
 
 
 def _groups(digests: tuple[str, ...], members: list[tuple[Row, Task]], base: Path) -> Iterator[Group]:

@@ -268,9 +268,14 @@ class Bench:
         for i in range(case.num_steps):
             # the level in the dtype of the model, as diffusers has it, so that results can be compared
             velocity = model(
-                latents.to(self.dtype), txt, given["sigmas"][i].to(self.dtype), img_ids=given["img_ids"],
-                txt_ids=given["txt_ids"], references=kept, rope=rope,
-            )  # fmt: skip
+                latents.to(self.dtype),
+                txt,
+                given["sigmas"][i].to(self.dtype),
+                img_ids=given["img_ids"],
+                txt_ids=given["txt_ids"],
+                references=kept,
+                rope=rope,
+            )
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
         return latents
 
@@ -335,9 +340,11 @@ class Bench:
                         if name not in ("standard", base)
                     }
         num_own = case.batch * case.grid[0] * case.grid[1] + case.batch * case.num_text
-        flops = step_flops(
-            self.config, num_own=num_own // case.batch, num_ref=len(given["ref_ids"]), num_txt=case.num_text
-        ) * case.batch * case.num_steps  # fmt: skip
+        flops = (
+            step_flops(self.config, num_own=num_own // case.batch, num_ref=len(given["ref_ids"]), num_txt=case.num_text)
+            * case.batch
+            * case.num_steps
+        )
         found["step_teraflop"] = round(flops / 1e12, 4)
         if "warm" in seconds:
             found["warm_gflops"] = round(flops / seconds["warm"] / 1e9, 1)

@@ -69,9 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     _drawing_arguments(generate)
     generate.add_argument("-i", "--image", action="append", help=argparse.SUPPRESS)  # refused with the remedy
     generate.set_defaults(
-        run=_draw, references=None, store=None, store_cache=None, store_bytes=None, kv_cache_dtype=None,
-        background=None, max_pixels=None,
-    )  # fmt: skip
+        run=_draw,
+        references=None,
+        store=None,
+        store_cache=None,
+        store_bytes=None,
+        kv_cache_dtype=None,
+        background=None,
+        max_pixels=None,
+    )
 
     batch = commands.add_parser(
         "batch",
@@ -232,18 +238,24 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="of the pictures (png)")
     parser.add_argument(
-        "--images-at-once", type=int, default=1, metavar="N",
+        "--images-at-once",
+        type=int,
+        default=1,
+        metavar="N",
         help="rows of equal references and size drawn side by side; other than 1, pictures depend on it by rounding",
-    )  # fmt: skip
+    )
     _model_arguments(parser)
     _store_argument(parser, help="where K/V of references are kept beyond this batch")
     _budget_argument(parser)
     _kv_argument(parser)
     _reference_arguments(parser)
     parser.add_argument(
-        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
         help="draw on many processes: local (this machine), auto, or HOST:PORT of a Ray cluster",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="with --ray: processes; default: one a core, or a GPU")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: rows, failed, prefills, images a second"
@@ -275,9 +287,11 @@ def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
     _reference_arguments(parser)
     scale = parser.add_argument_group("replicas")
     scale.add_argument(
-        "--address", default="local", metavar="ADDRESS",
+        "--address",
+        default="local",
+        metavar="ADDRESS",
         help="local (this machine), auto, or HOST:PORT of a Ray cluster (default: local)",
-    )  # fmt: skip
+    )
     scale.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that draw (1)")
     scale.add_argument("--max-replicas", type=int, metavar="N", help="start more while requests wait, up to N")
     scale.add_argument(
@@ -285,13 +299,16 @@ def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scale.add_argument("--threads", type=int, metavar="N", help="cores of a replica; default: this machine's, shared")
     scale.add_argument(
-        "--router", choices=("affine", "ray"), default="affine",
+        "--router",
+        choices=("affine", "ray"),
+        default="affine",
         help="affine: to a replica that holds the references, unless waiting costs more than a prefill; ray: Ray's own",
-    )  # fmt: skip
+    )
     scale.add_argument(
-        "--store-memory", metavar="SIZE",
+        "--store-memory",
+        metavar="SIZE",
         help="K/V that a replica keeps in memory, as 8GiB; default: a quarter of what is free, shared",
-    )  # fmt: skip
+    )
     _service_arguments(parser)
     parser.set_defaults(run=_deploy)
 
@@ -300,9 +317,10 @@ def _listen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8731, metavar="N", help="port (default: 8731)")
     parser.add_argument(
-        "--data", metavar="DIR|URL",
+        "--data",
+        metavar="DIR|URL",
         help="folder of jobs and results, or postgresql://HOST/DATABASE (default: ~/.local/share/limner/serve)",
-    )  # fmt: skip
+    )
     parser.add_argument("--keys", metavar="FILE", help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only")
 
 
@@ -321,9 +339,12 @@ def _service_arguments(parser: argparse.ArgumentParser) -> None:
     reach.add_argument("--tls-key", metavar="FILE", help="PEM key")
     reach.add_argument("--fetch-urls", action="store_true", help="fetch pictures that are named by https URL")
     reach.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
         help="an origin that webhooks and fetches may reach although it is not public, as http://127.0.0.1:9000",
-    )  # fmt: skip
+    )
     safe = parser.add_argument_group("safety and provenance")
     safe.add_argument("--unsafe-no-checks", action="store_true", help="check neither prompts nor pictures")
     safe.add_argument("--terms", metavar="FILE", help="more terms that prompts may not have, one a line")
@@ -376,9 +397,11 @@ def _refs_parser(refs: argparse.ArgumentParser) -> None:
 
 def _store_argument(parser: argparse.ArgumentParser, help: str = "the store") -> None:  # noqa: A002
     parser.add_argument(
-        "--store", metavar="STORE", default=os.environ.get("LIMNER_STORE"),
+        "--store",
+        metavar="STORE",
+        default=os.environ.get("LIMNER_STORE"),
         help=f"{help}: a folder, or a URL such as s3://bucket/prefix (default: $LIMNER_STORE)",
-    )  # fmt: skip
+    )
 
 
 def _cache_argument(parser: argparse.ArgumentParser) -> None:
@@ -421,9 +444,10 @@ def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ...")
     _model_arguments(parser)
     parser.add_argument(
-        "--parallel", choices=("tensor", "sequence"),
+        "--parallel",
+        choices=("tensor", "sequence"),
         help="under torchrun: what is divided among its processes, heads and MLP (tensor, the default) or tokens",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: files, seeds, sizes, timings")
 
 
@@ -444,9 +468,10 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
-        "--memory-limit", metavar="SIZE",
+        "--memory-limit",
+        metavar="SIZE",
         help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
-    )  # fmt: skip
+    )
 
 
 def _reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -562,10 +587,19 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
     from limner.model_options import ModelOptions
 
     return ModelOptions(
-        model=args.model, transformer=args.transformer, vae=args.vae, text_encoder=args.text_encoder, dtype=args.dtype,
-        quantize=args.quantize, device=args.device, kv_cache_dtype=args.kv_cache_dtype, memory_limit=args.memory_limit,
-        policy=_policy(args), loras=tuple(args.lora), parallel=getattr(args, "parallel", None),
-    )  # fmt: skip
+        model=args.model,
+        transformer=args.transformer,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        device=args.device,
+        kv_cache_dtype=args.kv_cache_dtype,
+        memory_limit=args.memory_limit,
+        policy=_policy(args),
+        loras=tuple(args.lora),
+        parallel=getattr(args, "parallel", None),
+    )
 
 
 class _Progress:
@@ -854,11 +888,14 @@ def _bench(args: argparse.Namespace) -> None:
     bench.ours.kernel = args.kernel
     cases = [
         BenchCase(
-            num_references=number, side=args.side, reference_side=args.reference_side, batch=args.batch,
+            num_references=number,
+            side=args.side,
+            reference_side=args.reference_side,
+            batch=args.batch,
             num_text=args.text,
         )
         for number in args.references
-    ]  # fmt: skip
+    ]
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -980,14 +1017,30 @@ def _serve(args: argparse.Namespace) -> None:
     if not 0 <= args.port <= 65535:
         raise InvalidRequest("--port", f"{args.port} is not within 0 to 65535")
     options = ServeOptions(
-        host=args.host, port=args.port, data=args.data or default_data(), keys=args.keys,
-        standby=args.standby, unsafe=args.unsafe_no_checks, terms=args.terms, certificate=args.c2pa_certificate,
+        host=args.host,
+        port=args.port,
+        data=args.data or default_data(),
+        keys=args.keys,
+        standby=args.standby,
+        unsafe=args.unsafe_no_checks,
+        terms=args.terms,
+        certificate=args.c2pa_certificate,
         private_key=args.c2pa_key,
-        development_certificate=args.c2pa_development, fetch_urls=args.fetch_urls, allow_origins=tuple(args.allow_origin),
-        requests_per_minute=args.requests_per_minute, concurrent=args.concurrent, max_waiting=args.max_waiting,
-        max_batch=args.max_batch, images_per_key=args.images_per_key, keep_results=args.keep_results, drain=args.drain,
-        public_url=args.public_url, tls_certificate=args.tls_certificate, tls_key=args.tls_key, log=args.log,
-    )  # fmt: skip
+        development_certificate=args.c2pa_development,
+        fetch_urls=args.fetch_urls,
+        allow_origins=tuple(args.allow_origin),
+        requests_per_minute=args.requests_per_minute,
+        concurrent=args.concurrent,
+        max_waiting=args.max_waiting,
+        max_batch=args.max_batch,
+        images_per_key=args.images_per_key,
+        keep_results=args.keep_results,
+        drain=args.drain,
+        public_url=args.public_url,
+        tls_certificate=args.tls_certificate,
+        tls_key=args.tls_key,
+        log=args.log,
+    )
     check_options(options)
     model = _model_options(args)
     model.check()
@@ -1013,9 +1066,14 @@ def _deploy(args: argparse.Namespace) -> None:
         print(f"limner: {options.model_name} at {url}, {args.replicas} replicas", file=sys.stderr, flush=True)
 
     deploy(
-        options, address=args.address, host=args.host, port=args.port, certificate=args.tls_certificate, key=args.tls_key,
+        options,
+        address=args.address,
+        host=args.host,
+        port=args.port,
+        certificate=args.tls_certificate,
+        key=args.tls_key,
         ready=ready,
-    )  # fmt: skip
+    )
 
 
 class _BatchProgress:
@@ -1068,10 +1126,14 @@ def _batch(args: argparse.Namespace) -> int:
     if args.workers is not None and args.ray is None:
         raise InvalidRequest("--workers", f"{args.workers} processes are Ray's; add --ray")
     options = BatchOptions(
-        manifest=Path(args.manifest), folder=Path(args.output), format=args.format, images_at_once=args.images_at_once,
-        store=absolute(args.store) if args.store else None, store_bytes=args.store_bytes,
+        manifest=Path(args.manifest),
+        folder=Path(args.output),
+        format=args.format,
+        images_at_once=args.images_at_once,
+        store=absolute(args.store) if args.store else None,
+        store_bytes=args.store_bytes,
         store_cache=Path(os.path.abspath(args.store_cache)) if args.store_cache else None,
-    )  # fmt: skip
+    )
     model = _model_options(args)
     model.check()
     progress = _BatchProgress()

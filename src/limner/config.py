@@ -220,11 +220,25 @@ class ModelGeometry:
 
 
 _QWEN3_8B = TextConfig(
-    width=4096, mlp_width=12288, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, num_used=27
-)  # fmt: skip
+    width=4096,
+    mlp_width=12288,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    num_used=27,
+)
 _QWEN3_4B = TextConfig(
-    width=2560, mlp_width=9728, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, num_used=27
-)  # fmt: skip
+    width=2560,
+    mlp_width=9728,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    num_used=27,
+)
 MODELS = {
     "klein-9b": ModelGeometry(transformer=KLEIN_9B, text_encoder=_QWEN3_8B),
     "klein-4b": ModelGeometry(transformer=KLEIN_4B, text_encoder=_QWEN3_4B),

@@ -183,9 +183,13 @@ def check_request(
     width = check_size("width", sizes[0][0] if request.width is None else request.width)
     height = check_size("height", sizes[0][1] if request.height is None else request.height)
     check_room_for(
-        request.references, size=(width, height), batch=len(request.seeds), text_length=text_length,
-        memory_needed=memory_needed, memory_bytes=memory_bytes,
-    )  # fmt: skip
+        request.references,
+        size=(width, height),
+        batch=len(request.seeds),
+        text_length=text_length,
+        memory_needed=memory_needed,
+        memory_bytes=memory_bytes,
+    )
     return width, height
 
 
@@ -344,9 +348,15 @@ class Engine:
     ) -> None:
         now = self._clock()
         job = _Job(
-            id=id, owner=owner, priority=priority, deadline=None if timeout is None else now + timeout, listener=listener,
-            request=request, key=key, arrived=now,
-        )  # fmt: skip
+            id=id,
+            owner=owner,
+            priority=priority,
+            deadline=None if timeout is None else now + timeout,
+            listener=listener,
+            request=request,
+            key=key,
+            arrived=now,
+        )
         with self._lock:
             if self._closed:
                 raise QueueFull("the engine is shutting down; send the request again later")

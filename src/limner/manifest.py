@@ -120,9 +120,10 @@ def _object(data: bytes) -> dict[str, Any]:
 def _id(value: object) -> str:
     if not isinstance(value, str) or not _ID.fullmatch(value):
         raise InvalidRequest(
-            "id", f"{_short(value)} is not a text of 1 to 200 letters, digits, '.', '_' or '-' that starts with one of "
-            "the first two; it names the file of the picture"
-        )  # fmt: skip
+            "id",
+            f"{_short(value)} is not a text of 1 to 200 letters, digits, '.', '_' or '-' that starts with one of "
+            "the first two; it names the file of the picture",
+        )
     return value
 
 

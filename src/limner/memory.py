@@ -47,9 +47,17 @@ __all__ = [
 
 Staging = Literal["whole", "parts", "layers"]
 _UNITS = {
-    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 _TOKEN_PIXELS = 256
 _BASE_ANONYMOUS = 330 << 20
 LIBRARIES = 370 << 20

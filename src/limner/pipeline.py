@@ -255,9 +255,14 @@ class Pipeline:
         before = {part: file_stamp(source) for part, source in sources.items()}
         report("load", 0, 3)
         loaded_transformer = load_transformer(
-            sources["transformer"], dtype=dtype, device=device, quantize=quantize, like=like["transformer"],
-            after=after, parallel=place,
-        )  # fmt: skip
+            sources["transformer"],
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            like=like["transformer"],
+            after=after,
+            parallel=place,
+        )
         report("load", 1, 3)
         autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
         report("load", 2, 3)
@@ -683,16 +688,19 @@ class Pipeline:
         network = self.autoencoder.network.config
         elsewhere = kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
         elsewhere -= self.kv_bytes(num_ref)
-        return call_bytes(
-            self.transformer.config,
-            AutoencoderConfig.from_diffusers(dict(network)),
-            num_ref=num_ref,
-            num_own=num_own,
-            batch=batch,
-            formats=self.formats,
-            whole_pixels=self.autoencoder.whole_pixels,
-            reference_pixels=min(num_ref * _GRID**2, self.reference_policy.pixels),
-        ) - elsewhere  # fmt: skip
+        return (
+            call_bytes(
+                self.transformer.config,
+                AutoencoderConfig.from_diffusers(dict(network)),
+                num_ref=num_ref,
+                num_own=num_own,
+                batch=batch,
+                formats=self.formats,
+                whole_pixels=self.autoencoder.whole_pixels,
+                reference_pixels=min(num_ref * _GRID**2, self.reference_policy.pixels),
+            )
+            - elsewhere
+        )
 
     def kv_bytes(self, num_ref: int) -> int:
         """Bytes of the K/V of reference tokens, as they are kept here."""

@@ -92,11 +92,7 @@ class Signer:
 
     @classmethod
     def from_files(
-        cls,
-        certificate: str | os.PathLike[str],
-        key: str | os.PathLike[str],
-        *,
-        timestamp_url: str | None = None,
+        cls, certificate: str | os.PathLike[str], key: str | os.PathLike[str], *, timestamp_url: str | None = None
     ) -> Signer:
         """Reads and checks a chain and a key. Raises `InvalidRequest` that says what is wrong with which."""
         _need("cryptography", package="cryptography")
@@ -243,9 +239,16 @@ def _make_development(folder: Path) -> None:
 
     def usage(**on: bool) -> x509.KeyUsage:
         names = [
-            "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-            "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
-        ]  # fmt: skip
+            "digital_signature",
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "key_cert_sign",
+            "crl_sign",
+            "encipher_only",
+            "decipher_only",
+        ]
         return x509.KeyUsage(**{key: on.get(key, False) for key in names})
 
     root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -322,10 +325,7 @@ def sign(
     manifest = _manifest(title, action=action, ingredients=len(ingredients), metadata=metadata or {}, signer=signer)
     source, result = io.BytesIO(data), io.BytesIO()
     info = c2pa.C2paSignerInfo(
-        alg=signer.algorithm,
-        sign_cert=signer.certificates,
-        private_key=signer.private_key,
-        ta_url=signer.timestamp_url,
+        alg=signer.algorithm, sign_cert=signer.certificates, private_key=signer.private_key, ta_url=signer.timestamp_url
     )
     try:
         with (

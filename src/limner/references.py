@@ -50,9 +50,13 @@ _HEADER = "limner.references"
 _HEADER_DIGEST = "limner.references.sha256"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _CODES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
+}
 """Names of dtypes in a safetensors header."""
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 

@@ -303,12 +303,7 @@ class RemoteTier:
             return time.monotonic() < self._until
 
     def _ask(
-        self,
-        call: Callable[[], _R],
-        seconds: float | Callable[[Future[_R]], str],
-        *,
-        doing: str,
-        asked: bool = False,
+        self, call: Callable[[], _R], seconds: float | Callable[[Future[_R]], str], *, doing: str, asked: bool = False
     ) -> _R:
         """What a call gives. Raises `FileNotFoundError` as it does; else what `_bounded` raises, after which it is away."""
         if asked:
@@ -407,7 +402,7 @@ class RemoteTier:
         return RemoteError(
             f"remote: {self.url} cannot {doing} ({problem}); check the address, the credentials in the environment, "
             "and that they may list, read, write and remove there"
-        )  # fmt: skip
+        )
 
     def _told(self, error: BaseException) -> str:
         """An error in one line, without credentials."""
@@ -429,12 +424,23 @@ class RemoteTier:
             fsspec.get_filesystem_class(protocol)
         except ValueError:
             raise InvalidRequest(
-                "remote", f"{self.url}: no filesystem is known for {protocol}://; use s3://, gs://, abfs://, sftp:// or "
-                "another one of fsspec"
-            ) from None  # fmt: skip
+                "remote",
+                f"{self.url}: no filesystem is known for {protocol}://; use s3://, gs://, abfs://, sftp:// or "
+                "another one of fsspec",
+            ) from None
         except ImportError as error:
-            packages = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs",
-                        "az": "adlfs", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol"}  # fmt: skip
+            packages = {
+                "s3": "s3fs",
+                "s3a": "s3fs",
+                "gs": "gcsfs",
+                "gcs": "gcsfs",
+                "abfs": "adlfs",
+                "abfss": "adlfs",
+                "az": "adlfs",
+                "sftp": "paramiko",
+                "ssh": "paramiko",
+                "smb": "smbprotocol",
+            }
             remedy = f"pip install {packages[protocol]}" if protocol in packages else self._told(error)
             raise InvalidRequest("remote", f"{self.url} needs a package that is not installed: {remedy}") from None
 

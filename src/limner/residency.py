@@ -117,10 +117,7 @@ def _scan(pagemap: int, start: int, stop: int) -> int:
     import fcntl
 
     found = (ctypes.c_uint64 * 3)()
-    fields = (
-        96, 0, start, stop, 0, ctypes.addressof(found), 1, 1,
-        _FILE, _FILE, _PRESENT | _SWAPPED, _PRESENT,
-    )  # fmt: skip
+    fields = (96, 0, start, stop, 0, ctypes.addressof(found), 1, 1, _FILE, _FILE, _PRESENT | _SWAPPED, _PRESENT)
     argument = bytearray(b"".join(value.to_bytes(8, "little") for value in fields))
     return int(fcntl.ioctl(pagemap, _SCAN, argument, True))
 

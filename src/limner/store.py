@@ -42,15 +42,7 @@ import torch
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.images import written_beside
 from limner.places import check_store, is_url
-from limner.references import (
-    CONTENT_KEY,
-    DamagedPack,
-    PackIdentity,
-    References,
-    check_key,
-    read_identity,
-    write_pack,
-)
+from limner.references import CONTENT_KEY, DamagedPack, PackIdentity, References, check_key, read_identity, write_pack
 from limner.remote_tier import RemoteObject, RemoteTier
 
 __all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
@@ -562,9 +554,14 @@ class _Remote:
             for item, (identity, problem) in zip(items, pool.map(header, items), strict=True):
                 if identity is not None or problem is not None:  # else it went meanwhile
                     yield _entry(
-                        identity, key=item.key, tier="remote", nbytes=item.nbytes, pinned=False, used=item.modified or 0.0,
+                        identity,
+                        key=item.key,
+                        tier="remote",
+                        nbytes=item.nbytes,
+                        pinned=False,
+                        used=item.modified or 0.0,
                         problem=problem,
-                    )  # fmt: skip
+                    )
 
     def problem(self, key: str) -> str | None:
         """What is wrong with an object, if anything is. Raises `RemoteError`."""
@@ -970,8 +967,9 @@ class ReferenceStore:
         if is_news:
             _logger.warning(
                 "%d bytes wait for the %s tier, which takes less than is made: what is made now is not kept there",
-                waiting, tier,
-            )  # fmt: skip
+                waiting,
+                tier,
+            )
         if refused:
             return False
         if full:
@@ -1013,8 +1011,11 @@ class ReferenceStore:
                 self._stats.refused += 1
             _logger.log(
                 logging.WARNING if asked else logging.INFO,
-                "references %s are not kept %s: %s", references.key[:16], where, why,
-            )  # fmt: skip
+                "references %s are not kept %s: %s",
+                references.key[:16],
+                where,
+                why,
+            )
         except _FAILURES as error:
             with self._lock:
                 self._stats.failed_writes += 1
@@ -1118,13 +1119,18 @@ class ReferenceStore:
             tiers = [("device", tier) for tier in self._devices.values()] + [("memory", self._memory)]
             found = [
                 StoreEntry(
-                    key=key, tier=name, nbytes=kept.references.nbytes, num_tokens=kept.references.num_tokens,
-                    num_references=len(kept.references.reports), pinned=key in self._pinned,
-                    prefill_seconds=kept.references.prefill_seconds, used=kept.used,
+                    key=key,
+                    tier=name,
+                    nbytes=kept.references.nbytes,
+                    num_tokens=kept.references.num_tokens,
+                    num_references=len(kept.references.reports),
+                    pinned=key in self._pinned,
+                    prefill_seconds=kept.references.prefill_seconds,
+                    used=kept.used,
                 )
                 for name, tier in tiers
                 for key, kept in tier.entries.items()
-            ]  # fmt: skip
+            ]
         yield from found
         for path, status in self._disk.files() if self._disk is not None else ():
             identity, problem = None, None
@@ -1133,9 +1139,14 @@ class ReferenceStore:
             except InvalidRequest as error:
                 problem = str(error)
             yield _entry(
-                identity, key=path.stem, tier="disk", nbytes=status.st_size, pinned=path.with_suffix(".pin").exists(),
-                used=status.st_mtime, problem=problem,
-            )  # fmt: skip
+                identity,
+                key=path.stem,
+                tier="disk",
+                nbytes=status.st_size,
+                pinned=path.with_suffix(".pin").exists(),
+                used=status.st_mtime,
+                problem=problem,
+            )
         if self._remote is not None:
             yield from self._remote.entries()
 
@@ -1165,8 +1176,10 @@ class ReferenceStore:
             devices = list(self._devices.values())
             copy.nbytes = {"device": sum(tier.nbytes for tier in devices), "memory": self._memory.nbytes, "disk": 0}
             copy.num_entries = {
-                "device": sum(len(tier.entries) for tier in devices), "memory": len(self._memory.entries), "disk": 0
-            }  # fmt: skip
+                "device": sum(len(tier.entries) for tier in devices),
+                "memory": len(self._memory.entries),
+                "disk": 0,
+            }
         if self._disk is not None:
             files = self._disk.files()
             copy.evictions["disk"] = self._disk.evictions
@@ -1204,10 +1217,16 @@ def _entry(
 ) -> StoreEntry:
     """An entry as the header of its pack describes it."""
     return StoreEntry(
-        key=key, tier=tier, nbytes=nbytes, num_tokens=identity.num_tokens if identity else 0,
-        num_references=len(identity.reports) if identity else 0, pinned=pinned,
-        prefill_seconds=identity.prefill_seconds if identity else 0.0, used=used, problem=problem,
-    )  # fmt: skip
+        key=key,
+        tier=tier,
+        nbytes=nbytes,
+        num_tokens=identity.num_tokens if identity else 0,
+        num_references=len(identity.reports) if identity else 0,
+        pinned=pinned,
+        prefill_seconds=identity.prefill_seconds if identity else 0.0,
+        used=used,
+        problem=problem,
+    )
 
 
 @contextlib.contextmanager

@@ -88,8 +88,11 @@ def test_broken_rows_are_named_and_the_others_drawn(
     assert [row["line"] for row in results(folder)] == list(range(1, 17))
     assert [row["status"] for row in results(folder)] == ["ok"] * 4 + ["error"] * 12
     assert sorted(path.name for path in (folder / "out").glob("*.webp")) == [
-        "four.webp", "one.webp", "three.webp", "two.webp"
-    ]  # fmt: skip
+        "four.webp",
+        "one.webp",
+        "three.webp",
+        "two.webp",
+    ]
 
 
 BAD = {

@@ -54,9 +54,14 @@ def test_the_cards_example(tmp_path: Path) -> None:
     program = CARD_EXAMPLE.replace("from diffusers import", "from limner import").replace("1024", "128")
     program = program.replace('"cuda"', '"cpu"')
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "Saved kv_output.png" in done.stdout
     for name in ("t2i_output.png", "kv_output.png"):

@@ -70,9 +70,22 @@ def test_edit_writes_a_picture_that_says_how_it_was_made(files: Path, tiny_folde
 
 def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> None:
     done = run(
-        "edit", "make it blue", "-i", files / "a.png", "-o", files / "out.webp", "--num-images", 2, "--json",
-        "--size", "64x96", "--steps", 2, "--model", tiny_folder,
-    )  # fmt: skip
+        "edit",
+        "make it blue",
+        "-i",
+        files / "a.png",
+        "-o",
+        files / "out.webp",
+        "--num-images",
+        2,
+        "--json",
+        "--size",
+        "64x96",
+        "--steps",
+        2,
+        "--model",
+        tiny_folder,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     seeds = [output["seed"] for output in found["outputs"]]
@@ -84,7 +97,22 @@ def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> N
     assert (found["width"], found["height"], found["reference_cache"]) == (64, 96, "miss")
     for output in found["outputs"]:  # the drawn seed makes the same picture again
         again = files / "again.webp"
-        run("edit", "make it blue", "-i", files / "a.png", "-o", again, "--size", "64x96", "--steps", 2, "--model", tiny_folder, "--seed", output["seed"])  # fmt: skip
+        run(
+            "edit",
+            "make it blue",
+            "-i",
+            files / "a.png",
+            "-o",
+            again,
+            "--size",
+            "64x96",
+            "--steps",
+            2,
+            "--model",
+            tiny_folder,
+            "--seed",
+            output["seed"],
+        )
         with Image.open(output["file"]) as first, Image.open(again) as second:
             assert first.size == second.size == (64, 96)
             difference = np.abs(np.asarray(first).astype(int) - np.asarray(second))
@@ -419,10 +447,34 @@ def test_quantize_writes_a_model_that_loads(files: Path, tiny_folder: Path) -> N
 def test_bench_measures_the_same_edit(files: Path) -> None:
     """diffusers and Limner, cold, warm and int8: one JSON line and a table; what they compute agrees."""
     done = run(
-        "bench", "--geometry", 1, 1, 2, "--references", 0, 2, "--side", 64, "--reference-side", 64, "--text", 24,
-        "--rounds", 1, "--dtype", "float32", "-o", files / "bench.json",
-        "--engines", "standard", "diffusers_kv", "cold", "warm", "int8_warm", "warm_int8_kv",
-    )  # fmt: skip
+        "bench",
+        "--geometry",
+        1,
+        1,
+        2,
+        "--references",
+        0,
+        2,
+        "--side",
+        64,
+        "--reference-side",
+        64,
+        "--text",
+        24,
+        "--rounds",
+        1,
+        "--dtype",
+        "float32",
+        "-o",
+        files / "bench.json",
+        "--engines",
+        "standard",
+        "diffusers_kv",
+        "cold",
+        "warm",
+        "int8_warm",
+        "warm_int8_kv",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report == json.loads((files / "bench.json").read_text())

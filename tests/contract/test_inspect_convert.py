@@ -73,9 +73,14 @@ def test_inspect_tells_layout_geometry_and_digests(
         (part,) = found["parts"]
         assert (part["part"], part["layout"]) == ("transformer", layout)
         assert part["geometry"] == {
-            "name": "custom", "double_blocks": 1, "single_blocks": 1, "heads": 2, "head_dim": 128, "text_width": 256,
+            "name": "custom",
+            "double_blocks": 1,
+            "single_blocks": 1,
+            "heads": 2,
+            "head_dim": 128,
+            "text_width": 256,
             "in_channels": 16,
-        }  # fmt: skip
+        }
         assert part["sha256"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
         assert part["missing"] == part["unexpected"] == part["not_finite"] == []
         assert sum(kind["tensors"] for kind in part["dtypes"].values()) == part["num_tensors"]
@@ -113,9 +118,12 @@ def test_inspect_says_what_is_missing_and_damaged(tiny_copy: Path, capsys: pytes
     code, out, _ = run(capsys, "inspect", tiny_copy, "--verify")
     assert code == 1
     for line in (
-        "  missing: proj_out.weight", "missing: tokenizer", f"damaged: {tiny_copy / VAE}: cannot be read",
-        "  wrong: norm_out.linear.weight is [3, 3], the configuration asks for [64, 32]", "text_encoder: diffusers, hidden_size 16",
-    ):  # fmt: skip
+        "  missing: proj_out.weight",
+        "missing: tokenizer",
+        f"damaged: {tiny_copy / VAE}: cannot be read",
+        "  wrong: norm_out.linear.weight is [3, 3], the configuration asks for [64, 32]",
+        "text_encoder: diffusers, hidden_size 16",
+    ):
         assert line in out
     bad = tensors_of(tiny_copy / TEXT)
     bad["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")  # not one of the sampled
@@ -282,9 +290,12 @@ def test_the_model_folder_says_what_a_file_does_not(
 def test_as_typed(files: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> None:
     """In a process of its own; and a picture with a part from elsewhere."""
     done = subprocess.run(
-        [sys.executable, "-m", "limner", "inspect", str(files["gguf"])], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "limner", "inspect", str(files["gguf"])],
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=False,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("transformer: gguf, custom: ")
     vae = made.save(made.original_vae(tensors_of(tiny_folder / VAE)), tmp_path / "ae.safetensors")

@@ -48,8 +48,15 @@ def test_an_idempotency_key_makes_one_job(served: Served, pipe: Pipeline, tmp_pa
     assert first.status_code == 200
     again = [post() for _ in range(3)]
     assert [answer.json() for answer in again] == [first.json()] * 3
-    for more in ({"prompt": "b"}, {"seed": 1}, {"input_image": text(png(seed=2))}, {"num_images": 2}, {"width": 80},
-                 {"safety_tolerance": 3}, {"output_format": "png"}):  # fmt: skip
+    for more in (
+        {"prompt": "b"},
+        {"seed": 1},
+        {"input_image": text(png(seed=2))},
+        {"num_images": 2},
+        {"width": 80},
+        {"safety_tolerance": 3},
+        {"output_format": "png"},
+    ):
         answer = post(**more)
         assert answer.status_code == 409, more
         types(answer)
@@ -337,7 +344,15 @@ def test_a_server_without_keys_is_for_this_machine(served: Served) -> None:
     body = {"prompt": "a", **SIZE}
     for host in ("localhost", f"127.0.0.1:{served.port}", "[::1]:80"):
         assert served.http.get("/healthz", headers={"host": host}).status_code == 200
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "a@127.0.0.1", "[::1", "testserver"):  # fmt: skip
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "a@127.0.0.1",
+        "[::1",
+        "testserver",
+    ):
         answer = served.http.post("/v1/edit", json=body, headers={"host": host})
         assert answer.status_code == 400, host
         types(answer)

@@ -99,10 +99,13 @@ def test_a_name_with_a_colon(files: Path) -> None:
         ("{}/nothing.safetensors", "nothing.safetensors is neither a file, a folder nor a hub id"),
         ("{}/a.png", "a.png: cannot be read"),
         ("{}/pickle.bin", "pickle.bin is a pickle and is never opened"),
-        ("{}/wide.safetensors", "img_in.lora_A.weight is [4, 16], diffusion_model.img_in.lora_B.weight is [64, 4]; that makes"),
+        (
+            "{}/wide.safetensors",
+            "img_in.lora_A.weight is [4, 16], diffusion_model.img_in.lora_B.weight is [64, 4]; that makes",
+        ),
         ("{}/strange.safetensors", "1 of its 3 tensors are not for this transformer: lora_te_x.alpha"),
     ],
-)  # fmt: skip
+)
 def test_bad_loras_are_one_line(value: str, message: str, files: Path, tiny_folder: Path, capsys: Any) -> None:
     torch.save({}, files / "pickle.bin")
     save_file(original({"img_in": (torch.ones(4, 16), torch.ones(64, 4))}), files / "wide.safetensors")

@@ -143,9 +143,12 @@ def test_errors(client: openai.OpenAI, served: Served) -> None:
             client.images.generate(**{"prompt": "a", **fields})
         assert (caught.value.param, caught.value.type) == (param, "invalid_request_error"), fields
     for fields, param in (
-        ({"image": b"no picture"}, "image 1"), ({"mask": png()}, "mask"), ({"extra_body": {"seed": "x"}}, "seed"),
-        ({"n": 11}, "n"), ({"prompt": ""}, "prompt"),
-    ):  # fmt: skip
+        ({"image": b"no picture"}, "image 1"),
+        ({"mask": png()}, "mask"),
+        ({"extra_body": {"seed": "x"}}, "seed"),
+        ({"n": 11}, "n"),
+        ({"prompt": ""}, "prompt"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.edit(**{"prompt": "a", "image": png(), **fields})
         assert caught.value.param == param, fields
@@ -236,7 +239,10 @@ def test_a_caller_with_an_idempotency_key_may_come_back(
         body = {"prompt": "a", "size": "64x64"}
         gate.shut()
         for stream in (True, False):
-            with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", url, json={**body, "stream": stream}, headers=key, timeout=0.3) as answer:  # fmt: skip
+            with (
+                pytest.raises(httpx.ReadTimeout),
+                httpx.stream("POST", url, json={**body, "stream": stream}, headers=key, timeout=0.3) as answer,
+            ):
                 answer.read()
         time.sleep(0.4)  # until the server has seen it
         gate.open()

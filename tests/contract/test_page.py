@@ -45,14 +45,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "LIMNER_KEYS": ",".join(f"caller-{i}:{key}" for i, key in enumerate(KEYS)),
-                   "LIMNER_CACHE": str(folder / "cache")}  # fmt: skip
+    environment = {
+        **os.environ,
+        "LIMNER_KEYS": ",".join(f"caller-{i}:{key}" for i, key in enumerate(KEYS)),
+        "LIMNER_CACHE": str(folder / "cache"),
+    }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "limner", "serve", "--port", str(port), "--data", str(folder / "data"), "--drain", "1",
-             "--c2pa-development"],
-            env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "limner",
+                "serve",
+                "--port",
+                str(port),
+                "--data",
+                str(folder / "data"),
+                "--drain",
+                "1",
+                "--c2pa-development",
+            ],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):

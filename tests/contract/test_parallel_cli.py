@@ -42,9 +42,13 @@ def torchrun(size: int, *args: object) -> subprocess.CompletedProcess[str]:
         str(size),
     ]
     return subprocess.run(
-        [*launcher, *map(str, args)], capture_output=True, text=True, timeout=600, check=False,
+        [*launcher, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:

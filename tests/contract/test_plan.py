@@ -70,8 +70,22 @@ def test_edit_under_a_limit(tiny_folder: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main([*words, "-o", str(tmp_path / "none.png"), "--memory-limit", "100MiB"]) == 2
     assert "memory_limit: 0.10 GiB are too little; the least is" in capsys.readouterr().err
-    assert main(["refs", "pack", str(tmp_path / "a.png"), "-o", str(tmp_path / "a.safetensors"), "--model",
-                 str(tiny_folder), "--memory-limit", "no"]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "refs",
+                "pack",
+                str(tmp_path / "a.png"),
+                "-o",
+                str(tmp_path / "a.safetensors"),
+                "--model",
+                str(tiny_folder),
+                "--memory-limit",
+                "no",
+            ]
+        )
+        == 2
+    )
     assert "memory_limit: 'no'" in capsys.readouterr().err
 
 
@@ -79,9 +93,23 @@ def test_edit_under_a_limit(tiny_folder: Path, tmp_path: Path, capsys: pytest.Ca
 def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "full_size.py"
     command = [
-        sys.executable, script, "--geometry", "small", "--side", 64, "--text", 48, "--folder", tmp_path / "work",
-        "--only", "9b-int8", "9b-load", "4b-256", "-o", tmp_path / "out.json",
-    ]  # fmt: skip
+        sys.executable,
+        script,
+        "--geometry",
+        "small",
+        "--side",
+        64,
+        "--text",
+        48,
+        "--folder",
+        tmp_path / "work",
+        "--only",
+        "9b-int8",
+        "9b-load",
+        "4b-256",
+        "-o",
+        tmp_path / "out.json",
+    ]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -27,8 +27,9 @@ def cluster(num_nodes: int) -> Iterator[Any]:
 
     with quiet():
         made = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
-        )  # fmt: skip
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20},
+        )
         try:
             for _ in range(num_nodes - 1):
                 made.add_node(num_cpus=1, object_store_memory=100 << 20)

@@ -49,9 +49,16 @@ class Deployed:
             port = free.getsockname()[1]
         connect(address, option="--address", num_cpus=2)
         self.options = {
-            "model": str(model), "data": str(data), "replicas": replicas, "threads": 1, "store_memory": "64MiB", "drain": 5,
-            "unsafe_no_checks": True, "requests_per_minute": 1e6, "concurrent": 1000,
-        }  # fmt: skip
+            "model": str(model),
+            "data": str(data),
+            "replicas": replicas,
+            "threads": 1,
+            "store_memory": "64MiB",
+            "drain": 5,
+            "unsafe_no_checks": True,
+            "requests_per_minute": 1e6,
+            "concurrent": 1000,
+        }
         with quiet():
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             self.run()
@@ -133,8 +140,9 @@ def test_each_reference_set_is_prefilled_once_and_pictures_are_those_of_one_proc
 
 def test_a_killed_replica_loses_no_accepted_job(deployed: Deployed) -> None:
     jobs = [
-        deployed.submit(input_image=text(png(seed=number % 4)), seed=number, num_inference_steps=50) for number in range(16)
-    ]  # fmt: skip
+        deployed.submit(input_image=text(png(seed=number % 4)), seed=number, num_inference_steps=50)
+        for number in range(16)
+    ]
     victim, _, _ = until(lambda: next((s for s in deployed.stats() if s[1].running and s[1].waiting), None))
     os.kill(victim, signal.SIGKILL)
     found = [deployed.poll(id) for id in jobs]
@@ -305,14 +313,23 @@ def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no cluster at 127.0.0.1:1 ([Errno 111] Connection refused);"),
+        (
+            ["--address", "127.0.0.1:1"],
+            "--address 127.0.0.1:1: no cluster at 127.0.0.1:1 ([Errno 111] Connection refused);",
+        ),
         (["--address", "somewhere"], "--address: 'somewhere' is not local, auto or HOST:PORT of the head node"),
         (["--store", "nosuch://a:b@bucket/kv"], "remote: nosuch://***@bucket/kv: no filesystem is known for nosuch://"),
         (["--store", "file:///dev/null/kv"], "remote: file:///dev/null/kv cannot be opened (NotADirectoryError"),
         (["--store-cache", "/tmp/kv"], "store_cache: /tmp/kv is a folder before a URL"),
-        (["--store", "file:///tmp/kv", "--store-bytes", "9"], "store_bytes: 9 is the budget of a folder; give one before the URL"),
+        (
+            ["--store", "file:///tmp/kv", "--store-bytes", "9"],
+            "store_bytes: 9 is the budget of a folder; give one before the URL",
+        ),
         (["--data", "mysql://u@db/jobs"], "data: mysql:// is not read; give a folder, or postgresql://HOST/DATABASE"),
-        (["--data", "postgresql://u:%zz@db/jobs"], "data: the postgresql:// URL cannot be read; give postgresql://USER@HOST"),
+        (
+            ["--data", "postgresql://u:%zz@db/jobs"],
+            "data: the postgresql:// URL cannot be read; give postgresql://USER@HOST",
+        ),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas: 2 is less than the 3 of --replicas"),
         (["--replicas", "0"], "--replicas: 0: Input should be greater than or equal to 1"),
         (["--host", "0.0.0.0"], "host: '0.0.0.0' can be reached from other machines, and there are no keys"),
@@ -320,7 +337,7 @@ def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | No
         (["--port", "70000"], "--port: 70000 is not within 1 to 65535"),
         (["--tls-key", "key.pem"], "--tls-certificate: needs --tls-key"),
     ],
-)  # fmt: skip
+)
 def test_refused_before_anything_starts(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,9 +381,15 @@ def test_nodes_that_differ(tiny_folder: Path) -> None:
 
     with pytest.raises(InvalidRequest, match="has torch [^ ]*, this process 1.13.1; pictures would differ"):
         Painter(
-            ModelOptions(model=str(tiny_folder)), versions={**this_node(), "torch": "1.13.1"}, threads=1, max_batch=1,
-            store=None, store_bytes=None, store_memory=0, memory_bytes=None,
-        )  # fmt: skip
+            ModelOptions(model=str(tiny_folder)),
+            versions={**this_node(), "torch": "1.13.1"},
+            threads=1,
+            max_batch=1,
+            store=None,
+            store_bytes=None,
+            store_memory=0,
+            memory_bytes=None,
+        )
     for found, message in (
         ({"error": "ModuleNotFoundError: No module named 'limner'"}, "node n cannot draw"),
         ({**this_node(), "lacks": "/m"}, "node n has no /m"),
@@ -428,9 +451,12 @@ def test_the_command_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Pat
     ]
     environment = {name: value for name, value in os.environ.items() if name != "LIMNER_KEYS"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "limner", *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "limner", *map(str, words)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

@@ -150,10 +150,18 @@ def test_a_form_is_taken_as_well(served: Served) -> None:
     answer = served.http.post("/v1/references", files=files, data={"safety_tolerance": "1"})
     assert answer.status_code == 201, answer.text
     assert answer.json()["id"] == upload(served, 1, 2)["id"]
-    for wrong in ({"files": files, "data": {"safety_tolerance": "6"}}, {"files": files, "data": {"other": "1"}},
-                  {"files": [("mask", ("a.png", png()))]}, {"data": {"image": "x"}}, {"json": {"images": []}},
-                  {"json": {"images": "x"}}, {"json": {"images": [None]}}, {"json": []}, {"content": b"x"},
-                  {"json": {"images": [text(png())] * 17}}):  # fmt: skip
+    for wrong in (
+        {"files": files, "data": {"safety_tolerance": "6"}},
+        {"files": files, "data": {"other": "1"}},
+        {"files": [("mask", ("a.png", png()))]},
+        {"data": {"image": "x"}},
+        {"json": {"images": []}},
+        {"json": {"images": "x"}},
+        {"json": {"images": [None]}},
+        {"json": []},
+        {"content": b"x"},
+        {"json": {"images": [text(png())] * 17}},
+    ):
         answer = served.http.post("/v1/references", **wrong)
         assert answer.status_code == 422, answer.text
         types(answer)

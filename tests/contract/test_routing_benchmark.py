@@ -62,9 +62,16 @@ def test_every_request_is_served_once(routing: ModuleType, policy: str) -> None:
         routing.gpu_profile(1024), start_seconds=1.5
     )  # back before what was running would have ended
     busy = settings(
-        routing, profile=quick, policy=policy, num_requests=3000, fail_every=600.0, fail_at_once=0.25, arrivals="flash",
-        num_routers=3, stale_seconds=1.0,
-    )  # fmt: skip
+        routing,
+        profile=quick,
+        policy=policy,
+        num_requests=3000,
+        fail_every=600.0,
+        fail_at_once=0.25,
+        arrivals="flash",
+        num_routers=3,
+        stale_seconds=1.0,
+    )
     simulation = routing.Simulation(routing.Scenario(**busy)).run()
     assert simulation.served == [1] * 3000
     for request, name in enumerate(simulation.names):
@@ -113,8 +120,11 @@ def test_derived_profile_gives_the_published_table_back(routing: ModuleType) -> 
 def test_program_ends_in_one_json_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, PROGRAM, "--quick", "-o", tmp_path / "routing"],
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     assert report == json.loads((tmp_path / "routing.json").read_text())
     rows = report["tables"]["target"]

@@ -42,9 +42,12 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @schema.parametrize()
 @settings(
-    max_examples=EXAMPLES or 6, derandomize=not EXAMPLES, deadline=None, database=None,
+    max_examples=EXAMPLES or 6,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 def test_every_answer_is_in_the_document(case: Any, served: Served) -> None:
     case.call_and_validate(base_url=served.url, checks=CHECKS)
 
@@ -83,10 +86,21 @@ def test_it_is_whole() -> None:
             assert {"key": []} in found["security"], path
             assert {"bearer": []} in found["security"], path
     assert {
-        "/v1/flux-2-klein-9b-preview", "/v1/flux-2-klein-9b", "/v1/flux-2-klein-4b", "/v1/edit", "/v1/get_result",
-        "/v1/images/generations", "/v1/images/edits", "/v1/models", "/v1/references", "/v1/jobs", "/v1/results/{id}/{name}",
-        "/healthz", "/readyz", "/metrics",
-    } <= {path for path, _, _ in operations()}  # fmt: skip
+        "/v1/flux-2-klein-9b-preview",
+        "/v1/flux-2-klein-9b",
+        "/v1/flux-2-klein-4b",
+        "/v1/edit",
+        "/v1/get_result",
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/models",
+        "/v1/references",
+        "/v1/jobs",
+        "/v1/results/{id}/{name}",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+    } <= {path for path, _, _ in operations()}
 
 
 def test_good_answers_are_in_the_document_too(served: Served) -> None:

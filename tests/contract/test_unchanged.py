@@ -39,8 +39,10 @@ def test_digest_of_the_bundled_weights(drawn: dict[str, Any]) -> None:
 
 def test_packs_are_byte_for_byte() -> None:
     assert {
-        "whole": unchanged.pack(), "shard": unchanged.pack(shard=(1, 2)), "int8": unchanged.pack(quantization="int8"),
-    } == KEPT["packs"]  # fmt: skip
+        "whole": unchanged.pack(),
+        "shard": unchanged.pack(shard=(1, 2)),
+        "int8": unchanged.pack(quantization="int8"),
+    } == KEPT["packs"]
 
 
 def test_public_names_take_what_they_took() -> None:

@@ -20,32 +20,55 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "text to image": lambda: {"prompt": "a cat on a beach", "height": 96, "width": 96, "generator": generators(3)[0]},
     "one reference": lambda: {"prompt": "make it bigger", "image": REFERENCES[0], "generator": generators(1)[0]},
     "three references of different sizes": lambda: {
-        "prompt": "put all together", "image": REFERENCES, "height": 80, "width": 112, "generator": generators(2)[0],
+        "prompt": "put all together",
+        "image": REFERENCES,
+        "height": 80,
+        "width": 112,
+        "generator": generators(2)[0],
     },
     "prompt list": lambda: {
         "prompt": ["a dog", "a dog and a very long description of the place where it stands"],
-        "image": REFERENCES[:2], "generator": generators(5, 6),
+        "image": REFERENCES[:2],
+        "generator": generators(5, 6),
     },
     "several images a prompt, a generator each": lambda: {
-        "prompt": ["a dog", "a fox"], "image": REFERENCES[1], "num_images_per_prompt": 2, "generator": generators(1, 2, 3, 4),
+        "prompt": ["a dog", "a fox"],
+        "image": REFERENCES[1],
+        "num_images_per_prompt": 2,
+        "generator": generators(1, 2, 3, 4),
     },
     "one generator for a batch": lambda: {
-        "prompt": ["a dog", "a fox"], "height": 64, "width": 64, "generator": generators(9)[0],
+        "prompt": ["a dog", "a fox"],
+        "height": 64,
+        "width": 64,
+        "generator": generators(9)[0],
     },
     "custom sigmas": lambda: {
-        "prompt": "a dog", "image": REFERENCES[0], "sigmas": [1.0, 0.6, 0.2], "generator": generators(7)[0],
+        "prompt": "a dog",
+        "image": REFERENCES[0],
+        "sigmas": [1.0, 0.6, 0.2],
+        "generator": generators(7)[0],
     },
     "other steps": lambda: {
-        "prompt": "a dog", "height": 64, "width": 128, "num_inference_steps": 7, "generator": generators(8)[0],
-    },
-    "given latents": lambda: {
-        "prompt": "a dog", "height": 64, "width": 96, "latents": torch.randn(1, 16, 4, 6, generator=generators(0)[0]),
-    },
-    "given prompt tokens": lambda: {
-        "prompt_embeds": torch.randn(2, 9, 48, generator=generators(0)[0]), "height": 64, "width": 64,
+        "prompt": "a dog",
+        "height": 64,
+        "width": 128,
+        "num_inference_steps": 7,
         "generator": generators(8)[0],
     },
-}  # fmt: skip
+    "given latents": lambda: {
+        "prompt": "a dog",
+        "height": 64,
+        "width": 96,
+        "latents": torch.randn(1, 16, 4, 6, generator=generators(0)[0]),
+    },
+    "given prompt tokens": lambda: {
+        "prompt_embeds": torch.randn(2, 9, 48, generator=generators(0)[0]),
+        "height": 64,
+        "width": 64,
+        "generator": generators(8)[0],
+    },
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -152,11 +175,7 @@ def test_one_corrupted_key_changes_the_picture(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda images: images[::-1],
-        lambda images: images[:2],
-        lambda images: [images[0].transpose(0), *images[1:]],
-    ],
+    [lambda images: images[::-1], lambda images: images[:2], lambda images: [images[0].transpose(0), *images[1:]]],
     ids=["order", "number", "pixels"],
 )
 def test_other_references_are_never_a_hit(change: Callable[[list[Any]], list[Any]], pipe: Pipeline) -> None:

@@ -47,9 +47,15 @@ def test_matches_diffusers(head_dim: int, kernel: str) -> None:
         ref_ids = reference_ids(grids)
         ref = torch.randn(1, len(ref_ids), 16)
         extracted, cache = theirs(
-            torch.cat([ref.expand(batch, -1, -1), img], 1), txt, t, torch.cat([ref_ids, img_ids]), txt_ids,
-            kv_cache_mode="extract", num_ref_tokens=len(ref_ids), return_dict=False,
-        )  # fmt: skip
+            torch.cat([ref.expand(batch, -1, -1), img], 1),
+            txt,
+            t,
+            torch.cat([ref_ids, img_ids]),
+            txt_ids,
+            kv_cache_mode="extract",
+            num_ref_tokens=len(ref_ids),
+            return_dict=False,
+        )
         cached = theirs(img, txt, t * 0.7, img_ids, txt_ids, kv_cache=cache, kv_cache_mode="cached", return_dict=False)[
             0
         ]
@@ -234,9 +240,13 @@ def test_gradients_flow_through_kept_references() -> None:
     with torch.enable_grad():
         references = transformer.prefill(torch.randn(2, 12, 16), reference_ids([(3, 4)]))
         velocity = transformer(
-            torch.randn(2, 4, 16), torch.randn(2, 5, 48), torch.tensor([0.3, 0.9]), img_ids=image_ids((2, 2)),
-            txt_ids=text_ids(5), references=references,
-        )  # fmt: skip
+            torch.randn(2, 4, 16),
+            torch.randn(2, 5, 48),
+            torch.tensor([0.3, 0.9]),
+            img_ids=image_ids((2, 2)),
+            txt_ids=text_ids(5),
+            references=references,
+        )
         F.mse_loss(velocity, torch.randn_like(velocity)).backward()
     unread = {"single_transformer_blocks.2.attn.to_out.weight"}
     for name, p in transformer.named_parameters():

@@ -37,9 +37,12 @@ def run(case: dict[str, Any], **changes: Any) -> np.ndarray:
     with Image.open(CASES / case["truth"]) as truth:
         width, height = truth.size
     arguments = {
-        "prompt": case["prompt"], "image": [CASES / name for name in case["references"]] or None,
-        "width": width, "height": height, "generator": torch.Generator().manual_seed(0),
-    }  # fmt: skip
+        "prompt": case["prompt"],
+        "image": [CASES / name for name in case["references"]] or None,
+        "width": width,
+        "height": height,
+        "generator": torch.Generator().manual_seed(0),
+    }
     return np.asarray(bundled()(**(arguments | changes)).images[0])
 
 
@@ -95,9 +98,11 @@ def test_diffusers_gives_the_same_pictures_from_the_same_folder(number: int) -> 
     pipe = bundled()
     arguments = {"prompt": case["prompt"], "image": pictures, "height": 128, "width": 128, "output_type": "np"}
     expected = theirs(
-        **arguments, generator=torch.Generator().manual_seed(3), max_sequence_length=pipe.text_encoder.max_length,
+        **arguments,
+        generator=torch.Generator().manual_seed(3),
+        max_sequence_length=pipe.text_encoder.max_length,
         text_encoder_out_layers=pipe.text_encoder.out_layers,
-    ).images  # fmt: skip
+    ).images
     found = pipe(**arguments, generator=torch.Generator().manual_seed(3)).images
     assert np.abs(found - expected).mean() <= 2e-5
 

@@ -35,9 +35,14 @@ def _recipe_on_path() -> Iterator[None]:
 
 def run(*words: object, **environment: str) -> str:
     done = subprocess.run(
-        [str(word) for word in words], cwd=RECIPE, capture_output=True, text=True, check=False, timeout=300,
+        [str(word) for word in words],
+        cwd=RECIPE,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
         env=os.environ | {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"} | environment,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -51,13 +56,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that `run.sh` makes, with a few steps of each part."""
     folder = tmp_path_factory.mktemp("recipe")
     out = run(
-        "bash", "run.sh", BUILD=str(folder / "build"), ASSETS=str(folder / "assets"),
+        "bash",
+        "run.sh",
+        BUILD=str(folder / "build"),
+        ASSETS=str(folder / "assets"),
         VAE_ARGS="--steps 24 --batch 8 --statistics 32",
         REFINE_ARGS="--steps 12 --batch 4 --statistics 32",
         DATA_ARGS="--sittings 40 --pool 30 --validation 1",
         TRAIN_ARGS="--steps 24 --batch 16 --lr 4e-3 --validate-every 24",
         EVAL_ARGS="--cases 1 --nearest 40 --pool 30 --workers 1",
-    )  # fmt: skip
+    )
     (folder / "result.json").write_text(out.splitlines()[-1])
     return folder
 

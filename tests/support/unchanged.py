@@ -52,15 +52,36 @@ def calls() -> dict[str, dict[str, Any]]:
         "edit one": {"prompt": "make it blue", "image": one, "generator": generators(2)},
         "edit two": {"prompt": "use the background of image 2", "image": [one, two], "generator": generators(3)},
         "two prompts": {
-            "prompt": ["a cat", "a dog on a beach"], "image": [two], "num_images_per_prompt": 2,
-            "generator": generators(4, 5, 6, 7), "height": 64, "width": 128, "num_inference_steps": 2,
+            "prompt": ["a cat", "a dog on a beach"],
+            "image": [two],
+            "num_images_per_prompt": 2,
+            "generator": generators(4, 5, 6, 7),
+            "height": 64,
+            "width": 128,
+            "num_inference_steps": 2,
         },
-        "one generator": {"prompt": ["a", "b"], "generator": torch.Generator().manual_seed(8), "height": 64, "width": 64},
-        "levels": {"prompt": "a tree", "sigmas": [1.0, 0.6, 0.3], "num_inference_steps": 3, "generator": generators(9),
-                   "height": 64, "width": 64},
-        "short": {"prompt": "a long prompt that is cut", "max_sequence_length": 16, "generator": generators(10),
-                  "height": 64, "width": 64},
-    }  # fmt: skip
+        "one generator": {
+            "prompt": ["a", "b"],
+            "generator": torch.Generator().manual_seed(8),
+            "height": 64,
+            "width": 64,
+        },
+        "levels": {
+            "prompt": "a tree",
+            "sigmas": [1.0, 0.6, 0.3],
+            "num_inference_steps": 3,
+            "generator": generators(9),
+            "height": 64,
+            "width": 64,
+        },
+        "short": {
+            "prompt": "a long prompt that is cut",
+            "max_sequence_length": 16,
+            "generator": generators(10),
+            "height": 64,
+            "width": 64,
+        },
+    }
 
 
 def digest(x: Any) -> str:
@@ -95,9 +116,14 @@ def pack(shard: tuple[int, int] | None = None, quantization: str | None = None) 
     )
     arithmetic = "arithmetic" if "arithmetic" in inspect.signature(limner.References.make).parameters else "kernel"
     references = limner.References.make(
-        ReferenceKV(layers=layers), weights="1" * 64, quantization=quantization, reports=(report,), prefill_seconds=0.25,
-        shard=shard, **{arithmetic: "cpu/chunked/float32"},
-    )  # fmt: skip
+        ReferenceKV(layers=layers),
+        weights="1" * 64,
+        quantization=quantization,
+        reports=(report,),
+        prefill_seconds=0.25,
+        shard=shard,
+        **{arithmetic: "cpu/chunked/float32"},
+    )
     with tempfile.TemporaryDirectory() as folder:
         references.save(Path(folder) / "pack.safetensors")
         return f"{references.key} {digest((Path(folder) / 'pack.safetensors').read_bytes())}"
@@ -143,8 +169,11 @@ def options() -> dict[str, Any]:
                     walk(child, f"{name} {command}".strip())
             elif action.dest != "help":
                 found[f"{name} {'/'.join(action.option_strings) or action.dest}"] = [
-                    repr(action.default), sorted(map(str, action.choices or ())), str(action.nargs), bool(action.required),
-                ]  # fmt: skip
+                    repr(action.default),
+                    sorted(map(str, action.choices or ())),
+                    str(action.nargs),
+                    bool(action.required),
+                ]
 
     walk(build_parser(), "")
     return found
@@ -186,10 +215,14 @@ def fixture() -> dict[str, Any]:
         latents[name] = [list(x.shape), [float(f"{value:.6g}") for value in x.flatten()[::7].tolist()]]
         keys[name] = key
     return {
-        "latents": latents, "keys": keys, "digest": pipe.digest,
+        "latents": latents,
+        "keys": keys,
+        "digest": pipe.digest,
         "packs": {"whole": pack(), "shard": pack(shard=(1, 2)), "int8": pack(quantization="int8")},
-        "names": signatures(), "options": options(), "openapi": digest(OPENAPI.read_bytes()),
-    }  # fmt: skip
+        "names": signatures(),
+        "options": options(),
+        "openapi": digest(OPENAPI.read_bytes()),
+    }
 
 
 if __name__ == "__main__":

@@ -230,9 +230,20 @@ def test_keys_from_the_environment() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "short", "anna:0123456789abcde", ":0123456789abcdef", "a b:0123456789abcdef", "0123456789 abcdef",
-     "anna:0123456789abcdef,", "anna:0123456789abcdef,ben:0123456789abcdef", "x" * 513, "0123456789abcdéf", "a:b:0123456789abcdef"],
-)  # fmt: skip
+    [
+        "",
+        "short",
+        "anna:0123456789abcde",
+        ":0123456789abcdef",
+        "a b:0123456789abcdef",
+        "0123456789 abcdef",
+        "anna:0123456789abcdef,",
+        "anna:0123456789abcdef,ben:0123456789abcdef",
+        "x" * 513,
+        "0123456789abcdéf",
+        "a:b:0123456789abcdef",
+    ],
+)
 def test_bad_keys_in_the_environment_are_refused_and_not_shown(value: str) -> None:
     with pytest.raises(InvalidRequest, match=r"LIMNER_KEYS entry [12]") as caught:
         KeyRing.from_environment(value)

@@ -52,9 +52,15 @@ def test_both_arithmetics_agree_with_diffusers_in_bfloat16() -> None:
     sigma = torch.tensor([0.5])
     joined = torch.cat([ref_ids, ids])
     expected = theirs(
-        torch.cat([ref, img], 1), txt, sigma.bfloat16(), joined, txt_ids, kv_cache_mode="extract", num_ref_tokens=44,
+        torch.cat([ref, img], 1),
+        txt,
+        sigma.bfloat16(),
+        joined,
+        txt_ids,
+        kv_cache_mode="extract",
+        num_ref_tokens=44,
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     kv = exact.prefill(ref.float(), ref_ids)
     truth = exact(img.float(), txt.float(), sigma, img_ids=ids, txt_ids=txt_ids, references=kv)
     errors = {}

@@ -31,8 +31,15 @@ def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tens
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 @pytest.mark.parametrize(
     ("num_own", "num_ref", "heads", "dim", "batch"),
-    [(1, 0, 1, 16, 1), (63, 1, 3, 64, 2), (130, 257, 2, 128, 1), (257, 1000, 2, 32, 1), (300, 0, 5, 64, 1), (600, 513, 3, 48, 2)],
-)  # fmt: skip
+    [
+        (1, 0, 1, 16, 1),
+        (63, 1, 3, 64, 2),
+        (130, 257, 2, 128, 1),
+        (257, 1000, 2, 32, 1),
+        (300, 0, 5, 64, 1),
+        (600, 513, 3, 48, 2),
+    ],
+)
 def test_kernels_are_the_formula(
     kernel: str, dtype: torch.dtype, num_own: int, num_ref: int, heads: int, dim: int, batch: int
 ) -> None:

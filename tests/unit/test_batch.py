@@ -17,12 +17,7 @@ from PIL import Image
 from tests.conftest import picture
 
 from limner import CapacityError, Pipeline
-from limner.batch import (
-    Batch,
-    BatchOptions,
-    BatchSummary,
-    Drawer,
-)
+from limner.batch import Batch, BatchOptions, BatchSummary, Drawer
 from limner.config import ReferencePolicy
 from limner.deploy.ray_batch import check_nodes, this_node
 from limner.errors import CheckpointError, Conflict, InvalidRequest, OutputError

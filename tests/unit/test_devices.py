@@ -52,9 +52,13 @@ def test_the_transformer_stays_on_its_device(int8: bool, pipe: Pipeline) -> None
     with Strays("meta") as strays:
         kv = transformer.prefill(tokens(40, config.in_channels), reference_ids([(4, 4), (4, 6)]))
         velocity = transformer(
-            tokens(16, config.in_channels).expand(2, -1, -1), tokens(8, config.text_width).expand(2, -1, -1), 0.5,
-            img_ids=image_ids((4, 4)), txt_ids=text_ids(8), references=kv,
-        )  # fmt: skip
+            tokens(16, config.in_channels).expand(2, -1, -1),
+            tokens(8, config.text_width).expand(2, -1, -1),
+            0.5,
+            img_ids=image_ids((4, 4)),
+            txt_ids=text_ids(8),
+            references=kv,
+        )
     assert (velocity.shape, velocity.device.type) == ((2, 16, config.in_channels), "meta")
     assert kv.device.type == "meta"
     assert strays.found == []

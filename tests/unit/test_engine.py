@@ -26,7 +26,7 @@ from limner.engine import (
     Progress,
     Started,
     load_aside,
-)  # fmt: skip
+)
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
 

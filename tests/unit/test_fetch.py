@@ -149,7 +149,7 @@ REFUSED_AT_ONCE = {
     "surrogate": ("https://pictures.example.org/\ud800", "control characters"),
     "long": ("https://pictures.example.org/" + "a" * 9000, "characters"),
     "empty": ("", "characters"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED_AT_ONCE)
@@ -311,16 +311,28 @@ BODIES: dict[str, tuple[Callable[[], bytes | Iterable[bytes]], str]] = {
     "announced too large": (lambda: reply(length=MAX + 1), f"{MAX + 1} bytes; at most {MAX}"),
     "announced beyond all numbers": (lambda: reply(length="9" * 5000), "bytes; at most|did not speak HTTP"),
     "too large": (lambda: reply(bytes(MAX + 1), length=None), f"larger than {MAX}"),
-    "endless": (lambda: itertools.chain([reply(b"", length=None)], itertools.repeat(bytes(1000))), f"larger than {MAX}"),
+    "endless": (
+        lambda: itertools.chain([reply(b"", length=None)], itertools.repeat(bytes(1000))),
+        f"larger than {MAX}",
+    ),
     "endless chunks": (lambda: chunked(itertools.repeat(bytes(1000))), f"larger than {MAX}"),
     "shorter than announced": (lambda: reply(length=len(FILE) + 1), "did not speak HTTP"),
     "broken chunks": (lambda: [*itertools.islice(chunked([b"abc"]), 2), b"zz\r\n"], "did not speak HTTP"),
     "two lengths": (lambda: reply(headers={"content-length": "7"}), "did not speak HTTP|more than once"),
     "negative length": (lambda: reply(length=-1), "did not speak HTTP"),
-    "gzip bomb": (lambda: reply(gzip.compress(bytes(10 << 20), 9)[:9000], headers={"Content-Encoding": "gzip"}), "compressed"),
+    "gzip bomb": (
+        lambda: reply(gzip.compress(bytes(10 << 20), 9)[:9000], headers={"Content-Encoding": "gzip"}),
+        "compressed",
+    ),
     "other codings": (lambda: reply(headers={"Content-Encoding": "br, zstd"}), "compressed"),
-    "coded twice": (lambda: reply(headers={"Content-Encoding": "identity", "content-encoding": "gzip"}), "more than once"),
-    "coded on the way": (lambda: reply(headers={"Transfer-Encoding": "gzip, chunked"}, length=None), "did not speak HTTP"),
+    "coded twice": (
+        lambda: reply(headers={"Content-Encoding": "identity", "content-encoding": "gzip"}),
+        "more than once",
+    ),
+    "coded on the way": (
+        lambda: reply(headers={"Transfer-Encoding": "gzip, chunked"}, length=None),
+        "did not speak HTTP",
+    ),
     "endless head": (endless_head, "did not speak HTTP"),
     "no HTTP": (lambda: b"SSH-2.0-OpenSSH_9.6\r\n", "did not speak HTTP"),
     "nothing": (lambda: b"", "did not speak HTTP"),
@@ -328,7 +340,7 @@ BODIES: dict[str, tuple[Callable[[], bytes | Iterable[bytes]], str]] = {
     "partial": (lambda: reply(status="206 Partial Content"), "status 206"),
     "not modified": (lambda: reply(b"", status="304 Not Modified"), "status 304"),
     "other protocol": (lambda: reply(b"", status="101 Switching Protocols", length=None), "did not speak HTTP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -445,7 +457,18 @@ def test_a_cancelled_fetch_closes_its_connection() -> None:
     assert network.closed
 
 
-PUBLIC_ADDRESSES = [PUBLIC, PUBLIC_6, "8.8.8.8", "1.1.1.1", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "172.32.0.1", "192.0.1.1", "2a00:1450::1"]  # fmt: skip
+PUBLIC_ADDRESSES = [
+    PUBLIC,
+    PUBLIC_6,
+    "8.8.8.8",
+    "1.1.1.1",
+    "2001:4860:4860::8888",
+    "::ffff:8.8.8.8",
+    "64:ff9b::8.8.8.8",
+    "172.32.0.1",
+    "192.0.1.1",
+    "2a00:1450::1",
+]
 
 
 @pytest.mark.parametrize("address", PUBLIC_ADDRESSES)
@@ -486,7 +509,13 @@ def test_allowed_origins_are_exact() -> None:
     assert network.connected == [("127.0.0.1", 9000), ("10.0.0.7", 9443)]
     assert network.tls == ["store"]
     assert b"Host: 127.0.0.1:9000\r\n" in network.sent
-    for url in ("http://127.0.0.1:9001/", "https://127.0.0.1:9000/", "https://store/", "http://store:9443/", "http://127.0.0.2:9000/"):  # fmt: skip
+    for url in (
+        "http://127.0.0.1:9001/",
+        "https://127.0.0.1:9000/",
+        "https://store/",
+        "http://store:9443/",
+        "http://127.0.0.2:9000/",
+    ):
         with pytest.raises(InvalidRequest):
             fetch(url, network, allowed=allowed)
     network = Network(redirect("http://127.0.0.1:9000/a"))
@@ -533,9 +562,17 @@ class Authority:
         )
         if host is None:
             usage = dict.fromkeys(
-                ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                 "encipher_only", "decipher_only"), False,
-            )  # fmt: skip
+                (
+                    "digital_signature",
+                    "content_commitment",
+                    "key_encipherment",
+                    "data_encipherment",
+                    "key_agreement",
+                    "encipher_only",
+                    "decipher_only",
+                ),
+                False,
+            )
             builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
         else:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)

@@ -36,33 +36,50 @@ def truncate(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json; give a folder in the diffusers layout"),
+    "no index": (
+        lambda f: (f / "model_index.json").unlink(),
+        "has no model_index.json; give a folder in the diffusers layout",
+    ),
     "no part": (lambda f: shutil.rmtree(f / "vae"), "has no vae"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no diffusion_pytorch_model.safetensors"),
-    "pickle": (lambda f: (f / WEIGHTS).rename(f / "transformer" / "model.bin"), "model.bin is a pickle and is not read"),
+    "pickle": (
+        lambda f: (f / WEIGHTS).rename(f / "transformer" / "model.bin"),
+        "model.bin is a pickle and is not read",
+    ),
     "truncated": (lambda f: truncate(f / WEIGHTS), "is truncated or damaged"),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"x" * 500), "is truncated or damaged"),
     "missing tensor": (
-        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop("proj_out.weight")), "missing proj_out.weight; these weights",
+        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop("proj_out.weight")),
+        "missing proj_out.weight; these weights",
     ),
     "unexpected tensor": (
-        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({"more.weight": torch.zeros(1)})), "unexpected more.weight",
+        lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({"more.weight": torch.zeros(1)})),
+        "unexpected more.weight",
     ),
     "other shape": (
         lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({"proj_out.weight": torch.zeros(2, 2)})),
         r"proj_out.weight is \[2, 2\], the configuration asks for \[16, 32\]",
     ),
     "broken json": (lambda f: (f / "transformer" / "config.json").write_text("{"), "config.json: is not JSON"),
-    "json list": (lambda f: (f / "transformer" / "config.json").write_text("[]"), "has to hold a JSON object, not list"),
+    "json list": (
+        lambda f: (f / "transformer" / "config.json").write_text("[]"),
+        "has to hold a JSON object, not list",
+    ),
     "guidance": (
-        lambda f: edit_json(f / "transformer" / "config.json", guidance_embeds=True), "guidance_embeds is true",
+        lambda f: edit_json(f / "transformer" / "config.json", guidance_embeds=True),
+        "guidance_embeds is true",
     ),
     "axes": (
-        lambda f: edit_json(f / "transformer" / "config.json", axes_dims_rope=[4, 4, 4, 8]), "add up to attention_head_dim=16",
+        lambda f: edit_json(f / "transformer" / "config.json", axes_dims_rope=[4, 4, 4, 8]),
+        "add up to attention_head_dim=16",
     ),
-    "not a transformer": (lambda f: (f / "transformer" / "config.json").write_text('{"guidance_embeds": false}'), "missing num_layers"),
+    "not a transformer": (
+        lambda f: (f / "transformer" / "config.json").write_text('{"guidance_embeds": false}'),
+        "missing num_layers",
+    ),
     "text encoder of another kind": (
-        lambda f: edit_json(f / "text_encoder" / "config.json", model_type="t5"), "model_type='t5' is not supported; allowed: qwen3",
+        lambda f: edit_json(f / "text_encoder" / "config.json", model_type="t5"),
+        "model_type='t5' is not supported; allowed: qwen3",
     ),
     "text encoder layer missing": (
         lambda f: edit_tensors(
@@ -72,13 +89,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer"),
     "scheduler": (
-        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", use_karras_sigmas=True), "use_karras_sigmas=True is not",
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", use_karras_sigmas=True),
+        "use_karras_sigmas=True is not",
     ),
     "autoencoder of another model": (
         lambda f: (
             edit_json(f / "transformer" / "config.json", in_channels=32),
-            edit_tensors(f / WEIGHTS, lambda t: t.update(
-                {"x_embedder.weight": torch.zeros(32, 32), "proj_out.weight": torch.zeros(32, 32)})),
+            edit_tensors(
+                f / WEIGHTS,
+                lambda t: t.update({"x_embedder.weight": torch.zeros(32, 32), "proj_out.weight": torch.zeros(32, 32)}),
+            ),
         ),
         "autoencoder has 16 token channels, the transformer 32",
     ),
@@ -90,42 +110,75 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "text tokens are 48 wide, the transformer reads 64",
     ),
     "index of another pipeline": (
-        lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"), "is of a StableDiffusionPipeline",
+        lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"),
+        "is of a StableDiffusionPipeline",
     ),
     "base model": (lambda f: edit_json(f / "model_index.json", is_distilled=False), "is_distilled is false"),
     "scheduler of another kind": (
-        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"), "DDIMScheduler is not",
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"),
+        "DDIMScheduler is not",
     ),
-    "shift": (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", shift=None), "shift=None has to be a number"),
-    "layers as text": (lambda f: edit_json(f / "transformer" / "config.json", num_layers="a"), "num_layers='a' has to be a whole"),
-    "half a layer": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=2.5), "num_layers=2.5 has to be a whole"),
+    "shift": (
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", shift=None),
+        "shift=None has to be a number",
+    ),
+    "layers as text": (
+        lambda f: edit_json(f / "transformer" / "config.json", num_layers="a"),
+        "num_layers='a' has to be a whole",
+    ),
+    "half a layer": (
+        lambda f: edit_json(f / "transformer" / "config.json", num_layers=2.5),
+        "num_layers=2.5 has to be a whole",
+    ),
     "no ratio": (lambda f: edit_json(f / "transformer" / "config.json", mlp_ratio=None), "transformer.config.json"),
     "no axes": (lambda f: edit_json(f / "transformer" / "config.json", axes_dims_rope=5), "transformer.config.json"),
-    "no heads": (lambda f: edit_json(f / "transformer" / "config.json", num_attention_heads=0), "num_heads=0 has to be"),
-    "text width as text": (
-        lambda f: edit_json(f / "text_encoder" / "config.json", hidden_size="abc"), "does not describe a network",
+    "no heads": (
+        lambda f: edit_json(f / "transformer" / "config.json", num_attention_heads=0),
+        "num_heads=0 has to be",
     ),
-    "text layers": (lambda f: edit_json(f / "text_encoder" / "config.json", num_hidden_layers="x"), "num_hidden_layers='x'"),
+    "text width as text": (
+        lambda f: edit_json(f / "text_encoder" / "config.json", hidden_size="abc"),
+        "does not describe a network",
+    ),
+    "text layers": (
+        lambda f: edit_json(f / "text_encoder" / "config.json", num_hidden_layers="x"),
+        "num_hidden_layers='x'",
+    ),
     "vae groups": (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=0), "does not describe a network"),
-    "settings": (lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'), "default_dtype='float99' is not one of"),
-    "settings size": (lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'), "default_size=.* has to be"),
-    "settings sizes": (lambda f: (f / "limner.json").write_text('{"sizes": [[128, 100]]}'), "sizes=.* has to be a list"),
+    "settings": (
+        lambda f: (f / "limner.json").write_text('{"default_dtype": "float99"}'),
+        "default_dtype='float99' is not one of",
+    ),
+    "settings size": (
+        lambda f: (f / "limner.json").write_text('{"default_size": [100, 128]}'),
+        "default_size=.* has to be",
+    ),
+    "settings sizes": (
+        lambda f: (f / "limner.json").write_text('{"sizes": [[128, 100]]}'),
+        "sizes=.* has to be a list",
+    ),
     "settings default": (
-        lambda f: (f / "limner.json").write_text('{"sizes": [[64, 64]], "default_size": [64, 96]}'), "has to be one of sizes=",
+        lambda f: (f / "limner.json").write_text('{"sizes": [[64, 64]], "default_size": [64, 96]}'),
+        "has to be one of sizes=",
     ),
     "settings pixels": (
-        lambda f: (f / "limner.json").write_text('{"max_reference_pixels": "16k"}'), "max_reference_pixels='16k' has to be",
+        lambda f: (f / "limner.json").write_text('{"max_reference_pixels": "16k"}'),
+        "max_reference_pixels='16k' has to be",
     ),
-    "no chat template": (lambda f: [p.unlink() for p in (f / "tokenizer").glob("chat_template*")], "the tokenizer cannot be used"),
+    "no chat template": (
+        lambda f: [p.unlink() for p in (f / "tokenizer").glob("chat_template*")],
+        "the tokenizer cannot be used",
+    ),
     "shard outside the folder": (
         lambda f: (
             (f / WEIGHTS).rename(f / "elsewhere.safetensors"),
             (f / "transformer" / f"{WEIGHTS.name}.index.json").write_text(
-                json.dumps({"weight_map": {"proj_out.weight": "../elsewhere.safetensors"}})),
+                json.dumps({"weight_map": {"proj_out.weight": "../elsewhere.safetensors"}})
+            ),
         ),
         "shards have to be .safetensors files beside it",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

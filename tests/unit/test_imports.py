@@ -28,8 +28,18 @@ LAYERS = (
     {"__main__"},
 )
 INSIDE_MODEL = (
-    "arithmetic", "rope", "attention", "kv", "layers", "lora", "transformer", "parallel", "autoencoder", "preview", "text_encoder",
-)  # fmt: skip
+    "arithmetic",
+    "rope",
+    "attention",
+    "kv",
+    "layers",
+    "lora",
+    "transformer",
+    "parallel",
+    "autoencoder",
+    "preview",
+    "text_encoder",
+)
 
 
 def imported(file: Path) -> set[str]:

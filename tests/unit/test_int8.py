@@ -111,11 +111,14 @@ def test_velocity_with_int8(dtype: torch.dtype) -> None:
     ids = {"img_ids": image_ids((5, 7)), "txt_ids": text_ids(40)}
     found, expected = (
         model(
-            img.to(model.dtype), txt.to(model.dtype), 0.7, **ids,
+            img.to(model.dtype),
+            txt.to(model.dtype),
+            0.7,
+            **ids,
             references=model.prefill(ref.to(model.dtype), reference_ids([(4, 6), (5, 4)])),
         )
         for model in (ours, exact)
-    )  # fmt: skip
+    )
     assert 0 < relative_error(found, expected) < 6e-2  # narrow layers (width 128); the benchmark has klein's widths
 
 

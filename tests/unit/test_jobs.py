@@ -86,9 +86,21 @@ def files(store: JobStore, kind: str) -> set[str]:
 def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> None:
     first, second = reference(1), reference(2, width=80)
     asked = job(
-        first, second, first, prompt="é\ud800\0", width=64, num_steps=9, priority=-1, timeout=2.5, tolerance=1,
-        output_format="jpeg", quality=3, options={"a": 1}, webhook=Webhook(url="u", secret="s"), idempotency="k",
-    )  # fmt: skip
+        first,
+        second,
+        first,
+        prompt="é\ud800\0",
+        width=64,
+        num_steps=9,
+        priority=-1,
+        timeout=2.5,
+        tolerance=1,
+        output_format="jpeg",
+        quality=3,
+        options={"a": 1},
+        webhook=Webhook(url="u", secret="s"),
+        idempotency="k",
+    )
     kept, new = store.add(asked, [first, second, first])
     assert new
     assert kept == replace(asked, created=1000.0)
@@ -145,9 +157,19 @@ def test_an_idempotency_key_is_one_job_of_one_owner(store: JobStore) -> None:
     kept, _ = store.add(job(first, idempotency="k", options={"base_url": "a"}), [first])
     assert store.add(job(first, idempotency="k", options={"base_url": "b"}), [first]) == (kept, False)
     changes: list[dict[str, Any]] = [
-        {"prompt": "b"}, {"seeds": (1,)}, {"seeds": (2, 3)}, {"width": 64}, {"num_steps": 5}, {"priority": -1}, {"timeout": 1.0},
-        {"tolerance": 3}, {"output_format": "webp"}, {"quality": 9}, {"webhook": Webhook(url="u")}, {"drawn_seeds": True},
-    ]  # fmt: skip
+        {"prompt": "b"},
+        {"seeds": (1,)},
+        {"seeds": (2, 3)},
+        {"width": 64},
+        {"num_steps": 5},
+        {"priority": -1},
+        {"timeout": 1.0},
+        {"tolerance": 3},
+        {"output_format": "webp"},
+        {"quality": 9},
+        {"webhook": Webhook(url="u")},
+        {"drawn_seeds": True},
+    ]
     for change in changes:
         with pytest.raises(Conflict, match="'k' was used for another request"):
             store.add(job(first, idempotency="k", **change), [first])

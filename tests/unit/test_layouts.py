@@ -97,9 +97,16 @@ def test_loading_a_wide_file_takes_no_memory(tmp_path: Path) -> None:
     folder = tmp_path / "transformer"  # heads of 256 are not klein's: a configuration beside the file says the rest
     folder.mkdir()
     config = TransformerConfig(
-        num_double_blocks=2, num_single_blocks=2, num_heads=2, head_dim=256, text_width=48, in_channels=16,
-        out_channels=16, rope_axes=(64,) * 4, time_channels=32,
-    )  # fmt: skip
+        num_double_blocks=2,
+        num_single_blocks=2,
+        num_heads=2,
+        head_dim=256,
+        text_width=48,
+        in_channels=16,
+        out_channels=16,
+        rope_axes=(64,) * 4,
+        time_channels=32,
+    )
     (folder / "config.json").write_text(json.dumps(config.to_diffusers()))
     file = made.save(made.original(state), folder / "model.safetensors")
     size = file.stat().st_size
@@ -212,10 +219,15 @@ def test_published_autoencoder_and_text_encoder_need_no_folder(tmp_path: Path) -
         vae = AutoencoderKLFlux2().state_dict()
         text = Qwen3Model(
             Qwen3Config(
-                hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                num_hidden_layers=28, vocab_size=151936,
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                num_hidden_layers=28,
+                vocab_size=151936,
             )
-        ).state_dict()  # fmt: skip
+        ).state_dict()
     file = sparse(made.original_vae(vae), tmp_path / "ae.safetensors")
     found = open_part("vae", file)
     assert (found.config["norm_num_groups"], found.config["latent_channels"]) == (32, 32)
@@ -368,7 +380,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "missing first": (lambda t: t.pop("img_in.weight"), "missing img_in.weight; the file is incomplete"),
     "unexpected": (lambda t: t.update(more=torch.zeros(1)), "unexpected more"),
     "a hole in the blocks": (
-        lambda t: t.update({"single_blocks.7.norm.query_norm.scale": torch.ones(128)}), "missing single_blocks.1.",
+        lambda t: t.update({"single_blocks.7.norm.query_norm.scale": torch.ones(128)}),
+        "missing single_blocks.1.",
     ),
     "shape": (
         lambda t: t.update({QKV: torch.zeros(700, 256)}),
@@ -380,22 +393,31 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "axes": (lambda t: t.update({"img_in.weight": torch.zeros(3)}), r"img_in.weight is \[3\]; it needs 2 axes"),
     "nan in a norm": (
-        lambda t: set_nan(t["single_blocks.0.norm.key_norm.scale"], (77,)), "single_blocks.0.norm.key_norm.scale holds values that are not",
+        lambda t: set_nan(t["single_blocks.0.norm.key_norm.scale"], (77,)),
+        "single_blocks.0.norm.key_norm.scale holds values that are not",
     ),
-    "nan in a matrix": (lambda t: set_nan(t[QKV], (slice(300, 301),)), f"{QKV} holds values that are not finite in bfloat16"),
+    "nan in a matrix": (
+        lambda t: set_nan(t[QKV], (slice(300, 301),)),
+        f"{QKV} holds values that are not finite in bfloat16",
+    ),
     "fp8 without scale": (
         lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn)}),
         rf"{QKV} is F8_E4M3 without a scale \(double_blocks.0.img_attn.qkv.weight_scale\)",
     ),
     "fp8 in squares": (
-        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(6, 2)}), r"weight_scale is \[6, 2\]",
+        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(6, 2)}),
+        r"weight_scale is \[6, 2\]",
     ),
     "int8 of others": (
-        lambda t: t.update({QKV: t[QKV].to(torch.int8), f"{QKV}_scale": torch.ones(())}), f"{QKV} is I8 without one weight_scale for",
+        lambda t: t.update({QKV: t[QKV].to(torch.int8), f"{QKV}_scale": torch.ones(())}),
+        f"{QKV} is I8 without one weight_scale for",
     ),
     "packed fours": (lambda t: t.update({QKV: t[QKV].to(torch.uint8)}), f"{QKV} is U8, which is not read"),
-    "of FLUX.1": (lambda t: t.update({"double_blocks.0.img_mod.lin.weight": torch.zeros(2, 2)}), "is of FLUX.1, whose blocks"),
-}  # fmt: skip
+    "of FLUX.1": (
+        lambda t: t.update({"double_blocks.0.img_mod.lin.weight": torch.zeros(2, 2)}),
+        "is of FLUX.1, whose blocks",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -14,10 +14,15 @@ from limner.server.wire import error_body
 @pytest.mark.parametrize(
     ("client", "allowed"),
     [
-        (("127.0.0.1", 5), True), (("::1", 5), True), (("127.9.9.9", 0), True), (("10.0.0.2", 5), False),
-        (("::ffff:10.0.0.2", 5), False), (("", 0), False), (None, False),
+        (("127.0.0.1", 5), True),
+        (("::1", 5), True),
+        (("127.9.9.9", 0), True),
+        (("10.0.0.2", 5), False),
+        (("::ffff:10.0.0.2", 5), False),
+        (("", 0), False),
+        (None, False),
     ],
-)  # fmt: skip
+)
 def test_without_keys_other_machines_are_refused(client: Any, allowed: bool) -> None:
     sent: list[dict[str, Any]] = []
 

@@ -152,9 +152,14 @@ def kron_tensors(*, rows: int = 8) -> tuple[dict[str, Tensor], dict[str, Tensor]
     tensors, whole = {}, {}
     for name, (num_out, num_in) in {
         name: (SHAPES | OTHERS)[name]
-        for name in ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_attn.qkv", "single_blocks.2.linear1", "img_in",
-                     "final_layer.adaLN_modulation.1")
-    }.items():  # fmt: skip
+        for name in (
+            "double_blocks.0.img_attn.qkv",
+            "double_blocks.1.txt_attn.qkv",
+            "single_blocks.2.linear1",
+            "img_in",
+            "final_layer.adaLN_modulation.1",
+        )
+    }.items():
         left, right = torch.randn(rows, 4) * 0.3, torch.randn(num_out // rows, num_in // 4) * 0.2
         module = f"diffusion_model.{name}"
         if "single" in name:
@@ -241,21 +246,26 @@ BAD: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
         rf"{QKV}.lora_A.weight is \[4, 32\].*of another model",
     ),
     "no down": (lambda: first(original(ONE), lambda t: None), rf"{QKV}.lora_B.weight has no down \(lora_A\)"),
-    "no up": (
-        lambda: {k: v for k, v in kohya(ONE, alpha=1.0).items() if "up" not in k}, r"lora_down.weight has no up",
-    ),
+    "no up": (lambda: {k: v for k, v in kohya(ONE, alpha=1.0).items() if "up" not in k}, r"lora_down.weight has no up"),
     "ranks": (lambda: first(original(ONE), lambda t: t[:3]), "different ranks"),
-    "not finite": (lambda: first(original(ONE), lambda t: t * torch.nan), rf"{QKV}.lora_A.weight holds values that are not"),
+    "not finite": (
+        lambda: first(original(ONE), lambda t: t * torch.nan),
+        rf"{QKV}.lora_A.weight holds values that are not",
+    ),
     "integers": (lambda: first(original(ONE), lambda t: t.int()), rf"{QKV}.lora_A.weight is torch.int32"),
     "vector": (lambda: first(original(ONE), lambda t: t[0]), rf"{QKV}.lora_A.weight is torch.float32 \[32\]"),
     "alpha": (
-        lambda: original(ONE) | {f"diffusion_model.{QKV}.alpha": torch.ones(2)}, r"alpha is torch.float32 \[2\]; .*one number",
+        lambda: original(ONE) | {f"diffusion_model.{QKV}.alpha": torch.ones(2)},
+        r"alpha is torch.float32 \[2\]; .*one number",
     ),
     "DoRA": (
-        lambda: original(ONE) | {f"diffusion_model.{QKV}.dora_scale": torch.ones(96, 1)}, rf"{QKV}.dora_scale: is of a DoRA",
+        lambda: original(ONE) | {f"diffusion_model.{QKV}.dora_scale": torch.ones(96, 1)},
+        rf"{QKV}.dora_scale: is of a DoRA",
     ),
     "DoRA of PEFT": (
-        lambda: diffusers_names(ONE) | {"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.ones(32)},
+        lambda: (
+            diffusers_names(ONE) | {"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.ones(32)}
+        ),
         "lora_magnitude_vector: is of a DoRA",
     ),
     "bias": (
@@ -264,10 +274,11 @@ BAD: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     ),
     "twice": (lambda: original(ONE) | diffusers_names(ONE), "are both for transformer_blocks.0.attn.to_[qkv]"),
     "LoKr without a factor": (
-        lambda: {f"diffusion_model.{QKV}.lokr_w1": torch.ones(8, 4)}, rf"{QKV}.lokr_w2: lacks 'lokr_w2_a'",
+        lambda: {f"diffusion_model.{QKV}.lokr_w1": torch.ones(8, 4)},
+        rf"{QKV}.lokr_w2: lacks 'lokr_w2_a'",
     ),
     "empty": (dict, "none of its 0 tensors"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -361,9 +372,14 @@ def theirs(tiny_folder: Path) -> Any:
 
 def pictures(pipe: Any, **options: Any) -> Tensor:
     return pipe(
-        prompt="a dog", image=picture(64, 64), generator=generators(1)[0], output_type="latent", max_sequence_length=MAX_TOKENS,
-        num_inference_steps=2, **options,
-    ).images  # fmt: skip
+        prompt="a dog",
+        image=picture(64, 64),
+        generator=generators(1)[0],
+        output_type="latent",
+        max_sequence_length=MAX_TOKENS,
+        num_inference_steps=2,
+        **options,
+    ).images
 
 
 def same_picture(pipe: Pipeline, theirs: Any) -> None:
@@ -684,8 +700,13 @@ def test_references_of_other_loras_are_never_used(tiny_folder: Path, tmp_path: P
 
 
 def test_two_processes_agree_on_the_key(tiny_folder: Path, tmp_path: Path) -> None:
-    first, second = (write(tmp_path, make_(pairs), name) for make_, pairs, name in (
-        (original, PAIRS, "a.safetensors"), (kohya, make_pairs(1, names=SHAPES), "b.safetensors")))  # fmt: skip
+    first, second = (
+        write(tmp_path, make_(pairs), name)
+        for make_, pairs, name in (
+            (original, PAIRS, "a.safetensors"),
+            (kohya, make_pairs(1, names=SHAPES), "b.safetensors"),
+        )
+    )
     program = (
         "import sys, limner\n"
         "pipe = limner.Pipeline.from_pretrained(sys.argv[1])\n"

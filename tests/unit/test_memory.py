@@ -75,8 +75,11 @@ def test_weights_of_a_small_model(pipe: Pipeline) -> None:
     refs = pipe.prefill([picture(64, 64), picture(96, 64)])
     assert kv_bytes(geometry.transformer, refs.num_tokens, itemsize=4, kv=None) == refs.nbytes == pipe.kv_bytes(40)
     narrow = Pipeline(
-        transformer=pipe.transformer, autoencoder=pipe.autoencoder, text_encoder=pipe.text_encoder, kv_cache_dtype="int8"
-    )  # fmt: skip
+        transformer=pipe.transformer,
+        autoencoder=pipe.autoencoder,
+        text_encoder=pipe.text_encoder,
+        kv_cache_dtype="int8",
+    )
     assert narrow.prefill(picture(64, 64)).nbytes == narrow.kv_bytes(16)
 
 
@@ -90,8 +93,10 @@ def test_plan_of_a_large_model() -> None:
     assert plan.components["K/V of references"] == 512 * 2**19
     assert [phase.name for phase in plan.phases] == ["encode text", "encode references", "prefill", "denoise", "decode"]
     assert [p.name for p in make_plan(MODELS["klein-9b"], Request(size=(256, 256)), formats=Formats()).phases] == [
-        "encode text", "denoise", "decode",
-    ]  # fmt: skip
+        "encode text",
+        "denoise",
+        "decode",
+    ]
     without = make_plan(MODELS["klein-9b"], Request(size=(256, 256)), formats=Formats())
     for name in ("denoise", "decode"):  # K/V stay until the end
         with_kv, none = (next(p for p in x.phases if p.name == name) for x in (plan, without))
@@ -107,16 +112,21 @@ def test_plan_of_a_large_model() -> None:
     converted = make_plan(MODELS["klein-9b"], EDIT, formats=Formats(anonymous=every), staging="layers", limit=GIB)
     assert converted.peak_anonymous > 28e9  # nothing leaves that has no file behind it
     here = make_plan(
-        MODELS["klein-9b"], EDIT, formats=Formats(quantize="int8", anonymous=frozenset({"transformer"})), staging="parts"
-    )  # fmt: skip
+        MODELS["klein-9b"],
+        EDIT,
+        formats=Formats(quantize="int8", anonymous=frozenset({"transformer"})),
+        staging="parts",
+    )
     assert here.peak - int8.peak > 7 * GIB
 
 
 def test_plan_grows_with_the_request() -> None:
     geometry, base = MODELS["klein-4b"], make_plan(MODELS["klein-4b"], EDIT, formats=Formats()).peak
     for larger in (
-        replace(EDIT, size=(1024, 1024)), replace(EDIT, batch=64), replace(EDIT, references=((1024, 1024),) * 4),
-    ):  # fmt: skip
+        replace(EDIT, size=(1024, 1024)),
+        replace(EDIT, batch=64),
+        replace(EDIT, references=((1024, 1024),) * 4),
+    ):
         assert make_plan(geometry, larger, formats=Formats()).peak > base
     big = Request(size=(4096, 4096))
     whole = make_plan(geometry, big, formats=Formats(), whole_pixels=2**30)

@@ -53,8 +53,15 @@ def test_edits_as_one_process_does(mode: str, alone: Pipeline, found: list[dict[
         assert found[rank][mode, "digest"] == alone.digest
         seeds, images = found[rank][mode, "drawn"]
         assert seeds == found[0][mode, "drawn"][0]
-        one = alone("a hat", width=64, height=64, output_type="latent", max_sequence_length=40, num_inference_steps=1,
-                    generator=generators(*seeds))  # fmt: skip
+        one = alone(
+            "a hat",
+            width=64,
+            height=64,
+            output_type="latent",
+            max_sequence_length=40,
+            num_inference_steps=1,
+            generator=generators(*seeds),
+        )
         assert not isinstance(one, tuple)
         assert relative_error(images, one.images) <= TOLERANCE
 
@@ -94,8 +101,16 @@ def test_store_gives_all_processes_one_answer(mode: str, alone: Pipeline, found:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_whole_packs_serve_parts(mode: str, alone: Pipeline, folder: Path, found: list[dict[Any, Any]]) -> None:
-    one = alone("a hat", references=References.load(folder / "whole.safetensors"), width=64, height=64, output_type="latent",
-                max_sequence_length=40, generator=generators(1), num_inference_steps=1)  # fmt: skip
+    one = alone(
+        "a hat",
+        references=References.load(folder / "whole.safetensors"),
+        width=64,
+        height=64,
+        output_type="latent",
+        max_sequence_length=40,
+        generator=generators(1),
+        num_inference_steps=1,
+    )
     assert not isinstance(one, tuple)
     for rank in range(2):
         assert relative_error(found[rank][mode, "whole pack"], one.images) <= TOLERANCE

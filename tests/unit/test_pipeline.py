@@ -15,15 +15,7 @@ from PIL import Image
 from tests.conftest import generators, picture
 
 import limner
-from limner import (
-    Cancelled,
-    CapacityError,
-    InvalidRequest,
-    NumericalError,
-    Pipeline,
-    ReferencePolicy,
-    ReferenceStore,
-)
+from limner import Cancelled, CapacityError, InvalidRequest, NumericalError, Pipeline, ReferencePolicy, ReferenceStore
 from limner.images import prepare_reference
 
 
@@ -67,9 +59,13 @@ def test_callback_sees_and_changes_tensors(pipe: Pipeline) -> None:
         return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else {}
 
     out = pipe(
-        "a dog", height=64, width=64, callback_on_step_end=callback, output_type="latent",
+        "a dog",
+        height=64,
+        width=64,
+        callback_on_step_end=callback,
+        output_type="latent",
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-    )  # fmt: skip
+    )
     assert [i for i, _, _ in seen] == [0, 1, 2, 3]
     assert seen[0] == (0, 1000.0, {"latents", "prompt_embeds"})
     zero = pipe.autoencoder.denormalise(torch.zeros(1, 16, 4, 4))
@@ -202,8 +198,11 @@ def test_progress_covers_every_part(pipe: Pipeline) -> None:
     heard: list[tuple[str, int, int]] = []
     pipe("a dog", image=picture(64, 64), progress=lambda *what: heard.append(what))
     assert [what for what in heard if what[1] == what[2]] == [
-        ("text", 1, 1), ("references", 1, 1), ("step", 4, 4), ("decode", 1, 1),
-    ]  # fmt: skip
+        ("text", 1, 1),
+        ("references", 1, 1),
+        ("step", 4, 4),
+        ("decode", 1, 1),
+    ]
 
 
 def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

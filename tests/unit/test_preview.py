@@ -89,9 +89,11 @@ def test_the_bundled_model_has_a_preview_that_looks_like_the_picture() -> None:
     pipe = Pipeline.from_pretrained()
     seen: list[Tensor] = []
     picture = pipe(
-        "a cat on a beach", output_type="pt", generator=torch.Generator().manual_seed(0),
+        "a cat on a beach",
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
         callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors["preview"]),
         callback_on_step_end_tensor_inputs=("preview",),
-    ).images  # fmt: skip
+    ).images
     small = torch.nn.functional.avg_pool2d(picture, 8)
     assert (seen[-1] - small).abs().mean() < 0.06

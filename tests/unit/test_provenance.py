@@ -275,9 +275,13 @@ def test_signs_in_threads(signer: Signer) -> None:
     def work(number: int) -> None:
         for _ in range(5):
             data = sign(
-                made("JPEG", seed=number), format="JPEG", title=str(number), action="edited",
-                ingredients=references("PNG", "PNG"), signer=signer,
-            )  # fmt: skip
+                made("JPEG", seed=number),
+                format="JPEG",
+                title=str(number),
+                action="edited",
+                ingredients=references("PNG", "PNG"),
+                signer=signer,
+            )
             found[number] = read(data)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

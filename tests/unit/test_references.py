@@ -42,8 +42,7 @@ def test_pack_of_other_weights_is_refused(pipe: Pipeline, tiny_folder: Path, tmp
     pipe.prefill(picture(64, 64)).save(tmp_path / "pack.safetensors")
     other = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)
     with pytest.raises(
-        InvalidRequest,
-        match=f"made with weights {pipe.reference_weights}, this pipeline has {other.reference_weights}",
+        InvalidRequest, match=f"made with weights {pipe.reference_weights}, this pipeline has {other.reference_weights}"
     ):
         other("a dog", references=References.load(tmp_path / "pack.safetensors"))
 

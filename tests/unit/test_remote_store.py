@@ -613,9 +613,14 @@ def test_a_remote_that_hangs_holds_nobody(
     ],
 )
 def test_a_slow_copy_is_waited_for_as_long_as_it_is_worth_it(
-    seconds: float, piece: int, pause: float, source: str, tmp_path: Path, problem: dict[str, Any],
+    seconds: float,
+    piece: int,
+    pause: float,
+    source: str,
+    tmp_path: Path,
+    problem: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     entry = references(0, seconds=seconds, tokens=128)
     store = ReferenceStore(remote=f"faulty://{tmp_path}/far")
     store.put(entry)
@@ -857,11 +862,14 @@ def test_a_request_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytes
     ("url", "message"),
     [
         ("nosuch://bucket/x", "remote: nosuch://bucket/x: no filesystem is known for nosuch://"),
-        ("smb://anna:hunter22@host/share/x", r"remote: smb://\*\*\*@host/share/x needs a package .* pip install smbprotocol"),
+        (
+            "smb://anna:hunter22@host/share/x",
+            r"remote: smb://\*\*\*@host/share/x needs a package .* pip install smbprotocol",
+        ),
         ("memory://", "remote: memory:// names no bucket or folder"),
         ("simplecache::file:///x", "remote: simplecache::file:///x is not a URL of one filesystem"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_a_remote(url: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         ReferenceStore(remote=url)

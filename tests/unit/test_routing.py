@@ -27,13 +27,21 @@ def decide(
 ) -> tuple[str, str]:
     """Where a request of 2 s goes whose prefill takes 1 s; replicas that `waits` does not name are idle."""
     given: dict[str, Any] = {
-        "fetch_seconds": 1.0, "mean_wait": 0.0, "policy": RoutingPolicy(homes=2, slack=0, bound=math.inf, repay=64),
-        "oldest": lambda name: 0, **settings,
-    }  # fmt: skip
+        "fetch_seconds": 1.0,
+        "mean_wait": 0.0,
+        "policy": RoutingPolicy(homes=2, slack=0, bound=math.inf, repay=64),
+        "oldest": lambda name: 0,
+        **settings,
+    }
     choice = choose(
-        key, homes=Homes(REPLICAS), holders=holders, uses=uses, wait=lambda name: waits.get(name, 0.0),
-        service_seconds=2.0, **given,
-    )  # fmt: skip
+        key,
+        homes=Homes(REPLICAS),
+        holders=holders,
+        uses=uses,
+        wait=lambda name: waits.get(name, 0.0),
+        service_seconds=2.0,
+        **given,
+    )
     return choice.replica, choice.reason
 
 
@@ -138,8 +146,12 @@ def test_full_holders_lose_their_privilege() -> None:
 def test_the_dead_and_those_that_refuse_are_not_chosen() -> None:
     router = AffinityRouter(REPLICAS, capacity_bytes=100)
     state: dict[str, Any] = {
-        "nbytes": 1, "wait": lambda name: 0.0, "mean_wait": 0.0, "service_seconds": 1.0, "fetch_seconds": 1.0,
-    }  # fmt: skip
+        "nbytes": 1,
+        "wait": lambda name: 0.0,
+        "mean_wait": 0.0,
+        "service_seconds": 1.0,
+        "fetch_seconds": 1.0,
+    }
     first, second, third = router.homes.first("k", 3)
     assert router.route("k", **state).replica == first
     assert router.route("k", avoid=(first,), **state).replica == second
@@ -172,9 +184,13 @@ def test_hot_key_spreads_and_rare_keys_stay() -> None:
     for i in range(4000):
         key = "hot" if i % 2 else f"rare-{i // 2 % 200}"
         choice = router.route(
-            key, nbytes=1, wait=waits.__getitem__, mean_wait=sum(waits.values()) / 20, service_seconds=1.0,
+            key,
+            nbytes=1,
+            wait=waits.__getitem__,
+            mean_wait=sum(waits.values()) / 20,
+            service_seconds=1.0,
             fetch_seconds=0.3,
-        )  # fmt: skip
+        )
         went.setdefault(key, Counter())[choice.replica] += 1
         waits[choice.replica] += 1.0 if choice.reason == "holder" else 1.3
         waits = {name: max(0.0, seconds - 1 / (20 * 0.7)) for name, seconds in waits.items()}

@@ -92,12 +92,20 @@ def test_a_secret_that_is_no_text_does_not_stop_the_delivery() -> None:
 @pytest.mark.parametrize(
     ("status", "outcome"),
     [
-        (200, Outcome.DELIVERED), (201, Outcome.DELIVERED), (204, Outcome.DELIVERED), (299, Outcome.DELIVERED),
+        (200, Outcome.DELIVERED),
+        (201, Outcome.DELIVERED),
+        (204, Outcome.DELIVERED),
+        (299, Outcome.DELIVERED),
         (410, Outcome.GIVEN_UP),
-        (300, Outcome.RETRY), (400, Outcome.RETRY), (401, Outcome.RETRY), (404, Outcome.RETRY), (429, Outcome.RETRY),
-        (500, Outcome.RETRY), (503, Outcome.RETRY),
+        (300, Outcome.RETRY),
+        (400, Outcome.RETRY),
+        (401, Outcome.RETRY),
+        (404, Outcome.RETRY),
+        (429, Outcome.RETRY),
+        (500, Outcome.RETRY),
+        (503, Outcome.RETRY),
     ],
-)  # fmt: skip
+)
 def test_answers(status: int, outcome: Outcome) -> None:
     assert outcome_of(status) is outcome
     result = attempt(Network(reply(b"", status=f"{status} X", length=None if status == 204 else True)))
@@ -129,10 +137,19 @@ def test_failures_that_may_pass_are_tried_again() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["https://127.0.0.1/", "https://169.254.169.254/", "http://hooks.example.org/", "https://hooks.example.org:22/",
-     "https://a:b@hooks.example.org/", "https://[::ffff:10.0.0.1]/", "https://localhost/", "https://0x7f.1/", "",
-     "https://hooks.example.org/" + "a" * 2058],
-)  # fmt: skip
+    [
+        "https://127.0.0.1/",
+        "https://169.254.169.254/",
+        "http://hooks.example.org/",
+        "https://hooks.example.org:22/",
+        "https://a:b@hooks.example.org/",
+        "https://[::ffff:10.0.0.1]/",
+        "https://localhost/",
+        "https://0x7f.1/",
+        "",
+        "https://hooks.example.org/" + "a" * 2058,
+    ],
+)
 def test_urls_that_are_refused_when_submitted_and_when_delivered(url: str) -> None:
     with pytest.raises(InvalidRequest, match="webhook_url"):
         check_webhook_url(url, policy=OutboundPolicy())

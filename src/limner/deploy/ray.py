@@ -140,9 +140,17 @@ class DeployOptions(BaseModel):
             parse_bytes(self.store_memory, field="--store-memory")
         check_store(self.store, cache=self.store_cache, disk_bytes=self.store_bytes)
         names = (
-            "model", "transformer", "vae", "text_encoder", "store_cache", "data", "keys", "terms", "c2pa_certificate",
+            "model",
+            "transformer",
+            "vae",
+            "text_encoder",
+            "store_cache",
+            "data",
+            "keys",
+            "terms",
+            "c2pa_certificate",
             "c2pa_key",
-        )  # fmt: skip
+        )
         made = {
             name: os.path.abspath(value)
             for name in names
@@ -163,22 +171,43 @@ class DeployOptions(BaseModel):
     def model_options(self) -> ModelOptions:
         policy = {"background": self.background, "max_pixels": self.max_pixels}
         return ModelOptions(
-            model=self.model, transformer=self.transformer, vae=self.vae, text_encoder=self.text_encoder, dtype=self.dtype,
-            quantize=self.quantize, device=self.device, kv_cache_dtype=self.kv_cache_dtype, memory_limit=self.memory_limit,
+            model=self.model,
+            transformer=self.transformer,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            device=self.device,
+            kv_cache_dtype=self.kv_cache_dtype,
+            memory_limit=self.memory_limit,
             policy=ReferencePolicy(**{name: value for name, value in policy.items() if value is not None}),  # type: ignore[arg-type]
             loras=self.loras,
-        )  # fmt: skip
+        )
 
     def serve_options(self, *, host: str = "127.0.0.1", port: int = 0) -> ServeOptions:
         assert self.data is not None
         return ServeOptions(
-            host=host, port=port, data=self.data, keys=self.keys, unsafe=self.unsafe_no_checks, terms=self.terms,
-            certificate=self.c2pa_certificate, private_key=self.c2pa_key, development_certificate=self.c2pa_development,
-            fetch_urls=self.fetch_urls, allow_origins=self.allow_origins, requests_per_minute=self.requests_per_minute,
-            concurrent=self.concurrent, max_waiting=self.max_waiting, max_batch=self.max_batch,
-            images_per_key=self.images_per_key, keep_results=self.keep_results, drain=self.drain,
-            public_url=self.public_url, log=self.log,
-        )  # fmt: skip
+            host=host,
+            port=port,
+            data=self.data,
+            keys=self.keys,
+            unsafe=self.unsafe_no_checks,
+            terms=self.terms,
+            certificate=self.c2pa_certificate,
+            private_key=self.c2pa_key,
+            development_certificate=self.c2pa_development,
+            fetch_urls=self.fetch_urls,
+            allow_origins=self.allow_origins,
+            requests_per_minute=self.requests_per_minute,
+            concurrent=self.concurrent,
+            max_waiting=self.max_waiting,
+            max_batch=self.max_batch,
+            images_per_key=self.images_per_key,
+            keep_results=self.keep_results,
+            drain=self.drain,
+            public_url=self.public_url,
+            log=self.log,
+        )
 
     @property
     def on_head(self) -> bool:
@@ -322,9 +351,12 @@ class _Painters:
             except RayTaskError:  # a fault of ours, and some of these are also of the kinds below
                 raise
             except (
-                DeploymentUnavailableError, ObjectLostError, ReplicaUnavailableError, RequestCancelledError,
+                DeploymentUnavailableError,
+                ObjectLostError,
+                ReplicaUnavailableError,
+                RequestCancelledError,
                 TaskCancelledError,
-            ) as error:  # fmt: skip
+            ) as error:
                 raise LostReplica(first_line(error), counts=False) from error
             except RayError as error:  # died, out of memory, its node gone
                 kept = type(error) is RayActorError  # it may come back
@@ -393,9 +425,10 @@ class IngressApp:
         if made.state.service.keyring.is_open:
             if options.keyed:
                 raise InvalidRequest(
-                    "--keys", "$LIMNER_KEYS is set for the command and not on the head node; give --keys FILE of that "
-                    "node, or set it where Ray is started"
-                )  # fmt: skip
+                    "--keys",
+                    "$LIMNER_KEYS is set for the command and not on the head node; give --keys FILE of that "
+                    "node, or set it where Ray is started",
+                )
             made.add_middleware(LoopbackCallers, error_body=error_body)
         return made
 
@@ -508,9 +541,10 @@ def deploy(
         _check_cluster(options, address=address, threads=threads)
         if serve.status().proxies:
             raise InvalidRequest(
-                "--address", f"{address}: Ray Serve runs there already, and keeps its address and its applications; end it "
-                "with serve shutdown, or deploy a YAML with serve deploy"
-            )  # fmt: skip
+                "--address",
+                f"{address}: Ray Serve runs there already, and keeps its address and its applications; end it "
+                "with serve shutdown, or deploy a YAML with serve deploy",
+            )
         http = {"host": host, "port": port, "ssl_certfile": certificate, "ssl_keyfile": key}
         try:
             with quiet():

@@ -22,16 +22,7 @@ from typing import Any
 
 import torch
 
-from limner.batch import (
-    Batch,
-    BatchOptions,
-    Drawer,
-    Group,
-    Result,
-    Task,
-    finished_rows,
-    is_whole,
-)
+from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, finished_rows, is_whole
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
 from limner.model_options import ModelOptions
@@ -108,16 +99,17 @@ class Cluster:
             results = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 _Worker,
                 batch_size=None,
-                compute=ray.data.ActorPoolStrategy(
-                    size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=1
-                ),
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=1),
                 fn_constructor_kwargs={
-                    "model": model, "options": batch.options, "digest": batch.model, "threads": threads,
+                    "model": model,
+                    "options": batch.options,
+                    "digest": batch.model,
+                    "threads": threads,
                 },
                 num_cpus=threads,
                 num_gpus=1 if model.device.startswith("cuda") else 0,
                 ray_remote_args_fn=lambda: {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS},
-            )  # fmt: skip
+            )
             try:
                 for item in results.iter_rows():
                     self._take(batch, json.loads(item["result"]))

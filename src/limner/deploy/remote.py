@@ -81,12 +81,21 @@ class ModelCard:
     @classmethod
     def of(cls, pipe: Pipeline, *, memory_bytes: int) -> ModelCard:
         return cls(
-            digest=pipe.digest, reference_weights=pipe.reference_weights, dtype=str(pipe.dtype).removeprefix("torch."),
-            kernel=pipe.kernel, kv_cache_dtype=pipe.kv_cache_dtype, reference_policy=pipe.reference_policy,
-            default_size=pipe.default_size, sizes=pipe.sizes, text_length=pipe.text_encoder.max_length,
-            previews=pipe.latent_preview is not None, geometry=pipe.geometry, formats=pipe.formats,
-            whole_pixels=pipe.autoencoder.whole_pixels, memory_bytes=memory_bytes,
-        )  # fmt: skip
+            digest=pipe.digest,
+            reference_weights=pipe.reference_weights,
+            dtype=str(pipe.dtype).removeprefix("torch."),
+            kernel=pipe.kernel,
+            kv_cache_dtype=pipe.kv_cache_dtype,
+            reference_policy=pipe.reference_policy,
+            default_size=pipe.default_size,
+            sizes=pipe.sizes,
+            text_length=pipe.text_encoder.max_length,
+            previews=pipe.latent_preview is not None,
+            geometry=pipe.geometry,
+            formats=pipe.formats,
+            whole_pixels=pipe.autoencoder.whole_pixels,
+            memory_bytes=memory_bytes,
+        )
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """As `Pipeline.memory_needed`."""
@@ -156,9 +165,13 @@ class RemoteEngine:
     def check(self, request: EditRequest) -> tuple[int, int]:
         """The output size (width, height) of a request that can run. Raises `InvalidRequest` and `CapacityError`."""
         return check_request(
-            request, max_batch=self.max_batch, default_size=self.card.default_size, text_length=self.card.text_length,
-            memory_needed=self.card.memory_needed, memory_bytes=self.card.memory_bytes,
-        )  # fmt: skip
+            request,
+            max_batch=self.max_batch,
+            default_size=self.card.default_size,
+            text_length=self.card.text_length,
+            memory_needed=self.card.memory_needed,
+            memory_bytes=self.card.memory_bytes,
+        )
 
     def check_room(self, *, beside: int = 0) -> None:
         """Raises `QueueFull` where no more requests may wait; `beside` are on their way to the queue."""
@@ -196,9 +209,13 @@ class RemoteEngine:
         if not references:
             raise InvalidRequest("references", "there are none; give at least one picture")
         check_room_for(
-            references, size=self.card.default_size, batch=1, text_length=self.card.text_length,
-            memory_needed=self.card.memory_needed, memory_bytes=self.card.memory_bytes,
-        )  # fmt: skip
+            references,
+            size=self.card.default_size,
+            batch=1,
+            text_length=self.card.text_length,
+            memory_needed=self.card.memory_needed,
+            memory_bytes=self.card.memory_bytes,
+        )
         request = EditRequest(prompt="prefill", seeds=(), references=tuple(references))
         self._begin(id, request, listener, owner, priority, timeout=None, accepted=accepted)
 
@@ -220,9 +237,7 @@ class RemoteEngine:
         if id in self._requests:
             raise InvalidRequest("id", f"{id!r} is in the queue already")
         deadline = None if timeout is None else time.monotonic() + timeout
-        found = _Request(
-            id=id, request=request, listener=listener, owner=owner, priority=priority, deadline=deadline
-        )  # fmt: skip
+        found = _Request(id=id, request=request, listener=listener, owner=owner, priority=priority, deadline=deadline)
         self._requests[id] = found
         self._stats.accepted += 1
         found.task = self.loop.create_task(self._bring(found), context=self._context.copy())
@@ -307,9 +322,12 @@ class RemoteEngine:
     async def _once(self, found: _Request, attempt: int) -> bool:
         """Whether a replica brought the request to its end. Raises `LostReplica` and what is wrong with the request."""
         async with self.replicas.run(
-            found.request, id=f"{found.id}/{attempt}", owner=found.owner, priority=found.priority,
+            found.request,
+            id=f"{found.id}/{attempt}",
+            owner=found.owner,
+            priority=found.priority,
             timeout=self._left(found),
-        ) as events:  # fmt: skip
+        ) as events:
             async for event in events:
                 if isinstance(event, (Started, Progress)):
                     found.began = True
@@ -441,9 +459,11 @@ class RemoteStore:
         """Hits and misses as this process saw them; bytes, entries and evictions of the replicas that run now."""
         asked = asyncio.run_coroutine_threadsafe(self._engine.replicas.store_stats(), self._engine.loop)
         found = StoreStats(
-            hits=dict(self._counts.hits), misses=self._counts.misses, prefill_seconds=self._counts.prefill_seconds,
+            hits=dict(self._counts.hits),
+            misses=self._counts.misses,
+            prefill_seconds=self._counts.prefill_seconds,
             prefill_seconds_saved=self._counts.saved,
-        )  # fmt: skip
+        )
         for one in asked.result():
             for tier in found.nbytes:
                 found.nbytes[tier] += one.nbytes[tier]

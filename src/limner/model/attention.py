@@ -65,12 +65,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 
 def attend(
-    q_BSHD: Tensor,
-    k_BSHD: Tensor,
-    v_BSHD: Tensor,
-    *,
-    references: AnyLayerKV | None = None,
-    kernel: str | None = None,
+    q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, references: AnyLayerKV | None = None, kernel: str | None = None
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 

@@ -131,9 +131,20 @@ class Int8Linear(nn.Module):
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         out_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x.values, 1.0, _ZERO, self._pack(start, stop), self.weight_scale[start:stop],
-            torch.zeros(stop - start, dtype=torch.int64), None, 1.0, 0, out_dtype, "none", [], "",
-        )  # fmt: skip
+            x.values,
+            1.0,
+            _ZERO,
+            self._pack(start, stop),
+            self.weight_scale[start:stop],
+            torch.zeros(stop - start, dtype=torch.int64),
+            None,
+            1.0,
+            0,
+            out_dtype,
+            "none",
+            [],
+            "",
+        )
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
     def multiplies_int8(self) -> bool:

@@ -51,10 +51,7 @@ class QuantizedLayerKV(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> LayerKV:
         """Widened to a dtype."""
-        return LayerKV(
-            (self.k.float() * self.k_scale).to(dtype),
-            (self.v.float() * self.v_scale).to(dtype),
-        )
+        return LayerKV((self.k.float() * self.k_scale).to(dtype), (self.v.float() * self.v_scale).to(dtype))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> QuantizedLayerKV:
         return QuantizedLayerKV(*(x.to(device, non_blocking=non_blocking) for x in self))

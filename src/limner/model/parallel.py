@@ -67,7 +67,7 @@ def cuts(config: TransformerConfig) -> dict[str, Cut]:
     rows, columns = Cut(dim=0, blocks=(width,)), Cut(dim=1, blocks=(width,))
     double = {
         "attn": dict.fromkeys(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"), rows)
-        | dict.fromkeys(("to_out.0", "to_add_out"), columns),
+        | dict.fromkeys(("to_out.0", "to_add_out"), columns)
     }
     for name in ("ff", "ff_context"):
         double[name] = {"linear_in": Cut(dim=0, blocks=(mlp, mlp)), "linear_out": Cut(dim=1, blocks=(mlp,))}

@@ -43,8 +43,5 @@ def apply_rope(x_BSHD: Tensor, rope: Rope) -> Tensor:
     # unbind, not indexing: its gradient is one stack, that of two indexings two zero-filled tensors and a sum
     even_BSHP, odd_BSHP = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
     cos_S1P, sin_S1P = rope.cos_SP[:, None], rope.sin_SP[:, None]
-    rotated = torch.stack(
-        [even_BSHP * cos_S1P - odd_BSHP * sin_S1P, odd_BSHP * cos_S1P + even_BSHP * sin_S1P],
-        dim=-1,
-    )
+    rotated = torch.stack([even_BSHP * cos_S1P - odd_BSHP * sin_S1P, odd_BSHP * cos_S1P + even_BSHP * sin_S1P], dim=-1)
     return rotated.flatten(-2).to(x_BSHD.dtype)

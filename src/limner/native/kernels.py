@@ -29,9 +29,19 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Segment", "attend", "gated_silu", "has_rows", "native_library", "norm_rope", "quantize_rows", "runs_gate",
-    "runs_norm", "runs_rows", "source_digest", "takes",
-]  # fmt: skip
+    "Segment",
+    "attend",
+    "gated_silu",
+    "has_rows",
+    "native_library",
+    "norm_rope",
+    "quantize_rows",
+    "runs_gate",
+    "runs_norm",
+    "runs_rows",
+    "source_digest",
+    "takes",
+]
 
 _logger = logging.getLogger("limner")
 _SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
@@ -58,7 +68,7 @@ class _Segment(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head")),
         *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale")),
         ("num", ctypes.c_int64),
-    ]  # fmt: skip
+    ]
 
 
 # building
@@ -150,12 +160,28 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.limner_workspace.restype = _int
     library.limner_attend.argtypes = [
-        _pointer, *[_int] * 5, ctypes.POINTER(_Segment), _int, ctypes.c_float, _pointer, _int, _int, _pointer,
+        _pointer,
+        *[_int] * 5,
+        ctypes.POINTER(_Segment),
+        _int,
+        ctypes.c_float,
+        _pointer,
+        _int,
+        _int,
+        _pointer,
         ctypes.c_int,
-    ]  # fmt: skip
+    ]
     library.limner_norm_rope.argtypes = [
-        _pointer, *[_int] * 4, _pointer, ctypes.c_float, _pointer, _pointer, _int, _pointer, ctypes.c_int,
-    ]  # fmt: skip
+        _pointer,
+        *[_int] * 4,
+        _pointer,
+        ctypes.c_float,
+        _pointer,
+        _pointer,
+        _int,
+        _pointer,
+        ctypes.c_int,
+    ]
     library.limner_gated_silu.argtypes = [_pointer, *[_int] * 3, _pointer, _int, ctypes.c_int]
     library.limner_quantize_rows.argtypes = [_pointer, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
     for name in ("attend", "norm_rope", "gated_silu", "quantize_rows"):
@@ -212,19 +238,33 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
     made = (_Segment * len(read))(
         *(
             _Segment(
-                s.k.data_ptr(), s.v.data_ptr(), *s.k.stride()[:2], *s.v.stride()[:2],
+                s.k.data_ptr(),
+                s.v.data_ptr(),
+                *s.k.stride()[:2],
+                *s.v.stride()[:2],
                 None if s.k_scale is None else s.k_scale.data_ptr(),
-                None if s.v_scale is None else s.v_scale.data_ptr(), s.k.shape[0],
+                None if s.v_scale is None else s.v_scale.data_ptr(),
+                s.k.shape[0],
             )
             for s in read
         )
-    )  # fmt: skip
+    )
     threads = torch.get_num_threads()
     space = torch.empty(threads * library.limner_workspace() + 64, dtype=torch.uint8)
     library.limner_attend(
-        q_SHD.data_ptr(), *q_SHD.stride()[:2], num, heads, dim, made, len(read), math.log2(math.e) / math.sqrt(dim),
-        out_SHD.data_ptr(), *out_SHD.stride()[:2], (space.data_ptr() + 63) // 64 * 64, threads,
-    )  # fmt: skip
+        q_SHD.data_ptr(),
+        *q_SHD.stride()[:2],
+        num,
+        heads,
+        dim,
+        made,
+        len(read),
+        math.log2(math.e) / math.sqrt(dim),
+        out_SHD.data_ptr(),
+        *out_SHD.stride()[:2],
+        (space.data_ptr() + 63) // 64 * 64,
+        threads,
+    )
 
 
 def _checked(segment: Segment, heads: int, dim: int) -> Segment:
@@ -261,9 +301,19 @@ def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_
     x, row = _rows(x_BSHD.flatten(2))
     weight, cos_SP, sin_SP = (t.detach().float().contiguous() for t in (weight_D, cos_SP, sin_SP))
     library.limner_norm_rope(
-        x.data_ptr(), row, batch * num, heads, dim, weight.data_ptr(), eps, cos_SP.data_ptr(), sin_SP.data_ptr(), num,
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        row,
+        batch * num,
+        heads,
+        dim,
+        weight.data_ptr(),
+        eps,
+        cos_SP.data_ptr(),
+        sin_SP.data_ptr(),
+        num,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 

@@ -62,9 +62,14 @@ def create_app(
     outbound = outbound or OutboundClient(settings.outbound)
     webhook_client = webhook_client or OutboundClient(settings.outbound)
     runner = JobRunner(
-        engine=engine, jobs=jobs, limiter=limiter, checks=checks, settings=settings.runner, signer=signer,
+        engine=engine,
+        jobs=jobs,
+        limiter=limiter,
+        checks=checks,
+        settings=settings.runner,
+        signer=signer,
         outbound=webhook_client if settings.webhooks else None,
-    )  # fmt: skip
+    )
     service = Service(
         engine=engine, jobs=jobs, runner=runner, keyring=keyring, limiter=limiter, settings=settings, outbound=outbound
     )
@@ -227,7 +232,11 @@ class _Observed:
             if route not in ("/healthz", "/readyz", "/metrics"):
                 owner = scope.get("state", {}).get("owner")
                 line = {
-                    "event": "request", "method": method, "route": route, "status": status,
-                    "ms": round(seconds * 1e3, 1), "owner": getattr(owner, "name", None),
-                }  # fmt: skip
+                    "event": "request",
+                    "method": method,
+                    "route": route,
+                    "status": status,
+                    "ms": round(seconds * 1e3, 1),
+                    "owner": getattr(owner, "name", None),
+                }
                 _logger.info("%s", json.dumps(line))

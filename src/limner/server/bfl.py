@@ -26,9 +26,13 @@ __all__ = ["as_result", "routes"]
 ENDPOINTS = ("flux-2-klein-9b-preview", "flux-2-klein-9b", "flux-2-klein-4b")
 """Names of the hosted service; the model that is loaded answers under all of them."""
 STATUSES = {
-    "pending": "Pending", "ready": "Ready", "error": "Error", "cancelled": "Error",
-    "request_moderated": "Request Moderated", "content_moderated": "Content Moderated",
-}  # fmt: skip
+    "pending": "Pending",
+    "ready": "Ready",
+    "error": "Error",
+    "cancelled": "Error",
+    "request_moderated": "Request Moderated",
+    "content_moderated": "Content Moderated",
+}
 NUM_IMAGES = 8
 _FIELDS = ("input_image", *(f"input_image_{i}" for i in range(2, NUM_IMAGES + 1)))
 Picture = Annotated[str | None, Field(description="base64, a data URL, or a URL where the server fetches them")]
@@ -94,8 +98,13 @@ class Result(BaseModel):
 def as_result(job: Job, urls: list[str], update: Update | None) -> dict[str, Any]:
     """A job in the shape of get_result; `urls` are those of its pictures, `update` how far it is."""
     answer: dict[str, Any] = {
-        "id": job.id, "status": STATUSES[job.status], "result": None, "progress": None, "details": None, "preview": None,
-    }  # fmt: skip
+        "id": job.id,
+        "status": STATUSES[job.status],
+        "result": None,
+        "progress": None,
+        "details": None,
+        "preview": None,
+    }
     if job.status == "pending":
         answer["progress"] = 0.0 if update is None else round(update.progress, 4)
         if update is not None:
@@ -152,9 +161,11 @@ def routes(service: Service) -> APIRouter:
         more: dict[str, Any] = {}
         if isinstance(inputs, EditInputs):
             more = {
-                "num_images": inputs.num_images, "num_steps": inputs.num_inference_steps, "priority": inputs.priority,
+                "num_images": inputs.num_images,
+                "num_steps": inputs.num_inference_steps,
+                "priority": inputs.priority,
                 "timeout": inputs.timeout,
-            }  # fmt: skip
+            }
         job, _ = await service.accept(
             owner,
             prompt=inputs.prompt,
@@ -192,10 +203,7 @@ def routes(service: Service) -> APIRouter:
             summary="Draw or edit (the model that is loaded)",
         )
         async def hosted(
-            request: Request,
-            inputs: Inputs,
-            owner: Owner = Depends(service.paying),
-            idempotency: str | None = key,
+            request: Request, inputs: Inputs, owner: Owner = Depends(service.paying), idempotency: str | None = key
         ) -> dict[str, Any]:
             return await submit(request, inputs, owner, idempotency)
 
@@ -210,10 +218,7 @@ def routes(service: Service) -> APIRouter:
         summary="Draw or edit, with everything that the engine offers",
     )
     async def edit(
-        request: Request,
-        inputs: EditInputs,
-        owner: Owner = Depends(service.paying),
-        idempotency: str | None = key,
+        request: Request, inputs: EditInputs, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> dict[str, Any]:
         return await submit(request, inputs, owner, idempotency)
 
@@ -224,10 +229,7 @@ def routes(service: Service) -> APIRouter:
         summary="How far a job is, or its result",
     )
     async def get_result(
-        request: Request,
-        response: Response,
-        owner: Owner = Depends(service.owner),
-        id: str = Query(max_length=200),
+        request: Request, response: Response, owner: Owner = Depends(service.owner), id: str = Query(max_length=200)
     ) -> dict[str, Any]:
         job = await service.runner.store(service.jobs.get, id, owner=owner.id)
         if job is None:

@@ -117,9 +117,19 @@ class Job:
 
 
 _REQUEST = (
-    "prompt", "seeds", "drawn_seeds", "width", "height", "num_steps", "priority", "timeout", "tolerance", "output_format",
-    "quality", "options",
-)  # fmt: skip
+    "prompt",
+    "seeds",
+    "drawn_seeds",
+    "width",
+    "height",
+    "num_steps",
+    "priority",
+    "timeout",
+    "tolerance",
+    "output_format",
+    "quality",
+    "options",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,11 +210,16 @@ class JobStore:
                     "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
-                        job.id, job.owner, job.created, job.status, json.dumps(job._request()), job.idempotency,
+                        job.id,
+                        job.owner,
+                        job.created,
+                        job.status,
+                        json.dumps(job._request()),
+                        job.idempotency,
                         job.fingerprint if job.idempotency else None,
                         json.dumps(asdict(job.webhook)) if job.webhook else None,
                     ),
-                )  # fmt: skip
+                )
         return job, True
 
     def known(self, job: Job) -> Job | None:
@@ -256,14 +271,7 @@ class JobStore:
         """Number of jobs by status."""
         return dict(self._rows("SELECT status, count(*) FROM jobs GROUP BY status"))
 
-    def end(
-        self,
-        id: str,
-        status: Status,
-        *,
-        result: Mapping[str, Any],
-        keep_seconds: float,
-    ) -> Job | None:
+    def end(self, id: str, status: Status, *, result: Mapping[str, Any], keep_seconds: float) -> Job | None:
         """Ends a job. None: it had ended before, or is gone, and stays as it is.
 
         Only images that are ready count against a budget. The references of a job that was refused go at once, unless
@@ -415,10 +423,12 @@ class JobStore:
                     "INSERT INTO handles VALUES (?, ?, ?, ?) "
                     "ON CONFLICT (owner, key) DO UPDATE SET described = excluded.described",
                     (
-                        handle.owner, handle.key, self._clock(),
+                        handle.owner,
+                        handle.key,
+                        self._clock(),
                         json.dumps({**handle.described, "references": references}),
                     ),
-                )  # fmt: skip
+                )
             found = self.handle(handle.owner, handle.key)
         assert found is not None
         return found
@@ -489,10 +499,19 @@ def _job(row: tuple[Any, ...]) -> Job:
     asked = json.loads(request)
     asked |= {"seeds": tuple(asked["seeds"]), "references": _reports(asked["references"])}
     return Job(
-        id=id_, owner=owner, created=created, status=status, ended=ended, expires=expires, result=json.loads(result),
-        idempotency=idempotency, webhook=Webhook(**json.loads(webhook)) if webhook else None, webhook_attempts=attempts,
-        webhook_first=first, **asked,
-    )  # fmt: skip
+        id=id_,
+        owner=owner,
+        created=created,
+        status=status,
+        ended=ended,
+        expires=expires,
+        result=json.loads(result),
+        idempotency=idempotency,
+        webhook=Webhook(**json.loads(webhook)) if webhook else None,
+        webhook_attempts=attempts,
+        webhook_first=first,
+        **asked,
+    )
 
 
 def _handle(row: tuple[Any, ...]) -> Handle:
@@ -500,7 +519,7 @@ def _handle(row: tuple[Any, ...]) -> Handle:
     values = json.loads(described)
     return Handle(
         owner=owner, key=key, created=created, references=_reports(values.pop("references")), described=values
-    )  # fmt: skip
+    )
 
 
 def _reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, ...]:

@@ -17,9 +17,17 @@ from limner.server.runner import JobRunner
 __all__ = ["Metrics"]
 
 _ENGINE_COUNTERS = (
-    "accepted", "finished", "failed", "cancelled", "refused", "batches", "images", "prefills", "busy_seconds",
+    "accepted",
+    "finished",
+    "failed",
+    "cancelled",
+    "refused",
+    "batches",
+    "images",
+    "prefills",
+    "busy_seconds",
     "waited_seconds",
-)  # fmt: skip
+)
 
 
 class Metrics(Collector):

@@ -161,10 +161,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/images/generations", response_model=Images, responses=OPENAI_ERRORS, summary="Pictures from text")
     async def generate_images(
-        request: Request,
-        fields: Generation,
-        owner: Owner = Depends(service.paying),
-        idempotency: str | None = key,
+        request: Request, fields: Generation, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> Response:
         if fields.input_fidelity is not None:
             raise InvalidRequest("input_fidelity", "is for edits; leave it out")
@@ -178,9 +175,7 @@ def routes(service: Service) -> APIRouter:
         summary="Pictures from text and references",
     )
     async def edit_images(
-        request: Request,
-        owner: Owner = Depends(service.paying),
-        idempotency: str | None = key,
+        request: Request, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> Response:
         asked = await _read_form(service, request)
         return await answer(request, owner, asked, idempotency)
@@ -309,8 +304,11 @@ async def _images(service: Service, request: Request, job: Job, asked: _Asked) -
 
 def _shape(job: Job) -> dict[str, Any]:
     return {
-        "output_format": job.output_format, "size": f"{job.width}x{job.height}", "quality": "auto", "background": "opaque",
-    }  # fmt: skip
+        "output_format": job.output_format,
+        "size": f"{job.width}x{job.height}",
+        "quality": "auto",
+        "background": "opaque",
+    }
 
 
 def _without_effect(fields: Generation) -> dict[str, Any]:

@@ -31,10 +31,14 @@ _R = TypeVar("_R")
 _LOCK = (0x4C494D4E, 1)
 """The advisory lock of a job store, in its database."""
 _DEFAULTS: dict[str, Any] = {
-    "connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-    "tcp_user_timeout": 20000, "application_name": "limner",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20000,
+    "application_name": "limner",
     "target_session_attrs": "read-write",  # of several hosts the primary: locks of a standby are its own
-}  # fmt: skip
+}
 _SESSION = (
     "SET search_path TO limner",
     "SET statement_timeout = '15s'",
@@ -90,9 +94,10 @@ def check_url(url: str) -> dict[str, Any]:
         return dict(conninfo.conninfo_to_dict(url))
     except psycopg.Error:
         raise InvalidRequest(
-            "data", "the postgresql:// URL cannot be read; give postgresql://USER@HOST:PORT/DATABASE, with other "
-            "characters as %XX"
-        ) from None  # fmt: skip
+            "data",
+            "the postgresql:// URL cannot be read; give postgresql://USER@HOST:PORT/DATABASE, with other "
+            "characters as %XX",
+        ) from None
 
 
 class PostgresStorage:

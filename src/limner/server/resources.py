@@ -156,9 +156,7 @@ def routes(service: Service) -> APIRouter:
         else:
             key = await runner.aside(service.engine.pipe.key_of, pictures)
             now = {"cache": "memory" if key in service.engine.pipe.store else None}
-        described |= {
-            "num_tokens": sum(w * h for w, h in (p.report.processed_size for p in pictures)) // _PATCH**2,
-        }
+        described |= {"num_tokens": sum(w * h for w, h in (p.report.processed_size for p in pictures)) // _PATCH**2}
         reports = tuple(p.report for p in pictures)
         handle = await runner.store(
             jobs.add_handle,
@@ -209,9 +207,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
     async def list_jobs(
-        request: Request,
-        owner: Owner = Depends(service.owner),
-        limit: int = Query(50, ge=1, le=200),
+        request: Request, owner: Owner = Depends(service.owner), limit: int = Query(50, ge=1, le=200)
     ) -> dict[str, Any]:
         found = await runner.store(jobs.of_owner, owner.id, limit=limit)
         return {"data": [_entry(service, request, job) for job in found]}
@@ -253,10 +249,7 @@ def results(service: Service) -> APIRouter:
         summary="A result, under a signed URL",
     )
     async def get_result_picture(
-        id: str,
-        name: str,
-        expires: int = Query(ge=0, le=2**40),
-        signature: str = Query(max_length=128),
+        id: str, name: str, expires: int = Query(ge=0, le=2**40), signature: str = Query(max_length=128)
     ) -> Response:
         number, _, suffix = name.partition(".")
         if not (number.isascii() and number.isdecimal() and len(number) < 4):
@@ -294,12 +287,18 @@ def results(service: Service) -> APIRouter:
     async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
         settings, pipe = service.settings, service.engine.pipe
         return Capabilities(
-            model=settings.model_name, version=__version__, default_size=list(pipe.default_size),
-            sizes=[list(size) for size in pipe.sizes], grid=_PATCH,
-            max_output_pixels=settings.max_output_pixels, max_images=service.engine.max_batch,
-            max_references=settings.max_references, max_picture_bytes=settings.max_picture_bytes,
-            previews=pipe.latent_preview is not None, keep_seconds=settings.runner.keep_results,
-        )  # fmt: skip
+            model=settings.model_name,
+            version=__version__,
+            default_size=list(pipe.default_size),
+            sizes=[list(size) for size in pipe.sizes],
+            grid=_PATCH,
+            max_output_pixels=settings.max_output_pixels,
+            max_images=service.engine.max_batch,
+            max_references=settings.max_references,
+            max_picture_bytes=settings.max_picture_bytes,
+            previews=pipe.latent_preview is not None,
+            keep_seconds=settings.runner.keep_results,
+        )
 
     return router
 
@@ -345,9 +344,13 @@ async def _read(service: Service, request: Request) -> tuple[tuple[PreparedRefer
 def _reference(handle: Handle) -> dict[str, Any]:
     told = handle.described
     return {
-        "id": handle.key, "created": handle.created, "references": [asdict(report) for report in handle.references],
-        "num_tokens": told["num_tokens"], "nbytes": told.get("nbytes"), "prefill_seconds": told.get("prefill_seconds"),
-    }  # fmt: skip
+        "id": handle.key,
+        "created": handle.created,
+        "references": [asdict(report) for report in handle.references],
+        "num_tokens": told["num_tokens"],
+        "nbytes": told.get("nbytes"),
+        "prefill_seconds": told.get("prefill_seconds"),
+    }
 
 
 def _entry(service: Service, request: Request, job: Job, update: Update | None = None) -> dict[str, Any]:

@@ -149,9 +149,13 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
 
     server = make_server(
-        app, host=options.host, port=options.port, drain=options.drain, certificate=options.tls_certificate,
+        app,
+        host=options.host,
+        port=options.port,
+        drain=options.drain,
+        certificate=options.tls_certificate,
         key=options.tls_key,
-    )  # fmt: skip
+    )
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a shutdown that went well
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
@@ -207,13 +211,7 @@ def _allowed(options: ServeOptions) -> frozenset[Origin]:
 
 
 def make_server(
-    app: FastAPI,
-    *,
-    host: str,
-    port: int,
-    drain: float,
-    certificate: str | None = None,
-    key: str | None = None,
+    app: FastAPI, *, host: str, port: int, drain: float, certificate: str | None = None, key: str | None = None
 ) -> uvicorn.Server:
     """uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn

@@ -312,9 +312,13 @@ class JobRunner:
     @staticmethod
     def _request(job: Job, references: tuple[PreparedReference, ...]) -> EditRequest:
         return EditRequest(
-            prompt=job.prompt, seeds=job.seeds, references=references, width=job.width, height=job.height,
+            prompt=job.prompt,
+            seeds=job.seeds,
+            references=references,
+            width=job.width,
+            height=job.height,
             num_steps=job.num_steps,
-        )  # fmt: skip
+        )
 
     def _begin(self, job: Job, slot: Slot) -> None:
         self._live[job.id] = _Live(job=job, slot=slot)
@@ -338,9 +342,14 @@ class JobRunner:
 
             timeout = None if job.timeout is None else job.created + job.timeout - time.time()
             self.engine.submit(
-                self._request(job, tuple(pictures)), id=job.id, listener=heard, owner=job.owner, priority=job.priority,
-                timeout=timeout, accepted=True,
-            )  # fmt: skip
+                self._request(job, tuple(pictures)),
+                id=job.id,
+                listener=heard,
+                owner=job.owner,
+                priority=job.priority,
+                timeout=timeout,
+                accepted=True,
+            )
         except QueueFull:
             if self._stop_by is None:  # the engine takes what was accepted, unless it is closed
                 raise
@@ -372,10 +381,13 @@ class JobRunner:
             self._tell(
                 live,
                 Update(
-                    state="running", progress=event.step / (event.num_steps + 1), step=event.step,
-                    num_steps=event.num_steps, previews=files,
+                    state="running",
+                    progress=event.step / (event.num_steps + 1),
+                    step=event.step,
+                    num_steps=event.num_steps,
+                    previews=files,
                 ),
-            )  # fmt: skip
+            )
         elif isinstance(event, Finished):
             self._spawn(self._deliver(job, event.result), self._ways)
         elif isinstance(event, Failed):
@@ -413,9 +425,14 @@ class JobRunner:
                     for number, report in enumerate(job.references, start=1)
                 ]
                 data = provenance.sign(
-                    data, format=job.output_format, title=f"{job.id}.{SUFFIXES[job.output_format]}",
-                    action="edited" if used else "created", ingredients=used, metadata=metadata, signer=self.signer,
-                )  # fmt: skip
+                    data,
+                    format=job.output_format,
+                    title=f"{job.id}.{SUFFIXES[job.output_format]}",
+                    action="edited" if used else "created",
+                    ingredients=used,
+                    metadata=metadata,
+                    signer=self.signer,
+                )
             files.append(data)
         return files
 
@@ -507,9 +524,12 @@ class JobRunner:
             if result.outcome is Outcome.RETRY:
                 now = time.time()
                 again = next_attempt(
-                    job.webhook_attempts + 1, now, random.Random(), first_attempt=job.webhook_first or now,
+                    job.webhook_attempts + 1,
+                    now,
+                    random.Random(),
+                    first_attempt=job.webhook_first or now,
                     policy=self.settings.webhooks,
-                )  # fmt: skip
+                )
             if result.outcome is not Outcome.DELIVERED:
                 _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
         try:

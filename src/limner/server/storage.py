@@ -20,15 +20,7 @@ from limner.errors import InvalidRequest, OutputError
 from limner.images import write_beside
 from limner.places import is_url
 
-__all__ = [
-    "Connection",
-    "FolderStorage",
-    "Storage",
-    "StorageInUse",
-    "StorageUnavailable",
-    "check_data",
-    "open_storage",
-]
+__all__ = ["Connection", "FolderStorage", "Storage", "StorageInUse", "StorageUnavailable", "check_data", "open_storage"]
 
 
 class StorageInUse(OutputError):

@@ -230,7 +230,15 @@ def cache_report(job: Job) -> dict[str, Any]:
     """Whether the references of a job were kept already, and what that saved."""
     told = job.result
     names = (
-        "reference_cache", "reference_key", "seconds_saved", "references", "prompt", "timings", "waited", "ran", "batch",
+        "reference_cache",
+        "reference_key",
+        "seconds_saved",
+        "references",
+        "prompt",
+        "timings",
+        "waited",
+        "ran",
+        "batch",
         "encode_seconds",
-    )  # fmt: skip
+    )
     return {name: told[name] for name in names if name in told}

@@ -33,8 +33,10 @@ __all__ = ["LAYOUTS", "convert", "expected_tensors", "part_of", "save_quantized"
 LAYOUTS = ("diffusers", "int8", "original")
 """What can be written."""
 _ORIGINAL_FILES = {
-    "transformer": "transformer.safetensors", "vae": "ae.safetensors", "text_encoder": "text_encoder.safetensors",
-}  # fmt: skip
+    "transformer": "transformer.safetensors",
+    "vae": "ae.safetensors",
+    "text_encoder": "text_encoder.safetensors",
+}
 Progress = Callable[[str, int, int], None]
 
 

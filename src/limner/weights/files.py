@@ -186,11 +186,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_tensors(
-    path: Path,
-    infos: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    metadata: Mapping[str, str],
+    path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file whose tensors come one at a time, in any order.
 

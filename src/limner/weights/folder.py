@@ -307,6 +307,9 @@ def read_settings(folder: Path) -> FolderSettings:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: latent_preview is not a map of latents to pixels ({error})") from error
     return FolderSettings(
-        default_size=(size[0], size[1]), sizes=tuple((w, h) for w, h in sizes), default_dtype=dtypes[dtype],
-        preview=preview, max_reference_pixels=pixels,
-    )  # fmt: skip
+        default_size=(size[0], size[1]),
+        sizes=tuple((w, h) for w, h in sizes),
+        default_dtype=dtypes[dtype],
+        preview=preview,
+        max_reference_pixels=pixels,
+    )

@@ -74,8 +74,12 @@ class PartReport:
         ]
         found += [f"  sha256 {digest}  {file}" for file, digest in (self.sha256 or {}).items()]
         found += [f"  weights {self.weights} as {self.loads_as or 'stored'}"] if self.weights else []
-        for what, values in (("missing", self.missing), ("unexpected", self.unexpected), ("wrong", self.wrong),
-                             ("not finite", self.not_finite or ())):  # fmt: skip
+        for what, values in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("wrong", self.wrong),
+            ("not finite", self.not_finite or ()),
+        ):
             found += [f"  {what}: {value}" for value in values]
         return [*found, *(f"  {note}" for note in self.notes)]
 

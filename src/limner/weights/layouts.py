@@ -30,27 +30,40 @@ _PREFIXES = {
 _COMFY_TEXT = re.compile(r"(text_encoders\.\w+\.(?:transformer\.)?model\.)embed_tokens\.weight")
 _SIGNATURES = {
     ("transformer", "original"): (
-        "single_stream_modulation.lin.weight", "double_stream_modulation_img.lin.weight",
-        "double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight",
+        "single_stream_modulation.lin.weight",
+        "double_stream_modulation_img.lin.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "single_blocks.0.linear1.weight",
     ),
     ("transformer", "diffusers"): (
-        "single_stream_modulation.linear.weight", "double_stream_modulation_img.linear.weight",
-        "transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
+        "single_stream_modulation.linear.weight",
+        "double_stream_modulation_img.linear.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
     ),
     ("vae", "original"): ("decoder.up.0.block.0.conv1.weight", "encoder.down.0.block.0.conv1.weight"),
-    ("vae", "diffusers"): ("decoder.up_blocks.0.resnets.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    ("vae", "diffusers"): (
+        "decoder.up_blocks.0.resnets.0.conv1.weight",
+        "encoder.down_blocks.0.resnets.0.conv1.weight",
+    ),
     ("text_encoder", "diffusers"): ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
     ("text_encoder", "gguf"): ("token_embd.weight", "blk.0.attn_q_norm.weight"),
-}  # fmt: skip
+}
 """Tensors that give a layout away; any of them is enough, so that a damaged file is still named for what it is."""
 _FOREIGN = (
-    (r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
-     "has a guidance embedding (a guidance-distilled model, FLUX.2-dev-like); only klein-like models are supported"),
-    (r"double_blocks\.\d+\.img_mod\.lin\.weight|vector_in\..*|transformer_blocks\.\d+\.norm1\.linear\.weight",
-     "is of FLUX.1, whose blocks have modulations of their own; only klein-like models of FLUX.2 are supported"),
-    (r".*(\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.lokr_w|\.hada_w).*",
-     "is a LoRA, not a model; give it as a LoRA"),
-)  # fmt: skip
+    (
+        r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
+        "has a guidance embedding (a guidance-distilled model, FLUX.2-dev-like); only klein-like models are supported",
+    ),
+    (
+        r"double_blocks\.\d+\.img_mod\.lin\.weight|vector_in\..*|transformer_blocks\.\d+\.norm1\.linear\.weight",
+        "is of FLUX.1, whose blocks have modulations of their own; only klein-like models of FLUX.2 are supported",
+    ),
+    (
+        r".*(\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.lokr_w|\.hada_w).*",
+        "is a LoRA, not a model; give it as a LoRA",
+    ),
+)
 _ARCHITECTURES = {"transformer": ("flux", "flux2", ""), "text_encoder": ("qwen3",)}
 _SCALE_NAMES = ("weight_scale", "scale_weight")
 _UNUSED = ("input_scale", "scale_input", "comfy_quant")
@@ -140,9 +153,16 @@ def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layou
     elif naming == "gguf":
         names = gguf_text_names()
     return Layout(
-        part=part, naming=naming, prefix=prefix, names=names, quantization=quantization, tensors=tensors, scales=scales,
-        unused=tuple(unused), gguf=isinstance(file, GgufFile),
-    )  # fmt: skip
+        part=part,
+        naming=naming,
+        prefix=prefix,
+        names=names,
+        quantization=quantization,
+        tensors=tensors,
+        scales=scales,
+        unused=tuple(unused),
+        gguf=isinstance(file, GgufFile),
+    )
 
 
 def naming_of(file: TensorFile, part: str) -> tuple[str, str] | None:

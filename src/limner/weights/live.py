@@ -18,13 +18,7 @@ from limner.model.autoencoder import Autoencoder
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.weights.files import some_names
-from limner.weights.networks import (
-    empty_autoencoder,
-    empty_text_network,
-    empty_transformer,
-    text_layers,
-    text_unread,
-)
+from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers, text_unread
 
 __all__ = ["share_autoencoder", "share_text_encoder", "share_transformer"]
 
