@@ -421,12 +421,13 @@ def judge(send: Callable[[], int], case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    from limner import Pipeline, bench, safety
+    from limner import Pipeline, bench
     from limner.engine import Engine
-    from limner.server.access import KeyRing, LimitPolicy
+    from limner.server.access.keys import KeyRing, LimitPolicy
     from limner.server.app import create_app
+    from limner.server.http.service import ServeSettings
     from limner.server.run import make_server
-    from limner.server.service import ServeSettings
+    from limner.trust import safety
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)

@@ -12,10 +12,10 @@ from typing import Any
 
 from limner import Pipeline
 from limner.engine import Engine
-from limner.safety import no_checks
-from limner.server.access import KeyRing
+from limner.server.access.keys import KeyRing
 from limner.server.app import create_app
-from limner.server.service import ServeSettings
+from limner.server.http.service import ServeSettings
+from limner.trust.safety import no_checks
 
 FILE = Path(__file__).with_suffix(".json")
 

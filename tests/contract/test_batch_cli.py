@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import picture
+from tests.support.tiny import picture
 
 from limner import cli
 from limner.cli import main

@@ -15,17 +15,17 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import httpx
 import pytest
 import torch
-from tests.conftest import Gate
-from tests.serving import ANNA, BOB, KEYS, SIZE, Served, Words, opened, png, text, types
+from tests.support.serving import ANNA, BOB, KEYS, SIZE, Served, Words, opened, png, text, types
+from tests.support.tiny import Gate
 
 from limner import Pipeline
 from limner.engine import Engine
 from limner.model.preview import LatentPreview
-from limner.safety import Checks
-from limner.server.access import LimitPolicy
-from limner.server.outbound import Origin, OutboundPolicy
-from limner.server.runner import RunnerSettings
-from limner.server.webhooks import Delivery, verify
+from limner.server.access.keys import LimitPolicy
+from limner.server.jobs.runner import RunnerSettings
+from limner.server.jobs.webhooks import Delivery, verify
+from limner.server.outbound.client import Origin, OutboundPolicy
+from limner.trust.safety import Checks
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
-from tests.conftest import picture
+from tests.support.tiny import picture
 
 import limner
 from limner.cli import main

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.network import Network, default_context
-from tests.serving import Served, opened, text
+from tests.support.network import Network, default_context
+from tests.support.serving import Served, opened, text
 
 from limner import InvalidRequest, Pipeline
 from limner.images import prepare_reference
-from limner.server.access import LimitPolicy
-from limner.server.connection import HastyProtocol
-from limner.server.outbound import OutboundClient, OutboundPolicy
+from limner.server.access.keys import LimitPolicy
+from limner.server.http.connection import HastyProtocol
+from limner.server.outbound.client import OutboundClient, OutboundPolicy
 
 
 @pytest.fixture(scope="module")

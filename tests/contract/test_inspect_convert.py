@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests import checkpoints as made
-from tests.checkpoints import TEXT, TRANSFORMER, VAE, tensors_of
-from tests.conftest import make_transformer
+from tests.support import checkpoints as made
+from tests.support.checkpoints import TEXT, TRANSFORMER, VAE, tensors_of
+from tests.support.tiny import make_transformer
 
 from limner import Pipeline
 from limner.cli import main

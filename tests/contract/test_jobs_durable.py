@@ -19,15 +19,15 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.conftest import Gate
-from tests.serving import BOB, KEYS, SIZE, Served, opened, png, text, types
+from tests.support.serving import BOB, KEYS, SIZE, Served, opened, png, text, types
+from tests.support.tiny import Gate
 
 from limner import Pipeline
 from limner.errors import OutputError
 from limner.server import run
-from limner.server.jobs import JobStore
-from limner.server.runner import RunnerSettings
-from limner.server.storage import StorageInUse
+from limner.server.jobs.records import JobStore
+from limner.server.jobs.runner import RunnerSettings
+from limner.server.jobs.storage import StorageInUse
 
 KEY = {"Idempotency-Key": "once"}
 

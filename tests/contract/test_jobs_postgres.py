@@ -8,16 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.conftest import Gate
-from tests.postgres import PROGRAMS, WHY, Server
-from tests.serving import SIZE, Served, opened, png, text, types
+from tests.support.postgres import PROGRAMS, WHY, Server
+from tests.support.serving import SIZE, Served, opened, png, text, types
+from tests.support.tiny import Gate
 
 from limner import Pipeline
-from limner.server import postgres
-from limner.server import runner as running
-from limner.server.jobs import Job
-from limner.server.runner import RunnerSettings
-from limner.server.storage import StorageUnavailable
+from limner.server.jobs import postgres
+from limner.server.jobs import runner as running
+from limner.server.jobs.records import Job
+from limner.server.jobs.runner import RunnerSettings
+from limner.server.jobs.storage import StorageUnavailable
 
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason=WHY)
 

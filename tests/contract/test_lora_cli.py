@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.conftest import picture
-from tests.lora_files import SHAPES, kohya, make_pairs, original
+from tests.support.lora_files import SHAPES, kohya, make_pairs, original
+from tests.support.tiny import picture
 
 from limner.cli import build_parser, main
 from limner.images import read_metadata

@@ -15,14 +15,14 @@ import httpx
 import openai
 import pytest
 import torch
-from tests.conftest import Gate
-from tests.serving import ANNA, BOB, KEYS, Served, Words, opened, png
+from tests.support.serving import ANNA, BOB, KEYS, Served, Words, opened, png
+from tests.support.tiny import Gate
 
 from limner import Pipeline
 from limner.engine import Engine
 from limner.model.preview import LatentPreview
-from limner.safety import Checks
-from limner.server.access import LimitPolicy
+from limner.server.access.keys import LimitPolicy
+from limner.trust.safety import Checks
 
 
 @pytest.fixture(scope="module")

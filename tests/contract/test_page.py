@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import picture
+from tests.support.tiny import picture
 
 from limner.images import read_metadata
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import picture
+from tests.support.tiny import picture
 
 from limner.cli import main
-from limner.residency import can_release
+from limner.memory.residency import can_release
 
 
 def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:

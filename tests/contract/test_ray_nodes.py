@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from tests.contract.test_ray_serve import Deployed, until
-from tests.postgres import PROGRAMS, WHY, Server
-from tests.serving import png, text
+from tests.support.postgres import PROGRAMS, WHY, Server
+from tests.support.serving import png, text
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not PROGRAMS, reason=WHY)]
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")

@@ -19,13 +19,13 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from tests.conftest import generators, picture
-from tests.serving import opened, png, text
+from tests.support.serving import opened, png, text
+from tests.support.tiny import generators, picture
 
 from limner import Pipeline, ReferenceStore
 from limner.cli import main
+from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest
-from limner.model_options import ModelOptions
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")

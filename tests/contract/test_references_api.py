@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.serving import ANNA, BOB, KEYS, Served, Words, opened, png, text, types
+from tests.support.serving import ANNA, BOB, KEYS, Served, Words, opened, png, text, types
 
 from limner import Pipeline, ReferenceStore
 from limner.errors import RemoteError
 from limner.images import prepare_reference
-from limner.safety import Checks
+from limner.trust.safety import Checks
 
 BOBS = {"x-key": BOB}
 

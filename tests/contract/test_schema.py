@@ -20,10 +20,10 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from tests.serving import Served, png, text
+from tests.support.serving import Served, png, text
 
 from limner import Pipeline
-from limner.server.access import LimitPolicy
+from limner.server.access.keys import LimitPolicy
 
 FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 EXAMPLES = int(os.environ.get("LIMNER_FUZZ", "0"))

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import picture
+from tests.support.tiny import picture
 
 import limner
 from limner.images import encode
-from limner.provenance import Ingredient, development_credentials, sign
+from limner.trust.provenance import Ingredient, development_credentials, sign
 
 
 def verify(*args: object) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import make_transformer, relative_error
-from tests.parallel_work import NAMES, build, draw, inputs, loras, work
-from tests.processes import run_processes
+from tests.support.parallel_work import NAMES, build, draw, inputs, loras, work
+from tests.support.processes import run_processes
+from tests.support.tiny import make_transformer, relative_error
 
 from limner.config import TransformerConfig
 from limner.model.int8 import quantize_blocks

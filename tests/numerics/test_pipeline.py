@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import MAX_TOKENS, TEXT_LAYERS, generators, picture, relative_error
+from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture, relative_error
 
 from limner import Cancelled, InvalidRequest, Pipeline, ReferenceStore
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import make_transformer, relative_error
+from tests.support.tiny import make_transformer, relative_error
 from torch import Tensor
 
 from limner.config import TransformerConfig

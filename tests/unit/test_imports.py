@@ -12,33 +12,20 @@ import limner
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native"},
-    {"places"},
-    {"memory"},
+    {"places", "grid"},
     {"tokens", "schedule", "images"},
-    {"safety", "provenance"},
+    {"requests", "trust"},
     {"model"},
-    {"weights", "references", "remote_tier", "residency"},
-    {"store", "adapters", "ranks"},
+    {"memory"},
+    {"weights", "references"},
+    {"store", "ranks"},
     {"pipeline"},
-    {"engine", "bench", "manifest", "model_options"},
+    {"engine", "bench"},
     {"batch"},
     {"server"},
     {"deploy"},
     {"cli"},
     {"__main__"},
-)
-INSIDE_MODEL = (
-    "arithmetic",
-    "rope",
-    "attention",
-    "kv",
-    "layers",
-    "lora",
-    "transformer",
-    "parallel",
-    "autoencoder",
-    "preview",
-    "text_encoder",
 )
 
 

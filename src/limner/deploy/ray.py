@@ -41,16 +41,16 @@ from limner.config import ReferencePolicy
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
 from limner.deploy.remote import LostReplica, ModelCard, RemoteEngine
 from limner.engine import EditRequest, Engine, EngineStats, Event, Failed, Finished, Prefilled, load_aside
+from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
-from limner.model_options import ModelOptions
 from limner.places import absolute, check_store, is_url
-from limner.remote_tier import RemoteTier
-from limner.server.limits import LoopbackCallers
+from limner.server.http.limits import LoopbackCallers
+from limner.server.http.wire import error_body
+from limner.server.jobs.storage import StorageInUse
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
-from limner.server.storage import StorageInUse
-from limner.server.wire import error_body
 from limner.store import ReferenceStore, StoreStats
+from limner.store.bucket import RemoteTier
 
 __all__ = ["DeployOptions", "IngressApp", "Painter", "app", "deploy"]
 

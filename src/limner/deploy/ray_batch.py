@@ -24,8 +24,8 @@ import torch
 
 from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, finished_rows, is_whole
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
+from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
-from limner.model_options import ModelOptions
 
 __all__ = ["Cluster"]
 

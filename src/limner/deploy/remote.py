@@ -21,7 +21,6 @@ import torch
 
 from limner.config import ModelGeometry, ReferencePolicy
 from limner.engine import (
-    EditRequest,
     EngineStats,
     Event,
     Failed,
@@ -37,6 +36,7 @@ from limner.images import PreparedReference
 from limner.memory import Formats, call_bytes
 from limner.pipeline import Pipeline
 from limner.references import reference_key
+from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
 __all__ = ["LostReplica", "ModelCard", "RemoteEngine", "Replicas"]
@@ -180,9 +180,30 @@ class RemoteEngine:
             self._stats.refused += 1
             raise QueueFull(f"{waiting} requests wait, which is all that may; try again later")
 
+    @property
+    def model(self) -> ModelCard:
+        """What the replicas have loaded."""
+        return self.card
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """As `Pipeline.key_of`, in the arithmetic of the replica that was asked."""
+        return self.pipe.key_of(prepared)
+
+    def holds(self, key: str) -> bool:
+        """Whether some replica had the K/V of a key; it may have dropped them since."""
+        return key in self.pipe.store
+
+    def forget(self, key: str) -> bool:
+        """Removes K/V from every replica that runs; not to be called in the event loop."""
+        return self.pipe.store.remove(key)
+
+    def store_stats(self) -> StoreStats:
+        """Hits and misses as this process saw them; bytes and entries of the replicas that run now."""
+        return self.pipe.store.stats()
+
     def submit(
         self,
-        request: EditRequest,
+        request: EditRequest | PrefillRequest,
         *,
         id: str,
         listener: Callable[[Event], None],
@@ -192,6 +213,11 @@ class RemoteEngine:
         accepted: bool = False,
     ) -> None:
         """As `Engine.submit`: after a lost replica a listener may hear of `Started` and `Progress` again."""
+        if isinstance(request, PrefillRequest):
+            self.prefill(
+                request.references, id=id, listener=listener, owner=owner, priority=priority, accepted=accepted
+            )
+            return
         self.check(request)
         self._begin(id, request, listener, owner, priority, timeout=timeout, accepted=accepted)
 

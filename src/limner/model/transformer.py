@@ -39,8 +39,8 @@ class Transformer(nn.Module):
     beside: object | None = None
     """What runs beside the matrices, LoRAs: kept here by who attaches it, so that all who share the network know of it."""
     visit: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] | None = None
-    """Who brings the weights of a block before it runs and takes them away after (`limner.residency`); None: they are
-    there."""
+    """Who brings the weights of a block before it runs and takes them away after (`limner.memory.residency`); None: they
+    are there."""
     parallel: Parallel | None = None
     """The processes that this model is divided among (`limner.model.parallel.divide`); None: it is whole, here."""
 

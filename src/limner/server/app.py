@@ -20,19 +20,19 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner import __version__
+from limner.engine.protocol import Backend
 from limner.errors import LimnerError
-from limner.provenance import Signer
-from limner.safety import Checks
-from limner.server import bfl, openai_images, page, resources
-from limner.server.access import KeyRing, Limiter
-from limner.server.backend import Backend
-from limner.server.jobs import Job, JobStore
-from limner.server.limits import BodyLimits, LocalCallers
-from limner.server.metrics import Metrics
-from limner.server.outbound import OutboundClient
-from limner.server.runner import JobRunner
-from limner.server.service import KEYS, ServeSettings, Service
-from limner.server.wire import ERRORS, INTERNAL, SafeJSON, answer_of, error_body, is_openai
+from limner.server.access.keys import KeyRing, Limiter
+from limner.server.dialects import bfl, openai_images, page, resources
+from limner.server.http.limits import BodyLimits, LocalCallers
+from limner.server.http.metrics import Metrics
+from limner.server.http.service import KEYS, ServeSettings, Service
+from limner.server.http.wire import ERRORS, INTERNAL, SafeJSON, answer_of, error_body, is_openai
+from limner.server.jobs.records import Job, JobStore
+from limner.server.jobs.runner import JobRunner
+from limner.server.outbound.client import OutboundClient
+from limner.trust.provenance import Signer
+from limner.trust.safety import Checks
 
 __all__ = ["create_app"]
 

@@ -19,22 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limner import provenance, safety
 from limner.engine import Engine, load_aside
 from limner.errors import InvalidRequest, MissingExtra, OutputError
 from limner.images import write_beside
 from limner.pipeline import Pipeline
 from limner.places import is_url
-from limner.server.access import KeyRing, LimitPolicy, check_bind, new_key
-from limner.server.outbound import Origin, OutboundPolicy
-from limner.server.storage import StorageInUse, StorageUnavailable, check_data
+from limner.server.access.keys import KeyRing, LimitPolicy, check_bind, new_key
+from limner.server.jobs.storage import StorageInUse, StorageUnavailable, check_data
+from limner.server.outbound.client import Origin, OutboundPolicy
+from limner.trust import provenance, safety
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from limner.server.backend import Backend
-    from limner.server.jobs import JobStore
+    from limner.engine.protocol import Backend
+    from limner.server.jobs.records import JobStore
 
 __all__ = [
     "ServeOptions",
@@ -113,7 +113,7 @@ def open_jobs(options: ServeOptions) -> JobStore:
     with needs_extra("limner serve"):
         import uvicorn  # noqa: F401  # before anything is held
 
-        from limner.server.jobs import JobStore
+        from limner.server.jobs.records import JobStore
     told = False
     while True:
         try:
@@ -176,8 +176,8 @@ def build_app(engine: Backend, options: ServeOptions, *, model_name: str, jobs: 
     """The application that options ask for, over an engine. Raises what the options get wrong."""
     with needs_extra("limner serve"):
         from limner.server.app import create_app
-        from limner.server.runner import RunnerSettings
-        from limner.server.service import ServeSettings
+        from limner.server.http.service import ServeSettings
+        from limner.server.jobs.runner import RunnerSettings
 
     return create_app(
         engine=engine,
@@ -216,7 +216,7 @@ def make_server(
     """uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.connection import HastyProtocol
+    from limner.server.http.connection import HastyProtocol
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

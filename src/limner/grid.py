@@ -1,0 +1,31 @@
+"""The grid of pixels: the side that a token stands for, the sizes it allows, and tokens of a picture.
+
+The autoencoder halves a side three times and a token is a patch of 2x2 latents: 16 pixels. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+from limner.errors import InvalidRequest
+
+__all__ = ["MIN_SIDE", "PIXELS", "check_size", "num_tokens"]
+
+PIXELS = 16
+"""Side, in pixels, of the square that one token stands for."""
+MIN_SIDE = 64
+"""The smallest side of a picture or a reference, in pixels."""
+
+
+def num_tokens(*sizes: tuple[int, int]) -> int:
+    """Tokens of pictures of these sizes (width, height) in pixels, which are multiples of `PIXELS`."""
+    return sum(width * height for width, height in sizes) // PIXELS**2
+
+
+def check_size(name: str, value: int) -> int:
+    """A side of the output in pixels. Raises `InvalidRequest`."""
+    if not isinstance(value, int):
+        raise InvalidRequest(name, f"{value!r} is not a whole number of pixels")
+    if value < MIN_SIDE or value % PIXELS:
+        low = max(MIN_SIDE, value // PIXELS * PIXELS)
+        use = f"{low} or {low + PIXELS}" if value > MIN_SIDE else f"{MIN_SIDE}"
+        raise InvalidRequest(name, f"{value} is not a multiple of {PIXELS} of at least {MIN_SIDE}; use {use}")
+    return value

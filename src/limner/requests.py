@@ -1,0 +1,47 @@
+"""What one caller asks the model for: a picture for each seed, or the K/V of references alone.
+
+The command line, batches, both HTTP dialects and the engine make these; the checks of a single value stand here once.
+Knows nothing of pipelines, queues or HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from limner.errors import InvalidRequest
+from limner.images import PreparedReference
+
+__all__ = ["MAX_STEPS", "EditRequest", "PrefillRequest", "check_prompt"]
+
+MAX_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EditRequest:
+    """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice."""
+
+    prompt: str
+    seeds: tuple[int, ...]
+    references: tuple[PreparedReference, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillRequest:
+    """The K/V of an ordered list of references, computed or found, and kept."""
+
+    references: tuple[PreparedReference, ...]
+
+
+def check_prompt(text: object) -> None:
+    """Raises `InvalidRequest` where a prompt is no text to draw from."""
+    if not isinstance(text, str):
+        raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
+    if not text.strip():
+        raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8") from None

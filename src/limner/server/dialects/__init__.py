@@ -1,0 +1,1 @@
+"""One wire dialect each."""

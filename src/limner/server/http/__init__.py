@@ -1,0 +1,1 @@
+"""What all routes share: settings, errors as answers, limits of bodies."""

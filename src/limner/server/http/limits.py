@@ -1,0 +1,180 @@
+"""Limits of a request that hold before any route sees it: size and time of its body, a key before either, and from where.
+
+ASGI middlewares. A body is read whole, up to a limit of its own and one over all requests, and handed on; so a route
+never waits for a slow caller, and what is refused is refused early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from limner.errors import AccessDenied
+from limner.server.http.wire import answer_of
+
+__all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
+
+ErrorBody = Callable[[str, int, str], Mapping[str, object]]
+"""(path, status, message) to the body of an error in the dialect of that path."""
+
+
+class BodyLimits:
+    """`check_key(headers)` raises `AccessDenied`; `max_buffered` bytes may be in memory over all requests."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        max_buffered: int,
+        seconds: float,
+        check_key: Callable[[Headers], object],
+        error_body: ErrorBody,
+    ) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_buffered = max_buffered
+        self._seconds = seconds
+        self._check_key = check_key
+        self._error_body = error_body
+        self._buffered = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        taken = 0
+        try:
+            self._check_key(headers)
+            length = headers.get("content-length", "0")
+            if not length.isdecimal():
+                raise _Refused(400, f"content-length: {length[:40]!r} is not a number")
+            if int(length[:20]) > self._max_bytes:
+                raise _Refused(413, f"the body has {length[:20]} bytes; at most {self._max_bytes} are allowed")
+            chunks: list[bytes] = []
+            try:
+                async with asyncio.timeout(self._seconds):
+                    more = True
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            return
+                        chunk = message.get("body", b"")
+                        more = message.get("more_body", False)
+                        if taken + len(chunk) > self._max_bytes:
+                            raise _Refused(413, f"the body is over the {self._max_bytes} bytes that are allowed")
+                        if self._buffered + len(chunk) > self._max_buffered:
+                            raise _Refused(503, "too many large requests at once; try again later")
+                        taken += len(chunk)
+                        self._buffered += len(chunk)
+                        chunks.append(chunk)
+            except TimeoutError:
+                raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
+            body = b"".join(chunks)
+            chunks.clear()  # it is not kept twice while the route works
+            await self._app(scope, _replay(body, receive), send)
+        except AccessDenied as error:
+            await _refuse(send, *answer_of(scope["path"], error))
+        except _Refused as refused:
+            told = self._error_body(scope["path"], refused.status, refused.message)
+            await _refuse(send, refused.status, told, {"retry-after": "1"} if refused.status == 503 else {})
+        finally:
+            self._buffered -= taken
+
+
+class LocalCallers:
+    """For a server without keys: refuses what a page from elsewhere makes a browser of this machine ask.
+
+    Such a page can let a name of its own point to 127.0.0.1 (`Host` is that name), or send a form across sites (`Origin`
+    is its own). Programs send neither.
+    """
+
+    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+        self._app = app
+        self._error_body = error_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            hosts, origins = headers.getlist("host"), headers.getlist("origin")
+            problem = ""
+            if len(hosts) != 1 or not _is_local(f"//{hosts[0]}"):
+                problem = "the header Host has to be localhost, 127.0.0.1 or [::1]: this server has no keys"
+            elif not all(map(_is_local, origins)):
+                problem = "pages of other sites may not use this server, which has no keys"
+            if problem:
+                await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})
+                return
+        await self._app(scope, receive, send)
+
+
+class LoopbackCallers:
+    """For a server without keys behind a proxy that may listen anywhere: refuses callers from other machines.
+
+    A proxy may take the caller's address from a header that the caller sent, so whoever sends one is refused.
+    """
+
+    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+        self._app = app
+        self._error_body = error_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        forwarded = {b"x-forwarded-for", b"forwarded"} & {name.lower() for name, _ in scope.get("headers", ())}
+        if scope["type"] == "http" and (forwarded or not _is_loopback(scope.get("client"))):
+            problem = "this server has no keys, and answers callers on its own machine alone; start it with keys"
+            await _refuse(send, 403, self._error_body(scope["path"], 403, problem), {})
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_loopback(client: Any) -> bool:
+    try:
+        return ipaddress.ip_address(client[0]).is_loopback
+    except (TypeError, ValueError, IndexError):
+        return False
+
+
+def _is_local(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.hostname in ("localhost", "127.0.0.1", "::1") and "@" not in parts.netloc
+    except ValueError:
+        return False
+
+
+async def _refuse(send: Send, status: int, told: Mapping[str, object], more: Mapping[str, str]) -> None:
+    """Answers without reading what else comes, so the connection cannot be used again."""
+    body = json.dumps(told).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **more}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body at once and then what else comes."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

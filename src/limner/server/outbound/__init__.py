@@ -1,0 +1,1 @@
+"""What the service may reach: URLs of pictures, webhooks."""

@@ -1,0 +1,101 @@
+"""Pictures of a request: base64, data URLs, and, where an operator switched it on, URLs.
+
+Owns the text forms of a picture and which redirects are followed. Gives the bytes of a file; knows nothing of what is in
+them (`images` decodes) and nothing of addresses (`outbound` checks).
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from urllib.parse import urljoin
+
+from limner.errors import InvalidRequest, RemoteError
+from limner.server.outbound.client import OutboundClient
+
+__all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "read_picture"]
+
+MAX_REDIRECTS = 3
+"""More are a loop or a trap."""
+_ACCEPT = {"Accept": "image/png, image/jpeg, image/webp"}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}:")  # base64 has no colon
+_DATA = re.compile(r"data:(?:image/[a-z0-9.+-]{1,64})?;base64,", re.IGNORECASE)
+_WHITESPACE = {ord(c): None for c in " \t\r\n"}
+
+
+async def read_picture(
+    text: str, *, client: OutboundClient | None, max_bytes: int, field: str = "input_image"
+) -> bytes:
+    """The file of a picture that is given as base64, data URL or URL. Without `client`, URLs are refused."""
+    found = _SCHEME.match(text)
+    if found is None or found[0].lower() == "data:":
+        return decode_picture(text, max_bytes=max_bytes, field=field)
+    if client is None:
+        raise InvalidRequest(field, "pictures by URL are switched off on this server; send the file as base64")
+    return await fetch_picture(text, client=client, max_bytes=max_bytes, field=field)
+
+
+def decode_picture(text: str, *, max_bytes: int, field: str = "input_image") -> bytes:
+    """The bytes of base64 (RFC 4648, section 4: + and /, padded), plain or in a data URL of an image.
+
+    Spaces and line breaks between the characters are allowed, since many tools break lines; all else is refused. The size
+    is computed from the text (three bytes for four characters) and checked before anything is decoded.
+    """
+    if text[:5].lower() == "data:":
+        found = _DATA.match(text)
+        if found is None:
+            raise InvalidRequest(field, "the data URL is not data:image/<type>;base64,<data>")
+        text = text[found.end() :]
+    compact = text.translate(_WHITESPACE)
+    if not compact:
+        raise InvalidRequest(field, "is empty; send a PNG, JPEG or WebP file as base64")
+    if len(compact) % 4:
+        raise InvalidRequest(
+            field, f"has {len(compact)} characters of base64, which is no multiple of 4; is it complete?"
+        )
+    size = len(compact) // 4 * 3 - (2 if compact.endswith("==") else compact.endswith("="))
+    if size > max_bytes:
+        raise InvalidRequest(field, f"the file has {size} bytes; at most {max_bytes} are allowed")
+    try:
+        return binascii.a2b_base64(compact.encode("ascii"), strict_mode=True)
+    except ValueError:  # UnicodeEncodeError and binascii.Error both are
+        raise InvalidRequest(
+            field, "is not base64: A-Z a-z 0-9 + / and = at the end, spaces and line breaks between them"
+        ) from None
+
+
+async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, field: str = "input_image") -> bytes:
+    """The file that a URL leads to.
+
+    At most MAX_REDIRECTS redirects are followed, each checked like the first URL, and never to http, not even to an
+    origin that is allowed. One time limit is over all of it. Raises InvalidRequest in every case: whatever went wrong,
+    the remedy is the caller's: another URL, or base64.
+    """
+    deadline = client.deadline()
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            reply = await client.request(
+                "GET", url, field=field, headers=_ACCEPT, max_bytes=max_bytes, deadline=deadline
+            )
+            if reply.status == 200:
+                return reply.body
+            if reply.status not in _REDIRECTS:
+                raise InvalidRequest(field, f"the URL was answered with status {reply.status} instead of a file")
+            url = _next(url, reply.headers.get("location", ""), field)
+    except RemoteError as error:
+        raise InvalidRequest(field, f"{str(error).removeprefix(f'{field}: ')}; send the file as base64") from None
+    raise InvalidRequest(field, f"the URL was redirected more than {MAX_REDIRECTS} times; name the last one")
+
+
+def _next(url: str, location: str, field: str) -> str:
+    """Where a redirect leads; it is checked when it is requested."""
+    if not location:
+        raise InvalidRequest(field, "the URL redirects without saying where")
+    try:
+        following = urljoin(url, location)
+    except ValueError:
+        raise InvalidRequest(field, "the URL redirects to what is no URL") from None
+    if not following.lower().startswith("https:"):
+        raise InvalidRequest(field, "the URL redirects to one that is not https")
+    return following

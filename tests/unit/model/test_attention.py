@@ -1,0 +1,212 @@
+"""Attention kernels against the formula in float64, at lengths that fill no block, in layouts that are views."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.tiny import relative_error
+from torch import Tensor
+
+from limner.errors import InvalidRequest
+from limner.model.attention import KERNELS, attend, choose_kernel
+from limner.model.kv import LayerKV, quantize_layer
+from limner.native import kernels as native
+
+# rounding of the result alone: 2^-9; `chunked` rounds scores and weights too
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+has_native = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tensor:
+    k, v = (torch.cat([r.expand(q.shape[0], -1, -1, -1), x], 1).double() for r, x in ((k_ref, k), (v_ref, v)))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize(
+    ("num_own", "num_ref", "heads", "dim", "batch"),
+    [
+        (1, 0, 1, 16, 1),
+        (63, 1, 3, 64, 2),
+        (130, 257, 2, 128, 1),
+        (257, 1000, 2, 32, 1),
+        (300, 0, 5, 64, 1),
+        (600, 513, 3, 48, 2),
+    ],
+)
+def test_kernels_are_the_formula(
+    kernel: str, dtype: torch.dtype, num_own: int, num_ref: int, heads: int, dim: int, batch: int
+) -> None:
+    if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):
+        pytest.skip("the native kernel is for bfloat16 on CPUs with AVX-512 BF16")
+    generator = torch.Generator().manual_seed(num_own)
+    # one projection, as a single-stream block has it: q, k and v are views of it
+    both = torch.randn(batch, num_own, 3 * heads * dim + 7, generator=generator).to(dtype)
+    q, k, v = (both[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim)) for i in range(3))
+    q = q * 3  # peaked: a few keys have the weight
+    k_ref, v_ref = (torch.randn(1, num_ref, heads, dim, generator=generator).to(dtype) for _ in range(2))
+    references = LayerKV(k_ref, v_ref) if num_ref else None
+    found = attend(q, k, v, references=references, kernel=kernel)
+    assert found.shape == q.shape
+    last = attend(q[:, num_own // 2 :], k, v, references=references, kernel=kernel)  # fewer queries than own keys
+    assert relative_error(last, found[:, num_own // 2 :]) <= LIMITS[dtype]
+    limit = LIMITS[dtype] * (5 if (kernel, dtype) in (("chunked", torch.bfloat16), ("dense", torch.bfloat16)) else 1)
+    assert relative_error(found, truth(q, k, v, k_ref, v_ref)) <= limit
+
+
+@has_native
+def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
+    q, k, v = (torch.randn(2, 100, 2, 64).bfloat16() for _ in range(3))
+    kept = LayerKV(*(torch.randn(1, 150, 2, 64).bfloat16() for _ in range(2)))
+    together = attend(q, k, v, references=kept, kernel="native")
+    alone = attend(q[1:], k[1:], v[1:], references=kept, kernel="native")
+    assert torch.equal(together[1:], alone)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(attend(q, k, v, references=kept, kernel="native"), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_quantized_references_are_their_widened_values(kernel: str, kind: str) -> None:
+    if kernel == "native" and native.native_library() is None:
+        pytest.skip("no AVX-512 BF16 or no C compiler")
+    q, k, v = (torch.randn(2, 70, 3, 32).bfloat16() for _ in range(3))
+    narrow = quantize_layer(LayerKV(*(torch.randn(1, 133, 3, 32).bfloat16() * 2 for _ in range(2))), kind)
+    expected = attend(q, k, v, references=narrow.dense(torch.bfloat16), kernel=kernel)
+    assert torch.equal(attend(q, k, v, references=narrow, kernel=kernel), expected)
+
+
+@has_native
+def test_native_takes_extreme_scores() -> None:
+    """One key far above the rest, scores that would overflow without their maximum, and equal ones."""
+    q = torch.full((1, 3, 1, 16), 90.0).bfloat16()
+    k = torch.randn(1, 200, 1, 16).bfloat16() * 40
+    v = torch.randn(1, 200, 1, 16).bfloat16()
+    found = attend(q, k, v, kernel="native")
+    assert torch.isfinite(found).all()
+    assert relative_error(found, truth(q, k, v, k[:, :0], v[:, :0])) <= 4e-3
+    huge = attend(q * 1000, k * 3000, v, kernel="native")
+    assert relative_error(huge, truth(q * 1000, k * 3000, v, k[:, :0], v[:, :0])) <= 4e-3
+    flat = attend(torch.zeros_like(q), k, v, kernel="native")
+    assert relative_error(flat[:, :1], v.double().mean(1, keepdim=True)) <= 4e-3
+
+
+@has_native
+def test_native_is_chosen_where_it_runs() -> None:
+    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 128) == "native"
+    assert choose_kernel(torch.device("cpu"), torch.float32, 128) != "native"
+    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 24) != "native"
+
+
+@pytest.mark.parametrize("setting", [{"LIMNER_NATIVE": "0"}, {"CC": "/nowhere/cc"}, {"CC": "gcc '"}])
+def test_works_without_the_native_kernel(setting: dict[str, str], tmp_path: Path) -> None:
+    """Turned off, or with a compiler that is not there: another kernel, and an error that says so if it is asked for."""
+    code = (
+        "import torch; from limner.model.attention import attend, choose_kernel\n"
+        "from limner.errors import InvalidRequest\n"
+        "x = torch.randn(1, 9, 2, 16).bfloat16(); attend(x, x, x)\n"
+        "print(choose_kernel(x.device, x.dtype, 16))\n"
+        "try: attend(x, x, x, kernel='native')\n"
+        "except InvalidRequest as error: print(error.field)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), **setting}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    chosen, field = done.stdout.split()
+    assert chosen in ("chunked", "chunked_float32")
+    assert field == "kernel"
+
+
+@has_native
+@pytest.mark.parametrize("fault", ["open", "empty", "unwritable"])
+def test_the_cache_of_built_kernels_is_not_trusted_blindly(fault: str, tmp_path: Path) -> None:
+    """A folder that others can write, a library that was cut short, no folder at all: built again, and it runs."""
+    folder = tmp_path / "limner"
+    folder.mkdir()
+    code = (
+        "import torch; from limner.native.kernels import native_library\n"
+        "from limner.model.attention import choose_kernel\n"
+        "print(choose_kernel(torch.device('cpu'), torch.bfloat16, 16), native_library()._name)"
+    )
+
+    def run(home: Path) -> list[str]:
+        environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(home)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    if fault == "unwritable":
+        (tmp_path / "file").touch()
+        chosen, path = run(tmp_path / "file")
+    elif fault == "open":
+        folder.chmod(0o777)
+        chosen, path = run(tmp_path)
+        assert not list(folder.iterdir())
+    else:
+        (made,) = [path for _, path in [run(tmp_path)]]
+        Path(made).write_bytes(b"")
+        chosen, path = run(tmp_path)
+        assert path == made
+    assert chosen == "native"
+    assert Path(path).parent == folder or fault != "empty"
+
+
+def test_native_refuses_what_it_cannot_do() -> None:
+    x = torch.randn(1, 4, 1, 16)
+    with pytest.raises(InvalidRequest, match="bfloat16"):
+        attend(x, x, x, kernel="native")
+    with pytest.raises(InvalidRequest, match="meta"):
+        attend(x.to("meta"), x.to("meta"), x.to("meta"), kernel="native")
+
+
+@has_native
+def test_native_checks_what_it_is_given() -> None:
+    q, k, v = (torch.randn(2, 5, 4, 16).bfloat16() for _ in range(3))
+    for wrong in ((k[:, :, :2], v), (k, v[:, :4]), (k.float(), v)):
+        with pytest.raises(ValueError, match="do not fit"):
+            attend(q, *wrong, kernel="native")
+    with pytest.raises(ValueError, match="do not fit"):
+        attend(q, k, v, references=LayerKV(*(torch.randn(3, 5, 4, 16) for _ in range(2))), kernel="native")
+    wide = LayerKV(*(torch.randn(1, 5, 4, 16).double() for _ in range(2)))  # rounded to the dtype of the queries
+    narrow = LayerKV(*(x.bfloat16() for x in wide))
+    found = [attend(q, k, v, references=kept, kernel="native") for kept in (wide, narrow)]
+    assert torch.equal(*found)
+
+
+@has_native
+@pytest.mark.parametrize("which", ["q", "k", "v", "reference"])
+@pytest.mark.parametrize("num", [6, 7, 8])
+def test_native_hands_nan_on(which: str, num: int) -> None:
+    """A broken weight has to show in the picture's check, not to vanish in a maximum."""
+    q, k, v = (torch.randn(1, num, 1, 16).bfloat16() for _ in range(3))
+    kept = LayerKV(*(torch.randn(1, 9, 1, 16).bfloat16() for _ in range(2)))
+    {"q": q, "k": k, "v": v, "reference": kept.k}[which][0, 2, 0, 3] = float("nan")
+    found = attend(q, k, v, references=kept, kernel="native")
+    assert found[0, 2].isnan().any()
+    if which == "reference":
+        assert found.isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_each_input_alone_gets_its_gradient(which: int) -> None:
+    inputs = [torch.randn(1, n, 2, 16).bfloat16() for n in (4, 4, 4, 6, 6)]
+    inputs[which].requires_grad_()
+    q, k, v, *kept = inputs
+    attend(q, k, v, references=LayerKV(*kept)).float().square().sum().backward()
+    gradient = inputs[which].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    with pytest.raises(InvalidRequest):
+        attend(q, k, v, references=LayerKV(*kept), kernel="native")

@@ -1,0 +1,524 @@
+"""Every layout gives the same model; what is none of them is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.support import checkpoints as made
+from tests.support.checkpoints import TEXT, TRANSFORMER, VAE, tensors_of
+from tests.support.tiny import generators, make_transformer, picture
+
+from limner import CheckpointError, Pipeline
+from limner.config import KLEIN_4B, KLEIN_9B, TransformerConfig
+from limner.model.transformer import Transformer
+from limner.weights.checkpoint import open_part
+from limner.weights.files import TensorFile, TensorInfo, dtype_name
+from limner.weights.folder import bundled_model, load_transformer
+from limner.weights.layouts import geometry_name, geometry_of, recognise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def wide_state() -> dict[str, torch.Tensor]:
+    """A transformer with heads of 128, whose single file says all there is to say; bfloat16 as published ones are."""
+    torch.manual_seed(3)
+    network = make_transformer(128, double=1, single=1)
+    return {name: value.bfloat16() for name, value in network.state_dict().items()}
+
+
+def converted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """diffusers' own conversion of an original file."""
+    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+    found: dict[str, torch.Tensor] = convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
+    return found
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
+    )
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal to rounding: the last bits of a product depend on where in its page a mapped weight starts."""
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def draw(pipe: Pipeline) -> torch.Tensor:
+    pictures: torch.Tensor = pipe(
+        "a dog", image=picture(64, 64), generator=generators(1)[0], height=64, width=64, output_type="pt"
+    ).images
+    return pictures
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_original_file_is_what_diffusers_makes_of_it(
+    prefix: str, wide_state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    tensors = made.original(wide_state)
+    assert same(converted(tensors), wide_state)  # the tests' file is the original's, not only ours
+    file = made.save(tensors, tmp_path / "model.safetensors", prefix=prefix)
+    loaded = load_transformer(file, dtype=None, device=CPU)
+    assert same(loaded.state_dict(), wide_state)
+    layout = open_part("transformer", file).layout
+    assert (layout.kind, layout.prefix) == ("comfyui" if prefix else "original", prefix)
+    assert (loaded.config.num_double_blocks, loaded.config.num_single_blocks, loaded.config.num_heads) == (1, 1, 2)
+    assert (loaded.config.rope_axes, loaded.config.rope_theta) == ((32, 32, 32, 32), 2000)
+
+
+def test_parts_of_a_fused_projection_are_views(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    file = made.save(made.original(wide_state), tmp_path / "model.safetensors")
+    attn = load_transformer(file, dtype=None, device=CPU).transformer_blocks[0].attn
+    q, k, v = attn.to_q.weight, attn.to_k.weight, attn.to_v.weight
+    assert k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == q.nbytes
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_a_wide_file_takes_no_memory(tmp_path: Path) -> None:
+    def anonymous() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no RssAnon")
+
+    state = {n: v.bfloat16() for n, v in make_transformer(256, double=2, single=2).state_dict().items()}
+    folder = tmp_path / "transformer"  # heads of 256 are not klein's: a configuration beside the file says the rest
+    folder.mkdir()
+    config = TransformerConfig(
+        num_double_blocks=2,
+        num_single_blocks=2,
+        num_heads=2,
+        head_dim=256,
+        text_width=48,
+        in_channels=16,
+        out_channels=16,
+        rope_axes=(64,) * 4,
+        time_channels=32,
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_diffusers()))
+    file = made.save(made.original(state), folder / "model.safetensors")
+    size = file.stat().st_size
+    assert size > 40e6
+    load_transformer(file, dtype=None, device=CPU)
+    before = anonymous()
+    loaded = load_transformer(file, dtype=None, device=CPU)
+    assert anonymous() - before < size / 5
+    assert loaded.config == config
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_key_of_references_does_not_depend_on_the_layout(prefix: str, tiny_folder: Path, tmp_path: Path) -> None:
+    whole = Pipeline.from_pretrained(tiny_folder)
+    file = made.save(
+        made.original(tensors_of(tiny_folder / TRANSFORMER)), tmp_path / "model.safetensors", prefix=prefix
+    )
+    vae = made.save(made.original_vae(tensors_of(tiny_folder / VAE)), tmp_path / "ae.safetensors")
+    text = made.save(tensors_of(tiny_folder / TEXT), tmp_path / "text.safetensors")
+    mixed = Pipeline.from_pretrained(tiny_folder, transformer=file, vae=str(vae), text_encoder=text)
+    assert mixed.reference_weights == whole.reference_weights
+    assert mixed.digest == whole.digest
+    assert mixed.prefill(picture(64, 64)).key == whole.prefill(picture(64, 64)).key
+    close(draw(mixed), draw(whole))
+
+
+def test_parts_given_may_be_missing_from_the_folder(tiny_copy: Path, tmp_path: Path) -> None:
+    expected = Pipeline.from_pretrained(tiny_copy).digest
+    shutil.copytree(tiny_copy, tmp_path / "other")
+    for part in ("transformer", "vae"):
+        shutil.rmtree(tiny_copy / part)
+    with pytest.raises(CheckpointError, match="has no transformer, vae"):
+        Pipeline.from_pretrained(tiny_copy)
+    found = Pipeline.from_pretrained(tiny_copy, transformer=tmp_path / "other", vae=tmp_path / "other" / "vae")
+    assert found.digest == expected
+    with pytest.raises(CheckpointError, match="transformer: .*nowhere is neither a folder nor a hub id"):
+        Pipeline.from_pretrained(tiny_copy, transformer=tmp_path / "nowhere", vae=tmp_path / "other")
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("scale", ["weight_scale", "scale_weight"])
+def test_fp8(per_row: bool, scale: str, wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """weight * scale, in float32, rounded once; then what diffusers makes of these names."""
+    stored, wide = made.fp8({n: v.float() for n, v in made.original(wide_state).items()}, scale=scale, per_row=per_row)
+    file = made.save(stored, tmp_path / "fp8.safetensors")
+    found = open_part("transformer", file)
+    assert (found.layout.kind, found.natural_dtype) == ("fp8", torch.bfloat16)
+    loaded = load_transformer(file, dtype=None, device=CPU)
+    assert same(loaded.state_dict(), converted(wide))
+    int8 = load_transformer(file, dtype=None, device=CPU, quantize="int8").state_dict()
+    name = "transformer_blocks.0.attn.to_v.weight"
+    assert int8[name].dtype == torch.int8
+    back = int8[name].float() * int8[f"{name}_scale"][:, None]
+    assert (back - converted(wide)[name].float()).norm() < 0.01 * back.norm()
+
+
+def test_int8_with_fused_projections(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """One scale for each row of q, k and v together: each takes its third."""
+    from limner.model.int8 import quantize_weight
+
+    stored = {}
+    for name, value in made.original(wide_state).items():
+        if made.quantized_matrix(name, value):
+            stored[name], stored[f"{name}_scale"] = quantize_weight(value)
+        else:
+            stored[name] = value
+    file = made.save(stored, tmp_path / "int8.safetensors")
+    found = load_transformer(file, dtype=None, device=CPU)
+    plain = made.save(made.original(wide_state), tmp_path / "wide.safetensors")
+    assert found.quantization == "int8"
+    assert same(found.state_dict(), load_transformer(plain, dtype=None, device=CPU, quantize="int8").state_dict())
+    stored["single_blocks.0.linear2.weight"] = wide_state["single_transformer_blocks.0.attn.to_out.weight"]
+    del stored["single_blocks.0.linear2.weight_scale"]
+    with pytest.raises(CheckpointError, match="single_blocks.0.linear2.weight is not int8, others are"):
+        load_transformer(made.save(stored, tmp_path / "half.safetensors"), dtype=None, device=CPU)
+
+
+def test_a_transformer_has_one_dtype(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    tensors = {n: v.float() if "norm" in n else v for n, v in made.original(wide_state).items()}
+    loaded = load_transformer(made.save(tensors, tmp_path / "mixed.safetensors"), dtype=None, device=CPU)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+
+
+def test_autoencoder_is_what_diffusers_makes_of_it(tiny_folder: Path, tmp_path: Path) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    state = tensors_of(tiny_folder / VAE)
+    tensors = made.original_vae(state)
+    config = json.loads((tiny_folder / "vae" / "config.json").read_text())
+    theirs = convert_ldm_vae_checkpoint(dict(tensors), config)
+    assert len(theirs) > 100  # diffusers' table lacks the statistics and the two convolutions inside
+    rest = ("bn.", "quant_conv", "post_quant_conv")
+    assert same(theirs, {name: value for name, value in state.items() if not name.startswith(rest)})
+    file = made.save(tensors, tmp_path / "ae.safetensors")
+    found = open_part("vae", file, like=tiny_folder / "vae" / "config.json")
+    assert found.layout.kind == "original"
+    assert same(dict(found.stream(state)), state)
+    outside = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): v for name, v in tensors.items()}
+    del outside["bn.num_batches_tracked"]
+    beside = open_part("vae", made.save(outside, tmp_path / "b.safetensors"), like=tiny_folder / "vae" / "config.json")
+    assert same(dict(beside.stream(state)), state)
+
+
+def test_published_autoencoder_and_text_encoder_need_no_folder(tmp_path: Path) -> None:
+    """What a single file's shapes do not say is that of klein where they are klein's."""
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2().state_dict()
+        text = Qwen3Model(
+            Qwen3Config(
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                num_hidden_layers=28,
+                vocab_size=151936,
+            )
+        ).state_dict()
+    file = sparse(made.original_vae(vae), tmp_path / "ae.safetensors")
+    found = open_part("vae", file)
+    assert (found.config["norm_num_groups"], found.config["latent_channels"]) == (32, 32)
+    assert str(found.problems(vae)) == ""
+    encoder = open_part("text_encoder", sparse({f"model.{n}": v for n, v in text.items()}, tmp_path / "q.safetensors"))
+    assert (encoder.config["num_hidden_layers"], encoder.config["rope_theta"]) == (36, 1e6)
+
+
+def test_text_encoder_files(tiny_folder: Path, tmp_path: Path) -> None:
+    """A language model, a base model, an all-in-one file, fp8, and one that was cut after the last layer that is read."""
+    whole, state = Pipeline.from_pretrained(tiny_folder), tensors_of(tiny_folder / TEXT)
+    base = {name.removeprefix("model."): v for name, v in state.items() if name != "lm_head.weight"}
+    cut = {name: v for name, v in state.items() if not name.startswith(("model.layers.3.", "model.norm."))}
+    comfy = {f"text_encoders.qwen3_4b.transformer.model.{name}": v for name, v in base.items()}
+    for number, tensors in enumerate((state, base, cut, comfy)):
+        file = made.save(tensors, tmp_path / f"{number}.safetensors")
+        assert Pipeline.from_pretrained(tiny_folder, text_encoder=file).digest == whole.digest
+    stored, wide = made.fp8(state)
+    file = made.save(stored, tmp_path / "fp8.safetensors")
+    found = Pipeline.from_pretrained(tiny_folder, text_encoder=file, dtype=torch.bfloat16).text_encoder.network
+    expected = made.save(wide, tmp_path / "wide.safetensors")
+    again = Pipeline.from_pretrained(tiny_folder, text_encoder=expected, dtype=torch.bfloat16).text_encoder.network
+    assert same(found.state_dict(), again.state_dict())
+
+
+def test_an_all_in_one_file_serves_every_part(tiny_folder: Path, tmp_path: Path) -> None:
+    tensors = {f"model.diffusion_model.{n}": v for n, v in made.original(tensors_of(tiny_folder / TRANSFORMER)).items()}
+    tensors |= {f"vae.{n}": v for n, v in made.original_vae(tensors_of(tiny_folder / VAE)).items()}
+    file = made.save(tensors, tmp_path / "all.safetensors")
+    found = Pipeline.from_pretrained(tiny_folder, transformer=file, vae=file)
+    assert found.digest == Pipeline.from_pretrained(tiny_folder).digest
+
+
+@pytest.mark.parametrize(("config", "name"), [(KLEIN_4B, "klein-4B"), (KLEIN_9B, "klein-9B")])
+def test_true_geometry(config: TransformerConfig, name: str, tmp_path: Path) -> None:
+    """Names and shapes of diffusers' own class, in the original layout, as a file whose tensors are holes."""
+    from diffusers import Flux2Transformer2DModel
+
+    values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
+    with torch.device("meta"):
+        theirs = Flux2Transformer2DModel(**values).bfloat16().state_dict()
+        ours = Transformer(config).state_dict()
+    found = open_part("transformer", sparse(made.original(theirs), tmp_path / "klein.safetensors"))
+    assert geometry_of(found.layout, where=tmp_path) == config
+    assert geometry_name(config) == name
+    assert str(found.problems(ours)) == ""
+    for target, value in theirs.items():
+        assert found.info(target) == TensorInfo(dtype="BF16", shape=tuple(value.shape), nbytes=value.nbytes)
+    both = open_part("transformer", sparse(theirs, tmp_path / "diffusers.safetensors"))
+    assert (both.layout.kind, both.config) == ("diffusers", found.config)
+    guided = made.original(theirs) | {"guidance_in.in_layer.weight": torch.empty(4, 4, device="meta")}
+    with pytest.raises(
+        CheckpointError, match=r"has a guidance embedding .*FLUX.2-dev-like.*guidance_in.in_layer.weight"
+    ):
+        open_part("transformer", sparse(guided, tmp_path / "dev.safetensors"))
+
+
+def sparse(tensors: dict[str, torch.Tensor], path: Path) -> Path:
+    """A safetensors file of these shapes whose data are a hole: gigabytes of no disk."""
+    header, end = {}, 0
+    for name, value in tensors.items():
+        header[name] = {
+            "dtype": dtype_name(value.dtype),
+            "shape": list(value.shape),
+            "data_offsets": [end, end + value.nbytes],
+        }
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path
+
+
+def test_the_bundled_model_has_a_name() -> None:
+    file = bundled_model() / TRANSFORMER
+    found = open_part("transformer", file)  # its config.json lies beside it
+    config = TransformerConfig.from_diffusers(found.config)
+    assert geometry_name(config, config) == "bundled"
+    assert config.head_dim == 64
+
+
+# A pipeline in memory
+
+
+def test_from_diffusers_shares_tensors(oracle: Any, tiny_folder: Path) -> None:
+    pipe, loaded = Pipeline.from_diffusers(oracle), Pipeline.from_pretrained(tiny_folder)
+    theirs = oracle.transformer.state_dict()
+    for name, value in pipe.transformer.state_dict().items():
+        assert value.data_ptr() == theirs[name].data_ptr(), name
+    for ours, other in (
+        (pipe.autoencoder.network, oracle.vae.state_dict()),
+        (pipe.text_encoder.network, {n.removeprefix("model."): v for n, v in oracle.text_encoder.state_dict().items()}),
+    ):
+        for name, value in ours.state_dict().items():
+            assert value.data_ptr() == other[name].data_ptr(), name
+    assert len(pipe.text_encoder.network.layers) == 3 < len(oracle.text_encoder.model.layers)
+    assert pipe.digest == loaded.digest
+    close(draw(pipe), draw(loaded))
+    key = pipe.prefill(picture(64, 64)).key
+    with torch.no_grad():
+        oracle.transformer.x_embedder.weight.mul_(2)
+    assert pipe.prefill(picture(64, 64)).key != key  # a change of the other pipeline is seen
+    with torch.no_grad():
+        oracle.transformer.x_embedder.weight.div_(2)
+    pipe.to(torch.bfloat16)
+    assert oracle.transformer.dtype == oracle.vae.dtype == torch.float32  # and ours is not theirs
+
+
+def test_from_diffusers_refuses_what_would_be_lost(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="pipeline: is a dict; allowed: the klein pipelines"):
+        Pipeline.from_diffusers({})
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle.transformer, "peft_config", {"default": 1}, raising=False)
+        with pytest.raises(CheckpointError, match=r"transformer: LoRA layers are on it; call fuse_lora\(\)"):
+            Pipeline.from_diffusers(oracle)
+    with monkeypatch.context() as patch:
+        patch.setitem(oracle.vae._modules, "quant_conv", torch.nn.Conv2d(8, 8, 1, device="meta"))
+        with pytest.raises(CheckpointError, match=r"vae: quant_conv\..* is offloaded"):
+            Pipeline.from_diffusers(oracle)
+    with monkeypatch.context() as patch:
+        patch.setitem(oracle.transformer._modules, "proj_out", torch.nn.Linear(32, 16))
+        with pytest.raises(CheckpointError, match="transformer: unexpected proj_out.bias"):
+            Pipeline.from_diffusers(oracle)
+
+
+# Bad input
+
+
+def write_pickle(path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(path) + ".ran",)
+
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def damaged(tensors: dict[str, torch.Tensor], path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    change(tensors)
+    return made.save(tensors, path)
+
+
+def set_nan(tensor: torch.Tensor, where: tuple[int, ...]) -> None:
+    tensor[where] = float("nan")
+
+
+QKV = "double_blocks.0.img_attn.qkv.weight"
+DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop("single_blocks.0.linear2.weight"), "missing single_blocks.0.linear2.weight"),
+    "missing first": (lambda t: t.pop("img_in.weight"), "missing img_in.weight; the file is incomplete"),
+    "unexpected": (lambda t: t.update(more=torch.zeros(1)), "unexpected more"),
+    "a hole in the blocks": (
+        lambda t: t.update({"single_blocks.7.norm.query_norm.scale": torch.ones(128)}),
+        "missing single_blocks.1.",
+    ),
+    "shape": (
+        lambda t: t.update({QKV: torch.zeros(700, 256)}),
+        r"double_blocks.0.img_attn.qkv.weight is \[700, 256\], the configuration asks for \[768, 256\]",
+    ),
+    "no heads": (
+        lambda t: t.update({"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(100)}),
+        r"query_norm.scale is \[100\], but the hidden states are 256 wide",
+    ),
+    "axes": (lambda t: t.update({"img_in.weight": torch.zeros(3)}), r"img_in.weight is \[3\]; it needs 2 axes"),
+    "nan in a norm": (
+        lambda t: set_nan(t["single_blocks.0.norm.key_norm.scale"], (77,)),
+        "single_blocks.0.norm.key_norm.scale holds values that are not",
+    ),
+    "nan in a matrix": (
+        lambda t: set_nan(t[QKV], (slice(300, 301),)),
+        f"{QKV} holds values that are not finite in bfloat16",
+    ),
+    "fp8 without scale": (
+        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn)}),
+        rf"{QKV} is F8_E4M3 without a scale \(double_blocks.0.img_attn.qkv.weight_scale\)",
+    ),
+    "fp8 in squares": (
+        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(6, 2)}),
+        r"weight_scale is \[6, 2\]",
+    ),
+    "int8 of others": (
+        lambda t: t.update({QKV: t[QKV].to(torch.int8), f"{QKV}_scale": torch.ones(())}),
+        f"{QKV} is I8 without one weight_scale for",
+    ),
+    "packed fours": (lambda t: t.update({QKV: t[QKV].to(torch.uint8)}), f"{QKV} is U8, which is not read"),
+    "of FLUX.1": (
+        lambda t: t.update({"double_blocks.0.img_mod.lin.weight": torch.zeros(2, 2)}),
+        "is of FLUX.1, whose blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_refuses_damage(name: str, wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    change, message = DAMAGE[name]
+    file = damaged(made.original(wide_state), tmp_path / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_transformer(file, dtype=None, device=CPU)
+    assert str(file) in str(caught.value)
+
+
+def test_refuses_files_that_are_no_weights(
+    wide_state: dict[str, torch.Tensor], tiny_folder: Path, tmp_path: Path
+) -> None:
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            Pipeline.from_pretrained(tiny_folder, transformer=path)
+        assert str(path) in str(caught.value)
+
+    for name in ("model.ckpt", "model.pt", "model.safetensors"):  # under its own name and under another one
+        write_pickle(tmp_path / name)
+        refused(tmp_path / name, "is a pickle, which can run code")
+        assert not (tmp_path / f"{name}.ran").exists()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "zip.safetensors")
+    refused(tmp_path / "zip.safetensors", "is a pickle")
+    whole = made.save(made.original(wide_state), tmp_path / "whole.safetensors")
+    for size in (0, 5, 100, 5000, whole.stat().st_size - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:size])
+        refused(tmp_path / "cut.safetensors", "is truncated or damaged")
+    refused(tiny_folder / TEXT, "holds no transformer of a layout that is known, but a text_encoder")
+    lora = made.save({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    refused(lora, "is a LoRA, not a model")
+    refused(made.save({"some": torch.zeros(1)}, tmp_path / "other.safetensors"), "holds no transformer .* but some")
+    tiny = made.save(made.original(tensors_of(tiny_folder / TRANSFORMER)), tmp_path / "tiny.safetensors")
+    with pytest.raises(
+        CheckpointError, match="have 16 dimensions, klein's 128; the file does not say how they are rotated"
+    ):
+        load_transformer(tiny, dtype=None, device=CPU)
+    with pytest.raises(CheckpointError, match="autoencoder has 48 token channels, the transformer 16"):
+        Pipeline.from_pretrained(transformer=whole)  # whole, and not of the bundled model
+    text = made.save({f"model.{n}": torch.zeros(2, 2) for n in ("embed_tokens.weight",)}, tmp_path / "t.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing model.layers.0.self_attn.q_norm.weight"):
+        Pipeline.from_pretrained(tiny_folder, text_encoder=text)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.bin", 3])
+def test_refuses_tricks_in_an_index(name: object, tiny_copy: Path) -> None:
+    (tiny_copy / TRANSFORMER).rename(tiny_copy / "outside.safetensors")
+    index = tiny_copy / "transformer" / f"{TRANSFORMER.name}.index.json"
+    index.write_text(json.dumps({"weight_map": {"proj_out.weight": name}}))
+    with pytest.raises(CheckpointError, match=r"index.json: names .*; shards have to be .safetensors files beside it"):
+        Pipeline.from_pretrained(tiny_copy)
+
+
+def test_headers_that_lie(wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """A configuration inside a header is data: bad ones are refused, none is run."""
+    tensors = made.original(wide_state)
+    file = made.save(tensors, tmp_path / "a.safetensors", **{"limner.config": "{"})
+    with pytest.raises(CheckpointError, match="limner.config in its header is not JSON"):
+        open_part("transformer", file)
+    values = json.dumps(KLEIN_4B.to_diffusers() | {"axes_dims_rope": [1, 2, 3]})
+    file = made.save(tensors, tmp_path / "b.safetensors", **{"limner.config": values})
+    with pytest.raises(CheckpointError, match="axes_dims_rope"):
+        open_part("transformer", file)
+
+
+class _Names(TensorFile):
+    """A header alone."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.path, self.files, self.metadata = Path("header"), (), {}
+        self.infos = {name: TensorInfo(dtype="BF16", shape=(4, 4), nbytes=32) for name in names}
+
+    def read(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_recognises_any_prefix_that_is_in_use() -> None:
+    for prefix in ("", "model.diffusion_model.", "diffusion_model."):
+        layout = recognise(_Names([f"{prefix}single_stream_modulation.lin.weight", "else.weight"]), "transformer")
+        assert (layout.prefix, layout.naming) == (prefix, "original")
+    with pytest.raises(CheckpointError, match="holds no transformer"):
+        recognise(_Names(["strange.single_stream_modulation.lin.weight"]), "transformer")
+    with pytest.raises(CheckpointError, match="holds no vae of a layout that is known, but nothing"):
+        recognise(_Names([]), "vae")
+
+
+def test_save_file_is_the_library(tmp_path: Path) -> None:
+    """The writer that takes one tensor at a time writes what the library's writer does."""
+    from limner.weights.files import write_tensors
+
+    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.tensor(7), "c": torch.randn(7), "d": torch.zeros(0, 2)}
+    tensors["e"] = torch.arange(5, dtype=torch.int8)
+    infos = {
+        n: TensorInfo(dtype=dtype_name(v.dtype), shape=tuple(v.shape), nbytes=v.nbytes) for n, v in tensors.items()
+    }
+    write_tensors(tmp_path / "a", infos, reversed(list(tensors.items())), metadata={"x": "y"})
+    save_file(tensors, tmp_path / "b", metadata={"format": "pt", "x": "y"})
+    assert tensors_of(tmp_path / "a").keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in tensors_of(tmp_path / "a").items())
+    start = 8 + int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+    assert start % 64 == 0
+    end = sum(value.nbytes for value in tensors.values())
+    assert (tmp_path / "a").read_bytes()[start:] == (tmp_path / "b").read_bytes()[-end:]
