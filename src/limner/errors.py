@@ -25,6 +25,7 @@ __all__ = [
     "QueueFull",
     "RateLimited",
     "RemoteError",
+    "first_line",
 ]
 
 
@@ -119,3 +120,8 @@ class Moderated(LimnerError):
 
 class NotFound(LimnerError):
     """What was named is not here, or not for this caller."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

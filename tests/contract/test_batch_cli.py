@@ -201,7 +201,7 @@ def test_what_stops_a_run_says_how_to_go_on(
 ) -> None:
     from limner import batch as module
 
-    real, written = module.write_beside, []
+    real, written = module.write_file, []
 
     def full(path: Path, data: bytes) -> None:
         written.append(path)
@@ -209,7 +209,7 @@ def test_what_stops_a_run_says_how_to_go_on(
             raise module.OutputError("output: no space left on device")
         real(path, data)
 
-    monkeypatch.setattr(module, "write_beside", full)
+    monkeypatch.setattr(module, "write_file", full)
     assert batch(folder, tiny_folder) == 2
     assert capsys.readouterr().err == (
         "limner: output: no space left on device; 2 of 4 rows are done and kept: mend that and run the same command again\n"

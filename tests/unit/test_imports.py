@@ -11,8 +11,8 @@ import limner
 
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
-    {"errors", "config", "native"},
-    {"places", "grid"},
+    {"errors", "config", "native", "version"},
+    {"places", "grid", "files"},
     {"tokens", "schedule", "images"},
     {"requests", "trust"},
     {"model"},

@@ -36,7 +36,8 @@ import torch
 from limner import __version__
 from limner.batch.manifest import BrokenRow, Row, check_number, read_manifest
 from limner.errors import Conflict, InvalidRequest, LimnerError, OutputError
-from limner.images import FORMATS, ReferenceReport, encode, prepare_reference, write_beside
+from limner.files import write_file
+from limner.images import FORMATS, ReferenceReport, encode, prepare_reference
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.places import check_store
 from limner.references import References
@@ -321,7 +322,7 @@ class Drawer:
 def _write_whole(options: BatchOptions, name: str, data: bytes) -> None:
     """Writes a file of the folder by way of the hidden one, where nothing that is half written stays for long."""
     part = options.hidden / f"part-{secrets.token_hex(8)}"
-    write_beside(part, data)
+    write_file(part, data)
     try:
         os.replace(part, options.folder / name)
     except OSError as error:

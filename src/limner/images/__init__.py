@@ -6,15 +6,13 @@ of a saved picture. Nothing is changed silently: `ReferenceReport` says what hap
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageEr
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest, OutputError
+from limner.files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +42,6 @@ __all__ = [
     "save",
     "to_pil",
     "to_pixels",
-    "write_beside",
-    "written_beside",
 ]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -300,37 +297,6 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_beside(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Writes a file whole or not at all; `mode` is who may use it, from its first byte on. Raises `OutputError`."""
-    with written_beside(path) as beside, beside.open("xb") as file:
-        if mode is not None:
-            os.fchmod(file.fileno(), mode)
-        file.write(data)
-
-
-@contextlib.contextmanager
-def written_beside(path: Path, *, synced: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to it when the block ends, gone if it fails. Raises `OutputError`.
-
-    Without `synced` nobody waits for the disk: after a power failure, part of the file may be there under its name.
-    """
-    beside = path.with_name(f".limner-{os.getpid()}-{secrets.token_hex(8)}")
-    try:
-        yield beside
-        if synced:
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise OutputError(
-            f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
-        ) from error
-
-
 def encode(
     image: Image.Image,
     format: str,  # noqa: A002
@@ -365,7 +331,7 @@ def encode(
 def save(image: Image.Image, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
     """Saves a picture as its ending says, as `encode` makes it."""
     path = check_output(path)
-    write_beside(path, encode(image, FORMATS[path.suffix.lower()], metadata=metadata))
+    write_file(path, encode(image, FORMATS[path.suffix.lower()], metadata=metadata))
 
 
 def _shortened(metadata: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.images import ReferenceReport, written_beside
+from limner.files import atomic_write
+from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
 
 __all__ = [
@@ -203,7 +204,7 @@ class References(ReferenceKV):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a pack. Raises `OutputError`."""
-        with written_beside(Path(path)) as beside:
+        with atomic_write(Path(path)) as beside:
             write_pack(self, beside)
 
     @classmethod

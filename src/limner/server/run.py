@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from limner.engine import Engine, load_aside
 from limner.errors import InvalidRequest, MissingExtra, OutputError
-from limner.images import write_beside
+from limner.files import write_file
 from limner.pipeline import Pipeline
 from limner.places import is_url
 from limner.server.access.keys import KeyRing, LimitPolicy, check_bind, new_key
@@ -94,7 +94,7 @@ def add_key(name: str, *, file: str) -> str:
     try:
         before = path.read_bytes() if path.exists() else b""
         gap = b"" if not before or before.endswith(b"\n") else b"\n"
-        write_beside(path, before + gap + line.encode() + b"\n")
+        write_file(path, before + gap + line.encode() + b"\n")
         path.chmod(0o600)
     except OSError as error:
         raise OutputError(f"keys: {file} cannot be written ({error.strerror or error})") from error

@@ -40,7 +40,7 @@ import psutil
 import torch
 
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
-from limner.images import written_beside
+from limner.files import atomic_write
 from limner.places import check_store, is_url
 from limner.references import CONTENT_KEY, DamagedPack, PackIdentity, References, check_key, read_identity, write_pack
 from limner.store.bucket import RemoteObject, RemoteTier
@@ -305,7 +305,7 @@ class _Disk:
 
     def _write(self, references: References, *, asked: bool) -> None:
         path = self.file(references.key)
-        with written_beside(path) as beside:
+        with atomic_write(path) as beside:
             write_pack(references, beside)
             if self.budget is not None and beside.stat().st_size > self.budget - self._pinned_bytes():
                 raise _Refused(f"its file has {beside.stat().st_size} bytes")
@@ -811,7 +811,7 @@ class ReferenceStore:
             with _own_folder() as folder:
                 return remote.read(key, folder / "pack")
         try:
-            with written_beside(disk.file(key), synced=False) as beside:  # one that is torn is fetched again
+            with atomic_write(disk.file(key), synced=False) as beside:  # one that is torn is fetched again
                 references = remote.read(key, beside)
                 if references is None:
                     raise _Missing

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from limner.errors import OutputError
-from limner.images import write_beside
+from limner.files import write_file
 
 __all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_stamp", "fingerprint", "sample"]
 
@@ -113,7 +113,7 @@ class WeightDigests:
         digest = make()
         with contextlib.suppress(OSError, OutputError):  # a home that cannot be written: the next process hashes again
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_beside(file, json.dumps({"samples": samples, "digest": digest}).encode())
+            write_file(file, json.dumps({"samples": samples, "digest": digest}).encode())
         return digest
 
 

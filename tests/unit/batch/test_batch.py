@@ -330,15 +330,15 @@ def test_a_folder_that_cannot_be_written_ends_the_run_and_loses_nothing(
 ) -> None:
     from limner import batch
 
-    write_beside, calls = batch.write_beside, []
+    write_file, calls = batch.write_file, []
 
     def full(path: Path, data: bytes) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise OutputError("output: no space left on device")
-        write_beside(path, data)
+        write_file(path, data)
 
-    monkeypatch.setattr(batch, "write_beside", full)
+    monkeypatch.setattr(batch, "write_file", full)
     with pytest.raises(OutputError, match="no space left"):
         run(folder, pipe)
     assert len(calls) == 3  # it did not draw what it could not keep

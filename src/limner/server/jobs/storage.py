@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from limner.errors import InvalidRequest, OutputError
-from limner.images import write_beside
+from limner.files import write_file
 from limner.places import is_url
 
 __all__ = ["Connection", "FolderStorage", "Storage", "StorageInUse", "StorageUnavailable", "check_data", "open_storage"]
@@ -180,7 +180,7 @@ class FolderStorage:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"data: {path.parent} cannot be made ({error.strerror or error})") from error
-        write_beside(path, data, mode=0o600 if private else None)
+        write_file(path, data, mode=0o600 if private else None)
 
     def read_file(self, name: str) -> bytes:
         try:

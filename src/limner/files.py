@@ -1,0 +1,48 @@
+"""Files that are written whole or not at all.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from limner.errors import OutputError
+
+__all__ = ["atomic_write", "write_file"]
+
+
+def write_file(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Write a file whole or not at all; `mode` are its permission bits from its first byte on. Raises `OutputError`."""
+    with atomic_write(path) as temporary, temporary.open("xb") as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """Give a temporary file name in the folder of `path`, renamed to `path` when the block ends, removed if it fails.
+
+    Without `synced` the data are not flushed to the disk first: after a power failure the file may be torn.
+    Raises `OutputError`.
+    """
+    temporary = path.with_name(f".limner-{os.getpid()}-{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        if synced:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(
+            f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
