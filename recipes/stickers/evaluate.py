@@ -10,6 +10,7 @@ holds: plain scenes and single stickers repeat). `gain_differs` is the gain in d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -100,8 +101,8 @@ def restored(pipe: Pipeline, picture: Image.Image) -> Image.Image:
     return Image.fromarray(((back[0].permute(1, 2, 0) / 2 + 0.5) * 255).round().byte().numpy())
 
 
-def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One dictionary of measures a case; runs in a process of its own."""
+def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """One dictionary of measures a case, and the digest of each picture; runs in a process of its own."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
     renderer = Renderer(find_font(args.font))
     pipe = Pipeline.from_pretrained(
@@ -110,7 +111,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[d
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
     )
-    rows = []
+    rows, digests = [], {}
     for number, case in enumerate(cases(task, args.cases)):
         if number not in numbers:
             continue
@@ -128,6 +129,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[d
                 generator=torch.Generator().manual_seed(number),
             ).images[0]
         verdict = judge(out, case.result, references=case.references, renderer=renderer)
+        digests[number] = hashlib.sha256(out.tobytes()).hexdigest()
         right, copy = pixels(truth), copied(references, truth.size)
         row = {
             name: getattr(verdict, name) for name in ("psnr", "ssim", "success", "sticker", "place", "form", "scene")
@@ -142,7 +144,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> list[d
             wrong = [n for n in ("sticker", "place", "form", "scene") if not getattr(verdict, n)]
             (args.failures / f"{task}-{number}.txt").write_text(f"{case.prompt}\nwrong: {', '.join(wrong)}\n")
         rows.append(row)
-    return rows
+    return rows, digests
 
 
 def sheet(rows: list[list[Image.Image]]) -> Image.Image:
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=14000, help="as in prepare.py")
     parser.add_argument("--failures", type=Path, help="folder for pictures of the cases that failed")
     parser.add_argument("--save-cases", type=Path, help="write the first four cases of each task, for tests, and stop")
+    parser.add_argument("--digests", type=Path, help="write the SHA-256 of each picture as JSON, to compare commits")
     parser.add_argument(
         "--write", type=Path, help="write the results as JSON, and into the model card beside this file"
     )
@@ -214,6 +217,7 @@ def main() -> None:
         save_cases(args.save_cases, renderer)
         return
     results: dict[str, dict[str, float]] = {}
+    digests: dict[str, dict[int, str]] = {}
     training = (
         NearestTraining(renderer, sittings=args.nearest, pool=args.pool, seed=args.nearest_seed)
         if args.nearest
@@ -228,7 +232,8 @@ def main() -> None:
             for task in args.tasks
         }
         for task, parts in waiting.items():
-            rows = [row for part in parts for row in part.result()]
+            rows = [row for part in parts for row in part.result()[0]]
+            digests[task] = dict(sorted(item for part in parts for item in part.result()[1].items()))
             names = dict.fromkeys(name for row in rows for name in row)
             mean = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
             if training:
@@ -237,6 +242,8 @@ def main() -> None:
             results[task] = {name: round(value, 4) for name, value in mean.items()}
             print(task, results[task], flush=True)
     result = {"cases": args.cases, "steps": args.steps, "tasks": results}
+    if args.digests:
+        args.digests.write_text(json.dumps(digests, indent=1) + "\n")
     if args.write:
         args.write.write_text(json.dumps(result, indent=1) + "\n")
         card = CARD.read_text()
