@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve fuzz test test-ray check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve fuzz test test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,11 +25,15 @@ $(FONT):
 	bash recipes/stickers/run.sh font
 
 test: $(READY) $(FONT)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe"
 
 # Clusters of this machine, started and stopped; one after another.
 test-ray: $(READY)
 	$(BIN)/python -m pytest -m ray
+
+# The whole recipe of the bundled model in miniature, processes after processes.
+test-recipes: $(READY) $(FONT)
+	$(BIN)/python -m pytest -m recipe
 
 check: $(READY)
 	$(BIN)/ruff check .

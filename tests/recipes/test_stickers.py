@@ -40,7 +40,7 @@ def run(*words: object, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"} | environment,
     )
     assert done.returncode == 0, done.stderr
@@ -71,6 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_font
+@pytest.mark.recipe
 def test_the_whole_recipe_in_miniature(made: Path) -> None:
     """Losses fall, the result loads as a model, and the evaluation ends in its JSON."""
     vae = [row["mse"] for row in rows(made / "build" / "vae" / "log.jsonl") if "mse" in row]
@@ -97,6 +98,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @needs_font
+@pytest.mark.recipe
 def test_a_resumed_training_is_the_same_training(made: Path, tmp_path: Path) -> None:
     """Stopped after 3 of 6 steps and resumed: equal bits of weights, averages and optimizer, and of what is exported."""
     data = made / "build" / "data" / "data.pt"
@@ -132,6 +134,7 @@ def test_a_blend_lies_between_a_run_and_the_weights_before_it(tmp_path: Path) ->
 
 @needs_font
 @pytest.mark.parametrize("kept", [("--keep-latents", 0.003), ("--freeze-encoder",)])
+@pytest.mark.recipe
 def test_a_resumed_autoencoder_is_the_same_autoencoder(made: Path, tmp_path: Path, kept: tuple[object, ...]) -> None:
     """And every weight that is trained moves: an optimizer that steps on copies would leave the convolutions where they were."""
     start = made / "build" / "vae" / "vae"
@@ -307,6 +310,7 @@ def test_the_autoencoder_pays_for_a_sticker_that_lost_its_form() -> None:
 
 
 @needs_font
+@pytest.mark.recipe
 def test_the_transformer_pays_for_a_sticker_that_lost_its_form(made: Path) -> None:
     from train import Batches, strayed
 
