@@ -17,7 +17,7 @@ from limner.errors import InvalidRequest
 if TYPE_CHECKING:
     import torch
 
-    from limner.model.parallel import Parallel
+    from limner.model.shards import Ranks
 
 __all__ = ["exit_silently", "join", "own_device", "speaks", "started", "together"]
 
@@ -44,21 +44,24 @@ def exit_silently() -> NoReturn:
     raise SystemExit(2)
 
 
-def join(mode: str, device: torch.device) -> tuple[Parallel, torch.device]:
-    """This process's place among those that run a model together, and its device: for "cuda" its own.
+def join(mode: str | None, device: torch.device) -> tuple[Ranks, torch.device]:
+    """Return this process's place among those that run a model together, and its device: for "cuda" a GPU of its own.
 
-    They are those of torch's default process group, which is made if there is none. Raises `InvalidRequest`.
+    `mode` None is a model in this process alone. The processes are those of torch's default process group, which is made
+    if there is none. Raises `InvalidRequest`.
     """
+    from limner.model.shards import RankGroup, Ranks, check_mode
+
+    if mode is None:
+        return Ranks.single(), device
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-
-    from limner.model.parallel import Parallel, check_mode
 
     check_mode(mode)
     device = own_device(device)
     if not dist.is_initialized():
         _start(device.type)
-    return Parallel(mode, init_device_mesh(device.type, (dist.get_world_size(),))), device
+    return RankGroup(mode, init_device_mesh(device.type, (dist.get_world_size(),))), device
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -90,12 +93,12 @@ def together(device: str) -> Iterator[bool]:
     """
     import torch.distributed as dist
 
-    from limner.model.parallel import asking
+    from limner.model.shards import peer_errors
 
     store, rank = _start(device)
     try:
         yield rank == 0
-        with asking():
+        with peer_errors():
             dist.barrier()
     except BaseException:
         with contextlib.suppress(RuntimeError):  # whoever holds the store is gone: better twice than not at all

@@ -14,9 +14,10 @@ from tests.support.processes import run_processes
 from tests.support.tiny import make_transformer, relative_error
 
 from limner.config import TransformerConfig
+from limner.model.divide import matrix_shards
 from limner.model.int8 import quantize_blocks
 from limner.model.lora import Branches
-from limner.model.parallel import MODES, cuts
+from limner.model.shards import MODES
 from limner.model.transformer import Transformer
 
 # float32 sums in another order: seen 1e-7 to 4e-7; a wrong head, block or position gives 1e-2 and more
@@ -101,4 +102,4 @@ def test_what_is_cut_is_had_once(alone: Transformer, found: list[dict[Any, Any]]
 
 
 def _cut(name: str, config: TransformerConfig) -> bool:
-    return any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in cuts(config))
+    return any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in matrix_shards(config))

@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from limner.engine import Engine
 from limner.errors import InvalidRequest
+from limner.model.divide import Sharding, divide
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import ReferenceKV
 from limner.model.lora import Branches, Kronecker, LowRank, matrix_shapes
-from limner.model.parallel import MODES, Parallel, divide
+from limner.model.shards import MODES, RankGroup
 from limner.model.transformer import Transformer
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.ranks import own_device
@@ -83,15 +84,16 @@ def work(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mesh = init_device_mesh("cpu", (size,))
     for mode in MODES:
-        transformer, parallel = build(folder), Parallel(mode, mesh)
+        transformer, ranks = build(folder), RankGroup(mode, mesh)
         updates = loras(transformer)
-        divide(transformer, parallel)
-        assert (parallel.rank, parallel.size) == (rank, size)
+        divide(transformer, ranks)
+        assert (ranks.rank, ranks.size) == (rank, size)
         found[mode, "weights"] = sum(p.numel() for p in transformer.parameters())
         for name, given in inputs():
             found[mode, name] = draw(transformer, given)
+        sharding = Sharding(config=transformer.config, ranks=ranks)
         own = {
-            name: [(parallel.own_update(name, update, transformer.config), strength) for update, strength in terms]
+            name: [(sharding.part_of_update(name, update), strength) for update, strength in terms]
             for name, terms in updates.items()
         }
         branches = Branches(transformer, own, dtype=torch.float32)
@@ -99,7 +101,7 @@ def work(rank: int, size: int, folder: Path) -> dict[str, Any]:
         branches.remove()
         int8 = build(folder)
         quantize_blocks(int8)
-        divide(int8, parallel)
+        divide(int8, ranks)
         found[mode, "int8"] = draw(int8, given)[0]
         with torch.enable_grad(), pytest.raises(InvalidRequest, match="records no gradients"):
             transformer(
@@ -116,12 +118,13 @@ def work(rank: int, size: int, folder: Path) -> dict[str, Any]:
                 )
         found[mode, "arithmetic"] = transformer.arithmetic
     kron = Kronecker(left=torch.ones(2, 2), right=torch.ones(16, 16), num_rows=32)
+    tensor = Sharding(config=transformer.config, ranks=RankGroup("tensor", mesh))
     with pytest.raises(InvalidRequest, match="LoKr"):
-        Parallel("tensor", mesh).own_update("transformer_blocks.0.attn.to_q", kron, transformer.config)
+        tensor.part_of_update("transformer_blocks.0.attn.to_q", kron)
     with pytest.raises(InvalidRequest, match="process 0 has 0, process 1 1"):
-        parallel.check_same({"prompt": "a", "seed": rank})
-    assert parallel.decided(f"I am {rank}") == "I am 0"
-    assert parallel.of_first(torch.full((2,), float(rank))).tolist() == [0, 0]
+        ranks.check_same({"prompt": "a", "seed": rank})
+    assert ranks.broadcast(f"I am {rank}") == "I am 0"
+    assert ranks.broadcast_tensor(torch.full((2,), float(rank))).tolist() == [0, 0]
     return found
 
 

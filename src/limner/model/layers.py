@@ -9,7 +9,6 @@ prompt nor noise. Knows nothing of sequences, steps or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,15 +18,12 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.attention import attend
+from limner.model.context import BlockContext
 from limner.model.kv import AnyLayerKV, LayerKV
 from limner.model.rope import Rope, apply_rope
 from limner.native import kernels as native
-from limner.tokens import TokenLayout
 
 __all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
-
-Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From the K/V of this process's tokens to those of all, each (B, S, H, D)."""
 
 
 class Shift(NamedTuple):
@@ -168,18 +164,16 @@ class DoubleBlock(nn.Module):
         *,
         mod_img: tuple[Shift, ...],
         mod_txt: tuple[Shift, ...],
-        rope: Rope,
-        layout: TokenLayout,
+        context: BlockContext,
         references: AnyLayerKV | None,
-        kernel: str | None,
-        gather: Gather | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, S_img, C) and (B, S_txt, C) to the same; `rope` is that of [txt, img]."""
-        rope_txt, rope_img = rope.split(layout.num_txt)
+        """(B, S_img, C) and (B, S_txt, C) to the same; tokens attend to the K/V of `references` too."""
+        layout = context.layout
+        rope_txt, rope_img = context.rope.split(layout.num_txt)
         q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]), rope_img)
         q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]), rope_txt)
-        k, v = _gathered(layout.join(k_txt, k_img), layout.join(v_txt, v_img), gather)
-        out = attend(layout.join(q_txt, q_img), k, v, references=references, kernel=kernel).flatten(2)
+        k, v = context.slices.gather(layout.join(k_txt, k_img), layout.join(v_txt, v_img))
+        out = attend(layout.join(q_txt, q_img), k, v, references=references, kernel=context.kernel).flatten(2)
         out_txt, out_img = layout.split(out)
         img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out_img))
         txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out_txt))
@@ -187,13 +181,11 @@ class DoubleBlock(nn.Module):
         txt = torch.addcmul(txt, mod_txt[1].gate, self.ff_context(self._norm(txt, mod_txt[1])))
         return img, txt
 
-    def prefill(
-        self, ref: Tensor, *, mod: tuple[Shift, ...], rope: Rope, kernel: str | None, gather: Gather | None = None
-    ) -> tuple[Tensor, LayerKV]:
-        """(B, S_ref, C) to the same and the K/V that this layer keeps."""
-        q, k, v = self.attn.project_img(self._norm(ref, mod[0]), rope)
-        k, v = _gathered(k, v, gather)
-        out = attend(q, k, v, kernel=kernel).flatten(2)
+    def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], context: BlockContext) -> tuple[Tensor, LayerKV]:
+        """(B, S_ref, C) to the same, and the K/V of this layer."""
+        q, k, v = self.attn.project_img(self._norm(ref, mod[0]), context.rope)
+        k, v = context.slices.gather(k, v)
+        out = attend(q, k, v, kernel=context.kernel).flatten(2)
         ref = torch.addcmul(ref, mod[0].gate, self.attn.to_out[0](out))
         ref = torch.addcmul(ref, mod[1].gate, self.ff(self._norm(ref, mod[1])))
         return ref, LayerKV(k, v)
@@ -256,62 +248,37 @@ class SingleBlock(nn.Module):
         self.eps = config.eps
         self.attn = ParallelAttention(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mod: Shift,
-        rope: Rope,
-        references: AnyLayerKV | None,
-        kernel: str | None,
-        gather: Gather | None = None,
-    ) -> Tensor:
-        """(B, S, C) of [txt, img] to the same."""
-        q, k, v, mlp = self.attn.project(self._norm(x, mod), rope)
-        k, v = _gathered(k, v, gather)
-        out = attend(q, k, v, references=references, kernel=kernel)
+    def forward(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
+        """(B, S, C) of [txt, img] to the same; tokens attend to the K/V of `references` too."""
+        q, k, v, mlp = self.attn.project(self._norm(x, mod), context.rope)
+        k, v = context.slices.gather(k, v)
+        out = attend(q, k, v, references=references, kernel=context.kernel)
         return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))
 
-    def forward_last(
-        self,
-        x: Tensor,
-        *,
-        mod: Shift,
-        rope: Rope,
-        layout: TokenLayout,
-        references: AnyLayerKV | None,
-        kernel: str | None,
-        gather: Gather | None = None,
-    ) -> Tensor:
-        """(B, S, C) of [txt, img] to (B, S_img, C): what the last block would make of text tokens, nobody reads."""
+    def forward_last(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
+        """(B, S, C) of [txt, img] to (B, S_img, C): the last block skips text queries, whose output is unused."""
         normed = self._norm(x, mod)
-        k, v = _gathered(*self.attn.project_kv(normed, rope), gather)
-        _, rope_img = rope.split(layout.num_txt)
-        q, mlp = self.attn.project_q_mlp(normed[:, layout.img], rope_img)
-        out = attend(q, k, v, references=references, kernel=kernel)
-        return torch.addcmul(x[:, layout.img], mod.gate, self.attn.merge(out, mlp))
+        k, v = context.slices.gather(*self.attn.project_kv(normed, context.rope))
+        _, rope_img = context.rope.split(context.layout.num_txt)
+        q, mlp = self.attn.project_q_mlp(normed[:, context.layout.img], rope_img)
+        out = attend(q, k, v, references=references, kernel=context.kernel)
+        return torch.addcmul(x[:, context.layout.img], mod.gate, self.attn.merge(out, mlp))
 
-    def prefill(
-        self, ref: Tensor, *, mod: Shift, rope: Rope, kernel: str | None, gather: Gather | None = None
-    ) -> tuple[Tensor, LayerKV]:
-        """(B, S_ref, C) to the same and the K/V that this layer keeps."""
-        q, k, v, mlp = self.attn.project(self._norm(ref, mod), rope)
-        k, v = _gathered(k, v, gather)
-        out = attend(q, k, v, kernel=kernel)
+    def prefill(self, ref: Tensor, *, mod: Shift, context: BlockContext) -> tuple[Tensor, LayerKV]:
+        """(B, S_ref, C) to the same, and the K/V of this layer."""
+        q, k, v, mlp = self.attn.project(self._norm(ref, mod), context.rope)
+        k, v = context.slices.gather(k, v)
+        out = attend(q, k, v, kernel=context.kernel)
         # v is a view of the whole projection; a copy keeps S_ref * C values alive instead of S_ref * (3 C + 2 M)
         return torch.addcmul(ref, mod.gate, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
 
-    def prefill_last(self, ref: Tensor, *, mod: Shift, rope: Rope, gather: Gather | None = None) -> LayerKV:
-        """K/V alone: what the last block would add to the reference tokens, nobody reads."""
-        k, v = _gathered(*self.attn.project_kv(self._norm(ref, mod), rope), gather)
+    def prefill_last(self, ref: Tensor, *, mod: Shift, context: BlockContext) -> LayerKV:
+        """The K/V alone: the last block skips reference queries, whose output is unused."""
+        k, v = context.slices.gather(*self.attn.project_kv(self._norm(ref, mod), context.rope))
         return LayerKV(k, v.contiguous())
 
     def _norm(self, x: Tensor, mod: Shift) -> Tensor:
         return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
-
-
-def _gathered(k: Tensor, v: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    return (k, v) if gather is None else gather(k, v)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -6,9 +6,10 @@ and takes what `prefill` gave, or nothing. There are no modes and no state. Know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,36 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear, fast_dtype
 from limner.model.attention import choose_kernel
+from limner.model.context import BlockContext, Execution, Staging
 from limner.model.int8 import Int8Linear
 from limner.model.kv import AnyLayerKV, ReferenceKV, staged
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
+from limner.model.shards import Ranks
 from limner.native.kernels import has_rows, source_digest
 from limner.tokens import TokenLayout
-
-if TYPE_CHECKING:
-    from limner.model.parallel import Parallel, TokenSlices
 
 __all__ = ["Transformer"]
 
 _Block = TypeVar("_Block", bound=nn.Module)
 
 
+class _Changes(TypedDict, total=False):
+    """The fields of `Execution`."""
+
+    kernel: str | None
+    staging: Staging
+    ranks: Ranks
+
+
 class Transformer(nn.Module):
     """Shapes: img (B, S_img, in_channels), txt (B, S_txt, text_width), ids (S, 4); velocity (B, S_img, out_channels)."""
-
-    kernel: str | None = None
-    """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
-    beside: object | None = None
-    """What runs beside the matrices, LoRAs: kept here by who attaches it, so that all who share the network know of it."""
-    visit: Callable[[Iterable[nn.Module]], Iterator[nn.Module]] | None = None
-    """Who brings the weights of a block before it runs and takes them away after (`limner.memory.residency`); None: they
-    are there."""
-    parallel: Parallel | None = None
-    """The processes that this model is divided among (`limner.model.parallel.divide`); None: it is whole, here."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.execution = Execution()
+        self._attached: object | None = None
         width = config.width
         self.time_guidance_embed = TimeEmbedding(channels=config.time_channels, width=width)
         self.double_stream_modulation_img = Modulation(width=width, num=2)
@@ -68,6 +68,28 @@ class Transformer(nn.Module):
         return self.x_embedder.weight.device
 
     @property
+    def kernel(self) -> str | None:
+        """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
+        return self.execution.kernel
+
+    @kernel.setter
+    def kernel(self, name: str | None) -> None:
+        self.use(kernel=name)
+
+    def use(self, **changes: Unpack[_Changes]) -> None:
+        """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`."""
+        self.execution = replace(self.execution, **changes)
+
+    @property
+    def attached(self) -> object | None:
+        """The LoRA adapters attached to this network, shared by every pipeline that uses it; None before `attach`."""
+        return self._attached
+
+    def attach(self, adapters: object) -> None:
+        """Register the LoRA adapters of this network, in place of others."""
+        self._attached = adapters
+
+    @property
     def arithmetic(self) -> str:
         """What decides the last bits of a result besides the weights: device, attention kernel and kind of products."""
         kernel = self.kernel or choose_kernel(self.device, self.dtype, self.config.head_dim)
@@ -77,8 +99,7 @@ class Transformer(nn.Module):
         int8 = {module.multiplies_int8() for module in self.modules() if isinstance(module, Int8Linear)}
         names += [f"rows {source_digest()}"] if has_rows(self.device, self.dtype) else []
         names += sorted("int8 dot products" if instructions else "int8 widened" for instructions in int8)
-        names += [f"{self.parallel.mode} parallel {self.parallel.size}"] if self.parallel else []
-        return "/".join(names)
+        return "/".join([*names, *self.execution.ranks.arithmetic])
 
     @property
     def quantization(self) -> str | None:
@@ -101,25 +122,25 @@ class Transformer(nn.Module):
         References attend to references only and are modulated at noise level 0; so the result depends on weights and
         references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training.
         """
-        double, single, last = self._split_blocks()
+        slices = self.execution.ranks.token_slices(ref_tokens.shape[1])
+        ref_tokens = slices.own(ref_tokens, 0)
+        layout = TokenLayout(num_txt=0, num_img=ref_tokens.shape[1])
+        rope = slices.rope(self.rope(ref_ids))
+        context = BlockContext(rope=rope, layout=layout, kernel=self.kernel, slices=slices)
         embedding = self.time_guidance_embed(torch.zeros(1, device=self.device))
         mod_double = self.double_stream_modulation_img(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
-        rope = self.rope(ref_ids)
-        slices = self._slices(ref_tokens.shape[1])
-        if slices is not None:
-            ref_tokens, rope = slices.own(ref_tokens, 0), slices.rope(rope)
-        gather = slices.gather if slices else None
-        ref = self.x_embedder(ref_tokens)
+
         layers = []
-        for block in self._visited(double):
-            ref, kv = block.prefill(ref, mod=mod_double, rope=rope, kernel=self.kernel, gather=gather)
+        ref = self.x_embedder(ref_tokens)
+        for block in self._staged(self._double_blocks):
+            ref, kv = block.prefill(ref, mod=mod_double, context=context)
             layers.append(kv)
-        for single_block in self._visited(single):
-            ref, kv = single_block.prefill(ref, mod=mod_single, rope=rope, kernel=self.kernel, gather=gather)
+        for single_block in self._staged(self._single_blocks[:-1]):
+            ref, kv = single_block.prefill(ref, mod=mod_single, context=context)
             layers.append(kv)
-        for single_block in self._visited([last]):
-            layers.append(single_block.prefill_last(ref, mod=mod_single, rope=rope, gather=gather))
+        for last_block in self._staged(self._single_blocks[-1:]):
+            layers.append(last_block.prefill_last(ref, mod=mod_single, context=context))
         return ReferenceKV(layers=tuple(layers))
 
     def forward(
@@ -138,69 +159,47 @@ class Transformer(nn.Module):
         `references` serve the whole batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, made once for all steps.
         """
         rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
-        slices = self._slices(txt_tokens.shape[1], img_tokens.shape[1])
-        if slices is not None:
-            txt_tokens, img_tokens, rope = slices.own(txt_tokens, 0), slices.own(img_tokens, 1), slices.rope(rope)
-        gather = slices.gather if slices else None
+        slices = self.execution.ranks.token_slices(txt_tokens.shape[1], img_tokens.shape[1])
+        txt_tokens, img_tokens = slices.own(txt_tokens, 0), slices.own(img_tokens, 1)
         layout = TokenLayout(num_txt=txt_tokens.shape[1], num_img=img_tokens.shape[1])
+        context = BlockContext(rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)
         mod_img = self.double_stream_modulation_img(embedding)
         mod_txt = self.double_stream_modulation_txt(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
-        kept = self._kept(references)
 
-        double, single, last = self._split_blocks()
+        kv = self._layers_of(references)
         img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
-        for block in self._visited(double):
-            img, txt = block(
-                img,
-                txt,
-                mod_img=mod_img,
-                mod_txt=mod_txt,
-                rope=rope,
-                layout=layout,
-                references=next(kept),
-                kernel=self.kernel,
-                gather=gather,
-            )
+        for block in self._staged(self._double_blocks):
+            img, txt = block(img, txt, mod_img=mod_img, mod_txt=mod_txt, context=context, references=next(kv))
         x = layout.join(txt, img)
-        for single_block in self._visited(single):
-            x = single_block(x, mod=mod_single, rope=rope, references=next(kept), kernel=self.kernel, gather=gather)
-        for single_block in self._visited([last]):
-            img = single_block.forward_last(
-                x, mod=mod_single, rope=rope, layout=layout, references=next(kept), kernel=self.kernel, gather=gather
-            )
+        for single_block in self._staged(self._single_blocks[:-1]):
+            x = single_block(x, mod=mod_single, context=context, references=next(kv))
+        for last_block in self._staged(self._single_blocks[-1:]):
+            img = last_block.forward_last(x, mod=mod_single, context=context, references=next(kv))
         velocity: Tensor = self.proj_out(self.norm_out(img, embedding))
-        return velocity if slices is None else slices.whole(velocity, 1)
+        return slices.whole(velocity, 1)
 
-    def _slices(self, *lengths: int) -> TokenSlices | None:
-        """Which tokens of the streams are this process's; None where all are."""
-        if self.parallel is None or self.parallel.mode != "sequence":
-            return None
-        from limner.model.parallel import TokenSlices
+    @property
+    def _double_blocks(self) -> list[DoubleBlock]:
+        return cast("list[DoubleBlock]", list(self.transformer_blocks))
 
-        return TokenSlices(self.parallel, lengths)
+    @property
+    def _single_blocks(self) -> list[SingleBlock]:
+        return cast("list[SingleBlock]", list(self.single_transformer_blocks))
 
-    def _visited(self, blocks: list[_Block]) -> Iterator[_Block]:
-        """The blocks in order, each with its weights where they have to be."""
-        if self.visit is None:
-            return iter(blocks)
-        return cast("Iterator[_Block]", self.visit(blocks))
+    def _staged(self, blocks: Sequence[_Block]) -> Iterator[_Block]:
+        """The blocks in order, each with its weights in memory."""
+        return cast("Iterator[_Block]", self.execution.staging.visit(blocks))
 
-    def _kept(self, references: ReferenceKV | None) -> Iterator[AnyLayerKV | None]:
-        """The K/V of each layer in turn, on this device."""
+    def _layers_of(self, references: ReferenceKV | None) -> Iterator[AnyLayerKV | None]:
+        """The K/V of each layer in turn, on this device; None for each without references."""
         if references is None:
             return repeat(None)
         if len(references.layers) != self.config.num_layers:
             raise ValueError(f"references have {len(references.layers)} layers, the model {self.config.num_layers}")
         return staged(references.layers, self.device)
-
-    def _split_blocks(self) -> tuple[list[DoubleBlock], list[SingleBlock], SingleBlock]:
-        """Double-stream blocks, single-stream blocks but the last, and the last."""
-        double = cast("list[DoubleBlock]", list(self.transformer_blocks))
-        *single, last = cast("list[SingleBlock]", list(self.single_transformer_blocks))
-        return double, single, last
 
 
 def _narrowed_float32(device: torch.device) -> list[str]:

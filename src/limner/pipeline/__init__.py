@@ -35,6 +35,7 @@ from limner.images import PreparedReference, ReferenceReport, prepare_reference
 from limner.memory import Formats, Request, activations, call_bytes, cheapest, kv_bytes, parse_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
+from limner.model.divide import Sharding
 from limner.model.int8 import has_int8_products
 from limner.model.kv import KV_FORMATS
 from limner.model.lora import matrix_shapes
@@ -62,7 +63,7 @@ from limner.weights.live import share_autoencoder, share_text_encoder, share_tra
 from limner.weights.lora import load_lora
 
 if TYPE_CHECKING:
-    from limner.model.parallel import Parallel
+    from limner.model.shards import Ranks
 
 __all__ = [
     "Pipeline",
@@ -222,7 +223,7 @@ class Pipeline:
         included: networks have their weights in memory by turns, if need be layer by layer, with the same results bit for
         bit (on a CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor"
         by heads and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same
-        results (`limner.model.parallel`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        results (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -263,7 +264,7 @@ class Pipeline:
             quantize=quantize,
             like=like["transformer"],
             after=after,
-            parallel=place,
+            ranks=place,
         )
         report("load", 1, 3)
         autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
@@ -378,7 +379,7 @@ class Pipeline:
         text = self.text_encoder.network
         self.residency.adopt(self.text_encoder, list(text.layers), tables=[text.embed_tokens], hooks=True)
         self.residency.adopt(self.autoencoder)
-        transformer.visit = self.residency.visit
+        transformer.use(staging=self.residency)
 
     def _working(self, phase: str, request: Request, *, kept: int = 0) -> AbstractContextManager[None]:
         """Around a phase of `limner.memory`: its network's weights in memory. `kept` are bytes that stay after it."""
@@ -427,9 +428,10 @@ class Pipeline:
         return self.transformer.device
 
     @property
-    def parallel(self) -> Parallel | None:
+    def parallel(self) -> Ranks | None:
         """This process's place among those that the transformer is divided among; None where it is whole."""
-        return self.transformer.parallel
+        ranks = self.transformer.execution.ranks
+        return None if ranks.alone else ranks
 
     @property
     def _shard(self) -> tuple[int, int] | None:
@@ -489,14 +491,11 @@ class Pipeline:
         that were prefilled with other LoRAs, or strengths, are not taken. Raises `CheckpointError`, `InvalidRequest`.
         """
         source = pretrained_model_name_or_path_or_dict
-        shapes, parallel, config = matrix_shapes(self.transformer), self.parallel, self.transformer.config
-        if parallel is not None:
-            shapes = {name: parallel.whole_shape(name, shape, config) for name, shape in shapes.items()}
+        sharding = Sharding(config=self.transformer.config, ranks=self.transformer.execution.ranks)
+        shapes = {name: sharding.whole_shape(name, shape) for name, shape in matrix_shapes(self.transformer).items()}
         lora = load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict)
-        if parallel is not None:
-            updates = {name: parallel.own_update(name, update, config) for name, update in lora.updates.items()}
-            lora = replace(lora, updates=updates)
-        self._adapters.add(lora, adapter_name)
+        updates = {name: sharding.part_of_update(name, update) for name, update in lora.updates.items()}
+        self._adapters.add(replace(lora, updates=updates), adapter_name)
 
     @_typed_memory_errors
     def set_adapters(
@@ -603,7 +602,7 @@ class Pipeline:
             with self._working("encode references", request):
                 latents = [self.autoencoder.encode(images.to_pixels(p.pixels)) for p in prepared]
             ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(self.device, self.dtype)
-            ref_tokens = ref_tokens if self.parallel is None else self.parallel.of_first(ref_tokens)
+            ref_tokens = ref_tokens if self.parallel is None else self.parallel.broadcast_tensor(ref_tokens)
             with self._working("prefill", request, kept=self.kv_bytes(request.num_ref)):
                 kv = self.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
             return References.make(
@@ -624,12 +623,12 @@ class Pipeline:
         return _with_reports(references, reports), source
 
     def _agreed(
-        self, key: str, make: Callable[[], References], prepared: list[PreparedReference], parallel: Parallel
+        self, key: str, make: Callable[[], References], prepared: list[PreparedReference], parallel: Ranks
     ) -> tuple[References, Source]:
         """As `ReferenceStore.get`, with one answer for all processes: the entry is made again unless all have theirs."""
         parallel.check_same({"image": [p.report.digest for p in prepared]})
         found = self.store.find(key, device=self.device)
-        if all(parallel.told(found is not None)) and found is not None:
+        if all(parallel.all_gather(found is not None)) and found is not None:
             return found
         made = make()
         if found is None:
@@ -848,7 +847,7 @@ class Pipeline:
                 "lora": loras,
             }
             self.parallel.check_same(asked)
-            prompt_embeds, noise = (self.parallel.of_first(x.to(self.device)) for x in (prompt_embeds, noise))
+            prompt_embeds, noise = (self.parallel.broadcast_tensor(x.to(self.device)) for x in (prompt_embeds, noise))
         text_done = self._now()
         report("text", 1, 1)
 
@@ -1013,7 +1012,7 @@ class Pipeline:
             return generator, (_seed_of(generator), *(None,) * (batch - 1))
         if generator is None:
             drawn = torch.randint(0, 2**31, (batch,), generator=_fresh_generator()).tolist()
-            drawn = drawn if self.parallel is None else self.parallel.decided(drawn)
+            drawn = drawn if self.parallel is None else self.parallel.broadcast(drawn)
             generator = [torch.Generator().manual_seed(seed) for seed in drawn]
         if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
             raise InvalidRequest("generator", f"{generator!r} is not a torch.Generator or a list of them")

@@ -59,9 +59,10 @@ class Adapters:
     @classmethod
     def of(cls, transformer: Transformer, digests: WeightDigests) -> Adapters:
         """Those that the transformer has, else none. `digests` remembers what fused weights are made of."""
-        found = transformer.beside
+        found = transformer.attached
         if not isinstance(found, cls) or found.transformer is not transformer:
-            found = transformer.beside = cls(transformer, digests)
+            found = cls(transformer, digests)
+            transformer.attach(found)
         return found
 
     def __init__(self, transformer: Transformer, digests: WeightDigests) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError
 from limner.model.autoencoder import Autoencoder
+from limner.model.divide import Sharding, agree_on_arithmetic, divide
 from limner.model.preview import LatentPreview
+from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.weights.checkpoint import Checkpoint, open_part
 from limner.weights.digest import digest_tensors
 from limner.weights.files import read_json
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
-
-if TYPE_CHECKING:
-    from limner.model.parallel import Parallel
 
 __all__ = [
     "FolderSettings",
@@ -152,30 +151,26 @@ def load_transformer(
     quantize: str | None = None,
     like: Path | None = None,
     after: Callable[[Tensor], None] | None = None,
-    parallel: Parallel | None = None,
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """The transformer of a folder or file of any layout; `like` is a config.json that may say what a file does not.
 
-    `quantize` "int8" makes the blocks' matrices int8; a checkpoint in Limner's int8 has them so already. With `parallel` it
-    is this process's part of it: no more than that, and one whole tensor for a moment, is copied.
+    `quantize` "int8" makes the blocks' matrices int8; a checkpoint in Limner's int8 has them so already. With `ranks` it is
+    this process's part of it: no more than that, and one whole tensor for a moment, is copied.
     """
     checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like)
-    if parallel is None:
-        assign(transformer, checkpoint, dtype=dtype, device=device, after=after)
-        return transformer
-    from limner.model.parallel import agree_on_arithmetic, divide
-
-    whole, config = transformer.state_dict(), transformer.config
-    divide(transformer, parallel)
+    ranks = ranks or Ranks.single()
+    whole, sharding = transformer.state_dict(), Sharding(config=transformer.config, ranks=ranks)
+    divide(transformer, ranks)
 
     def own(name: str, value: Tensor) -> Tensor:
-        part = parallel.own(name, value, config)
+        part = sharding.part(name, value)
         of_file = value.untyped_storage().nbytes() > value.nbytes
         # a part that is a view stays mapped with its file; one of a tensor that was cast would keep the whole in memory
         return part if of_file or part.nbytes == value.nbytes else part.clone()
 
     assign(transformer, checkpoint, dtype=dtype, device=device, after=after, expected=whole, own=own)
-    agree_on_arithmetic(transformer, parallel)
+    agree_on_arithmetic(transformer, ranks)
     return transformer
 
 

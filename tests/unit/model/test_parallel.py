@@ -13,7 +13,7 @@ from tests.support.tiny import generators, relative_error
 
 from limner import Pipeline
 from limner.errors import InvalidRequest
-from limner.model.parallel import MODES
+from limner.model.shards import MODES
 from limner.references import References, read_identity
 
 TOLERANCE = 1e-5
