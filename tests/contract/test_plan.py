@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny import picture
 
 from limner.cli import main
-from limner.memory.residency import can_release
+from limner.memory.pages import can_release
 
 
 def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:

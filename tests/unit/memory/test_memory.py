@@ -11,7 +11,6 @@ import pytest
 import torch
 from tests.support.tiny import generators, picture
 
-import limner.pipeline
 from limner import CapacityError, InvalidRequest, Pipeline
 from limner.config import MODELS, AutoencoderConfig, TextConfig
 from limner.memory import (
@@ -25,8 +24,10 @@ from limner.memory import (
     text_bytes,
     transformer_bytes,
 )
-from limner.memory.residency import Residency, can_release, file_backed, release, resident
+from limner.memory.pages import can_release, file_backed, release, resident
+from limner.memory.residency import Residency
 from limner.model.int8 import Int8Linear
+from limner.pipeline.admission import Admission
 from limner.weights.checkpoint import _TEXT_ENCODERS
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer
 
@@ -185,7 +186,7 @@ def test_what_was_written_stays(scans: bool, mapped: torch.Tensor, monkeypatch: 
         def no_scan(*_: int) -> int:
             raise OSError("before Linux 6.7")
 
-        monkeypatch.setattr("limner.memory.residency._scan", no_scan)
+        monkeypatch.setattr("limner.memory.pages._scan", no_scan)
     assert mapped.sum() > 0
     assert release(mapped)
     mapped[500_000] = -1
@@ -228,10 +229,10 @@ class Watched(Residency):
         self.left.add(type(network).__name__)
         super().release(network)
 
-    def _ran(self, layer: torch.nn.Module, *_: object) -> None:
-        if self._kept is not None and layer not in self._kept:
+    def _after_layer(self, layer: torch.nn.Module, *_: object) -> None:
+        if self._resident is not None and layer not in self._resident:
             self.left.add(type(layer).__name__)
-        super()._ran(layer)
+        super()._after_layer(layer)
 
 
 @needs_release
@@ -246,7 +247,7 @@ def test_a_limit_changes_no_bit(
     if quantize:
         convert(tiny_folder, folder := tmp_path / "int8", to="int8")
     expected = call(Pipeline.from_pretrained(folder))
-    monkeypatch.setattr(limner.pipeline, "Residency", Watched)
+    monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
     networks = {"Transformer", "Autoencoder", "TextEncoder"}
     for room in (None, "parts", "layers"):
         pipe = Pipeline.from_pretrained(folder, memory_limit="1TiB")
@@ -254,7 +255,7 @@ def test_a_limit_changes_no_bit(
         assert isinstance(residency, Watched)
         assert pipe.formats.anonymous == frozenset()
         residency.room = room
-        monkeypatch.setattr(pipe, "_check_limit", lambda request: None)
+        monkeypatch.setattr(Admission, "check_limit", lambda own, workload: None)
         assert torch.equal(call(pipe), expected), room
         packs = quantize is not None and pipe.formats.packed
         if room is None and not packs:
@@ -295,7 +296,7 @@ def test_layers_that_ran_leave(tmp_path: Path) -> None:
             seen.append(round((resident()[0] - resident()[1] - base) / size))
     assert torch.equal(x, expected)
     assert seen == [1, 2, 3, 3, 3, 3]
-    assert residency._kept is None
+    assert residency._resident is None
 
 
 @needs_release
@@ -336,6 +337,6 @@ def test_limits_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_fold
     monkeypatch.setattr("limner.memory.residency.can_release", lambda: False)
     with pytest.raises(InvalidRequest, match="memory_limit: needs Linux"):
         Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB")
-    monkeypatch.setattr("limner.pipeline.check_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("limner.pipeline.load.check_device", lambda device: torch.device("cuda"))
     with pytest.raises(InvalidRequest, match="memory_limit: is for the CPU"):
         Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB", device="cuda")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from tests.support.tiny import generators, picture
 import limner
 from limner import Cancelled, CapacityError, InvalidRequest, NumericalError, Pipeline, ReferencePolicy, ReferenceStore
 from limner.images import prepare_reference
+from limner.pipeline.networks import Networks
 
 
 def test_default_size_is_that_of_the_first_reference(pipe: Pipeline) -> None:
@@ -119,13 +120,13 @@ def test_writes_that_leave_no_version_are_seen(part: str, pipe: Pipeline) -> Non
     """As many LoRA mergers write: through `.data`."""
     before, refs = pipe.digest, pipe.prefill(picture(64, 64))
     pipe("a dog", height=64, width=64)
-    tokens = next(iter(pipe._prompts.values()))[0]
+    tokens = next(iter(pipe._prompts._cache.values()))[0]
     for p in getattr(pipe, part).parameters():
         p.data.mul_(1.5)
     assert pipe.digest != before
     assert (pipe.prefill(picture(64, 64)).key == refs.key) == (part == "text_encoder")
     pipe("a dog", height=64, width=64)
-    changed = not torch.equal(list(pipe._prompts.values())[-1][0], tokens)
+    changed = not torch.equal(list(pipe._prompts._cache.values())[-1][0], tokens)
     assert changed == (part == "text_encoder")
 
 
@@ -171,14 +172,15 @@ def test_a_hit_reports_the_pictures_that_were_given(pipe: Pipeline) -> None:
 def test_given_references_stay_where_the_store_leaves_them(pipe: Pipeline) -> None:
     """Over the budget of the device they are brought layer by layer, as those that `image=` finds."""
 
-    class There(Pipeline):
+    class There(Networks):
         device = torch.device("meta")  # type: ignore[assignment]
 
     refs = pipe.prefill(picture(64, 64))
-    there = There(transformer=pipe.transformer, autoencoder=pipe.autoencoder, text_encoder=pipe.text_encoder)
+    there = There(**{field.name: getattr(pipe._networks, field.name) for field in fields(Networks)})
+    admission = replace(pipe._admission, networks=there)
     for budget, place in ((0, "cpu"), (refs.nbytes, "meta")):
-        there.store = ReferenceStore(device_bytes=budget)
-        assert there._check_given(refs).device.type == place
+        prefiller = replace(pipe._prefiller, store=ReferenceStore(device_bytes=budget), admission=admission)
+        assert prefiller.check_given(refs).device.type == place
 
 
 def test_kept_references_are_not_admitted_again(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +188,7 @@ def test_kept_references_are_not_admitted_again(pipe: Pipeline, monkeypatch: pyt
     pictures = [picture(256, 256, seed=i) for i in range(4)]
     refs = pipe.prefill(pictures)
     free = 12 << 20
-    monkeypatch.setattr("limner.pipeline.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("limner.memory.free.psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     assert pipe("a dog", references=refs, width=64, height=64).reference_cache == "given"
     assert pipe("a dog", image=pictures, width=64, height=64).reference_cache == "memory"
     pipe.store = ReferenceStore(memory_bytes=0)
@@ -214,7 +216,7 @@ def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 2
     for i in range(20):
         pipe(f"dog {i}", height=64, width=64, num_inference_steps=1)
-    assert len(pipe._prompts) == 16
+    assert len(pipe._prompts._cache) == 16
 
 
 def test_text_encoder_has_no_layer_that_nobody_reads(pipe: Pipeline) -> None:
@@ -327,7 +329,7 @@ def test_refuses_what_does_not_fit_in_memory(pipe: Pipeline, monkeypatch: pytest
     class Memory:
         available = 1 << 19
 
-    monkeypatch.setattr("limner.pipeline.psutil.virtual_memory", lambda: Memory)
+    monkeypatch.setattr("limner.memory.free.psutil.virtual_memory", lambda: Memory)
     with pytest.raises(CapacityError, match=re.escape("0.00 GiB are free; use fewer or smaller references")):
         pipe.prefill([picture(1024, 1024)] * 3)
     assert len(pipe.store) == 0

@@ -842,11 +842,11 @@ def test_a_callback_may_not_change_loras_under_references(pipe: Pipeline) -> Non
 
 def test_prompt_tokens_are_kept(pipe: Pipeline) -> None:
     draw(pipe)
-    kept = {key: value[0] for key, value in pipe._prompts.items()}
+    kept = {key: value[0] for key, value in pipe._prompts._cache.items()}
     pipe.load_lora_weights(original(PAIRS))
     draw(pipe)
-    assert list(pipe._prompts) == list(kept)
-    assert all(pipe._prompts[key][0] is kept[key] for key in kept)
+    assert list(pipe._prompts._cache) == list(kept)
+    assert all(pipe._prompts._cache[key][0] is kept[key] for key in kept)
 
 
 def test_branches_that_find_no_memory_leave_nothing(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,237 @@
+"""Bytes of the parts of a call: weights, K/V and activations, as pure functions of geometry, formats and workload.
+
+Does not know which of them are in memory at the same time (`limner.memory.plan`). Imports no torch and reads no files.
+
+The counts of live tensors in activations (`_LIVE_*`) are those of the code in `limner.model`, checked against measured
+peaks (benchmarks/full_size.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from limner.config import WHOLE_PIXELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+from limner.grid import PIXELS, num_tokens
+
+__all__ = [
+    "Formats",
+    "Workload",
+    "activations",
+    "autoencoder_bytes",
+    "call_bytes",
+    "kv_bytes",
+    "least_resident",
+    "num_embedding_weights",
+    "num_matrix_weights",
+    "text_bytes",
+    "transformer_bytes",
+]
+
+_LIVE_ENCODE = 5
+_LIVE_DECODE = 6
+"""Feature maps of the widest full-resolution stage that are alive at once when the autoencoder runs on whole pictures."""
+_LIVE_STRIPS = 2
+"""The same when it runs in strips."""
+_STRIP_SCRATCH = (1 << 15) * 4 * 6
+"""Scratch bytes of a strip for each channel: six float32 maps of its pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The sizes of one call: (width, height) in pixels, of references after their processing."""
+
+    size: tuple[int, int]
+    references: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
+    num_text: int = 512
+
+    @property
+    def num_ref(self) -> int:
+        return num_tokens(*self.references)
+
+    @property
+    def num_own(self) -> int:
+        return num_tokens(self.size) + self.num_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formats:
+    """The formats of weights and K/V: bytes of a value (`itemsize`), int8 or not, and which weights no file backs.
+
+    `packed`: int8 products on this CPU read a second copy of the matrices, in another layout. `anonymous` names the
+    networks ("text_encoder", "transformer", "autoencoder") whose weights are converted or quantized while loading.
+    """
+
+    itemsize: int = 2
+    quantize: str | None = None
+    kv: str | None = None
+    packed: bool = True
+    anonymous: frozenset[str] = frozenset()
+
+
+def _block_weights(config: TransformerConfig) -> int:
+    """Count the weights in the matrices of a single-stream block, or of one stream of a double-stream block."""
+    return 4 * config.width**2 + 3 * config.width * config.mlp_width
+
+
+def num_matrix_weights(config: TransformerConfig) -> int:
+    """Count the weights in the matrices of all blocks, which int8 quantizes."""
+    return (2 * config.num_double_blocks + config.num_single_blocks) * _block_weights(config)
+
+
+def transformer_bytes(config: TransformerConfig, formats: Formats) -> int:
+    """Return the bytes of all weights; int8 matrices have a float32 scale for each row."""
+    c, m = config.width, config.mlp_width
+    wide = config.time_channels * c + c * c + 15 * c * c + 2 * c * c
+    wide += c * (config.in_channels + config.out_channels + config.text_width)
+    wide += config.head_dim * (4 * config.num_double_blocks + 2 * config.num_single_blocks)
+    if formats.quantize is None:
+        return (wide + num_matrix_weights(config)) * formats.itemsize
+    rows = config.num_double_blocks * 2 * (5 * c + 2 * m) + config.num_single_blocks * (4 * c + 2 * m)
+    return wide * formats.itemsize + num_matrix_weights(config) + 4 * rows
+
+
+def _text_layer(config: TextConfig) -> int:
+    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    return config.width * (heads + 3 * config.mlp_width) + 2 * config.width + 2 * config.head_dim
+
+
+def num_embedding_weights(config: TextConfig) -> int:
+    """Count the weights of the text encoder's embedding."""
+    return config.vocab_size * config.width
+
+
+def text_bytes(config: TextConfig, *, itemsize: int) -> int:
+    """Return the bytes of the embedding and of the layers in use; the final norm counts if all layers are in use."""
+    norm = config.width if config.num_used == config.num_layers else 0
+    return (num_embedding_weights(config) + config.num_used * _text_layer(config) + norm) * itemsize
+
+
+def autoencoder_bytes(config: AutoencoderConfig, *, itemsize: int) -> int:
+    """Return the bytes of encoder, decoder and the statistics of the latents."""
+
+    def conv(a: int, b: int, size: int = 3) -> int:
+        return a * b * size * size + b
+
+    def resnet(a: int, b: int) -> int:
+        return 2 * a + conv(a, b) + 2 * b + conv(b, b) + (conv(a, b, 1) if a != b else 0)
+
+    def middle(c: int) -> int:
+        return 2 * resnet(c, c) + (2 * c + 4 * conv(c, c, 1) if config.mid_attention else 0)
+
+    z, total = config.latent_channels, 0
+    down, up = config.encoder_channels, config.decoder_channels[::-1]
+    for channels, extra, last in ((down, 0, conv(down[-1], 2 * z)), (up, 1, conv(up[-1], 3))):
+        before = channels[0]
+        for i, width in enumerate(channels):
+            total += resnet(before, width) + (config.num_resnets + extra - 1) * resnet(width, width)
+            total += conv(width, width) if i + 1 < len(channels) else 0
+            before = width
+        total += 2 * channels[-1] + last
+    total += (
+        conv(3, down[0]) + conv(z, up[0]) + middle(down[-1]) + middle(up[0]) + conv(2 * z, 2 * z, 1) + conv(z, z, 1)
+    )
+    return total * itemsize + 2 * 4 * z * itemsize
+
+
+def least_resident(geometry: ModelGeometry, formats: Formats, part: str) -> int:
+    """Return the bytes of weights that must be resident for a network to run layer by layer.
+
+    These are what is in no layer, the layer that runs and the one that is read ahead (packed matrices are not read ahead).
+    """
+    if part == "autoencoder":
+        return autoencoder_bytes(geometry.autoencoder, itemsize=formats.itemsize)
+    if part == "text_encoder":
+        text = geometry.text_encoder
+        return min(2, text.num_used) * _text_layer(text) * formats.itemsize
+    config, packed = geometry.transformer, formats.quantize is not None and formats.packed
+    of_matrix = formats.itemsize if formats.quantize is None else 1
+    largest = (2 if config.num_double_blocks else 1) * _block_weights(config) * of_matrix
+    whole = transformer_bytes(config, formats)
+    return min(whole, whole - num_matrix_weights(config) * of_matrix + (1 if packed else 2) * largest)
+
+
+def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str | None) -> int:
+    """Return the bytes of K/V of `num_ref` tokens in every layer; `kv` is "int8", "fp8" or None (not quantized)."""
+    row = config.width * itemsize if kv is None else config.width + 4 * config.num_heads
+    return num_ref * config.num_layers * 2 * row
+
+
+def _block_activations(config: TransformerConfig, tokens: int, itemsize: int) -> int:
+    """Bytes at the peak of a block: stream, norm, fused projection, rotated q and k, attention output, joined with MLP."""
+    return tokens * (8 * config.width + 3 * config.mlp_width) * itemsize
+
+
+def _autoencoder_activations(channels: Sequence[int], pixels: int, live: int, itemsize: int, *, whole: int) -> int:
+    widest = max(channels[:2]) if live == _LIVE_DECODE else channels[0]
+    if pixels <= whole:
+        return live * widest * pixels * itemsize
+    return _LIVE_STRIPS * widest * pixels * itemsize + _STRIP_SCRATCH * widest
+
+
+def _text_activations(config: TextConfig, num_text: int, itemsize: int) -> int:
+    """Bytes of the hidden states of all layers (the network keeps them), of those in use joined, and of one layer."""
+    hidden = (config.num_used + 1 + 3) * config.width
+    layer = 3 * config.mlp_width + config.head_dim * 3 * (config.num_heads + config.num_kv_heads) + 2 * config.width
+    return num_text * (hidden + layer) * itemsize + num_text * num_text * 4
+
+
+def call_bytes(
+    transformer: TransformerConfig,
+    autoencoder: AutoencoderConfig,
+    *,
+    num_ref: int,
+    num_own: int,
+    batch: int,
+    formats: Formats,
+    whole_pixels: int = WHOLE_PIXELS,
+    pixels: int | None = None,
+    reference_pixels: int | None = None,
+) -> int:
+    """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
+
+    `num_ref` counts references to prefill; K/V that are cached are in memory already. `pixels` is the size of the output,
+    `reference_pixels` that of the largest reference; None: all tokens are those of one picture.
+    """
+    size = formats.itemsize
+    cached = kv_bytes(transformer, num_ref, itemsize=size, kv=formats.kv)
+    if formats.kv is not None:  # computed in full width, then quantized
+        cached += kv_bytes(transformer, num_ref, itemsize=size, kv=None)
+    pixels = num_own * PIXELS**2 if pixels is None else pixels
+    reference_pixels = num_ref * PIXELS**2 if reference_pixels is None else reference_pixels
+    blocks = _block_activations(transformer, max(num_ref, batch * num_own), size)
+    encode = _autoencoder_activations(
+        autoencoder.encoder_channels, reference_pixels, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
+    )
+    at_once = min(batch, max(1, WHOLE_PIXELS // max(pixels, 1)))
+    decode = at_once * _autoencoder_activations(
+        autoencoder.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels
+    )
+    return cached + max(blocks, encode, decode) + batch * pixels * 3 * (size + 4)
+
+
+def activations(
+    geometry: ModelGeometry, workload: Workload, *, formats: Formats, whole_pixels: int = WHOLE_PIXELS
+) -> dict[str, int]:
+    """Return the bytes that each phase takes on top of weights, cached K/V and prompt tokens."""
+    size, config, networks = formats.itemsize, geometry.transformer, geometry.autoencoder
+    # K/V are computed in full width, then quantized
+    wide = kv_bytes(config, workload.num_ref, itemsize=size, kv=None) if formats.kv else 0
+    pixels = workload.size[0] * workload.size[1]
+    largest = max((w * h for w, h in workload.references), default=0)
+    decode = _autoencoder_activations(networks.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels)
+    found = {"encode text": _text_activations(geometry.text_encoder, workload.num_text, size)}
+    if workload.references:
+        found["encode references"] = _autoencoder_activations(
+            networks.encoder_channels, largest, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
+        )
+        found["prefill"] = _block_activations(config, workload.num_ref, size) + wide
+    found["denoise"] = _block_activations(config, workload.batch * workload.num_own, size)
+    if formats.quantize is not None and not formats.packed:  # the largest matrix, widened for its product
+        widened = config.width * (3 * config.width + 2 * config.mlp_width) * (8 + size)
+        for name in {"prefill", "denoise"} & found.keys():
+            found[name] += widened
+    at_once = min(workload.batch, max(1, WHOLE_PIXELS // pixels))
+    found["decode"] = at_once * decode + workload.batch * pixels * 3 * (size + 4)
+    return found

@@ -1,0 +1,68 @@
+"""Admission by memory: what a call needs, and refusing what does not fit. Knows sizes, and neither prompts nor pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from limner.config import AutoencoderConfig
+from limner.errors import CapacityError
+from limner.grid import PIXELS
+from limner.memory import Workload, call_bytes, cheapest, kv_bytes
+from limner.memory.free import free_bytes
+from limner.pipeline.networks import Networks
+
+__all__ = ["Admission", "check_fits"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """The memory that calls of some networks need. `reference_pixels` is the largest size of one processed reference."""
+
+    networks: Networks
+    reference_pixels: int
+
+    def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
+        """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
+
+        `num_ref` counts references to prefill: K/V that are cached are in memory already. `num_own` are the text and
+        output tokens of one image.
+        """
+        networks = self.networks
+        config = networks.transformer.config
+        whole = kv_bytes(config, num_ref, itemsize=networks.dtype.itemsize, kv=networks.kv_cache_dtype)
+        in_other_processes = whole - networks.kv_bytes(num_ref)
+        return (
+            call_bytes(
+                config,
+                AutoencoderConfig.from_diffusers(dict(networks.autoencoder.network.config)),
+                num_ref=num_ref,
+                num_own=num_own,
+                batch=batch,
+                formats=networks.formats,
+                whole_pixels=networks.autoencoder.whole_pixels,
+                reference_pixels=min(num_ref * PIXELS**2, self.reference_pixels),
+            )
+            - in_other_processes
+        )
+
+    def check_free(self, *, num_ref: int, num_own: int, batch: int) -> None:
+        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
+        needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+        check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def check_limit(self, workload: Workload) -> None:
+        """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
+        networks = self.networks
+        limit = networks.residency.limit
+        cheapest(networks.geometry, workload, formats=networks.formats, limit=limit, fixed=True)
+
+
+def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int) -> None:
+    """Raise `CapacityError` with the numbers if `needed` bytes are more than `free`."""
+    if needed <= free:
+        return
+    what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
+    if num_ref:
+        what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
+        remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
+    raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")

@@ -1,0 +1,74 @@
+"""The checked arguments of one call, which all steps of the call get. Does not know how they are checked, nor models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from limner.grid import PIXELS
+from limner.images import PreparedReference
+from limner.memory import Workload
+from limner.model.shards import Ranks
+from limner.pipeline.adapters import AppliedLora
+from limner.pipeline.noise import NoiseSource, short_digest
+from limner.pipeline.progress import Progress
+from limner.references import References
+
+__all__ = ["DrawRequest", "StepHook"]
+
+StepHook = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
+"""A step callback with its pipeline bound: (step, timestep, tensors) to what it changed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class DrawRequest:
+    """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
+
+    `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
+    """
+
+    prompts: tuple[str, ...] | None
+    prompt_embeds: Tensor | None
+    num_images_per_prompt: int
+    max_sequence_length: int
+    text_encoder_out_layers: tuple[int, ...] | None
+    pictures: tuple[PreparedReference, ...]
+    references: References | None
+    workload: Workload
+    sigmas: Tensor
+    noise: NoiseSource
+    loras: tuple[AppliedLora, ...]
+    output_type: str
+    callback: StepHook | None
+    callback_inputs: tuple[str, ...]
+    progress: Progress
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The output's (h, w) in tokens."""
+        width, height = self.workload.size
+        return height // PIXELS, width // PIXELS
+
+    def shared(self, ranks: Ranks, *, prompt_embeds: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the text tokens and the noise of process 0. Raises `InvalidRequest` unless all processes got the same.
+
+        Texts and the states of generators are compared, not what was computed from them: that may differ in its last bits
+        where machines do.
+        """
+        if ranks.alone:
+            return prompt_embeds, noise  # no digests: those of tensors take a while
+        given = self.references
+        values = {
+            "size": [*prompt_embeds.shape, *noise.shape],
+            "sigmas": self.sigmas.tolist(),
+            "prompt": list(self.prompts) if self.prompts is not None else short_digest(prompt_embeds),
+            "latents" if self.noise.latents is not None else "generator": list(self.noise.digests),
+            "references": given and [report.digest for report in given.reports],
+            "image": [p.report.digest for p in self.pictures],
+            "lora": [asdict(lora) for lora in self.loras],
+        }
+        ranks.check_same(values)
+        return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

@@ -1,0 +1,197 @@
+"""The check of a call's arguments, before any work is done. Checks of single values are in `limner.requests` and
+`limner.grid`. Does not know how a picture is drawn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limner.errors import InvalidRequest
+from limner.grid import check_size, num_tokens
+from limner.memory import Workload
+from limner.pipeline.arguments import DrawRequest, StepHook
+from limner.pipeline.noise import NoiseSource, check_latents
+from limner.pipeline.prefill import Picture, Prefiller
+from limner.pipeline.progress import Progress, silent
+from limner.references import References
+from limner.requests import EditRequest, check_prompt
+from limner.schedule import Schedule
+
+__all__ = ["ArgumentChecker", "check_layers", "check_shared"]
+
+_logger = logging.getLogger("limner")
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised", "preview")
+_MAX_SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArgumentChecker:
+    """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now."""
+
+    prefiller: Prefiller
+    schedule: Schedule
+    default_size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    has_previews: bool
+
+    def check(
+        self,
+        *,
+        prompt: str | Sequence[str] | None,
+        image: Picture | Sequence[Picture] | None,
+        references: References | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+        num_images_per_prompt: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+        prompt_embeds: Tensor | None,
+        output_type: str,
+        callback: StepHook | None,
+        callback_inputs: Sequence[str],
+        max_sequence_length: int | None,
+        text_encoder_out_layers: Sequence[int] | None,
+        progress: Progress | None,
+    ) -> DrawRequest:
+        """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
+        networks = self.prefiller.networks
+        prompts = _check_prompts(prompt, prompt_embeds)
+        if output_type not in _OUTPUT_TYPES:
+            raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
+        _check_count("num_images_per_prompt", num_images_per_prompt)
+        _check_count("num_inference_steps", num_inference_steps)
+        if max_sequence_length is None:
+            max_sequence_length = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
+        _check_count("max_sequence_length", max_sequence_length)
+        out_layers = check_layers(text_encoder_out_layers)
+        self._check_callback_inputs(callback_inputs)
+        if image is not None and references is not None:
+            raise InvalidRequest("image", "image and references are both given; give one of them")
+        pictures = self.prefiller.prepare(image) if image is not None else ()
+        references = self.prefiller.check_given(references) if references is not None else None
+
+        config = networks.transformer.config
+        num_txt = max_sequence_length
+        num_prompts = len(prompts or ())
+        if prompts is None:
+            num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
+        batch = num_prompts * num_images_per_prompt
+        if latents is not None:
+            height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
+        sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
+        size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
+        workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt)
+        loras = networks.adapters.applied
+        self.prefiller.admission.check_free(num_ref=0, num_own=workload.num_own, batch=batch)
+        self.prefiller.admission.check_limit(workload)
+        levels = self.schedule.sigmas(num_tokens(size), num_steps=num_inference_steps, custom=sigmas)
+        noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
+        if self.sizes and size not in self.sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+        return DrawRequest(
+            prompts=prompts,
+            prompt_embeds=prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            text_encoder_out_layers=out_layers,
+            pictures=pictures,
+            references=references,
+            workload=workload,
+            sigmas=levels,
+            noise=noise,
+            loras=loras,
+            output_type=output_type,
+            callback=callback,
+            callback_inputs=tuple(callback_inputs),
+            progress=progress or silent,
+        )
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        unknown = set(names) - set(_CALLBACK_TENSORS)
+        if unknown:
+            raise InvalidRequest(
+                "callback_on_step_end_tensor_inputs",
+                f"{sorted(unknown)} are not offered; allowed: {', '.join(_CALLBACK_TENSORS)}",
+            )
+        if "preview" in names and not self.has_previews:
+            raise InvalidRequest(
+                "callback_on_step_end_tensor_inputs",
+                "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
+                "one with limner.model.preview.LatentPreview.fit, or ask for denoised and decode it",
+            )
+
+
+def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
+    """Return the first of requests that can be drawn together. Raises `InvalidRequest` if they cannot.
+
+    Together are drawn requests with the same references, size and number of steps, and a seed at least.
+    """
+    if not requests:
+        raise InvalidRequest("requests", "there are none; give at least one")
+    first = requests[0]
+    for request in requests:
+        if not request.seeds:
+            raise InvalidRequest("seeds", "there are none; give one for each image")
+        for field in ("width", "height", "num_inference_steps"):
+            if getattr(request, field) != getattr(first, field):
+                raise InvalidRequest(
+                    field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
+                )
+        if [r.report.digest for r in request.references] != [r.report.digest for r in first.references]:
+            raise InvalidRequest("references", "those of the requests differ; draw such requests one after another")
+    return first
+
+
+def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return layer numbers of the text encoder as a tuple. Raises `InvalidRequest`."""
+    if layers is None:
+        return None
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
+        raise InvalidRequest("text_encoder_out_layers", f"{layers!r} is not a list of layer numbers; leave it out")
+    return tuple(layers)
+
+
+def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> tuple[str, ...] | None:
+    if (prompt is None) == (prompt_embeds is None):
+        raise InvalidRequest("prompt", "give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+    if prompt is None:
+        return None
+    if not isinstance(prompt, (str, list, tuple)):
+        raise InvalidRequest("prompt", f"{type(prompt).__name__} is not a text; give a string or a list of strings")
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not prompts:
+        raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
+    for text in prompts:
+        check_prompt(text)
+    return prompts
+
+
+def _check_embeds(prompt_embeds: Tensor | None, *, text_width: int) -> tuple[int, int]:
+    """Return (B, S_txt) of given text tokens."""
+    if not isinstance(prompt_embeds, Tensor) or not prompt_embeds.is_floating_point():
+        raise InvalidRequest("prompt_embeds", "have to be a tensor of floating point numbers")
+    if prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != text_width or 0 in prompt_embeds.shape:
+        raise InvalidRequest(
+            "prompt_embeds", f"have shape {list(prompt_embeds.shape)}; allowed: (B, S_txt, {text_width})"
+        )
+    if not torch.isfinite(prompt_embeds).all():
+        raise InvalidRequest("prompt_embeds", "hold values that are not finite; encode the prompt again")
+    return prompt_embeds.shape[0], prompt_embeds.shape[1]
+
+
+def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:
+    width = check_size("width", default[0] if width is None else width)
+    return width, check_size("height", default[1] if height is None else height)
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(name, f"{value!r} is not a whole number of at least 1")

@@ -1,0 +1,112 @@
+"""Where the noise of a call comes from: given latents, generators, or seeds that are drawn. Knows no model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limner.errors import InvalidRequest
+from limner.grid import PIXELS
+from limner.model.shards import Ranks
+
+__all__ = ["NoiseSource", "check_latents", "draw_seeds", "short_digest"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class NoiseSource:
+    """Given `latents`, or a generator for each image, or one for the batch.
+
+    `seeds` has the seed of each image that makes it alone, or None where there is none. `digests` are equal where the
+    noise is equal; noise itself, computed on different machines, may not be. They are made for several processes only.
+    """
+
+    latents: Tensor | None
+    generators: list[torch.Generator] | torch.Generator
+    seeds: tuple[int | None, ...]
+    digests: tuple[str, ...]
+
+    @classmethod
+    def check(
+        cls,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        *,
+        latents: Tensor | None,
+        batch: int,
+        ranks: Ranks,
+    ) -> NoiseSource:
+        """Check generators for `batch` images; None draws seeds, the same in all processes. Raises `InvalidRequest`."""
+        ranks.check_same({"generator": type(generator).__name__, "latents": latents is not None})
+        if latents is not None:
+            digests = () if ranks.alone else (short_digest(latents),)
+            return cls(latents=latents, generators=[], seeds=(None,) * batch, digests=digests)
+        if generator is None:
+            generator = [torch.Generator().manual_seed(seed) for seed in draw_seeds(batch, ranks=ranks)]
+        shared = isinstance(generator, torch.Generator)
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
+            raise InvalidRequest("generator", f"{generator!r} is not a torch.Generator or a list of them")
+        if not shared and len(generators) != batch:
+            raise InvalidRequest(
+                "generator",
+                f"a list of {len(generators)} for {batch} images (prompts x num_images_per_prompt); give one for each, or "
+                "one generator for all",
+            )
+        seeds = tuple(_seed_of(g) for g in generators)
+        return cls(
+            latents=None,
+            generators=generator if isinstance(generator, torch.Generator) else list(generators),
+            seeds=(seeds[0], *(None,) * (batch - 1)) if shared else seeds,
+            digests=() if ranks.alone else tuple(short_digest(g.get_state()) for g in generators),
+        )
+
+    def draw(self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return noise (B, 4 C, h, w) in float32, drawn in `dtype` as diffusers does, so that seeds agree."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        noise = self.latents
+        if noise is None:
+            noise = randn_tensor(shape, generator=self.generators, device=device, dtype=dtype)
+        return noise.to(device, dtype).float()
+
+
+def draw_seeds(num_images: int, *, ranks: Ranks) -> list[int]:
+    """Return random seeds in [0, 2**31), the same in all processes of a model."""
+    generator = torch.Generator()
+    generator.seed()
+    seeds: list[int] = torch.randint(0, 2**31, (num_images,), generator=generator).tolist()
+    return ranks.broadcast(seeds)
+
+
+def check_latents(
+    latents: Tensor, *, channels: int, batch: int, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Return the (height, width) in pixels of given noise (B, channels, h, w). Raises `InvalidRequest`."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or not torch.isfinite(latents).all():
+        raise InvalidRequest("latents", "have to be a tensor of finite floating point numbers")
+    if latents.dim() != 4 or latents.shape[1] != channels:
+        raise InvalidRequest(
+            "latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)"
+        )
+    if latents.shape[0] != batch:
+        raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
+    found = (latents.shape[2] * PIXELS, latents.shape[3] * PIXELS)
+    for name, given, actual in (("height", height, found[0]), ("width", width, found[1])):
+        if given is not None and given != actual:
+            raise InvalidRequest("latents", f"are for {name} {actual}, {name}={given} was asked; leave {name} out")
+    return found
+
+
+def short_digest(x: Tensor) -> str:
+    """Return 16 hexadecimal digits that differ for different tensors, for messages."""
+    return hashlib.sha256(x.detach().double().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _seed_of(generator: torch.Generator) -> int | None:
+    """Return the seed that gives what this generator would give now; None if it was used already."""
+    seed = generator.initial_seed()
+    fresh = torch.Generator(generator.device).manual_seed(seed)
+    return seed if torch.equal(fresh.get_state(), generator.get_state()) else None

@@ -1,0 +1,107 @@
+"""Latents to pictures, and what a call returns. Does not know how the latents were made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limner.images import ReferenceReport, to_pil
+from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.networks import Networks
+from limner.pipeline.prefill import CacheSource
+from limner.pipeline.progress import Stopwatch, Timings
+from limner.pipeline.prompts import PromptReport
+from limner.references import References
+from limner.tokens import unpack
+
+__all__ = ["PipelineOutput", "decode", "make_output"]
+
+_DECODED_PIXELS = 1024 * 1024
+"""Pictures of more pixels than this together are decoded one after another."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PipelineOutput:
+    """What a call returns.
+
+    `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
+    latents, as `output_type` says. `seeds` has one entry an image: the seed that makes it alone, or None where there is
+    none (given latents, a generator used before, the later images of a batch that shares one generator).
+    `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
+    them took when that was not done again; `references` say what happened to each picture.
+    """
+
+    images: Any
+    seeds: tuple[int | None, ...]
+    timings: Timings
+    reference_cache: CacheSource
+    references: tuple[ReferenceReport, ...] = ()
+    reference_key: str | None = None
+    seconds_saved: float = 0.0
+    prompts: tuple[PromptReport, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
+    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the seconds it took."""
+    clock = Stopwatch(networks.device)
+    request.progress("decode", 0, 1)
+    latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
+    pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
+    request.progress("decode", 1, 1)
+    return pictures, clock.lap()
+
+
+def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
+    width, height = request.workload.size
+    at_once = max(1, _DECODED_PIXELS // (width * height))
+    with networks.working("decode", replace(request.workload, batch=len(latents))):
+        parts = [networks.autoencoder.decode(part) for part in torch.split(latents, at_once)]
+    pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
+    if request.output_type == "pt":
+        return pictures
+    if request.output_type == "np":
+        array: np.ndarray[Any, Any] = pictures.float().permute(0, 2, 3, 1).cpu().numpy()
+        return array
+    return to_pil(pictures)
+
+
+def make_output(
+    request: DrawRequest,
+    pictures: Any,
+    *,
+    rows: list[int],
+    prompts: tuple[PromptReport, ...],
+    references: References | None,
+    source: CacheSource,
+    timings: Timings,
+    dtype: torch.dtype,
+) -> PipelineOutput:
+    """Say how pictures came to be, which are `rows` of the batch; `dtype` is that of the transformer."""
+    width, height = request.workload.size
+    reports = references.reports if references else ()
+    metadata: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": len(request.sigmas) - 1,
+        "sigmas": [round(sigma, 6) for sigma in request.sigmas.tolist()],
+        "references": [report.digest for report in reports],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if request.loras:
+        metadata["loras"] = [asdict(lora) for lora in request.loras]
+    return PipelineOutput(
+        images=pictures,
+        seeds=tuple(request.noise.seeds[row] for row in rows),
+        timings=timings,
+        reference_cache=source,
+        references=reports,
+        reference_key=references.key if references else None,
+        seconds_saved=references.prefill_seconds if references and source != "miss" else 0.0,
+        prompts=prompts,
+        metadata=metadata,
+    )

@@ -1,0 +1,522 @@
+"""One call: encode, prefill, denoise, decode; one batch, synchronous.
+
+Owns the order of work, and the names, defaults and meanings of arguments, which are diffusers'. Each step is in a file of
+its own. Knows nothing of queues, HTTP or the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limner.config import ModelGeometry, ReferencePolicy
+from limner.errors import InvalidRequest
+from limner.images import PreparedReference
+from limner.memory import Formats, Workload
+from limner.memory.residency import Residency
+from limner.model.autoencoder import Autoencoder
+from limner.model.preview import LatentPreview
+from limner.model.shards import Ranks
+from limner.model.text_encoder import TextEncoder
+from limner.model.transformer import Transformer
+from limner.pipeline import load
+from limner.pipeline.adapters import Adapters
+from limner.pipeline.admission import Admission
+from limner.pipeline.check import ArgumentChecker, check_shared
+from limner.pipeline.denoise import denoise
+from limner.pipeline.lora import LoraSource, check_components, load_adapter
+from limner.pipeline.memory_errors import typed_memory_errors
+from limner.pipeline.networks import Networks
+from limner.pipeline.noise import draw_seeds
+from limner.pipeline.output import PipelineOutput, decode, make_output
+from limner.pipeline.prefill import Picture, Prefiller
+from limner.pipeline.progress import Progress, Stopwatch, Timings
+from limner.pipeline.prompts import PromptEncoder
+from limner.references import References
+from limner.requests import EditRequest
+from limner.schedule import Schedule
+from limner.store import ReferenceStore, Source
+from limner.weights.digest import WeightDigests
+
+__all__ = ["Pipeline", "StepCallback"]
+
+_logger = logging.getLogger("limner")
+
+StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
+"""(pipeline, step, timestep, tensors) to changed tensors; see `Pipeline.__call__`."""
+
+
+class Pipeline:
+    """Text to image and editing with any number of references, whose K/V are computed once and cached in `store`."""
+
+    def __init__(
+        self,
+        *,
+        transformer: Transformer,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        schedule: Schedule | None = None,
+        default_size: tuple[int, int] = (1024, 1024),
+        sizes: Sequence[tuple[int, int]] = (),
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        kv_cache_dtype: str | None = None,
+        latent_preview: LatentPreview | None = None,
+        residency: Residency | None = None,
+    ) -> None:
+        """`sizes` are the (width, height) that the model has learned; others are drawn with a warning; none: any.
+
+        `residency` is the memory limit of the networks; None: all weights stay where they are.
+        """
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.schedule = schedule or Schedule()
+        self.default_size = default_size
+        self.sizes = tuple(sizes)
+        self.store = store if store is not None else ReferenceStore()
+        self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
+        self.kv_cache_dtype = load.check_kv_cache_dtype(kv_cache_dtype)
+        self.latent_preview = latent_preview
+        self.residency = residency
+        self._digests = WeightDigests(after=residency.after_read if residency else None)
+        self._last_adapters = Adapters.of(transformer, self._digests)
+        self._prompts = PromptEncoder()
+        self._interrupt = False  # diffusers' way to stop: a callback sets it, and the remaining steps are left out
+        if residency is not None:
+            transformer.use(staging=residency)
+        self._networks.adopt()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        transformer: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        quantize: str | None = None,
+        kv_cache_dtype: str | None = None,
+        memory_limit: str | int | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+        parallel: str | None = None,
+        progress: Progress | None = None,
+    ) -> Pipeline:
+        """Load a folder in the diffusers layout, a hub id, or (None) the bundled model.
+
+        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
+        GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
+        `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
+        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
+        weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so).
+        `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes of
+        bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files included:
+        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on a
+        CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by heads
+        and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same results
+        (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        """
+        if torch_dtype is not None and dtype is not None:
+            raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
+        load.check_kv_cache_dtype(kv_cache_dtype)
+        loaded = load.load(
+            model,
+            replaced={"transformer": transformer, "vae": vae, "text_encoder": text_encoder},
+            dtype=dtype or torch_dtype,
+            device=device,
+            reference_policy=reference_policy,
+            quantize=quantize,
+            memory_limit=memory_limit,
+            text_encoder_out_layers=text_encoder_out_layers,
+            parallel=parallel,
+            progress=progress,
+        )
+        return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        pipeline: Any,
+        *,
+        default_size: tuple[int, int] = (1024, 1024),
+        sizes: Sequence[tuple[int, int]] = (),
+        store: ReferenceStore | None = None,
+        reference_policy: ReferencePolicy | None = None,
+        kv_cache_dtype: str | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+    ) -> Pipeline:
+        """Take over a klein pipeline of diffusers that is in memory: the tensors are shared, none is copied.
+
+        It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out.
+        In-place weight changes (training) affect both pipelines, and References made before them are refused.
+        Raises `CheckpointError` for base models and for parts with LoRA layers or quantized or offloaded weights.
+        """
+        loaded = load.take_over(
+            pipeline,
+            default_size=default_size,
+            sizes=sizes,
+            reference_policy=reference_policy,
+            text_encoder_out_layers=text_encoder_out_layers,
+        )
+        return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
+
+    @classmethod
+    def _of(cls, loaded: load.Loaded, *, store: ReferenceStore | None, kv_cache_dtype: str | None) -> Pipeline:
+        pipe = cls(
+            transformer=loaded.transformer,
+            autoencoder=loaded.autoencoder,
+            text_encoder=loaded.text_encoder,
+            schedule=loaded.schedule,
+            default_size=loaded.default_size,
+            sizes=loaded.sizes,
+            store=store,
+            reference_policy=loaded.reference_policy,
+            kv_cache_dtype=kv_cache_dtype,
+            latent_preview=loaded.latent_preview,
+            residency=loaded.residency,
+        )
+        pipe._admission.check_limit(Workload(size=(64, 64), num_text=1))
+        loaded.register(pipe._digests)
+        return pipe
+
+    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+        """Move all parts to a device, or cast them to a dtype; return itself. Not for a parallel model."""
+        if self.parallel is not None:
+            raise InvalidRequest(
+                "to", "a parallel model stays where it was loaded; give device and dtype to from_pretrained"
+            )
+        self._networks.to(target if isinstance(target, torch.dtype) else load.check_device(target))
+        self._prompts.clear()
+        return self
+
+    # The objects that do the work, made of the attributes as they are now: these may be replaced between calls.
+
+    @property
+    def _networks(self) -> Networks:
+        return Networks(
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            text_encoder=self.text_encoder,
+            adapters=self._adapters,
+            digests=self._digests,
+            residency=self.residency or Residency.unlimited(),
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    @property
+    def _adapters(self) -> Adapters:
+        found = Adapters.of(self.transformer, self._digests)
+        if found is not self._last_adapters and self._last_adapters.names:
+            _logger.warning("lora: another transformer is in place; %s were of the last one", self._last_adapters.names)
+        self._last_adapters = found
+        return found
+
+    @property
+    def _admission(self) -> Admission:
+        return Admission(networks=self._networks, reference_pixels=self.reference_policy.pixels)
+
+    @property
+    def _prefiller(self) -> Prefiller:
+        return Prefiller(store=self.store, policy=self.reference_policy, admission=self._admission)
+
+    @property
+    def _checker(self) -> ArgumentChecker:
+        return ArgumentChecker(
+            prefiller=self._prefiller,
+            schedule=self.schedule,
+            default_size=self.default_size,
+            sizes=self.sizes,
+            has_previews=self.latent_preview is not None,
+        )
+
+    # properties
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def parallel(self) -> Ranks | None:
+        """This process's place among those that the transformer is divided among; None if it is whole."""
+        ranks = self._networks.ranks
+        return None if ranks.alone else ranks
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Geometry of the three networks."""
+        return self._networks.geometry
+
+    @property
+    def formats(self) -> Formats:
+        """The formats of weights, K/V and products, for `limner.memory`."""
+        return self._networks.formats
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the last bits of a result besides weights: device, attention kernel, dtype of matrix products."""
+        return self._networks.arithmetic
+
+    kernel = arithmetic
+    """An older name of `arithmetic`."""
+
+    @property
+    def reference_weights(self) -> str:
+        """Digest of what K/V of references depend on: weights and geometry of transformer (with its LoRAs) and
+        autoencoder."""
+        return self._networks.reference_weights()
+
+    @property
+    def digest(self) -> str:
+        """Digest of all weights."""
+        return self._networks.digest()
+
+    # LoRAs, with diffusers' names and meanings
+
+    @typed_memory_errors
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: LoraSource,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Load a LoRA of the transformer: a .safetensors file, a folder or hub id, or tensors by name.
+
+        It acts at once and alone, with strength 1; `set_adapters` lets several act. It runs alongside the weights, which
+        may be quantized. `adapter_name` left out is default_0, default_1, ...; `weight_name` is the file of a folder or hub
+        id. Tensors that are not for this transformer are an error that names them; `strict=False` logs them. References
+        that were prefilled with other LoRAs, or strengths, are refused. Raises `CheckpointError`, `InvalidRequest`.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        load_adapter(self._networks, source, adapter_name, weight_name=weight_name, strict=strict)
+
+    @typed_memory_errors
+    def set_adapters(
+        self, adapter_names: Sequence[str] | str, adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Let these adapters act, and no others, each with its weight; one number is for all, None is 1."""
+        self._adapters.set(adapter_names, adapter_weights)
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the adapters that act."""
+        return self._adapters.active
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of the adapters that are loaded, by part."""
+        return {"transformer": self._adapters.names} if self._adapters.names else {}
+
+    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
+        """Forget adapters."""
+        self._adapters.delete(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse_lora`."""
+        self._adapters.clear()
+
+    @typed_memory_errors
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = True,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Add adapters, the active ones or `adapter_names`, times `lora_scale`, to the weights, in float32, rounded once.
+
+        Nothing runs alongside the weights then, and the weights are in memory twice: `unfuse_lora` needs the old ones.
+        Sums that are not finite are always refused (`safe_fusing`). Not for int8 weights.
+        """
+        check_components(components)
+        self._adapters.fuse(adapter_names, lora_scale)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Put the tensors back that were there before `fuse_lora`; adapters act alongside them again."""
+        check_components(components)
+        self._adapters.unfuse()
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of adapters that are fused."""
+        return set(self._adapters.fused)
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
+
+    # references and memory
+
+    @typed_memory_errors
+    def prefill(self, image: Picture | Sequence[Picture]) -> References:
+        """Return the K/V of an ordered list of references, from the store or computed."""
+        return self.prefill_from(image)[0]
+
+    @typed_memory_errors
+    def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
+        """Return what `prefill` does, and where it came from: "miss", "memory", "disk" or "remote"."""
+        prefiller = self._prefiller
+        return prefiller.get(prefiller.prepare(image))
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """Return the content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        return self._prefiller.key_of(prepared)
+
+    def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
+        """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
+
+        `num_ref` counts references to prefill: K/V that are cached are in memory already. `num_own` are the text and
+        output tokens of one image.
+        """
+        return self._admission.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def kv_bytes(self, num_ref: int) -> int:
+        """Return the bytes of the K/V of reference tokens in this process."""
+        return self._networks.kv_bytes(num_ref)
+
+    def new_seeds(self, num_images: int) -> tuple[int, ...]:
+        """Return random seeds, the same in all processes of a parallel model."""
+        return tuple(draw_seeds(num_images, ranks=self._networks.ranks))
+
+    # the call
+
+    def draw(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        references: References | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        output_type: str = "pil",
+        progress: Progress | None = None,
+    ) -> PipelineOutput:
+        """Draw requests that share references, size and number of steps as one batch: an image for each seed, in order.
+
+        `references`, for requests without pictures, is what `prefill` returned. Other arguments and errors are those of a
+        call.
+        """
+        first = check_shared(requests)
+        out = self(
+            [request.prompt for request in requests for _ in request.seeds],
+            image=list(first.references) or None,
+            references=references,
+            width=first.width,
+            height=first.height,
+            num_inference_steps=first.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            output_type=output_type,
+            progress=progress,
+        )
+        assert isinstance(out, PipelineOutput)
+        return out
+
+    @typed_memory_errors
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        image: Picture | Sequence[Picture] | None = None,
+        references: References | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 4,
+        sigmas: Sequence[float] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        text_encoder_out_layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> PipelineOutput | tuple[Any]:
+        """Draw (no references) or edit.
+
+        `image` is one picture or an ordered list; `references` is what `prefill` returned instead. Height and width are
+        multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
+        `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
+        `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
+        `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
+        (B, S_img, C), and may return changed latents and prompt_embeds, and rows, the list of those images of the
+        batch that go on (the others are dropped, also from the output); it may also ask for denoised, the clean tokens
+        that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
+        raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps. `progress(part, done, of)`
+        is called for every part. With a parallel model callbacks run in every process and have to do the same. Raises
+        `InvalidRequest`, `CapacityError` and `NumericalError`.
+        """
+        self._interrupt = False
+        # 1. Check the arguments: what can be refused is refused before any work is done
+        request = self._checker.check(
+            prompt=prompt,
+            image=image,
+            references=references,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            output_type=output_type,
+            callback=functools.partial(callback_on_step_end, self) if callback_on_step_end else None,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            text_encoder_out_layers=text_encoder_out_layers,
+            progress=progress,
+        )
+        networks, clock = self._networks, Stopwatch(self.device)
+        # 2. Encode the prompts to text tokens (B, S_txt, text_width)
+        txt, prompts = self._prompts.encode(request, networks)
+        # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
+        noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
+        txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+        request.progress("text", 1, 1)
+        text_seconds = clock.lap()
+        # 4. Get the References: those given, or from the store, or computed
+        refs, source = self._prefiller.get_for(request)
+        reference_seconds = clock.lap()
+        # 5. Denoise
+        batch = denoise(
+            networks,
+            request,
+            noise=noise,
+            prompt_embeds=txt,
+            references=refs,
+            preview=self.latent_preview,
+            interrupted=lambda: self._interrupt,
+        )
+        # 6. Decode
+        pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
+        timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)
+        output = make_output(
+            request,
+            pictures,
+            rows=batch.rows,
+            prompts=prompts,
+            references=refs,
+            source=source,
+            timings=timings,
+            dtype=self.dtype,
+        )
+        return output if return_dict else (output.images,)

@@ -1,0 +1,186 @@
+"""Pictures to References: preparing them, their key, and their K/V from the store or computed.
+
+Owns what a pipeline does with references before it draws. Does not know prompts, sizes of outputs or steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from limner.config import ReferencePolicy
+from limner.errors import InvalidRequest
+from limner.grid import PIXELS, num_tokens
+from limner.images import PreparedReference, ReferenceReport, prepare_reference, to_pixels
+from limner.memory import Workload
+from limner.pipeline.admission import Admission
+from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.networks import Networks
+from limner.pipeline.progress import Stopwatch
+from limner.references import References, reference_key
+from limner.store import ReferenceStore, Source
+from limner.tokens import pack, reference_ids
+
+__all__ = ["CacheSource", "Picture", "Prefiller"]
+
+CacheSource = Literal["none", "miss", "memory", "disk", "remote", "given"]
+Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefiller:
+    """References of pictures: prepared by `policy`, computed if they are not in `store`."""
+
+    store: ReferenceStore
+    policy: ReferencePolicy
+    admission: Admission
+
+    @property
+    def networks(self) -> Networks:
+        return self.admission.networks
+
+    def prepare(self, image: Picture | Sequence[Picture]) -> tuple[PreparedReference, ...]:
+        """Process a picture or an ordered list of them. Raises `InvalidRequest`."""
+        single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
+        pictures = [image] if single else image
+        if not isinstance(pictures, (list, tuple)):
+            raise InvalidRequest("image", f"{type(image).__name__} is not a picture or a list of pictures")
+        if not pictures:
+            raise InvalidRequest("image", "an empty list has no reference; leave image out for text to image")
+        return tuple(
+            prepare_reference(picture, policy=self.policy, field=f"image {i}")
+            for i, picture in enumerate(pictures, start=1)
+        )
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """Return the content key of prepared pictures in this order, whether or not their K/V are cached."""
+        return self._key(prepared, weights=self.networks.reference_weights(), arithmetic=self.networks.arithmetic)
+
+    def get(
+        self, prepared: Sequence[PreparedReference], *, num_own: int = 0, batch: int = 1
+    ) -> tuple[References, Source]:
+        """Return the References of prepared pictures, and where they came from.
+
+        `num_own` and `batch` are the tokens of the call that is going to use them, for admission. Raises `CapacityError`.
+        """
+        weights, arithmetic = self.networks.reference_weights(), self.networks.arithmetic
+
+        def compute() -> References:
+            sizes = [p.report.processed_size for p in prepared]
+            self.admission.check_free(num_ref=num_tokens(*sizes), num_own=num_own, batch=batch)
+            return self._compute(prepared, weights=weights, arithmetic=arithmetic)
+
+        key = self._key(prepared, weights=weights, arithmetic=arithmetic)
+        if self.networks.ranks.alone:
+            references, source = self.store.get(key, compute, device=self.networks.device)
+        else:
+            references, source = self._get_together(key, compute, prepared)
+        return _with_reports(references, tuple(p.report for p in prepared)), source
+
+    def get_for(self, request: DrawRequest) -> tuple[References | None, CacheSource]:
+        """Return the References of a call and where they came from: those given, or of its pictures. Raises as `get`."""
+        if not request.pictures:
+            return request.references, "given" if request.references else "none"
+        request.progress("references", 0, 1)
+        found = self.get(request.pictures, num_own=request.workload.num_own, batch=request.workload.batch)
+        request.progress("references", 1, 1)
+        return found
+
+    def check_given(self, references: References) -> References:
+        """Return References as this pipeline uses them: its part of the heads, on its device.
+
+        Raises `InvalidRequest` if they were made with other weights, in another dtype, or for other processes.
+        """
+        if not isinstance(references, References):
+            raise InvalidRequest(
+                "references", f"{type(references).__name__} is not limner.References; use pipe.prefill"
+            )
+        networks = self.networks
+        config, shard, weights = networks.transformer.config, networks.ranks.shard, networks.reference_weights()
+        if references.weights != weights:
+            raise InvalidRequest(
+                "references",
+                f"they were made with weights {references.weights}, this pipeline has {weights}; prefill the pictures with "
+                "this pipeline",
+            )
+        if references.dtype != networks.dtype:
+            raise InvalidRequest(
+                "references",
+                f"their dtype is {references.dtype}, the pipeline's {networks.dtype}; prefill the pictures again",
+            )
+        if references.shard is None and shard is not None:
+            references = references.part(*shard)
+        if references.shard != shard:
+            raise InvalidRequest(
+                "references",
+                f"they are of part {references.shard} (rank, processes) of the heads, this pipeline has "
+                f"{shard or 'all of them'}; prefill the pictures with this pipeline",
+            )
+        num_heads = config.num_heads // (shard[1] if shard else 1)
+        shape, expected = tuple(references.layers[0].k.shape[2:]), (num_heads, config.head_dim)
+        if len(references.layers) != config.num_layers or shape != expected:
+            raise InvalidRequest(
+                "references",
+                f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
+                "prefill the pictures again",
+            )
+        return _with_reports(self.store.place(references, device=networks.device), references.reports)
+
+    def _key(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> str:
+        return reference_key(
+            weights=weights,
+            dtype=self.networks.dtype,
+            kernel=arithmetic,
+            digests=[p.report.digest for p in prepared],
+            quantization=self.networks.kv_cache_dtype,
+            shard=self.networks.ranks.shard,
+        )
+
+    def _get_together(
+        self, key: str, compute: Callable[[], References], prepared: Sequence[PreparedReference]
+    ) -> tuple[References, Source]:
+        """As `ReferenceStore.get`, in all processes of a model: all compute the entry unless each of them has it."""
+        ranks, device = self.networks.ranks, self.networks.device
+        ranks.check_same({"image": [p.report.digest for p in prepared]})
+        found = self.store.find(key, device=device)
+        if all(ranks.all_gather(found is not None)) and found is not None:
+            return found
+        made = compute()
+        if found is None:
+            made, _ = self.store.get(key, lambda: made, device=device)
+        return made, "miss"
+
+    @torch.no_grad()
+    def _compute(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> References:
+        networks = self.networks
+        clock = Stopwatch(networks.device)
+        clock.lap()  # work that was queued before is not counted
+        sizes = tuple(p.report.processed_size for p in prepared)
+        workload = Workload(size=(PIXELS, PIXELS), references=sizes)
+        with networks.working("encode references", workload):
+            latents = [networks.autoencoder.encode(to_pixels(p.pixels)) for p in prepared]
+        ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(networks.device, networks.dtype)
+        ref_tokens = networks.ranks.broadcast_tensor(
+            ref_tokens
+        )  # (1, S_ref, C), equal to the last bit in all processes
+        with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
+            kv = networks.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
+        return References.make(
+            kv,
+            weights=weights,
+            kernel=arithmetic,
+            quantization=networks.kv_cache_dtype,
+            reports=tuple(p.report for p in prepared),
+            prefill_seconds=clock.lap(),
+            shard=networks.ranks.shard,
+        )
+
+
+def _with_reports(references: References, reports: tuple[ReferenceReport, ...]) -> References:
+    """Replace the reports: an entry of the store may be of other pictures with the same processed pixels."""
+    return references if references.reports == reports else replace(references, reports=reports)
