@@ -571,7 +571,7 @@ class Pipeline:
         return reference_key(
             weights=weights,
             dtype=self.dtype,
-            kernel=kernel,
+            arithmetic=kernel,
             digests=[p.report.digest for p in prepared],
             quantization=self.kv_cache_dtype,
             shard=self._shard,

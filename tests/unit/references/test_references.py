@@ -199,11 +199,11 @@ def test_packs_are_safetensors_that_others_may_read(pipe: Pipeline, tmp_path: Pa
 
 
 def test_key_covers_everything_that_matters() -> None:
-    base = {"weights": "w", "dtype": torch.float32, "kernel": "chunked", "digests": ["a", "b"]}
+    base = {"weights": "w", "dtype": torch.float32, "arithmetic": "chunked", "digests": ["a", "b"]}
     changes = [
         {"weights": "x"},
         {"dtype": torch.bfloat16},
-        {"kernel": "flash"},
+        {"arithmetic": "flash"},
         {"digests": ["b", "a"]},
         {"digests": ["ab"]},
         {"quantization": "int8"},
