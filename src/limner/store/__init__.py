@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from limner.store.bucket import Bucket
+from limner.store.bucket import Bucket, RemoteTier
 from limner.store.entries import Source, StoreEntry, StoreStats
 from limner.store.store import ReferenceStore
-
-RemoteTier = Bucket
-"""The name that `ReferenceStore(remote=RemoteTier(...))` is used with."""
 
 __all__ = ["Bucket", "ReferenceStore", "RemoteTier", "Source", "StoreEntry", "StoreStats"]

@@ -27,7 +27,7 @@ from limner.references import CONTENT_KEY, PackIdentity, check_key, parse_identi
 from limner.store.filesystems import check_url, has_folders, modified_at, stopper
 from limner.store.guard import CallGuard, WriteDenied
 
-__all__ = ["Bucket", "RemoteObject"]
+__all__ = ["Bucket", "RemoteObject", "RemoteTier"]
 
 _logger = logging.getLogger("limner")
 _NAME = re.compile(rf"({CONTENT_KEY.pattern})\.safetensors")
@@ -324,6 +324,10 @@ class Bucket:
                     return f"is in no bucket that is there; make {shown} first, or check the name"
             return ""
         return "is a file; give a prefix or a folder" if found.get("type") == "file" else ""
+
+
+RemoteTier = Bucket
+"""The public name, as in `ReferenceStore(remote=RemoteTier(url, timeout=60))`."""
 
 
 def _object(root: str, key: str) -> str:

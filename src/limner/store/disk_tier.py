@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ class DiskTier:
         self.folder, self.cost = folder, ReadCost()
         self._evictions = self._dropped = 0
         self._touched: dict[str, float] = {}
+        self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,7 +67,8 @@ class DiskTier:
             references = self._load(path)
         except DamagedPack as error:
             _logger.warning("dropped %s: %s", path, error)
-            self._dropped += 1
+            with self._lock:
+                self._dropped += 1
             try:
                 path.unlink(missing_ok=True)
             except OSError as why:
@@ -249,7 +252,8 @@ class DiskTier:
             if not self.is_pinned(path.stem):
                 path.unlink(missing_ok=True)
                 nbytes, num_gone = nbytes - status.st_size, num_gone + 1
-        self._evictions += num_gone
+        with self._lock:
+            self._evictions += num_gone
         return num_gone
 
     def _remove_torn(self) -> None:

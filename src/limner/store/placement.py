@@ -40,7 +40,8 @@ class Placement:
     @property
     def tiers(self) -> list[MemoryTier]:
         """Those of devices, then that of the host."""
-        return [*self._devices.values(), self.host]
+        with self._lock:
+            return [*self._devices.values(), self.host]
 
     def tier(self, device: torch.device) -> MemoryTier:
         """Return the tier of a device, made when it is first used."""

@@ -119,7 +119,8 @@ class BucketTier:
                 _logger.info("references %s are made again: %s, perhaps still being written", key[:16], error)
                 return
             _logger.warning("dropped %s", error)
-            self._dropped += 1
+            with self._lock:
+                self._dropped += 1
             self._allow_replacing(key)
             self.bucket.remove(key, explicit=False)
         except RemoteError as why:

@@ -43,9 +43,9 @@ class BackgroundWrites:
                 register(_finish_at_exit, weakref.ref(self), os.getpid())
 
     def offer(self, references: References, *, explicit: bool = False, new: bool = True) -> None:
-        """Queue an entry if the tier wants it (`BackingTier.wants`) and the queue has room."""
+        """Queue an entry if the tier wants it (`BackingTier.wants`), it does not wait already, and the queue has room."""
         key = references.key
-        if not self.tier.wants(key, explicit=explicit, new=new):
+        if not self.tier.wants(key, explicit=explicit, new=new) or (key in self._tasks and not explicit):
             return
         explicit = explicit or self.tier.is_pinned(key)
         if self.try_enqueue(references, explicit=explicit):

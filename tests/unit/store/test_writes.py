@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.support.faulty import FaultyFileSystem, faulty
-from tests.support.references import KEY, ONE, file_of, references
+from tests.support.references import KEY, ONE, file_of, never, references
 
 from limner import ReferenceStore
 from limner.store import store as store_module
@@ -48,6 +48,21 @@ def test_what_waits_to_be_written_is_bounded(tmp_path: Path) -> None:
     store.flush()
     assert store.stats().pending_bytes == 0
     assert file_of(tmp_path, references(4)).exists()
+
+
+def test_what_waits_is_not_queued_again(tmp_path: Path, problem: dict[str, Any]) -> None:
+    go = threading.Event()
+    problem["put"] = lambda: (go.wait(30), None)[1]
+    store = ReferenceStore(remote=faulty(tmp_path))
+    store.get(KEY, references)
+    for _ in range(3):
+        assert store.get(KEY, never)[1] == "memory"
+    assert store.stats().pending_bytes == ONE
+    store.check_integrity()
+    go.set()
+    store.flush()
+    assert FaultyFileSystem.calls.count("put") == 1
+    store.check_integrity()
 
 
 def test_uploads_that_are_slower_than_prefills_wait_where_nothing_is_kept_in_memory(
