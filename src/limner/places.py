@@ -1,6 +1,7 @@
-"""Where things are kept: a folder, or a URL, and how either may be shown.
+"""Places that hold things: a folder or a URL, and how either is shown without credentials.
 
-Owns what tells a URL from a folder, and what in a URL is a secret. Reaches nothing: whether a place is there, others know.
+Owns how a URL differs from a folder, and which parts of a URL are secret. Reads nothing: it does not know whether a place
+exists.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from limner.errors import InvalidRequest
 __all__ = ["absolute", "check_store", "is_url", "secrets_of", "without_credentials"]
 
 _SHORTEST_SECRET = 6
-"""A value of a query, or a user without a password, that is shorter is no secret: to look for it would garble messages."""
+"""A shorter value of a query, or user without a password, is not replaced in messages: every "e" would become "***"."""
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs", "az")
-"""Azure's, where a container stands before the account: `abfs://container@account.dfs.core.windows.net/prefix`."""
+"""Schemes of Azure, where a container stands before the account: `abfs://container@account.dfs.core.windows.net/prefix`."""
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is a URL, not a folder."""
+    """Return True for a URL, False for a folder."""
     return isinstance(place, str) and "://" in place
 
 
 def absolute(place: str) -> str:
-    """A place that does not depend on the folder of a process: a URL as it is, the whole path of a folder."""
+    """Return a place that does not depend on the working directory: a URL as it is, the absolute path of a folder."""
     return place if is_url(place) else os.path.abspath(place)
 
 
 def without_credentials(place: str) -> str:
-    """A place as it may be shown: a URL without user, password and query."""
+    """Return a place for messages: a URL without user, password and query."""
     if not is_url(place):
         return place
     scheme, rest, query = _parts(place)
@@ -39,7 +40,7 @@ def without_credentials(place: str) -> str:
 
 
 def secrets_of(url: str) -> list[str]:
-    """What no message may have: user, password and query of a URL, as they are and unquoted, the longest first."""
+    """Return user, password and query of a URL, which no message may hold, as they are and unquoted, the longest first."""
     scheme, rest, query = _parts(url)
     user = _user(scheme, rest)
     password = user.partition(":")[2]
@@ -49,7 +50,7 @@ def secrets_of(url: str) -> list[str]:
 
 
 def check_store(place: object, *, cache: object, disk_bytes: int | None) -> None:
-    """Raises `InvalidRequest` where a store's folder `cache`, or the budget of a folder, has no place beside its place."""
+    """Raise `InvalidRequest` for a folder `cache` without a URL, or a budget of a folder with a URL alone."""
     if cache is not None and not is_url(place):
         raise InvalidRequest("store_cache", f"{cache} is a folder before a URL; give one as the store, or leave it out")
     if disk_bytes is not None and is_url(place) and cache is None:
@@ -59,14 +60,14 @@ def check_store(place: object, *, cache: object, disk_bytes: int | None) -> None
 
 
 def _parts(url: str) -> tuple[str, str, str]:
-    """Scheme, what comes after it, and the query."""
+    """Return the scheme, the text after it, and the query."""
     scheme, _, rest = url.partition("://")
     rest, _, query = rest.partition("?")
     return scheme, rest, query
 
 
 def _user(scheme: str, rest: str) -> str:
-    """User and password of a URL without its scheme; a password may have a slash that nobody quoted."""
+    """Return user and password of a URL without its scheme. A password may have a slash that was not quoted."""
     authority = rest.partition("/")[0]
     if "@" in authority:
         user = authority.rpartition("@")[0]

@@ -49,8 +49,7 @@ from limner.server.http.limits import LoopbackCallers
 from limner.server.http.wire import error_body
 from limner.server.jobs.storage import StorageInUse
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
-from limner.store import ReferenceStore, StoreStats
-from limner.store.bucket import RemoteTier
+from limner.store import ReferenceStore, RemoteTier, StoreStats
 
 __all__ = ["DeployOptions", "IngressApp", "Painter", "app", "deploy"]
 

@@ -425,7 +425,7 @@ class RemotePipeline:
         return reference_key(
             weights=self._card.reference_weights,
             dtype=getattr(torch, self._card.dtype),
-            kernel=self._card.kernel,
+            arithmetic=self._card.kernel,
             digests=[p.report.digest for p in prepared],
             quantization=self._card.kv_cache_dtype,
         )

@@ -135,7 +135,7 @@ class Prefiller:
         return reference_key(
             weights=weights,
             dtype=self.networks.dtype,
-            kernel=arithmetic,
+            arithmetic=arithmetic,
             digests=[p.report.digest for p in prepared],
             quantization=self.networks.kv_cache_dtype,
             shard=self.networks.ranks.shard,
@@ -173,7 +173,7 @@ class Prefiller:
         return References.make(
             kv,
             weights=weights,
-            kernel=arithmetic,
+            arithmetic=arithmetic,
             quantization=networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
             prefill_seconds=clock.lap(),

@@ -1,22 +1,16 @@
 """Packs in a filesystem of fsspec (`s3://bucket/prefix`, `gs://`, `sftp://`, `file:///`), which machines share.
 
-Owns the filesystem, the names of objects, and how long anybody waits. An object is `<prefix>/<key>.safetensors`;
-others are not touched. It never changes: it is put whole, or removed. Nothing is evicted here. Knows of References no more
-than what the header of a pack says.
+Owns the filesystem, the names of objects, and how long each kind of call may take. An object is
+`<prefix>/<key>.safetensors`; others are not touched. It is put whole or removed, never changed, and nothing is evicted.
+Knows the header of a pack, not References. `guard` bounds the calls and pauses them after failures.
 
-A filesystem may hang, so that each call runs in a thread of its own and is given up after a time: a thread that hangs holds
-nobody, also not the end of the process. After a failure the tier is away: nobody asks it for a while, which grows with
-each failure up to minutes; then one caller tries. That is logged when it starts and when it ends. Calls that a person asked
-for (`asked`) are tried in any case, and raise. One that says that nothing may be written is not written to for minutes:
-rights come back, as when a token that expired is renewed.
-
-No message has the credentials that a URL may hold.
+If the filesystem denies a write, nothing is written for 5 minutes; then one write is tried with fresh credentials, because
+an expired token looks like a missing right.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import re
 import secrets
@@ -25,84 +19,88 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
-from limner.places import secrets_of, without_credentials
+from limner.errors import InvalidRequest, RemoteError
 from limner.references import CONTENT_KEY, PackIdentity, check_key, parse_identity, read_identity
+from limner.store.filesystems import check_url, has_folders, modified_at, stopper
+from limner.store.guard import CallGuard, WriteDenied
 
-__all__ = ["RemoteObject", "RemoteTier"]
+__all__ = ["Bucket", "RemoteObject", "RemoteTier"]
 
 _logger = logging.getLogger("limner")
-_R = TypeVar("_R")
 _NAME = re.compile(rf"({CONTENT_KEY.pattern})\.safetensors")
 _START_FACTOR = 4.0
 """The first answer may take so many times `timeout`: names, connections and credentials are looked up."""
 _UPLOAD_FACTOR = 12.0
 _UPLOAD_BYTES_PER_SECOND = 1 << 20
-"""An upload holds nobody: it may take 12 times `timeout`, and a second for each of its MiB."""
+"""An upload delays no request: it may take 12 times `timeout`, and a second for each of its MiB."""
 _LIST_FACTOR = 12.0
-_FIRST_AWAY, _LAST_AWAY = 5.0, 300.0
-_MOST_LEFT = 8
-"""Calls that a person asked for are not tried while so many that were given up still hang: each has a thread."""
-_TORN = ".limner-"
+_DENIED_SECONDS = 300.0
+_TEMPORARY = ".limner-"
 _TORN_SECONDS = 86400.0
-"""What was not renamed for so long is of a writer that was killed."""
+"""A temporary object that was not renamed for so long is of a writer that was killed."""
 _HEAD = 1 << 16
-"""Bytes that have the header of most packs."""
+"""The header of most packs is within so many bytes."""
 _LONGEST_HEADER = 100 << 20
 _UNKNOWN_PREFILL = 60.0
-"""Seconds that a prefill is taken to save where the pack does not say."""
-_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
-"""Where filesystems say when an object was written."""
+"""Seconds that a prefill is assumed to take where the pack does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteObject:
-    """A pack as a listing shows it. `modified` is in seconds since the epoch; None where the filesystem does not say."""
+    """A pack in a listing. `modified` is in seconds since the epoch, None where the filesystem does not say."""
 
     key: str
     nbytes: int
     modified: float | None
 
 
-class RemoteTier:
+class Bucket:
     """Packs under a URL. Safe to share by threads; the place, by processes and machines.
 
-    `timeout` is how many seconds the first byte, each further one and any short answer may take. `make` makes the folder
-    where a filesystem has folders. Raises `InvalidRequest` for a URL that cannot be used, its package missing among the
-    reasons, and `RemoteError` where it cannot be reached.
+    `timeout` bounds, in seconds, the wait for the first byte, for each further one and for any short answer. `make` makes
+    the folder where a filesystem has folders. Raises `InvalidRequest` for a URL that cannot be used, also if its package
+    is missing, and `RemoteError` where it cannot be reached.
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0, make: bool = True) -> None:
-        self._url, self.url = url, without_credentials(url)
-        self.timeout = timeout
-        self.read_only = ""
-        """Why it could not be written when that was last tried; "" if it could."""
-        self._secrets = secrets_of(url)
+        self._url, self.timeout = url, timeout
+        self._guard = CallGuard(url, on_failure=self._close)
+        self.url = self._guard.url
+        self.denied = ""
+        """Why the last write was denied; "" if it was not."""
+        self._denied_until = 0.0
         self._lock = threading.Lock()
-        self._made: tuple[Any, str] | None = None
-        self._away, self._until, self._read_only_until = 0.0, 0.0, 0.0
-        self._left: list[threading.Thread] = []
-        """Of calls that were given up since it last answered."""
-        self._looked_for_torn = False
-        self._check_url()
+        self._opened: tuple[Any, str] | None = None
+        self._removed_torn = False
+        check_url(url, describe=self._guard.describe)
         try:
-            problem = self._bounded(lambda: self._probe(make=make), _START_FACTOR * timeout, doing="be opened")
+            problem = self._guard.bounded(lambda: self._probe(make=make), _START_FACTOR * timeout, doing="be opened")
         except FileNotFoundError:
             problem = "is not there; check the name"
         if problem:
             raise InvalidRequest("remote", f"{self.url} {problem}")
 
-    # what there is
+    @property
+    def is_paused(self) -> bool:
+        """True while it is left alone after a failure, except by explicit calls."""
+        return self._guard.is_open
 
-    def fetch(self, key: str, path: Path, *, asked: bool = False) -> bool:
-        """Copies an object into a local file; False if there is none. What comes is not looked at.
+    @property
+    def is_writable(self) -> bool:
+        """True unless a write was denied in the last minutes."""
+        with self._lock:
+            return time.monotonic() >= self._denied_until
 
-        Gives up when no byte has come for `timeout`, and when it takes that much longer than the prefill that it saves.
-        Raises `RemoteError`, and `OutputError` where the local disk has no room.
+    # reading
+
+    def fetch(self, key: str, path: Path, *, explicit: bool = False) -> bool:
+        """Copy an object, unchecked, into a local file. Returns False if there is none.
+
+        Gives up when no byte has come for `timeout`, and, unless explicit, when it takes `timeout` longer than the prefill
+        that it saves. Raises `RemoteError`, and `OutputError` where the local disk has no room.
         """
         given_up = threading.Event()
 
@@ -111,19 +109,20 @@ class RemoteTier:
             if given_up.is_set():
                 return False
             try:
-                fs.get_file(_object(root, key), str(path), callback=_stopper(given_up))
+                fs.get_file(_object(root, key), str(path), callback=stopper(given_up))
             finally:
                 if given_up.is_set():
                     path.unlink(missing_ok=True)
             return True
 
+        limit = self._until_slow(path, given_up, is_patient=explicit)
         try:
-            return self._ask(get, self._until_slow(path, given_up, patient=asked), doing="be read", asked=asked)
+            return self._guard.call(get, limit, doing="be read", explicit=explicit)
         except FileNotFoundError:
             return False
 
-    def _until_slow(self, path: Path, given_up: threading.Event, *, patient: bool) -> Callable[[Future[bool]], str]:
-        """Waits for a copy as long as it gets on: "" when it has ended, else why not to wait any longer."""
+    def _until_slow(self, path: Path, given_up: threading.Event, *, is_patient: bool) -> Callable[[Future[bool]], str]:
+        """Return a limit for `CallGuard.call` that waits for a copy as long as it progresses and is worth the wait."""
 
         def watch(copy: Future[bool]) -> str:
             start = progress = time.monotonic()
@@ -138,7 +137,7 @@ class RemoteTier:
                 problem = ""
                 if now - progress > self.timeout:
                     problem = f"nothing more came for {self.timeout:g} s, after {seen} bytes"
-                elif not patient and now - start > (limit or self.timeout):
+                elif not is_patient and now - start > (limit or self.timeout):
                     problem = f"{seen} bytes took {now - start:.1f} s, which a prefill does not"
                 if problem:
                     given_up.set()
@@ -149,28 +148,28 @@ class RemoteTier:
 
         return watch
 
-    def holds(self, key: str, *, asked: bool = False) -> bool:
-        """Whether there is an object of that key. Raises `RemoteError`."""
-        return self._info(key, asked=asked) is not None
+    def holds(self, key: str, *, explicit: bool = False) -> bool:
+        """Return True if there is an object of that key. Raises `RemoteError`."""
+        return self._info(key, explicit=explicit) is not None
 
     def modified(self, key: str) -> float | None:
-        """When an object was written, seconds since the epoch; None if nobody knows. Raises `RemoteError`."""
-        info = self._info(key, asked=True)
-        return None if info is None else _modified(info)
+        """Return when an object was written, in seconds since the epoch; None if unknown. Raises `RemoteError`."""
+        info = self._info(key, explicit=True)
+        return None if info is None else modified_at(info)
 
-    def _info(self, key: str, *, asked: bool) -> dict[str, Any] | None:
+    def _info(self, key: str, *, explicit: bool) -> dict[str, Any] | None:
         def look() -> dict[str, Any]:
             fs, root = self._filesystem()
             fs.invalidate_cache()
             return dict(fs.info(_object(root, key)))
 
         try:
-            return self._ask(look, self.timeout, doing="be asked", asked=asked)
+            return self._guard.call(look, self.timeout, doing="be asked", explicit=explicit)
         except FileNotFoundError:
             return None
 
     def objects(self) -> list[RemoteObject]:
-        """All packs there, by their names, the oldest first. Asks for a listing. Raises `RemoteError`."""
+        """List all packs by their names, the oldest first. Raises `RemoteError`."""
 
         def look() -> list[RemoteObject]:
             fs, root = self._filesystem()
@@ -179,16 +178,16 @@ class RemoteTier:
             for info in fs.ls(root, detail=True):
                 match = _NAME.fullmatch(str(info["name"]).rpartition("/")[2])
                 if match and info.get("type") == "file":
-                    found.append(RemoteObject(key=match[1], nbytes=int(info["size"] or 0), modified=_modified(info)))
-            return sorted(found, key=lambda one: (one.modified or 0.0, one.key))
+                    found.append(RemoteObject(key=match[1], nbytes=int(info["size"] or 0), modified=modified_at(info)))
+            return sorted(found, key=lambda item: (item.modified or 0.0, item.key))
 
         try:
-            return self._ask(look, _LIST_FACTOR * self.timeout, doing="be listed", asked=True)
+            return self._guard.call(look, _LIST_FACTOR * self.timeout, doing="be listed", explicit=True)
         except FileNotFoundError:
             return []
 
     def identity(self, item: RemoteObject) -> PackIdentity | None:
-        """What the header of an object says; None if it is gone. Raises `DamagedPack` and `RemoteError`."""
+        """Return the header of an object, None if it is gone. Raises `DamagedPack` and `RemoteError`."""
 
         def head() -> bytes:
             fs, root = self._filesystem()
@@ -200,81 +199,75 @@ class RemoteTier:
             return data
 
         try:
-            data = self._ask(head, 2 * self.timeout, doing="be read", asked=True)
+            data = self._guard.call(head, 2 * self.timeout, doing="be read", explicit=True)
         except FileNotFoundError:
             return None
         return parse_identity(data, nbytes=item.nbytes, where=self.name(item.key))
 
     def name(self, key: str) -> str:
-        """The name of an object, as it may be shown."""
+        """Return the name of an object for messages."""
         return f"{self.url.rstrip('/')}/{key}.safetensors"
 
-    # what changes it
+    # writing
 
-    @property
-    def is_writable(self) -> bool:
-        """Whether writing may be tried: nobody was refused it for some minutes."""
-        with self._lock:
-            return time.monotonic() >= self._read_only_until
-
-    def upload(self, path: Path, key: str, *, asked: bool = False) -> None:
-        """Puts a local file under the name of its key, whole or not at all. Raises `RemoteError`."""
+    def upload(self, path: Path, key: str, *, explicit: bool = False) -> None:
+        """Put a local file under the name of its key, whole or not at all. Raises `RemoteError`."""
 
         def put() -> None:
             fs, root = self._filesystem()
             try:
-                if _has_folders(root):
-                    self._put_beside(fs, root, path, key)
+                if has_folders(root):
+                    self._put_and_rename(fs, root, path, key)
                 else:
                     fs.put_file(str(path), _object(root, key))
-            except FileNotFoundError as error:  # no bucket: that is no object that is not there
+            except FileNotFoundError as error:  # the bucket is gone: not the answer that an object is not there
                 raise ConnectionError(str(error)) from error
 
         seconds = _UPLOAD_FACTOR * self.timeout + _size(path) / _UPLOAD_BYTES_PER_SECOND
         try:
-            self._ask(put, seconds, doing="be written", asked=asked)
-        except _ReadOnly as error:
-            raise self._refused(error) from None
+            self._guard.call(put, seconds, doing="be written", explicit=explicit)
+        except WriteDenied as error:
+            raise self._deny(error) from None
         with self._lock:
-            was_read_only, self.read_only = self.read_only, ""
-        if was_read_only:
+            was_denied, self.denied = self.denied, ""
+        if was_denied:
             _logger.warning("%s can be written again", self.url)
 
-    def _refused(self, error: _ReadOnly) -> RemoteError:
-        """Nothing is written for a while, and then as by one who has just come: with credentials that are read anew."""
-        told = f"{error}; check that the credentials in the environment may write there"
+    def _deny(self, error: WriteDenied) -> RemoteError:
+        """Pause writes, and open the filesystem anew for the next one, so that credentials are read again."""
+        message = f"{error}; check that the credentials in the environment may write there"
         with self._lock:
-            was_read_only, self.read_only = self.read_only, told
-            self._read_only_until = time.monotonic() + _LAST_AWAY
-            self._made = None
-        if not was_read_only:
+            was_denied, self.denied = self.denied, message
+            self._denied_until = time.monotonic() + _DENIED_SECONDS
+        self._close()
+        if not was_denied:
             _logger.warning("%s: its entries are used, and for now none is added", error)
-        return RemoteError(told)
+        return RemoteError(message)
 
-    def _put_beside(self, fs: Any, root: str, path: Path, key: str) -> None:
-        """Puts a file where half of one would be seen: under a name of its own, which it then changes."""
+    def _put_and_rename(self, fs: Any, root: str, path: Path, key: str) -> None:
+        """Put a file under a temporary name and rename it, where others would see half of it while it is written."""
         fs.makedirs(root, exist_ok=True)
-        if not self._looked_for_torn:
-            self._looked_for_torn = True
+        if not self._removed_torn:
+            self._removed_torn = True
             with contextlib.suppress(Exception):
                 _remove_torn(fs, root)
-        beside, target = f"{root}/{_TORN}{secrets.token_hex(8)}", _object(root, key)
+        temporary, target = f"{root}/{_TEMPORARY}{secrets.token_hex(8)}", _object(root, key)
         try:
-            fs.put_file(str(path), beside)
+            fs.put_file(str(path), temporary)
             try:
-                fs.mv(beside, target)
+                fs.mv(temporary, target)
             except OSError:
                 if not fs.exists(target):
                     raise
-                fs.rm_file(target)  # some do not rename over what is there
-                fs.mv(beside, target)
+                fs.rm_file(target)  # some filesystems do not rename over an existing file
+                fs.mv(temporary, target)
         except BaseException:
             with contextlib.suppress(Exception):
-                fs.rm_file(beside)
+                fs.rm_file(temporary)
             raise
 
-    def remove(self, key: str, *, asked: bool = True) -> bool:
-        """Removes an object; whether there was one. Raises `RemoteError`."""
+    def remove(self, key: str, *, explicit: bool = True) -> bool:
+        """Remove an object. Returns True if there was one. Raises `RemoteError`."""
 
         def drop() -> bool:
             fs, root = self._filesystem()
@@ -288,202 +281,53 @@ class RemoteTier:
             return True
 
         try:
-            return self._ask(drop, 2 * self.timeout, doing="be changed", asked=asked)
-        except _ReadOnly as error:
-            with self._lock:
-                self._made = None  # its credentials may be old
+            return self._guard.call(drop, 2 * self.timeout, doing="be changed", explicit=explicit)
+        except WriteDenied as error:
+            self._close()  # its credentials may be old
             raise RemoteError(str(error)) from None
-
-    # asking
-
-    @property
-    def is_away(self) -> bool:
-        """Whether it failed and is left alone for now."""
-        with self._lock:
-            return time.monotonic() < self._until
-
-    def _ask(
-        self, call: Callable[[], _R], seconds: float | Callable[[Future[_R]], str], *, doing: str, asked: bool = False
-    ) -> _R:
-        """What a call gives. Raises `FileNotFoundError` as it does; else what `_bounded` raises, after which it is away."""
-        if asked:
-            self._check_left()
-        is_trial = not asked and self._enter()
-        try:
-            found = self._bounded(call, seconds, doing=doing)
-        except (FileNotFoundError, _ReadOnly, OutputError):
-            self._answered()
-            raise
-        except RemoteError as error:
-            self._failed(error, counts=not asked, is_trial=is_trial)
-            raise
-        self._answered()
-        return found
-
-    def _enter(self) -> bool:
-        """Lets in who may ask now; whether that is the one caller who tries again after a failure."""
-        with self._lock:
-            now = time.monotonic()
-            if now < self._until:
-                raise RemoteError(
-                    f"remote: {self.url} does not answer, and is left alone for {self._until - now:.0f} s"
-                )
-            if self._away:
-                self._until = now + self._away
-            return self._away > 0
-
-    def _check_left(self) -> None:
-        """Raises `RemoteError` while too many calls hang that nobody waits for."""
-        with self._lock:
-            self._left = [thread for thread in self._left if thread.is_alive()]
-            if len(self._left) >= _MOST_LEFT:
-                raise RemoteError(
-                    f"remote: {self.url} does not answer: {len(self._left)} calls still wait for it; try again later"
-                )
-
-    def _answered(self) -> None:
-        with self._lock:
-            was_away, self._away, self._until = self._away, 0.0, 0.0
-            self._left = []
-        if was_away:
-            _logger.warning("%s answers again", self.url)
-
-    def _failed(self, error: RemoteError, *, counts: bool, is_trial: bool) -> None:
-        with self._lock:
-            self._made = None  # a connection that broke does not mend
-            first = not self._away
-            if not counts or not (first or is_trial):  # of several that failed at once, one counts
-                return
-            self._away = _FIRST_AWAY if first else min(2 * self._away, _LAST_AWAY)
-            self._until = time.monotonic() + self._away
-        if first:
-            _logger.warning(
-                "%s; it is left alone for a while, and tried again: references are computed meanwhile", error
-            )
-
-    def _bounded(self, call: Callable[[], _R], seconds: float | Callable[[Future[_R]], str], *, doing: str) -> _R:
-        """What a call gives within a time, in a thread that is left behind if it hangs.
-
-        Raises what is wrong as `RemoteError`, `_ReadOnly`, `OutputError`, or `FileNotFoundError`; none with credentials.
-        """
-        done: Future[_R] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(call())
-            except BaseException as error:
-                done.set_exception(error)
-
-        thread = threading.Thread(target=run, name="limner-remote", daemon=True)
-        thread.start()
-        if isinstance(seconds, (int, float)):
-            problem = "" if wait([done], timeout=seconds).done else f"no answer within {seconds:g} s"
-        else:
-            problem = seconds(done)
-        if problem:
-            with self._lock:
-                self._left = [*(left for left in self._left if left.is_alive()), thread]
-            raise self._error(doing, problem)
-        error = done.exception()
-        if error is None:
-            return done.result()
-        if isinstance(error, LimnerError):
-            raise error
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError from None
-        told = self._told(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and doing == "be read":
-            raise OutputError(f"store: no room for what is fetched ({told}); free some space") from None
-        if doing in ("be written", "be changed") and isinstance(error, (PermissionError, NotImplementedError)):
-            raise _ReadOnly(f"remote: {self.url} cannot {doing} ({told})") from None
-        raise self._error(doing, told) from None
-
-    def _error(self, doing: str, problem: str) -> RemoteError:
-        return RemoteError(
-            f"remote: {self.url} cannot {doing} ({problem}); check the address, the credentials in the environment, "
-            "and that they may list, read, write and remove there"
-        )
-
-    def _told(self, error: BaseException) -> str:
-        """An error in one line, without credentials."""
-        text = self._scrubbed(" ".join(str(error).split()))
-        return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
     # the filesystem
 
-    def _check_url(self) -> None:
-        """Raises `InvalidRequest` unless fsspec has a filesystem for the URL, and its package is there."""
-        import fsspec
-
-        protocol = self._url.partition("://")[0]
-        if "::" in protocol or not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol):
-            raise InvalidRequest(
-                "remote", f"{self.url} is not a URL of one filesystem; give one such as s3://bucket/prefix"
-            )
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except ValueError:
-            raise InvalidRequest(
-                "remote",
-                f"{self.url}: no filesystem is known for {protocol}://; use s3://, gs://, abfs://, sftp:// or "
-                "another one of fsspec",
-            ) from None
-        except ImportError as error:
-            packages = {
-                "s3": "s3fs",
-                "s3a": "s3fs",
-                "gs": "gcsfs",
-                "gcs": "gcsfs",
-                "abfs": "adlfs",
-                "abfss": "adlfs",
-                "az": "adlfs",
-                "sftp": "paramiko",
-                "ssh": "paramiko",
-                "smb": "smbprotocol",
-            }
-            remedy = f"pip install {packages[protocol]}" if protocol in packages else self._told(error)
-            raise InvalidRequest("remote", f"{self.url} needs a package that is not installed: {remedy}") from None
-
     def _filesystem(self) -> tuple[Any, str]:
-        """The filesystem, made anew after a failure, and the path of the prefix in it. To be called in `_bounded`."""
-        made = self._made
-        if made is None:
+        """Return the filesystem, opened anew after a failure, and the path of the prefix. May hang: call it guarded."""
+        opened = self._opened
+        if opened is None:
             import fsspec
 
             fs, root = fsspec.core.url_to_fs(self._url, skip_instance_cache=True)
-            made = self._made = fs, str(root).rstrip("/")
-        return made
+            opened = self._opened = fs, str(root).rstrip("/")
+        return opened
+
+    def _close(self) -> None:
+        """Have the filesystem opened anew: a broken connection does not mend, and credentials may be old."""
+        self._opened = None
 
     def _probe(self, *, make: bool) -> str:
-        """What is wrong with the place, if anything is; nothing is written there, but a folder where `make` says so."""
+        """Return what is wrong with the place, "" if nothing is. Writes nothing, but makes the folder if `make`."""
         fs, root = self._filesystem()
         if not root:
             return "names no bucket or folder; give one such as s3://bucket/prefix"
         try:
             found = fs.info(root)
         except FileNotFoundError:
-            if _has_folders(root):
+            if has_folders(root):
                 if not make:
                     return "is not there; check the name"
                 fs.makedirs(root, exist_ok=True)
                 return ""
             bucket = root.partition("/")[0]
-            with contextlib.suppress(PermissionError):  # one that may not be looked at, but what is in it
+            with contextlib.suppress(PermissionError):  # the bucket may be closed, and its objects open
                 try:
                     fs.info(bucket)
                 except FileNotFoundError:
-                    return f"is in no bucket that is there; make {self._scrubbed(bucket)} first, or check the name"
+                    shown = self._guard.scrub(bucket)
+                    return f"is in no bucket that is there; make {shown} first, or check the name"
             return ""
         return "is a file; give a prefix or a folder" if found.get("type") == "file" else ""
 
-    def _scrubbed(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
 
-
-class _ReadOnly(Exception):
-    """It answers, and may not be changed."""
+RemoteTier = Bucket
+"""The public name, as in `ReferenceStore(remote=RemoteTier(url, timeout=60))`."""
 
 
 def _object(root: str, key: str) -> str:
@@ -491,16 +335,11 @@ def _object(root: str, key: str) -> str:
     return f"{root}/{key}.safetensors"
 
 
-def _has_folders(root: str) -> bool:
-    """Whether a path is in a filesystem with folders: those of object stores start with a bucket."""
-    return root.startswith("/")
-
-
 def _remove_torn(fs: Any, root: str) -> None:
-    """What writers left that were killed while writing."""
+    """Remove temporary objects of writers that were killed."""
     for info in fs.ls(root, detail=True):
-        written = _modified(info)
-        if str(info["name"]).rpartition("/")[2].startswith(_TORN) and written and time.time() - written > _TORN_SECONDS:
+        name, written = str(info["name"]).rpartition("/")[2], modified_at(info)
+        if name.startswith(_TEMPORARY) and written and time.time() - written > _TORN_SECONDS:
             with contextlib.suppress(Exception):
                 fs.rm_file(info["name"])
 
@@ -510,29 +349,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _modified(info: dict[str, Any]) -> float | None:
-    """When an object was written, from what its filesystem says of it."""
-    for name in _TIMES:
-        value = info.get(name)
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = datetime.fromisoformat(value)
-        if isinstance(value, datetime):
-            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-        if isinstance(value, (int, float)):
-            return float(value)
-    return None
-
-
-def _stopper(given_up: threading.Event) -> Any:
-    """A callback of fsspec that ends a copy that nobody waits for."""
-    from fsspec.callbacks import Callback
-
-    class Stopper(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            if given_up.is_set():
-                raise ConnectionAbortedError("nobody waits for it")
-
-    return Stopper()

@@ -1,0 +1,195 @@
+"""References: the K/V of an ordered list of reference pictures, as an immutable value with an identity.
+
+Owns the agreement of layers, reports and key. Knows nothing of prompts, pipelines or stores; the bytes of a file are
+`pack`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from limner.errors import InvalidRequest
+from limner.files import atomic_write
+from limner.grid import num_tokens
+from limner.images import ReferenceReport
+from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
+from limner.references.key import reference_key
+from limner.references.pack import MALFORMED, DamagedPack, PackIdentity, read_pack, write_pack
+
+__all__ = ["References"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class References(ReferenceKV):
+    """The K/V of an ordered list of references, with their identity. Never changed after they were made.
+
+    `key` is the content key. `weights` is the digest of the transformer and autoencoder that made it, `kernel` names the
+    arithmetic and `dtype` its dtype. `quantization` is None, "int8" or "fp8". `reports` say for each reference how it was
+    processed. `prefill_seconds` is the time that the prefill took. `shard` is None for all heads; (rank, size) for one of
+    `size` equal parts of them, in their order, as a process of a tensor parallel model holds it.
+    """
+
+    key: str
+    weights: str
+    kernel: str
+    dtype: torch.dtype
+    quantization: str | None = None
+    reports: tuple[ReferenceReport, ...]
+    prefill_seconds: float = 0.0
+    shard: tuple[int, int] | None = None
+
+    @classmethod
+    def make(
+        cls,
+        kv: ReferenceKV,
+        *,
+        weights: str,
+        kernel: str,
+        quantization: str | None,
+        reports: tuple[ReferenceReport, ...],
+        prefill_seconds: float = 0.0,
+        shard: tuple[int, int] | None = None,
+    ) -> References:
+        """Return the result of a prefill as References: quantized if asked for, with its content key.
+
+        `kernel` names the arithmetic that computed `kv`.
+        """
+        dtype = kv.layers[0].k.dtype
+        layers = kv.layers
+        if quantization is not None:
+            layers = tuple(quantize_layer(layer, quantization) for layer in kv.layers if isinstance(layer, LayerKV))
+        made = cls(
+            layers=layers,
+            key="",
+            weights=weights,
+            kernel=kernel,
+            dtype=dtype,
+            quantization=quantization,
+            reports=reports,
+            prefill_seconds=prefill_seconds,
+            shard=shard,
+        )
+        return dataclasses.replace(made, key=made._key(shard))
+
+    @property
+    def arithmetic(self) -> str:
+        """The arithmetic that computed the K/V; another one may differ in the last bits. `kernel` is its older name."""
+        return self.kernel
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The processed size (width, height) of each reference, in pixels."""
+        return tuple(report.processed_size for report in self.reports)
+
+    def part(self, rank: int, size: int) -> References:
+        """Return copies of part `rank` of `size` of the heads, under a key of its own. Raises `InvalidRequest`."""
+        num_heads = self.layers[0].k.shape[2]
+        if self.shard is not None or num_heads % size:
+            held = "all" if self.shard is None else f"part {self.shard[0]} of {self.shard[1]}"
+            raise InvalidRequest(
+                "references", f"{num_heads} heads ({held}) cannot be cut into {size} parts; prefill the pictures again"
+            )
+        layers = tuple(type(layer)(*(x.chunk(size, dim=2)[rank].contiguous() for x in layer)) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers, shard=(rank, size), key=self._key((rank, size)))
+
+    def to(self, device: torch.device | str) -> References:
+        """Return the same values on a device; itself if they are there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return dataclasses.replace(self, layers=tuple(layer.to(device) for layer in self.layers))
+
+    def to_host(self, *, page_locked: bool) -> References:
+        """Return a copy in host memory; from page-locked memory a CUDA device copies without waiting."""
+
+        def copy(x: Tensor) -> Tensor:
+            return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x)
+
+        return dataclasses.replace(self, layers=tuple(type(layer)(*map(copy, layer)) for layer in self.layers))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a pack, whole or not at all. Raises `OutputError`."""
+        with atomic_write(Path(path)) as temporary:
+            self.write_to(temporary)
+
+    def write_to(self, path: Path) -> None:
+        """Write a pack to a new file, which is incomplete until this returns. Raises `OSError`."""
+        identity = PackIdentity(
+            key=self.key,
+            weights=self.weights,
+            arithmetic=self.kernel,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            num_layers=len(self.layers),
+            reports=self.reports,
+            prefill_seconds=self.prefill_seconds,
+            shard=self.shard,
+        )
+        tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer._asdict().items()}
+        write_pack(path, identity, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> References:
+        """Read a pack and check every byte. Whether a pipeline has the same weights is checked where they are used.
+
+        Raises `InvalidRequest` for a file that cannot be read, and `DamagedPack`, a subclass, for one that is damaged or
+        no pack.
+        """
+        identity, tensors = read_pack(path)
+        try:
+            kind = LayerKV if identity.quantization is None else QuantizedLayerKV
+            if len(tensors) != identity.num_layers * len(kind._fields):
+                raise ValueError(f"{len(tensors)} tensors are not those of {identity.num_layers} layers")
+            references = cls(
+                layers=tuple(
+                    kind(**{name: tensors[f"{i}.{name}"] for name in kind._fields}) for i in range(identity.num_layers)
+                ),
+                key=identity.key,
+                weights=identity.weights,
+                kernel=identity.arithmetic,
+                dtype=identity.dtype,
+                quantization=identity.quantization,
+                reports=identity.reports,
+                prefill_seconds=identity.prefill_seconds,
+                shard=identity.shard,
+            )
+            references.check()
+        except MALFORMED as error:
+            raise DamagedPack(path, f"is damaged or edited ({error})") from error
+        return references
+
+    def check(self) -> None:
+        """Raise `ValueError` unless layers, reports and key agree with each other."""
+        length = num_tokens(*self.sizes)
+        if not self.layers or not length:
+            raise ValueError("it holds no references")
+        stored = self.dtype if self.quantization is None else KV_FORMATS[self.quantization][0]
+        heads, head_dim = self.layers[0].k.shape[2:]
+        for layer in self.layers:
+            for name, x in layer._asdict().items():
+                is_scale = name.endswith("_scale")
+                shape = (1, length, heads, 1 if is_scale else head_dim)
+                dtype = torch.float32 if is_scale else stored
+                if tuple(x.shape) != shape or x.dtype != dtype:
+                    raise ValueError(
+                        f"keys or values of shape {list(x.shape)} in {x.dtype}, not {list(shape)} in {dtype}"
+                    )
+        if self.key != self._key(self.shard):
+            raise ValueError("its key is not that of its contents")
+
+    def _key(self, shard: tuple[int, int] | None) -> str:
+        """Return the content key for all heads, or for a part of them."""
+        return reference_key(
+            weights=self.weights,
+            dtype=self.dtype,
+            arithmetic=self.kernel,
+            digests=[report.digest for report in self.reports],
+            quantization=self.quantization,
+            shard=shard,
+        )

@@ -1,0 +1,17 @@
+"""K/V of layers on their way to a device."""
+
+from __future__ import annotations
+
+import torch
+from tests.support.references import references
+
+
+def test_staged_layers_are_the_same_layers() -> None:
+    from limner.model.kv import quantize_layer, staged
+
+    layers = references().layers
+    assert all(a is b for a, b in zip(staged(layers, torch.device("cpu")), layers, strict=True))
+    narrow = [quantize_layer(layer, "int8") for layer in layers]
+    wide = [layer.dense(torch.bfloat16) for layer in staged(narrow, torch.device("cpu"))]
+    assert {x.dtype for layer in wide for x in layer} == {torch.bfloat16}
+    assert [layer.k.device.type for layer in staged(layers, torch.device("meta"))] == ["meta"] * 3
