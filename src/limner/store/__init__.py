@@ -45,7 +45,7 @@ from limner.places import check_store, is_url
 from limner.references import CONTENT_KEY, DamagedPack, PackIdentity, References, check_key, read_identity, write_pack
 from limner.store.bucket import RemoteObject, RemoteTier
 
-__all__ = ["ReferenceStore", "Source", "StoreEntry", "StoreStats"]
+__all__ = ["ReferenceStore", "RemoteTier", "Source", "StoreEntry", "StoreStats"]
 
 _logger = logging.getLogger("limner")
 _V = TypeVar("_V")
