@@ -1,10 +1,10 @@
-"""A batch that is killed at random moments and run again: every row has to be there once, and every list of references
+"""A batch that is killed at random moments and run again: every row has to be written once, and every list of references
 prefilled once.
 
-Draws rows over many lists of the sample pictures with the bundled model, sends SIGKILL when a random share of the rows is
-done, and runs the same command again, until the last run ends by itself. Prefills are counted by what each run noted on
-disk when it made one; one that a kill cut off before its K/V were kept is made again, and counted. The last line is one
-JSON object; the exit code is 1 if a row is missing, doubled, or drawn again though it was recorded.
+Draws rows over many lists of the sample pictures with the bundled model, sends SIGKILL when a random share of the rows
+is done, and runs the same command again, until the last run ends by itself. Each run notes its prefills on disk, and
+these are counted. A prefill that a kill interrupts before its K/V are stored runs again, and counts again. The last
+line is one JSON object; the exit code is 1 if a row is missing, doubled, or drawn again though it was recorded.
 
     .venv/bin/python benchmarks/batch.py -o benchmarks/results/batch.json
 """
@@ -42,7 +42,7 @@ def reference_sets(number: int) -> list[list[str]]:
 
 
 def manifest(path: Path, *, rows: int, sets: int, side: int) -> list[str]:
-    """Writes rows whose lists of references take turns; gives their ids."""
+    """Write rows whose lists of references take turns; return their ids."""
     lists = reference_sets(sets)
     lines = [
         {
@@ -59,7 +59,7 @@ def manifest(path: Path, *, rows: int, sets: int, side: int) -> list[str]:
 
 
 def recorded(out: Path) -> dict[str, dict[str, Any]]:
-    """What is told of each row that was drawn, as a kill left it."""
+    """Return the records of the rows that were drawn, as a kill left them."""
     lines: list[bytes] = []
     for path in [out / "results.jsonl", *sorted((out / ".limner-batch").glob("journal-*.jsonl"))]:
         lines += path.read_bytes().split(b"\n")[:-1] if path.exists() else []

@@ -1,12 +1,12 @@
 """The service on Ray Serve: requests over many reference sets, with the affine router, with Ray's own, and with a kill.
 
-Starts the application on a Ray of this machine, with the bundled model and one core a replica, once for each run: `affine`,
-`ray` (Ray's default, the power of two choices) and `kill` (affine; one replica gets SIGKILL, while it draws, when half of
-the requests are done). A closed loop of clients asks for sets in random order, the same order in every run. Each replica's
-memory keeps a share of all K/V (`--keep`), since with room for all of them every router comes to hold all of them
-everywhere. A hit is a request without a prefill of its own: hit_rate = 1 - prefills / requests. In the `kill` run, whose
-replica takes its counts with it, an answer that says "miss" is taken for a prefill. The last line is one JSON object; the
-exit code is 1 if a request was lost.
+Starts the application on a Ray of this machine, with the bundled model and one core a replica, once for each run:
+`affine`, `ray` (Ray's default, the power of two choices) and `kill` (affine; one replica gets SIGKILL, while it draws,
+when half of the requests are done). A closed loop of clients requests sets in random order, the same order in every
+run. Each replica's memory holds a share of all K/V (`--keep`): with room for all of them, every router ends with all of
+them on every replica. A hit is a request without a prefill of its own: hit_rate = 1 - prefills / requests. In the
+`kill` run the replica's counts are lost with it, so an answer that says "miss" counts as a prefill. The last line is
+one JSON object; the exit code is 1 if a request was lost.
 
     .venv/bin/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 """
@@ -44,7 +44,7 @@ PROMPTS = ("make the sticker bigger", "make the sticker blue", "put image 1 on a
 
 
 class Run:
-    """One application, its load and what came of it."""
+    """One application, its load and the results."""
 
     def __init__(self, args: argparse.Namespace, kind: str, sets: list[tuple[bytes, ...]], store_memory: int) -> None:
         self.args, self.kind, self.sets, self.store_memory = args, kind, sets, store_memory

@@ -1,14 +1,14 @@
-"""Models of full size on one machine: random checkpoints of klein's geometry, drawn with under a limit of memory.
+"""Models of full size on one machine: random checkpoints of klein's geometry, run under a memory limit.
 
 Builds folders in the diffusers layout (shards, written with one tensor in memory; text encoder layers up to the last one
 that is read), runs `limner edit` on them in a process of its own while its memory is watched, and compares with what
-`limner.memory` planned; times klein-4B beside diffusers. The last line is one JSON object; `-o` merges it into a file, so
+`limner.memory` planned; times klein-4B against diffusers. The last line is one JSON object; `-o` merges it into a file, so
 that stages may be run one by one.
 
     .venv/bin/python benchmarks/full_size.py --folder /tmp/full --keep --only 9b-bf16 -o benchmarks/results/full_size.json
 
 Stages: 9b-bf16 and 9b-int8 (256x256, two references of 256x256, 4 steps), 9b-load (from a warm page cache to the first
-step), 4b-256 and 4b-512 (denoising of 4 steps with one reference of the output's size, beside diffusers).
+step), 4b-256 and 4b-512 (denoising of 4 steps with one reference of the output's size, against diffusers).
 Peaks are of /proc/PID/status: RssAnon, RssFile, and the high-water mark VmHWM.
 """
 
@@ -74,7 +74,7 @@ class Values:
         self._at = 0
 
     def of(self, name: str, shape: torch.Size) -> Tensor:
-        """A matrix or kernel that keeps the size of its input; ones for norms, zeros for biases."""
+        """Return a matrix or kernel that preserves the scale of its input; ones for norms, zeros for biases."""
         if name.endswith("running_var") or (len(shape) == 1 and not name.endswith("bias")):
             return torch.ones(shape, dtype=torch.bfloat16)
         if len(shape) < 2:
@@ -150,7 +150,7 @@ def autoencoder_config(geometry: AutoencoderConfig) -> dict[str, Any]:
 
 
 def build(geometry: ModelGeometry, folder: Path, *, num_text: int) -> Path:
-    """A model folder with random weights. One that is there already is taken as it is."""
+    """Return a model folder with random weights; an existing one is used as it is."""
     if (folder / "model_index.json").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -173,7 +173,7 @@ def build(geometry: ModelGeometry, folder: Path, *, num_text: int) -> Path:
 
 
 def watched(command: list[str], *, cache: Path) -> dict[str, Any]:
-    """Runs a program to its end; its last line of output, seconds, and peaks of its memory."""
+    """Run a program to its end; return its last line of output, its seconds and the peaks of its memory."""
     peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0, "VmHWM": 0}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
@@ -200,7 +200,7 @@ def watched(command: list[str], *, cache: Path) -> dict[str, Any]:
 
 
 def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8: Path | None) -> dict[str, Any]:
-    """The edit of the target, in a process of its own, and what was planned for it."""
+    """Run the target's edit in a process of its own; return its measures and the plan."""
     from PIL import Image
 
     side, work = args.side, args.folder
@@ -272,7 +272,7 @@ def load(model: Path, *, side: int, num_text: int) -> dict[str, Any]:
 
 
 def load_worker(model: Path, *, side: int, num_text: int) -> dict[str, Any]:
-    """What the process of `load` does."""
+    """Run in the process of `load`."""
     started = time.perf_counter()
     transformer = load_transformer(model / "transformer", dtype=None, device=torch.device("cpu"))
     config, tokens = transformer.config, (side // 16) ** 2
@@ -286,7 +286,7 @@ def load_worker(model: Path, *, side: int, num_text: int) -> dict[str, Any]:
 
 
 def beside_diffusers(args: argparse.Namespace, geometry: TransformerConfig, side: int) -> dict[str, Any]:
-    """Seconds of denoising beside diffusers, in turn, medians."""
+    """Return median seconds of denoising, ours and diffusers', run in turn."""
     bench = Bench(geometry, dtype=torch.bfloat16)
     case = BenchCase(num_references=1, side=side, reference_side=side, num_text=args.text)
     engines = ("standard", "diffusers_kv", "warm", "int8_warm")

@@ -1,6 +1,7 @@
-"""Hostile requests against a server in this process: each is refused (4xx) within 2 seconds, and the service goes on.
+"""Hostile requests to a server in this process: each is refused (4xx) within 2 seconds, and the service keeps working.
 
-The corpus is `cases()`; the tests send it as well, without a clock. A body that does not come is given `BODY_SECONDS`.
+The corpus is `cases()`; the tests send it too, without the time limit. A body that never arrives times out after
+`BODY_SECONDS`.
 
     .venv/bin/python benchmarks/hostile.py -o benchmarks/results/hostile.json
 """
@@ -87,7 +88,7 @@ def chunk(kind: bytes, data: bytes, *, crc: int | None = None) -> bytes:
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, before: bytes = b"", data: bytes = b"") -> bytes:
-    """A PNG file whose header says what it says, whatever is in it."""
+    """Return a PNG file with this header, whatever data follow."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -127,7 +128,7 @@ def exif_of(data: bytes) -> dict[str, Any]:
 
 
 def pictures() -> dict[str, bytes]:
-    """Files that are no pictures, or none that may come in."""
+    """Files that are not pictures, or not allowed ones."""
     whole, jpeg, webp = picture(), picture(format="JPEG"), picture(format="WEBP")
     rows = zlib.compress(b"\0" * (80 * (1 + 96 * 3)))
     many = b"".join(chunk(b"zTXt", b"k%d\0\0" % i + deflated(1 << 20)) for i in range(80))
@@ -204,7 +205,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def harmless() -> dict[str, bytes]:
-    """Files with more in them than a picture, of which the picture alone is read."""
+    """Files with other data besides a picture; only the picture is read."""
     info = PngImagePlugin.PngInfo()
     info.add_text("k", "x" * 500_000)
     return {

@@ -1,8 +1,8 @@
 """Peak memory and seconds of one call that draws several images over the same references, each engine in a new process.
 
-In a process of its own an engine cannot reuse memory that another left behind. The peak is that of the call, over what the
-process held before it (weights, inputs); for `warm`, whose K/V were there before, they are added. diffusers repeats
-references over the batch; Limner keeps them once. The last line is one JSON object.
+In a process of its own an engine cannot reuse memory that another left behind. The peak is that of the call, above what
+the process held before it (weights, inputs). For `warm` the K/V existed before, so they are added. diffusers repeats
+references over the batch; Limner holds them once. The last line is one JSON object.
 
     .venv/bin/python benchmarks/memory.py -o benchmarks/results/memory.json
 """

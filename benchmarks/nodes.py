@@ -1,4 +1,4 @@
-"""The service on machines that are cut off: two Ray clusters and a PostgreSQL, each node an address of its own.
+"""The service on machines that are cut off: two Ray clusters and a PostgreSQL, each node with its own address.
 
 Nodes are network namespaces of this machine, joined by a bridge (10.9.0.0/24); it needs root, iproute2, and PostgreSQL's
 programs. First the link of a worker node is cut while it draws, then that of the head node, whose processes go on without
@@ -96,7 +96,7 @@ def database(folder: Path) -> Iterator[str]:
 
 
 def start_ray(node: int, folder: Path, *, head: int | None = None) -> None:
-    """A node of one core: a head, or one that joins it."""
+    """Start a node of one core: a head, or a worker that joins it."""
     where = ["--head", f"--port={RAY}", f"--temp-dir={folder}/ray{node}"]
     if head is not None:
         where = [f"--address={address(head)}:{RAY}"]
@@ -117,7 +117,7 @@ def start_ray(node: int, folder: Path, *, head: int | None = None) -> None:
 
 
 class Service:
-    """`limner deploy` on a node, and what is asked of it."""
+    """`limner deploy` on a node, and the requests to it."""
 
     def __init__(self, node: int, *, data: str, store: Path, replicas: int, log: Path) -> None:
         words = [
@@ -170,7 +170,7 @@ class Service:
         return str(answer.json()["id"])
 
     def ends(self, ids: list[str], seconds: float = 300) -> dict[str, int]:
-        """How many jobs ended in which way."""
+        """Return the number of jobs by outcome."""
         end, found, left = time.monotonic() + seconds, Counter[str](), list(ids)
         while left and time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):

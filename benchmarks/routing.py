@@ -40,7 +40,7 @@ POLICIES = ("random", "round robin", "power of two", "hash", "ours", "ours + tie
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What a replica is and what its work costs; index of the tuples: number of references - 1, seconds."""
+    """A replica and the cost of its work in seconds; tuples are indexed by number of references - 1."""
 
     name: str
     warm_seconds: tuple[float, ...]
@@ -67,8 +67,8 @@ class Profile:
 def cpu_profile() -> Profile:
     """Two cores, hidden width 1024, output and references 512x512: benchmarks/results/scaling.json and store.json.
 
-    The prefill is the difference of a request with new references and one with kept ones. A further image costs what four
-    images cost over one, by three. The tier's link is the measured rate of a hit on disk, checksums included.
+    The prefill is the difference between a request with new references and one with cached ones. A further image costs
+    what four images cost over one, by three. The tier's link is the measured rate of a hit on disk, checksums included.
     """
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     store = json.loads((RESULTS / "store.json").read_text())
@@ -98,8 +98,8 @@ def gpu_profile(side: int) -> Profile:
     """klein-9B on a GPU of the A100 class, references 1024x1024, output `side`: derived, not measured.
 
     Base: 2.0 s for 4 steps at 1024x1024 without references (published: 1.8 to 2.2 s on an A100), so 0.5 s a step. With n
-    references a kept step does more attention: by operations (24 P tokens + 4 C tokens x keys a layer) it takes
-    0.5 s (1 + n 0.104). A published speedup x of K/V caching is 4 s / (s + 3 c), where c is a step with kept K/V
+    references a cached step does more attention: by operations (24 P tokens + 4 C tokens x keys a layer) it takes
+    0.5 s (1 + n 0.104). A published speedup x of K/V caching is 4 s / (s + 3 c), where c is a step with cached K/V
     and s one that computes references too; so c / s = (4 / x - 1) / 3, and the prefill is s - c. Prefills do not depend
     on the output; at 512x512 the table gives c back from them.
     """
@@ -192,7 +192,7 @@ def make_sets(profile: Profile, num_sets: int, zipf: float, rng: np.random.Gener
 
 
 def make_arrivals(scenario: Scenario, sets: Sets, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Times, sets, and when the flash crowd or the failure of many begins."""
+    """Return times, sets, and the start of the flash crowd or mass failure."""
     n = scenario.num_requests
     rate = scenario.load * scenario.num_replicas / float(np.dot(sets.probability, sets.warm))
     names = rng.choice(len(sets.warm), size=n, p=sets.probability)
@@ -283,12 +283,12 @@ class Replica:
 
 @functools.cache
 def homes_of(num_replicas: int) -> Homes:
-    """Orders of homes are the same in all simulations of as many replicas in which none fails."""
+    """Return the order of homes: equal in all simulations with this many replicas and no failure."""
     return Homes(f"replica-{i}" for i in range(num_replicas))
 
 
 class Simulation:
-    """Runs one scenario; `report()` has the numbers."""
+    """Run one scenario; `report()` has the numbers."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.s = s = scenario
@@ -427,7 +427,7 @@ class Simulation:
             self.start(replica, now)
 
     def start(self, replica: Replica, now: float) -> None:
-        """Takes the oldest request and those that can run with it, as `limner.engine` does, and runs them."""
+        """Run the oldest request and those that can share its batch, as `limner.engine` does."""
         name = self.names[replica.queue[0][0]]
         batch: list[int] = []
         others: list[tuple[int, float]] = []
@@ -498,7 +498,7 @@ class Simulation:
             self.start(replica, now)
 
     def fail(self, replica: Replica, now: float) -> None:
-        """Its requests come again a second later; another takes its place, with empty memory."""
+        """Fail the replica: its requests return a second later, and a replica with empty memory takes its place."""
         if not replica.alive:
             return
         lost = [*replica.batch, *(request for request, _ in replica.queue)]
@@ -608,7 +608,7 @@ Row = dict[str, Any]
 
 
 def against(rows: list[Row]) -> list[Row]:
-    """Adds to each row its prefills over those of the row of "one cache"."""
+    """Add to each row its prefills over those of the row of "one cache"."""
     one = next(row["prefills"] for row in rows if row["policy"] == "one cache")
     for row in rows:
         row["times_one_cache"] = round(row["prefills"] / one, 3)

@@ -1,7 +1,7 @@
 """Seconds of a 4-step edit against the number of references, the side of the output and the number of images, plotted.
 
-Beside each measured line of Limner stands the model: floating point operations over the rate of a plain product of the same
-dtype on the same machine. One run, all engines in turn, medians. The last line is one JSON object.
+Each measured line of Limner is plotted with the model: floating point operations over the rate of a plain product of the
+same dtype on the same machine. One run, all engines in turn, medians. The last line is one JSON object.
 
     .venv/bin/python benchmarks/scaling.py -o benchmarks/results/scaling
 """
@@ -34,7 +34,7 @@ NAMES = {
 
 
 def model_teraflop(config: TransformerConfig, case: BenchCase, engine: str) -> float:
-    """What an engine has to compute for a case, 10^12 operations."""
+    """Return the operations that a case needs, in 10^12."""
     num_ref = sum(h * w for h, w in case.reference_grids)
     num_own = case.num_text + case.grid[0] * case.grid[1]
     steps = step_flops(config, num_own=num_own, num_ref=num_ref, num_txt=case.num_text) * case.num_steps * case.batch

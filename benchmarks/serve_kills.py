@@ -1,8 +1,8 @@
 """A server that is killed under load, again and again: every job that it accepted has to end, once.
 
 Each round starts the server on the same folder, lets clients submit edits, and sends SIGKILL at a random moment. After the
-last round a server finishes what is left. A job is lost if its id was answered and it does not end as Ready or Error; it is
-doubled if what it ended as, its end time or its picture ever changes, or if an idempotency key has two jobs. The last line
+last round a server finishes what is left. A job is lost if its id was answered and it does not end as Ready or Error. It is
+doubled if its final status, end time or picture ever changes, or if an idempotency key has two jobs. The last line
 is one JSON object.
 
     .venv/bin/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json

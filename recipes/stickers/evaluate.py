@@ -52,7 +52,7 @@ def cases(task: str, num: int, *, seed: int = 0) -> list[Example]:
 
 
 class NearestTraining:
-    """Finds the picture of a training set that is nearest to a picture: by thumbnails, then by pixels."""
+    """Find the training picture that is nearest to a picture: by thumbnails, then by pixels."""
 
     def __init__(self, renderer: Renderer, *, sittings: int, pool: int, asks: int = 4, seed: int = 0) -> None:
         from prepare import TASKS as MIX

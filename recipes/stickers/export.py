@@ -1,4 +1,4 @@
-"""Puts the bundled model together: OUT in the diffusers layout (float16 files), and the sample pictures beside it."""
+"""Assemble the bundled model: OUT in the diffusers layout (float16 files), and the sample pictures next to it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ def fit_preview(vae: AutoencoderKLFlux2, tokens: Tensor) -> LatentPreview:
 
 @torch.no_grad()
 def blend(model: Model, folder: Path, *, share: float, text_share: float) -> None:
-    """Moves weights back towards those they were trained on from, which are in `folder`; 1 leaves them.
+    """Move weights back towards those that training started from, which are in `folder`; 1 leaves them.
 
-    A run learns what it is asked for, and on the way forgets some of what it is no longer asked for, such as prompts that the
-    split keeps from it. The idea is that of Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+    A run learns its tasks, and forgets some of what is no longer trained, such as prompts that the split withholds. The idea is that of Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
     """
     before = copy.deepcopy(model)
     load_folder(before, folder)

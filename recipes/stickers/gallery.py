@@ -1,4 +1,4 @@
-"""Draws docs/gallery.png: the first cases of each task of the evaluation, not chosen: references, prompt, result, truth."""
+"""Draw docs/gallery.png: the first cases of each task of the evaluation, not selected: references, prompt, result, truth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST_SEED = 0
 
 
 def fitted(image: Image.Image) -> Image.Image:
-    """Not larger than a cell."""
+    """Return the picture scaled down to a cell."""
     image = image.copy()
     image.thumbnail((SIDE, SIDE))
     return image

@@ -1,4 +1,4 @@
-"""Judges a picture against the rendered truth: PSNR, SSIM, and whether it shows what was asked for.
+"""Judge a picture against the rendered truth: PSNR, SSIM, and whether it shows what was asked for.
 
 Owns the measures. A picture is a success when the truth is nearer to it than every picture that differs from the truth in
 one thing: another sticker in its place (of all named and held-out ones), another place, another size, mirrored, grey,
@@ -24,7 +24,7 @@ SAME = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """PSNR in dB, SSIM, and what is right; a success is all of it."""
+    """PSNR in dB, SSIM, and which properties are right; a success has all of them."""
 
     psnr: float
     ssim: float
@@ -84,7 +84,7 @@ def alternatives(truth: Picture, references: Sequence[Picture]) -> Iterator[tupl
 
 
 def seen(candidate: Pixels, right: Pixels) -> bool:
-    """Whether somebody would see that a picture is another than the right one: where they differ, by more than `SAME`."""
+    """Return True if two pictures differ visibly: where they differ, by more than `SAME`."""
     differs = np.abs(candidate - right).max(-1) > 0
     return bool(differs.any()) and psnr(candidate, right, differs) <= SAME
 
@@ -99,13 +99,13 @@ def other_forms(picture: Picture, index: int) -> tuple[Picture, Picture]:
 
 
 def told_forms(picture: Picture, index: int, renderer: Renderer) -> list[Picture]:
-    """Those of `other_forms` that can be told from the picture; a mirrored ball cannot."""
+    """Return those of `other_forms` that differ visibly from the picture; a mirrored ball does not."""
     right = pixels(renderer.render(picture))
     return [form for form in other_forms(picture, index) if seen(pixels(renderer.render(form)), right)]
 
 
 def judge(image: Image.Image, truth: Picture, *, references: Sequence[Picture], renderer: Renderer) -> Verdict:
-    """Everything that is wrong with an image; `references` are the pictures that it was made from."""
+    """Return everything that is wrong with an image; `references` are the pictures that it was made from."""
     found, right = pixels(image), pixels(renderer.render(truth))
     squared = np.square(found - right).sum(-1)
     wrong = set()

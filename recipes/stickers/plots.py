@@ -1,4 +1,4 @@
-"""Draws the curves of a run from the logs of the training scripts: OUT/autoencoder.png and OUT/transformer.png."""
+"""Draw the curves of a run from the logs of the training scripts: OUT/autoencoder.png and OUT/transformer.png."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; of a step that was run twice (stopped, resumed) the later one."""
+    """Return the lines of a log; for a step that ran twice (stopped, resumed) the later one."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)

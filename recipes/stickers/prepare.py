@@ -1,4 +1,4 @@
-"""Makes the tokenizer and the training set, in OUT/tokenizer and OUT/data.pt.
+"""Make the tokenizer and the training set, in OUT/tokenizer and OUT/data.pt.
 
 The set is of sittings: some references and several examples (prompt, result) that share them, as a training batch shares
 their keys and values. Every picture is encoded once. Of a result it also has the pictures whose stickers are all mirrored, and all grey, and
@@ -98,7 +98,7 @@ def sensitivity(vae: AutoencoderKLFlux2, tokens: torch.Tensor, *, seed: int) -> 
 
 
 class Pictures:
-    """Numbers the pictures of each size, and encodes each once."""
+    """Number the pictures of each size, and encode each once."""
 
     def __init__(self, vae: AutoencoderKLFlux2, renderer: Renderer, log: Log) -> None:
         self._vae, self._renderer, self._log = vae, renderer, log

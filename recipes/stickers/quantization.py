@@ -1,4 +1,4 @@
-"""What narrower formats cost in quality: the evaluation once for each, the same cases and seeds; a table in docs/numerics.md.
+"""The cost in quality of narrower formats: the evaluation once for each, with the same cases and seeds; a table in docs/numerics.md.
 
 The last line is one JSON object: by format and task, PSNR in dB and success rate.
 """

@@ -1,7 +1,7 @@
-"""Trains the autoencoder further, on whole pictures; writes OUT/vae.
+"""Train the autoencoder further, on whole pictures; writes OUT/vae.
 
-It was first trained on crops, whose group statistics are not those of whole pictures; its decoder meets latents that a
-transformer drew, so here some have noise; and what is seldom right is the form of small stickers, so here their pixels
+It was first trained on crops, whose group statistics are not those of whole pictures; its decoder receives latents from a
+transformer, so here some have noise; and the form of small stickers is seldom right, so here their pixels
 weigh more than the scene's, and the loss counts how far each sticker has gone the way to its mirror image or to grey. (A koala
 is nearly grey, and an autoencoder of squared errors alone makes it so.)
 
@@ -64,7 +64,7 @@ class Batch:
 
 
 def strayed(error: Tensor, batch: Batch) -> Tensor:
-    """How far each sticker has gone the way to another form (N,): 0 as it should be, 1 there."""
+    """Return how far each sticker has moved towards another form (N,): 0 is right, 1 is the other form."""
     return (error[batch.numbers] * batch.ways).sum((1, 2, 3)) / batch.ways.square().sum((1, 2, 3))
 
 

@@ -1,7 +1,7 @@
 """The tasks of the bundled model: a grammar of prompts over pictures, each with its references and its true result.
 
-Owns wording and what a wording means. A prompt belongs to the evaluation when its hash says so (`is_evaluation`), and so
-does a pair of sticker and scene (`is_evaluation_pair`). Training skips both: it never asks for a prompt of the evaluation, with
+Owns the wordings and their meaning. A prompt belongs to the evaluation when its hash says so (`is_evaluation`), and so
+does a pair of sticker and scene (`is_evaluation_pair`). Training skips both: it never uses a prompt of the evaluation, with
 or without "please", and never for such a pair by name, neither to draw nor as the new scene of an edit.
 """
 
@@ -70,12 +70,12 @@ class Example:
 
 
 def is_evaluation(prompt: str) -> bool:
-    """Whether a prompt, without "please" before or after it, is kept for the evaluation (about one in twelve)."""
+    """Return True if a prompt, without "please" before or after it, is reserved for the evaluation (about one in twelve)."""
     return hashlib.sha256(prompt.encode()).digest()[0] < 21
 
 
 def is_evaluation_pair(glyph: int, scene: str) -> bool:
-    """Whether this sticker on this scene, asked for by name, is kept for the evaluation (about one in eight)."""
+    """Return True if this sticker on this scene, requested by name, is reserved for the evaluation (about one in eight)."""
     return hashlib.sha256(f"{glyph} {scene}".encode()).digest()[0] < 32
 
 
@@ -175,7 +175,7 @@ class Grammar:
         return Picture(scene=scene, stickers=(sticker,), size=size)
 
     def _call(self, rng: random.Random, sticker: Sticker) -> str:
-        """How a prompt speaks of a sticker in a reference: by name, where it has one that training knows, or not."""
+        """Return how a prompt refers to a sticker in a reference: by name, if it has one that training knows, or not."""
         name = NAMES.get(sticker.glyph)
         return f"the {name}" if name in STICKERS and rng.random() < 0.6 else "the sticker"
 

@@ -1,7 +1,7 @@
-"""Trains transformer and text encoder of the bundled model together, on 0 to 4 references in one mixture.
+"""Train transformer and text encoder of the bundled model together, on 0 to 4 references in one mixture.
 
 A step runs the code path of inference: `Transformer.prefill` on the references, which see only each other at noise level
-0, then `Transformer.forward` with their keys and values. Training profits from kept K/V as drawing does: the examples of
+0, then `Transformer.forward` with their keys and values. Training profits from cached K/V as drawing does: the examples of
 a sitting share their references, so one prefill, and its gradient, serves several of them.
 
 A model that runs in 4 steps is trained on its own runs: each example is drawn at noise level 1, and then once more at a
@@ -77,7 +77,7 @@ class Model(nn.Module):
                     p.data.mul_(0.5)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What `Transformer.forward` takes beside noisy tokens and noise level."""
+        """Return the inputs of `Transformer.forward` other than noisy tokens and noise level."""
         out = self.text_encoder.model(
             input_ids=batch["ids"], attention_mask=batch["mask"], output_hidden_states=True, use_cache=False
         )
@@ -129,7 +129,7 @@ def load_folder(model: Model, folder: Path) -> None:
 
 
 def strayed(error: Tensor, batch: dict[str, Any], cost: Tensor) -> Tensor:
-    """How far each sticker of a drawing has gone the way to another form (N,): 0 as it should be, 1 mirrored, or grey.
+    """Return how far each sticker has moved towards another form (N,): 0 is right, 1 is mirrored, or grey.
 
     That is the part of the `error` (B, S, C) that lies along the way to the picture of the other form, in the tokens of the sticker.
     """
@@ -229,7 +229,7 @@ def validate(model: Model, batches: dict[str, list[dict[str, Any]]], cost: Tenso
 
 
 def compile_blocks(transformer: Transformer) -> None:
-    """Fuses what lies between the matrix products; one compilation for all lengths."""
+    """Fuse the operations between matrix products; one compilation serves all lengths."""
     torch.fx.experimental._config.use_duck_shape = False
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         for name in ("forward", "prefill", "forward_last"):

@@ -1,4 +1,4 @@
-"""Trains the KL autoencoder of the bundled model on crops of rendered pictures; writes OUT/vae in the diffusers layout."""
+"""Train the KL autoencoder of the bundled model on crops of rendered pictures; writes OUT/vae in the diffusers layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KL_WEIGHT = 1e-5
 
 
 def is_inner(name: str, p: torch.nn.Parameter) -> bool:
-    """Whether a parameter is one of the convolutions between the first and the last."""
+    """Return True for a parameter of the convolutions between the first and the last."""
     return (p.dim() == 4 and "_blocks." in name) or "mid_block" in name
 
 
@@ -123,7 +123,7 @@ def main() -> None:
 
 @torch.no_grad()
 def fit_batch_norm(vae: AutoencoderKLFlux2, renderer: Renderer, glyphs: list[int], *, num: int, seed: int) -> None:
-    """Sets the running statistics of the patchified latents, so that each of the channels has mean 0 and variance 1."""
+    """Set the running statistics of the patchified latents, so that each of the channels has mean 0 and variance 1."""
     rng = random.Random(f"{seed}/statistics")
     latents = []
     for _ in range(num):

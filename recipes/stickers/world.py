@@ -148,7 +148,7 @@ def scene_names() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A scene; variant 0 is the one its name asks for, others differ in what only a picture can tell."""
+    """A scene. Variant 0 is the named one; the others differ in ways that only a picture can show."""
 
     name: str
     variant: int = 0
@@ -263,7 +263,7 @@ def _shift_hue(image: Image.Image, turn: float) -> Image.Image:
 
 
 def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
-    """Renders one scene at twice the size, then shrinks it."""
+    """Render one scene at twice the size, then shrinks it."""
     rng = random.Random(f"{scene.name}/{scene.variant}")
     jitter = 0.0 if scene.variant == 0 else 1.0
 

@@ -1,6 +1,6 @@
-"""Limner: draws and edits pictures with FLUX.2-[klein]-KV-class models, and keeps the K/V of references.
+"""Limner draws and edits pictures with FLUX.2-[klein]-KV-class models, and caches the K/V of references.
 
-The public names below are loaded when first used, so that `import limner` and `limner --help` stay fast.
+The public names below are imported on first use, so that `import limner` and `limner --help` stay fast.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from limner.version import __version__
+
 if TYPE_CHECKING:
     from limner.config import ReferencePolicy, TransformerConfig
+    from limner.engine import Engine
     from limner.errors import (
         Cancelled,
         CapacityError,
@@ -19,19 +22,21 @@ if TYPE_CHECKING:
         MissingExtra,
         NumericalError,
         OutputError,
+        RemoteError,
     )
     from limner.images import ReferenceReport
     from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings
     from limner.pipeline import Pipeline as Flux2KleinKVPipeline
     from limner.references import References
-    from limner.store import ReferenceStore, StoreStats
-
-__version__ = "0.1.0"
+    from limner.requests import EditRequest, PrefillRequest
+    from limner.store import ReferenceStore, RemoteTier, StoreEntry, StoreStats
 
 __all__ = [
     "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "EditRequest",
+    "Engine",
     "Flux2KleinKVPipeline",
     "InvalidRequest",
     "LimnerError",
@@ -40,11 +45,15 @@ __all__ = [
     "OutputError",
     "Pipeline",
     "PipelineOutput",
+    "PrefillRequest",
     "PromptReport",
     "ReferencePolicy",
     "ReferenceReport",
     "ReferenceStore",
     "References",
+    "RemoteError",
+    "RemoteTier",
+    "StoreEntry",
     "StoreStats",
     "Timings",
     "TransformerConfig",
@@ -53,6 +62,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("ReferencePolicy", "TransformerConfig"),
+    "engine": ("Engine",),
     "errors": (
         "Cancelled",
         "CapacityError",
@@ -62,11 +72,13 @@ _HOMES = {
         "MissingExtra",
         "NumericalError",
         "OutputError",
+        "RemoteError",
     ),
     "images": ("ReferenceReport",),
     "pipeline": ("Pipeline", "PipelineOutput", "PromptReport", "Timings"),
     "references": ("References",),
-    "store": ("ReferenceStore", "StoreStats"),
+    "requests": ("EditRequest", "PrefillRequest"),
+    "store": ("ReferenceStore", "RemoteTier", "StoreEntry", "StoreStats"),
 }
 
 

@@ -1,6 +1,6 @@
-"""Geometry of the transformer and the policy for references, as frozen values.
+"""Geometry of the networks and the policy for references, as frozen values.
 
-Knows no tensors and no files. Names follow the diffusers configuration where that is what a file holds.
+Knows no tensors and no files. Names follow the diffusers configuration where a file holds that.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from limner.errors import CheckpointError, InvalidRequest
+from limner.grid import MIN_SIDE, PIXELS
 
 __all__ = [
     "KLEIN_4B",
     "KLEIN_9B",
     "MODELS",
+    "QWEN3_4B",
+    "QWEN3_8B",
     "WHOLE_PIXELS",
     "AutoencoderConfig",
     "ModelGeometry",
@@ -26,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
-    """Geometry of one transformer of the family; the defaults that no member changes are those of klein.
+    """Geometry of one transformer of the family; the defaults are klein's, and no member changes them.
 
     `text_width` is the width of the text tokens, `in_channels` that of latent tokens, `rope_axes` the share of the head
     dimension that each position axis (t, h, w, l) rotates.
@@ -79,7 +82,10 @@ class TransformerConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TransformerConfig:
-        """Reads the `config.json` of a diffusers `Flux2Transformer2DModel`; refuses what this engine would get wrong."""
+        """Read the `config.json` of a diffusers `Flux2Transformer2DModel`; `where` names it in messages.
+
+        Raises `CheckpointError` for a configuration that this engine would compute wrongly.
+        """
         if config.get("guidance_embeds", True):
             raise CheckpointError(
                 f"{where}: guidance_embeds is true (a guidance-distilled model, FLUX.2-dev-like); "
@@ -115,7 +121,7 @@ class TransformerConfig:
             raise CheckpointError(f"{where}: {error}") from error
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The `config.json` that diffusers reads."""
+        """Return the `config.json` that diffusers reads."""
         return {
             "_class_name": "Flux2Transformer2DModel",
             "patch_size": 1,
@@ -160,7 +166,7 @@ class TextConfig:
 
     @classmethod
     def from_transformers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TextConfig:
-        """Reads the `config.json` of a Qwen3."""
+        """Read the `config.json` of a Qwen3; `num_used` is klein's three quarters. Raises `CheckpointError`."""
         names = {
             "width": "hidden_size",
             "mlp_width": "intermediate_size",
@@ -178,7 +184,7 @@ class TextConfig:
 
 
 WHOLE_PIXELS = 1024 * 1024
-"""Pictures of more pixels go through the autoencoder in strips."""
+"""Pictures with more pixels go through the autoencoder in strips."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +199,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> AutoencoderConfig:
-        """Reads the `config.json` of the autoencoder; what it leaves out is FLUX.2's."""
+        """Read the `config.json` of the autoencoder; what it leaves out is FLUX.2's. Raises `CheckpointError`."""
         try:
             channels = tuple(
                 _whole(c, "block_out_channels") for c in config.get("block_out_channels", (128, 256, 512, 512))
@@ -219,59 +225,57 @@ class ModelGeometry:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
 
-_QWEN3_8B = TextConfig(
-    width=4096,
-    mlp_width=12288,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    num_used=27,
-)
-_QWEN3_4B = TextConfig(
-    width=2560,
-    mlp_width=9728,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    num_used=27,
-)
+_QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+}
+QWEN3_4B: dict[str, Any] = _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+"""The `config.json` of klein-4b's text encoder."""
+QWEN3_8B: dict[str, Any] = _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+"""The `config.json` of klein-9b's text encoder."""
 MODELS = {
-    "klein-9b": ModelGeometry(transformer=KLEIN_9B, text_encoder=_QWEN3_8B),
-    "klein-4b": ModelGeometry(transformer=KLEIN_4B, text_encoder=_QWEN3_4B),
+    "klein-9b": ModelGeometry(transformer=KLEIN_9B, text_encoder=TextConfig.from_transformers(QWEN3_8B)),
+    "klein-4b": ModelGeometry(transformer=KLEIN_4B, text_encoder=TextConfig.from_transformers(QWEN3_4B)),
 }
 """The models whose geometry is known without their files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencePolicy:
-    """What happens to a reference before it is encoded. The defaults are those of the model card's system.
+    """How a reference is prepared before it is encoded. The defaults are those of the model card's system.
 
-    A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept); then its middle is cut to multiples of
-    16. Without it the model says how many (`max_reference_pixels` in its `limner.json`), or else they are 1024 x 1024.
-    A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture is refused
-    unless `background`, a colour name or "#rrggbb", says what stands behind it.
+    A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept), then cropped to multiples of 16 around
+    its middle. Without `max_pixels` the cap is the model's (`max_reference_pixels` in its `limner.json`), or else
+    1024 x 1024. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture
+    is refused unless `background`, a colour name or "#rrggbb", says what stands behind it.
     """
 
     max_pixels: int | None = None
-    min_side: int = 64
+    min_side: int = MIN_SIDE
     max_aspect: float = 8.0
     background: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("max_pixels", 256), ("min_side", 16), ("max_aspect", 1)):
+        for name, low in (("max_pixels", PIXELS**2), ("min_side", PIXELS), ("max_aspect", 1)):
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise InvalidRequest(name, f"{value} is not allowed; use {low} or more")
 
     @property
     def pixels(self) -> int:
-        """What a picture may have before it is scaled down."""
+        """Pixels that a picture may have before it is scaled down."""
         return 1024 * 1024 if self.max_pixels is None else self.max_pixels
 
     def for_model(self, max_reference_pixels: int | None) -> ReferencePolicy:
-        """This policy, with what a model says where it leaves that to the model."""
+        """Return this policy with the model's cap, where the policy has none."""
         return self if self.max_pixels is not None else replace(self, max_pixels=max_reference_pixels or self.pixels)

@@ -1,6 +1,6 @@
-"""The errors that Limner raises on purpose: one base, one class for each kind of remedy.
+"""The errors that Limner raises on purpose: one base class, one class for each kind of remedy.
 
-Every message names the field, the value that came, what is allowed and what to do. Knows nothing of HTTP or exit codes.
+Every message names the field, the value received, what is allowed and what to do. Knows nothing of HTTP or exit codes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class LimnerError(Exception):
-    """Base of all errors that Limner raises on purpose. They reach other processes as they are."""
+    """Base of all errors that Limner raises on purpose. They can be pickled, and so reach other processes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remade, (type(self), self.args), self.__dict__
@@ -60,14 +60,14 @@ class CapacityError(LimnerError):
 
 
 class MissingExtra(LimnerError, ImportError):
-    """What was asked for needs packages of an optional extra: the message has the command that installs them."""
+    """A feature needs packages of an optional extra. The message has the command that installs them."""
 
     def __init__(self, what: str, *, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed; pip install 'limner[{extra}]'")
 
 
 class NumericalError(LimnerError):
-    """The arithmetic broke down: values that are not finite, from damaged weights or too narrow a dtype."""
+    """Values that are not finite came up, from damaged weights or too narrow a dtype."""
 
 
 class OutputError(LimnerError):
@@ -75,23 +75,23 @@ class OutputError(LimnerError):
 
 
 class Cancelled(LimnerError):
-    """Raise it in a step callback to stop the run: it reaches the caller, and no picture is made."""
+    """Raise it in a step callback to stop the run. It reaches the caller, and no picture is made."""
 
 
 class DeadlineExceeded(LimnerError):
-    """A request was not done within the time that it was given."""
+    """A request was not finished within its time."""
 
 
 class QueueFull(LimnerError):
-    """As many requests wait as may, or no more are taken; the same request may be sent again later."""
+    """The queue is full or closed. The same request may be sent again later."""
 
 
 class Conflict(LimnerError):
-    """The request contradicts what is there already."""
+    """The request contradicts what exists already."""
 
 
 class AccessDenied(LimnerError):
-    """The caller may not use the service. `missing`: no key came at all; otherwise the one that came is not valid."""
+    """The caller may not use the service. `missing`: no key was sent; otherwise the key is not valid."""
 
     def __init__(self, problem: str, *, missing: bool) -> None:
         super().__init__(problem)
@@ -99,7 +99,7 @@ class AccessDenied(LimnerError):
 
 
 class RateLimited(LimnerError):
-    """Too much at once from one caller; `retry_after` is in whole seconds, at least 1."""
+    """One caller sends too much at once; `retry_after` is in whole seconds, at least 1."""
 
     def __init__(self, problem: str, *, retry_after: int) -> None:
         super().__init__(f"{problem}; try again in {retry_after} s")
@@ -107,21 +107,21 @@ class RateLimited(LimnerError):
 
 
 class BudgetSpent(LimnerError):
-    """The caller has had as much as was granted; waiting does not help, more has to be granted."""
+    """The caller has used the granted budget. Waiting does not help; more has to be granted."""
 
 
 class RemoteError(LimnerError):
-    """Another machine that was asked over the network gave no usable answer; the same request may succeed later."""
+    """Another machine gave no usable answer over the network. The same request may succeed later."""
 
 
 class Moderated(LimnerError):
-    """A safety check refuses the request or its result; the message repeats nothing of either."""
+    """A safety check refuses the request or its result. The message repeats nothing of either."""
 
 
 class NotFound(LimnerError):
-    """What was named is not here, or not for this caller."""
+    """The named thing does not exist, or not for this caller."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,4 @@
-"""Files that are written whole or not at all.
-
-Knows nothing of what is in them.
-"""
+"""Files: write them whole or not at all, and name them in messages. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from pathlib import Path
 
 from limner.errors import OutputError
 
-__all__ = ["atomic_write", "write_file"]
+__all__ = ["atomic_write", "printable", "write_file"]
 
 
 def write_file(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Write a file whole or not at all; `mode` are its permission bits from its first byte on. Raises `OutputError`."""
+    """Write a file whole or not at all; `mode` are its permission bits, set before the first byte. Raises `OutputError`."""
     with atomic_write(path) as temporary, temporary.open("xb") as file:
         if mode is not None:
             os.fchmod(file.fileno(), mode)
@@ -46,3 +43,8 @@ def atomic_write(path: Path, *, synced: bool = True) -> Iterator[Path]:
         raise OutputError(
             f"output: {path} cannot be written ({error.strerror or error}); nothing was left there"
         ) from error
+
+
+def printable(text: str) -> str:
+    """Return a file name as valid UTF-8, which every terminal and log accepts."""
+    return os.fsencode(text).decode("utf-8", "replace")

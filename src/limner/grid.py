@@ -1,6 +1,6 @@
-"""The grid of pixels: the side that a token stands for, the sizes it allows, and tokens of a picture.
+"""The grid of pixels: the side of one token, the sizes that it allows, and the number of tokens of a picture.
 
-The autoencoder halves a side three times and a token is a patch of 2x2 latents: 16 pixels. Knows no tensors.
+The autoencoder halves a side three times, and a token is a patch of 2x2 latents: 16 pixels. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ MIN_SIDE = 64
 
 
 def num_tokens(*sizes: tuple[int, int]) -> int:
-    """Tokens of pictures of these sizes (width, height) in pixels, which are multiples of `PIXELS`."""
+    """Return the tokens of pictures of these sizes (width, height) in pixels, which are multiples of `PIXELS`."""
     return sum(width * height for width, height in sizes) // PIXELS**2
 
 
 def check_size(name: str, value: int) -> int:
-    """A side of the output in pixels. Raises `InvalidRequest`."""
+    """Return a side of the output in pixels if it is on the grid. Raises `InvalidRequest`."""
     if not isinstance(value, int):
         raise InvalidRequest(name, f"{value!r} is not a whole number of pixels")
     if value < MIN_SIDE or value % PIXELS:

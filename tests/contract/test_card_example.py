@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from limner.images import Image
+from PIL import Image
+
 from limner.weights.folder import bundled_model
 
 CARD_EXAMPLE = """\

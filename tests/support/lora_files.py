@@ -1,11 +1,17 @@
-"""Tiny LoRAs for tests, of matrices of the original layout, in every dialect."""
+"""Tiny LoRAs for tests, of matrices of the original layout, in every dialect, and what they do to a transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from limner import Pipeline
+from limner.model.lora import Kronecker, LowRank
+from limner.tokens import image_ids, text_ids
 
 WIDTH, MLP, IN, TEXT = 32, 96, 16, 48
 SHAPES = {
@@ -99,3 +105,63 @@ def split(values: dict[str, Tensor], *, copies: bool = False) -> dict[str, Tenso
     if copies and "norm_out.linear.weight" in found:
         found["norm_out.linear.weight"] = values["final_layer.adaLN_modulation.1"]
     return {name.removesuffix(".weight"): value.clone() for name, value in found.items()}
+
+
+def kron_tensors(*, rows: int = 8) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """LoKr of some original matrices, one with a decomposed factor and an alpha, and what they make."""
+    torch.manual_seed(0)
+    tensors, whole = {}, {}
+    for name, (num_out, num_in) in {
+        name: (SHAPES | OTHERS)[name]
+        for name in (
+            "double_blocks.0.img_attn.qkv",
+            "double_blocks.1.txt_attn.qkv",
+            "single_blocks.2.linear1",
+            "img_in",
+            "final_layer.adaLN_modulation.1",
+        )
+    }.items():
+        left, right = torch.randn(rows, 4) * 0.3, torch.randn(num_out // rows, num_in // 4) * 0.2
+        module = f"diffusion_model.{name}"
+        if "single" in name:
+            a, b = torch.randn(num_out // rows, 2) * 0.3, torch.randn(2, num_in // 4) * 0.2
+            tensors |= {f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b, f"{module}.alpha": torch.tensor(1.0)}
+            right = 0.5 * a @ b
+        else:
+            tensors[f"{module}.lokr_w2"] = right
+        tensors[f"{module}.lokr_w1"] = left
+        whole[name] = torch.kron(left.double(), right.double())
+    return tensors, split(whole)
+
+
+def dense(update: LowRank | Kronecker) -> Tensor:
+    """What an update adds to its matrix, in float64."""
+    weight = torch.zeros(update.shape, dtype=torch.float64)
+    update.add_to(weight, 1.0)
+    return weight
+
+
+def write(tmp_path: Path, tensors: dict[str, Tensor], name: str = "lora.safetensors", **metadata: str) -> Path:
+    """A file of tensors, with `metadata` in its header."""
+    file = tmp_path / name
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, file, metadata=metadata)
+    return file
+
+
+def velocity(pipe: Pipeline) -> Tensor:
+    """Of random tokens, without references."""
+    generator = torch.Generator().manual_seed(3)
+    img, txt = torch.randn(1, 12, 16, generator=generator), torch.randn(1, 5, 48, generator=generator)
+    with torch.no_grad():
+        return pipe.transformer(
+            img.to(pipe.dtype), txt.to(pipe.dtype), 0.7, img_ids=image_ids((3, 4)), txt_ids=text_ids(5)
+        )
+
+
+EVERYWHERE = make_pairs(names=SHAPES)
+"""A LoRA of the matrices that all dialects know."""
+PAIRS = make_pairs()
+"""A LoRA of every matrix."""
+QKV = "double_blocks.0.img_attn.qkv"
+ONE = {QKV: PAIRS[QKV]}
+"""A LoRA of one fused matrix."""

@@ -11,8 +11,8 @@ import limner
 
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
-    {"errors", "config", "native", "version"},
-    {"places", "grid", "files"},
+    {"errors", "grid", "config", "native", "version"},
+    {"places", "files"},
     {"tokens", "schedule", "images"},
     {"requests", "trust"},
     {"model"},

@@ -173,7 +173,7 @@ class Prefiller:
         return References.make(
             kv,
             weights=weights,
-            arithmetic=arithmetic,
+            kernel=arithmetic,
             quantization=networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
             prefill_seconds=clock.lap(),

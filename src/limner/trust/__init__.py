@@ -1,1 +1,1 @@
-"""Checks of what is asked and drawn, and where pictures say that they come from."""
+"""Trust in pictures: what is refused before and after it is drawn, and where a picture says that it comes from."""

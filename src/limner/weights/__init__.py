@@ -1,1 +1,1 @@
-"""Checkpoint layouts, strict loading, digests. Files in, networks out."""
+"""Weights: checkpoint layouts, strict loading, LoRA files, digests. Files in, networks out."""

@@ -1,69 +1,36 @@
 """One part of a model in whatever layout: its configuration, and its tensors one at a time under our networks' names.
 
-What is stored wide is memory-mapped and not copied (a third of a fused projection is a view); fp8, GGUF and int8 are
-widened when a tensor is read: `weight * weight_scale`, in float32, rounded once. Scales of activations (input_scale) are
-not used: products run wide. So no more than one tensor is ever in memory twice, and whoever needs a few tensors (staging)
-reads a few.
+Tensors that are stored wide are memory-mapped and not copied (a third of a fused projection is a view). fp8, GGUF and int8
+are widened when a tensor is read: `weight * weight_scale`, in float32, rounded once. Scales of activations (input_scale)
+are not used: products run wide. So at most one tensor is in memory twice, and staging can read the few that it needs.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limner.config import TransformerConfig
 from limner.errors import CheckpointError
 from limner.model.int8 import quantize_weight
 from limner.weights.digest import sample
-from limner.weights.files import DTYPES, TensorFile, TensorInfo, dtype_name, open_folder, read_json, some_names
+from limner.weights.files import DTYPES, VALUES_AT_ONCE, WIDE, TensorFile, TensorInfo, dtype_name, some_names
 from limner.weights.gguf import GgufFile
-from limner.weights.layouts import Layout, geometry_of, layout_of, naming_of, open_file, recognise
+from limner.weights.layouts import Layout
 from limner.weights.names import Rule
-from limner.weights.networks import QUANT_METHOD, empty_autoencoder, text_unread
+from limner.weights.networks import text_unread
 
-__all__ = ["CONFIG_KEY", "STEMS", "Checkpoint", "Problems", "open_part"]
-
-CONFIG_KEY = "limner.config"
-"""Where the header of a single file that Limner wrote has its configuration."""
-STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_AT_ONCE = 1 << 22
-_WIDE = ("F64", "F32", "F16", "BF16")
-_KIND = {
-    "transformer": ("_class_name", "Flux2Transformer2DModel"),
-    "vae": ("_class_name", "AutoencoderKLFlux2"),
-    "text_encoder": ("model_type", "qwen3"),
-}
-_QWEN3 = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 40960,
-    "attention_bias": False,
-}
-_TEXT_ENCODERS: tuple[dict[str, Any], ...] = (
-    _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
-    _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
-)
-"""Qwen3-4B and Qwen3-8B, the encoders of klein: what a single file's shapes do not say."""
+__all__ = ["Checkpoint", "Problems"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problems:
-    """How a file differs from what its network reads, in the file's names; `shapes` are sentences."""
+    """How a file differs from what its network reads, by the file's names; `shapes` are sentences."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -79,40 +46,38 @@ class Problems:
 
 
 class Checkpoint:
-    """A part of a model. `config` is what its config.json says or would say."""
+    """A part of a model. `config` is its config.json, `where` the path for messages."""
 
     def __init__(self, file: TensorFile, layout: Layout, config: Mapping[str, Any], *, where: Path) -> None:
         self.file, self.layout, self.config, self.where = file, layout, config, where
 
     @property
     def natural_dtype(self) -> torch.dtype | None:
-        """What tensors are widened or cast to if nobody asks for a dtype; None: each keeps its own.
+        """The dtype that tensors get if none is given; None: each keeps its own.
 
         bfloat16 for fp8 and GGUF. A transformer has one dtype throughout, so a file that mixes them (norms in float32) is
-        cast to the one that most of its bytes have.
+        cast to the dtype of most of its bytes.
         """
         if self.layout.quantization in ("fp8", "gguf"):
             return torch.bfloat16
         return self._commonest() if self.layout.part == "transformer" else None
 
     def _commonest(self) -> torch.dtype:
-        sizes = {
-            kind: sum(info.nbytes for info in self.layout.tensors.values() if info.dtype == kind) for kind in _WIDE
-        }
+        sizes = {kind: sum(info.nbytes for info in self.layout.tensors.values() if info.dtype == kind) for kind in WIDE}
         return DTYPES[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else torch.bfloat16
 
     def has(self, target: str) -> bool:
         return self._source(self.layout.names.rule(target)) is not None
 
     def info(self, target: str, dtype: torch.dtype | None = None) -> TensorInfo:
-        """dtype, shape and bytes that a tensor has once it is read."""
+        """Return the dtype, shape and bytes that a tensor has once it is read."""
         rule = self.layout.names.rule(target)
         source = self._source(rule)
         assert source is not None, target
         stored, shape = self.layout.tensors[source], self._shape(rule, source)
         kind = stored.dtype
         if kind != "I64":
-            wide = dtype or self.natural_dtype or (DTYPES[kind] if kind in _WIDE else self._commonest())
+            wide = dtype or self.natural_dtype or (DTYPES[kind] if kind in WIDE else self._commonest())
             kind = dtype_name(wide)
         count = torch.Size(shape).numel()
         return TensorInfo(dtype=kind, shape=shape, nbytes=count * DTYPES[kind].itemsize)
@@ -120,7 +85,7 @@ class Checkpoint:
     def problems(
         self, expected: Mapping[str, Tensor], *, used: int | None = None, depth: int | None = None
     ) -> Problems:
-        """How the file differs from a network's tensors. For a text encoder, layers from `used` of `depth` are not read."""
+        """Compare the file with a network's tensors. Of a text encoder, layers from `used` of `depth` are not read."""
         missing, shapes, known = [], [], set()
         for target, want in expected.items():
             if _is_scale(target, expected):
@@ -143,12 +108,12 @@ class Checkpoint:
         return Problems(missing=tuple(unique(missing)), unexpected=tuple(unique(extra)), shapes=tuple(unique(shapes)))
 
     def check(self, expected: Mapping[str, Tensor], *, used: int | None = None, depth: int | None = None) -> None:
-        """Raises `CheckpointError` unless the tensors are those of the network, no more and no less."""
+        """Raise `CheckpointError` unless the tensors are exactly those of the network."""
         if found := str(self.problems(expected, used=used, depth=depth)):
             raise CheckpointError(f"{self.where}: {found}; these weights are of another model, or incomplete")
 
     def read(self, target: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, widened and cast to `dtype` (None: the natural one)."""
+        """Return one tensor, widened and cast to `dtype` (None: the natural one)."""
         rule = self.layout.names.rule(target)
         source = self._source(rule)
         if source is None:
@@ -172,7 +137,7 @@ class Checkpoint:
         return value.flatten(1) if rule.pointwise else value
 
     def read_int8(self, target: str, dtype: torch.dtype | None = None, *, check: bool = True) -> tuple[Tensor, Tensor]:
-        """A matrix as Limner's int8, (weight, weight_scale): as it is stored, or quantized now."""
+        """Return a matrix as Limner's int8, (weight, weight_scale): as it is stored, or quantized now."""
         if self.layout.quantization == "int8":
             rule = self.layout.names.rule(target)
             name = self._shown(rule.source)
@@ -188,9 +153,9 @@ class Checkpoint:
     def stream(
         self, expected: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, check: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a network one at a time; int8 ones are quantized unless they are stored so.
+        """Yield the tensors of a network one at a time; int8 ones are quantized unless they are stored so.
 
-        `check` looks for NaN and infinity: in norms, scales and other short tensors, and in one value of each row.
+        `check` refuses NaN and infinity in norms, scales and other short tensors, and in one value of each row of others.
         """
         for target, want in expected.items():
             if want.dtype == torch.int8:
@@ -224,7 +189,7 @@ class Checkpoint:
         return slice(index * height, (index + 1) * height)
 
     def _full(self, source: str) -> str:
-        """The name in the file: a language model's head stands outside of the prefix."""
+        """Return the name in the file; a language model's head has no prefix."""
         full = self.layout.prefix + source
         return full if full in self.file.infos else source
 
@@ -256,125 +221,17 @@ _TEXT_NAMES = tuple(
 
 
 def _is_scale(target: str, expected: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor is the scale of an int8 matrix beside it, which comes with the matrix."""
+    """Return True for the scale of an int8 matrix of the network, which is read together with the matrix."""
     matrix = expected.get(target.removesuffix("_scale")) if target.endswith(".weight_scale") else None
     return matrix is not None and matrix.dtype == torch.int8
 
 
-def open_part(part: str, source: Path, *, like: Path | None = None) -> Checkpoint:
-    """A part from its folder (config.json and weights), or from a single file of any layout.
-
-    What a single file's shapes do not say (rotary axes, epsilons, groups) comes from its own header if Limner wrote it,
-    from a config.json beside it, from `like`, a config.json of the same geometry, or else is klein's, if the shapes are
-    klein's. Raises `CheckpointError`.
-    """
-    if source.is_dir():
-        config = read_json(source / "config.json")
-        if part == "transformer":
-            TransformerConfig.from_diffusers(config, where=str(source / "config.json"))
-        file = open_folder(source, STEMS[part])
-        naming, prefix = naming_of(file, part) or ("diffusers", "")
-        if part == "transformer" and "quantization_config" in config:
-            _check_method(config["quantization_config"], where=source / "config.json")
-        layout = layout_of(file, part, naming=naming, prefix=prefix)
-        if part == "transformer" and config.get("quantization_config") and layout.quantization != "int8":
-            raise CheckpointError(f"{source}: config.json says int8, the weights are not; quantize the model again")
-        return Checkpoint(file, layout, config, where=source)
-    file = open_file(source)
-    layout = recognise(file, part)
-    choose = {"transformer": _transformer_config, "vae": _autoencoder_config, "text_encoder": _text_config}[part]
-    return Checkpoint(file, layout, choose(file, layout, _candidates(file, part, like)), where=source)
-
-
-def _check_method(found: Any, *, where: Path) -> None:
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if found is not None and method != QUANT_METHOD:
-        raise CheckpointError(f"{where}: quantization {method!r} is not supported; allowed: {QUANT_METHOD!r} or none")
-
-
-def _candidates(file: TensorFile, part: str, like: Path | None) -> list[tuple[Path, dict[str, Any]]]:
-    """Configurations that may be those of a single file, the likeliest first."""
-    found = []
-    if CONFIG_KEY in file.metadata:
-        try:
-            own = json.loads(file.metadata[CONFIG_KEY])
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file.path}: {CONFIG_KEY} in its header is not JSON ({error})") from error
-        if isinstance(own, dict):
-            found.append((file.path, own))
-    for path in (file.path.parent / "config.json", like):
-        if path is not None and path.is_file():
-            config, (key, value) = read_json(path), _KIND[part]
-            if config.get(key) == value:
-                found.append((path, config))
-    return found
-
-
-def _transformer_config(
-    file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]
-) -> dict[str, Any]:
-    shapes = geometry_of(layout, where=file.path)
-    for path, values in candidates:
-        config = TransformerConfig.from_diffusers(values, where=str(path))
-        if config.head_dim == shapes.head_dim:
-            return replace(
-                shapes, rope_axes=config.rope_axes, rope_theta=config.rope_theta, eps=config.eps
-            ).to_diffusers()
-    if shapes.head_dim != 128:
-        raise CheckpointError(
-            f"{file.path}: its heads have {shapes.head_dim} dimensions, klein's 128; the file does not say how they are "
-            "rotated (axes_dims_rope): put the config.json of its transformer beside it, or give the folder of its model"
-        )
-    return shapes.to_diffusers()
-
-
-def _autoencoder_config(
-    file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]
-) -> dict[str, Any]:
-    """The configuration whose network is most like the file; the default of diffusers is that of FLUX.2."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    for path, config in [*candidates, (file.path, {"_class_name": "AutoencoderKLFlux2"})]:
-        network = empty_autoencoder(config, where=path)
-        number = len(Checkpoint(file, layout, config, where=file.path).problems(network.state_dict()))
-        values = json.loads(json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}))
-        found.append((number, config | values))
-    return min(found, key=lambda item: item[0])[1]
-
-
-def _text_config(file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-    """The first configuration with the file's widths; its depth is that of the whole encoder, also if the file is cut."""
-
-    def shape(target: str) -> tuple[int, ...]:
-        source = layout.names.rule(target).source
-        if source not in layout.tensors:
-            raise CheckpointError(f"{file.path}: missing {layout.prefix}{source}; the file is incomplete")
-        return layout.tensors[source].shape
-
-    layer = "layers.0.self_attn"
-    found = {
-        "vocab_size": shape("embed_tokens.weight")[0],
-        "hidden_size": shape("embed_tokens.weight")[-1],
-        "head_dim": shape(f"{layer}.q_norm.weight")[0],
-        "intermediate_size": shape("layers.0.mlp.up_proj.weight")[0],
-    }
-    found["num_attention_heads"] = shape(f"{layer}.q_proj.weight")[0] // max(found["head_dim"], 1)
-    found["num_key_value_heads"] = shape(f"{layer}.k_proj.weight")[0] // max(found["head_dim"], 1)
-    for config in [*(values for _, values in candidates), *_TEXT_ENCODERS]:
-        if all(config.get(name) == value for name, value in found.items()):
-            return config
-    shown = ", ".join(f"{name}={value}" for name, value in found.items())
-    raise CheckpointError(
-        f"{file.path}: is no text encoder of klein and not that of the model folder ({shown}); put its config.json beside "
-        "it, or give the folder of its model"
-    )
-
-
 def _scaled(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """value * scale, one scale or one a row, in float32, rounded once; some rows at a time."""
+    """Return value * scale (one scale, or one per row) in float32, rounded once, some rows at a time."""
     if not value.dim():
         return (value.float() * scale.reshape(())).to(dtype)
     out = torch.empty(value.shape, dtype=dtype)
-    step = max(1, _AT_ONCE // max(1, value.numel() // max(1, value.shape[0])))
+    step = max(1, VALUES_AT_ONCE // max(1, value.numel() // max(1, value.shape[0])))
     column = scale.reshape(-1, *[1] * (value.dim() - 1))
     for start in range(0, value.shape[0], step):
         rows = slice(start, start + step)
@@ -383,7 +240,7 @@ def _scaled(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_finite(value: Tensor, *, name: str, where: str | os.PathLike[str]) -> None:
-    """Norms, scales and other short tensors whole, of matrices one value of each row: their pages are read anyway."""
+    """Refuse NaN and infinity in vectors, and in one value of each row of a matrix, whose pages are read anyway."""
     if value.is_floating_point() and not torch.isfinite(value if value.dim() < 2 else sample(value)).all():
         raise CheckpointError(
             f"{where}: {name} holds values that are not finite in {str(value.dtype).removeprefix('torch.')} (NaN or "

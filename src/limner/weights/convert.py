@@ -1,7 +1,7 @@
-"""Writing a model, or a part of one, in another layout: diffusers' folder, Limner's int8, the original single files.
+"""Write a model, or a part of one, in another layout: diffusers' folder, Limner's int8, the original single files.
 
-Tensors go from file to file one at a time. What is written is new and appears whole or not at all; space is checked
-before. Nothing is rounded twice, and what has the asked layout and dtype already is copied byte by byte.
+Tensors go from file to file one at a time. The target is new and appears whole or not at all; space is checked first.
+Nothing is rounded twice, and a part that already has the requested layout and dtype is copied byte by byte.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ import torch
 from torch import Tensor
 
 from limner.config import TransformerConfig
-from limner.errors import CheckpointError, InvalidRequest, OutputError
+from limner.errors import InvalidRequest, OutputError
 from limner.model.text_encoder import default_out_layers
 from limner.model.transformer import Transformer
-from limner.weights.checkpoint import CONFIG_KEY, STEMS, Checkpoint, open_part
-from limner.weights.files import TensorInfo, dtype_name, read_json, write_tensors
-from limner.weights.layouts import PARTS, open_file, parts_of
+from limner.weights.checkpoint import Checkpoint
+from limner.weights.configuration import CONFIG_KEY
+from limner.weights.files import TensorInfo, dtype_name, write_tensors
+from limner.weights.layouts import PARTS
 from limner.weights.names import Names, Rule, autoencoder_names, transformer_names
 from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
+from limner.weights.parts import STEMS, Progress, is_model_folder, open_part, part_of
 
-__all__ = ["LAYOUTS", "convert", "expected_tensors", "part_of", "save_quantized"]
+__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_quantized"]
 
 LAYOUTS = ("diffusers", "int8", "original")
-"""What can be written."""
+"""The layouts that can be written."""
 _ORIGINAL_FILES = {
     "transformer": "transformer.safetensors",
     "vae": "ae.safetensors",
     "text_encoder": "text_encoder.safetensors",
 }
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Output:
-    """A file of weights to write: what its header says, its tensors one at a time, and the configuration."""
+    """A file of weights to write: its header, its tensors one at a time, and its configuration."""
 
     part: str
     infos: Mapping[str, TensorInfo]
@@ -54,30 +55,11 @@ class _Output:
         return sum(info.nbytes for info in self.infos.values())
 
 
-def part_of(source: Path, *, part: str | None = None) -> str | None:
-    """Which part of a model a file or folder holds; None for the folder of a whole model. Raises `CheckpointError`."""
-    if source.is_dir():
-        if (source / "model_index.json").is_file():
-            return part
-        config = read_json(source / "config.json")
-        kinds = {"Flux2Transformer2DModel": "transformer", "AutoencoderKLFlux2": "vae", "qwen3": "text_encoder"}
-        found = part or kinds.get(str(config.get("_class_name", config.get("model_type"))))
-        if found is None:
-            kind = config.get("_class_name") or config.get("model_type")
-            raise CheckpointError(f"{source}: config.json is of {kind!r}; allowed: {', '.join(kinds)}")
-        return found
-    if part is not None:
-        return part
-    parts = parts_of(open_file(source))
-    if len(parts) > 1:
-        raise CheckpointError(f"{source}: holds {', '.join(parts)}; say which one (--part)")
-    return parts[0] if parts else "transformer"  # where `recognise` says what is wrong with it
-
-
 def expected_tensors(checkpoint: Checkpoint, *, int8: bool = False) -> dict[str, Tensor]:
-    """Name, shape and dtype (on the meta device) of each tensor of a part; raises unless the file has what is read.
+    """Return the tensors of a part's network by name, on the meta device.
 
-    Of a text encoder, layers that are not read are included if the file has them, and the head.
+    Of a text encoder, layers that are not read and the head are included if the file has them. Raises `CheckpointError`
+    unless the file has every tensor that is read.
     """
     config, where = checkpoint.config, checkpoint.where
     if checkpoint.layout.part == "transformer":
@@ -108,7 +90,7 @@ def convert(
     like: Path | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Writes a file, a part's folder or a model's folder to `target` in the layout `to`; gives the bytes of weights.
+    """Write a file, a part's folder or a model's folder to `target` in the layout `to`; return the bytes of weights.
 
     A part becomes a folder ("diffusers", "int8") or one .safetensors file ("original"); a model becomes a folder, in
     which "int8" changes the transformer alone and "original" makes one file of each part. `like` is a model folder whose
@@ -117,7 +99,7 @@ def convert(
     if to not in LAYOUTS:
         raise InvalidRequest("to", f"{to!r} is not one of {', '.join(LAYOUTS)}")
     found = part_of(source, part=part)
-    whole = source.is_dir() and (source / "model_index.json").is_file() and part is None
+    whole = is_model_folder(source) and part is None
     parts = [name for name in PARTS if to != "int8" or name == "transformer"] if whole else [found or PARTS[0]]
     if to == "int8" and parts != ["transformer"]:
         raise InvalidRequest("to", f"int8 is a layout of the transformer, {source} holds a {parts[0]}; use diffusers")
@@ -127,37 +109,31 @@ def convert(
         )
     outputs = []
     for name in parts:
-        inside = source / name if source.is_dir() and (source / "model_index.json").is_file() else source
+        inside = source / name if is_model_folder(source) else source
         checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
         if not (whole and to == "diffusers" and dtype is None and checkpoint.layout.kind == "diffusers"):
             outputs.append(_plan(name, checkpoint, to=to, dtype=dtype))
     if not outputs:
         raise InvalidRequest("to", f"{source} is in diffusers' layout already; copy it, or ask for another dtype")
-    changed = {output.part for output in outputs}
-    copied = [path for path in source.iterdir() if path.name not in changed] if whole else []
-    _check_space(target, sum(output.nbytes for output in outputs) + sum(_size(path) for path in copied))
-    with _new(target) as beside:
+    copied = _others(source, outputs) if whole else []
+    _check_space(target, outputs, copied)
+    with _new(target) as temporary:
         if to != "original" or whole:
-            beside.mkdir()
-        for path in copied:
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, beside / path.name)
+            temporary.mkdir()
+        _copy(copied, temporary)
         for output in outputs:
             if to == "original":
-                file = beside / _ORIGINAL_FILES[output.part] if whole else beside
+                file = temporary / _ORIGINAL_FILES[output.part] if whole else temporary
                 _write(output, file, {CONFIG_KEY: json.dumps(dict(output.config))}, progress)
             else:
-                folder = beside / output.part if whole else beside
-                folder.mkdir(exist_ok=True)
-                (folder / "config.json").write_text(json.dumps(dict(output.config), indent=2) + "\n")
-                _write(output, folder / f"{STEMS[output.part]}.safetensors", {}, progress)
+                _write_folder(output, temporary / output.part if whole else temporary, progress)
     return sum(output.nbytes for output in outputs)
 
 
 def save_quantized(transformer: Transformer, source: Path, target: Path) -> None:
-    """Writes the model folder `source` to `target` with this int8 transformer in place of its own. Raises `OutputError`.
+    """Write the model folder `source` to `target` with this int8 transformer in place of its own. Raises `OutputError`.
 
-    Nothing is written over: `target` has to be new. It appears whole or not at all.
+    `target` has to be new. It appears whole or not at all.
     """
     tensors = transformer.state_dict()
     output = _Output(
@@ -166,20 +142,16 @@ def save_quantized(transformer: Transformer, source: Path, target: Path) -> None
         tensors=lambda: iter(tensors.items()),
         config=_int8_config(transformer.config),
     )
-    copied = [path for path in source.iterdir() if path.name != "transformer"]
-    _check_space(target, output.nbytes + sum(_size(path) for path in copied))
-    with _new(target) as beside:
-        beside.mkdir()
-        for path in copied:
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, beside / path.name)
-        folder = beside / "transformer"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(dict(output.config), indent=2) + "\n")
-        _write(output, folder / f"{STEMS['transformer']}.safetensors", {}, None)
+    copied = _others(source, [output])
+    _check_space(target, [output], copied)
+    with _new(target) as temporary:
+        temporary.mkdir()
+        _copy(copied, temporary)
+        _write_folder(output, temporary / "transformer", None)
 
 
 def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | None) -> _Output:
+    """Return what to write for a part in the layout `to`."""
     expected = expected_tensors(checkpoint, int8=to == "int8")
     config = dict(checkpoint.config)
     config.pop("quantization_config", None)
@@ -188,8 +160,8 @@ def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | No
         config = _int8_config(geometry) if to == "int8" else geometry.to_diffusers()
     infos = {}
     for name, want in expected.items():
-        kept = want.dtype == torch.int8 or name.endswith((".weight_scale", "num_batches_tracked"))
-        infos[name] = _info_of(want) if kept else checkpoint.info(name, dtype)
+        fixed = want.dtype == torch.int8 or name.endswith((".weight_scale", "num_batches_tracked"))
+        infos[name] = _info_of(want) if fixed else checkpoint.info(name, dtype)
     if part == "text_encoder":
         kinds = {info.dtype for info in infos.values()}
         if len(kinds) == 1:
@@ -222,6 +194,7 @@ def _original(
     dtype: torch.dtype | None,
     config: Mapping[str, Any],
 ) -> _Output:
+    """Return what to write for a part in the original layout: tensors joined and renamed by the rules of `names`."""
     sources = names.sources(expected)
 
     def info(rules: list[Rule]) -> TensorInfo:
@@ -243,6 +216,25 @@ def _original(
     return _Output(
         part=part, infos={source: info(rules) for source, rules in sources.items()}, tensors=stream, config=config
     )
+
+
+def _others(source: Path, outputs: list[_Output]) -> list[Path]:
+    """Return what is copied unchanged from a model's folder: everything but the parts that are written."""
+    written = {output.part for output in outputs}
+    return [path for path in source.iterdir() if path.name not in written]
+
+
+def _copy(paths: list[Path], folder: Path) -> None:
+    for path in paths:
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
+
+
+def _write_folder(output: _Output, folder: Path, progress: Progress | None) -> None:
+    """Write a part's folder: config.json and one file of weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(output.config), indent=2) + "\n")
+    _write(output, folder / f"{STEMS[output.part]}.safetensors", {}, progress)
 
 
 def _write(output: _Output, path: Path, metadata: Mapping[str, str], progress: Progress | None) -> None:
@@ -269,7 +261,9 @@ def _size(path: Path) -> int:
     )
 
 
-def _check_space(target: Path, needed: int) -> None:
+def _check_space(target: Path, outputs: list[_Output], copied: list[Path]) -> None:
+    """Raise `OutputError` if the target exists already or does not fit on its disk."""
+    needed = sum(output.nbytes for output in outputs) + sum(_size(path) for path in copied)
     if target.exists() or target.is_symlink():
         raise OutputError(f"output: {target} is there already; give a new folder or name")
     try:
@@ -285,19 +279,19 @@ def _check_space(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """A name beside `target` for a file or folder; renamed to it when the block ends, gone if it fails."""
-    beside = target.with_name(f".{target.name}-{os.getpid()}")
+    """Give a temporary name for a file or folder, renamed to `target` when the block ends, removed if it fails."""
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
     try:
-        yield beside
+        yield temporary
         if target.exists():
             raise OutputError(f"output: {target} is there already; give a new folder or name")
-        os.replace(beside, target)
+        os.replace(temporary, target)
     except BaseException as error:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, shutil.Error)):
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise OutputError(f"output: {target} cannot be written ({reason}); nothing was left there") from error

@@ -1,11 +1,11 @@
 """Content digests of networks: equal digests mean equal weights.
 
-A digest covers names, dtypes, shapes and bytes of all parameters and buffers. It is kept until a tensor is replaced or
-changed in place. That shows in its address and version, and, for writes that leave no trace there (`.data`), in samples
-of its values, at least one of each row; a write that hits none of them and no version is the one thing that is missed.
+A digest covers names, dtypes, shapes and bytes of all parameters and buffers. It is cached until a tensor is replaced or
+changed in place. A change shows in the tensor's address and version. Writes through `.data` change neither, so samples of
+the values are compared too, at least one of each row. Only a write that hits no sample and no version is missed.
 
-Reading all bytes takes seconds for a large model. So digests of networks that were loaded from files are kept for later
-processes, under device, inode, size and times of the files, and taken only for a network whose samples are the same.
+Reading all bytes takes seconds for a large model. So digests of networks that were loaded from files are cached on disk
+for later processes, by device, inode, size and times of the files, and used only for a network with the same samples.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ __all__ = ["FileStamp", "Fingerprint", "WeightDigests", "digest_tensors", "file_
 Fingerprint = tuple[tuple[tuple[int, int], ...], bytes]
 FileStamp = tuple[tuple[str, int, int, int, int, int], ...]
 _SETTLED = 2.0
-"""Seconds after which a file that is written again has another time, whatever the file system's clock."""
+"""Seconds after which a second write gives a file another time, however coarse the filesystem's clock."""
 
 
 class WeightDigests:
-    """Digests of networks, computed when first asked for and again after a change.
+    """Digests of networks, computed on first use and again after a change.
 
-    `after` is told of each tensor that was read: under a limit of memory its pages leave again.
+    `after` is called with each tensor that was read: under a memory limit its pages are then released.
     """
 
     def __init__(self, *, after: Callable[[Tensor], None] | None = None) -> None:
         self.after = after
         self._known: WeakKeyDictionary[nn.Module, tuple[Fingerprint, str]] = WeakKeyDictionary()
         self._loaded: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Path]] = WeakKeyDictionary()
-        self._wholes: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Callable[[], str]]] = WeakKeyDictionary()
+        self._of_whole: WeakKeyDictionary[nn.Module, tuple[Fingerprint, Callable[[], str]]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module) -> str:
-        """SHA-256 in hex of a network's tensors."""
+        """Return the SHA-256 in hex of a network's tensors."""
         state = fingerprint(module, after=self.after)
         known = self._known.get(module)
         if known is None or known[0] != state:
@@ -64,12 +64,12 @@ class WeightDigests:
         shard: tuple[int, int] | None = None,
         whole: Callable[[], str] | None = None,
     ) -> None:
-        """Says that a network was just loaded from a file or folder, whose `file_stamp` was `before`.
+        """Report that a network was just loaded from a file or folder, whose `file_stamp` was `before`.
 
-        If it is the part `shard` (rank, size) of a network, its digest is that of the whole one, which `whole` makes.
+        If it is the shard (rank, size) of a network, its digest is that of the whole network, which `whole` computes.
         """
         if whole is not None:
-            self._wholes[module] = fingerprint(module, after=self.after), whole
+            self._of_whole[module] = fingerprint(module, after=self.after), whole
         cache = _cache_folder()
         if cache is not None and before is not None and file_stamp(source) == before:
             parts = [before, _layout(module), *([shard] if shard else [])]
@@ -77,14 +77,14 @@ class WeightDigests:
             self._loaded[module] = fingerprint(module, after=self.after), cache / f"{name}.json"
 
     def remember(self, module: nn.Module, digest: str, *, at: Fingerprint | None = None) -> None:
-        """Says the digest of a network as it is now, which was made from what is known; `at`: only if that is its state."""
+        """Set the digest of a network that was derived from other digests; with `at` only if that is its state."""
         state = fingerprint(module)
         if at is None or at == state:
             self._known[module] = state, digest
 
     @contextlib.contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
-        """Around a move to another device, which changes no value: what is known of the network stays known."""
+        """Wrap a move to another device, which changes no value: cached digests of the network stay valid."""
         before = fingerprint(module)
         known, loaded = self._known.get(module), self._loaded.get(module)
         yield
@@ -94,11 +94,11 @@ class WeightDigests:
             self._loaded[module] = fingerprint(module), loaded[1]
 
     def _find(self, module: nn.Module, state: Fingerprint) -> str:
-        """From the file that another process left, if the network is as it was loaded; else from its bytes."""
-        of_part, whole = self._wholes.get(module, (None, None))
+        """Return the digest that another process cached, if the network is unchanged since loading; else compute it."""
+        of_shard, whole = self._of_whole.get(module, (None, None))
 
         def make() -> str:
-            if whole is not None and of_part == state:
+            if whole is not None and of_shard == state:
                 return whole()
             return _digest(module.state_dict(), after=self.after)
 
@@ -107,11 +107,11 @@ class WeightDigests:
             return make()
         samples = state[1].hex()
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            kept = json.loads(file.read_text())
-            if kept.get("samples") == samples and re.fullmatch(r"[0-9a-f]{64}", str(kept.get("digest"))):
-                return str(kept["digest"])
+            cached = json.loads(file.read_text())
+            if cached.get("samples") == samples and re.fullmatch(r"[0-9a-f]{64}", str(cached.get("digest"))):
+                return str(cached["digest"])
         digest = make()
-        with contextlib.suppress(OSError, OutputError):  # a home that cannot be written: the next process hashes again
+        with contextlib.suppress(OSError, OutputError):  # a cache that cannot be written: the next process hashes again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps({"samples": samples, "digest": digest}).encode())
         return digest
@@ -119,10 +119,7 @@ class WeightDigests:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module, *, after: Callable[[Tensor], None] | None = None) -> Fingerprint:
-    """Cheap to make, and other after a change: address, version and samples of each tensor.
-
-    A step of one less than a row's length hits every row, each in another column.
-    """
+    """Return address, version and samples of each tensor: cheap to compute, and different after a change."""
     tensors = [
         t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None
     ]
@@ -141,14 +138,17 @@ def fingerprint(module: nn.Module, *, after: Callable[[Tensor], None] | None = N
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Values of a tensor, at least one of each row, as one axis."""
+    """Return values of a tensor, at least one of each row, as one axis.
+
+    The step is one less than a row's length, so that each row is sampled in another column.
+    """
     step = max(1, tensor.numel() // tensor.shape[0] - 1) if tensor.dim() and tensor.numel() else 1
     flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
     return flat.as_strided((-(-tensor.numel() // step),), (step,))
 
 
 def file_stamp(source: Path) -> FileStamp | None:
-    """What tells a file, or the files of a folder, from what they were; None if so new that a change might not show."""
+    """Return what identifies the state of a file or of a folder's files; None if so new that a change might not show."""
     found = []
     try:
         for path in [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file()):
@@ -162,7 +162,7 @@ def file_stamp(source: Path) -> FileStamp | None:
 
 
 def _cache_folder() -> Path | None:
-    """`$LIMNER_CACHE`, or `limner` in the user's folder of caches; None where there is no such folder."""
+    """Return `$LIMNER_CACHE`, or `limner` in the user's cache folder; None if the user has no home."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -175,7 +175,7 @@ def _layout(module: nn.Module) -> list[tuple[str, str, str, list[int]]]:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The digest of tensors that come one at a time, in the order of their network: that of the network."""
+    """Return the digest of a network whose tensors come one at a time, in its own order."""
     total = hashlib.sha256()
     for name, tensor in tensors:
         total.update(f"{name}\0".encode() + _digest_tensor(tensor))

@@ -1,7 +1,7 @@
-"""Files of tensors: what their headers say, their tensors one at a time, and writing them with one tensor in memory.
+"""Files of tensors: read their headers and single tensors, and write them with one tensor in memory at a time.
 
-Headers are read without tensors. Tensors of safetensors files are memory-mapped: reading one copies nothing. Pickles are
-never opened. Knows no names of any network.
+Tensors of safetensors files are memory-mapped, so reading one copies nothing. Pickles are never opened. Knows no names of
+any network.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from limner.errors import CheckpointError
 
 __all__ = [
     "DTYPES",
+    "PICKLES",
+    "VALUES_AT_ONCE",
+    "WIDE",
     "SafetensorsFile",
     "ShardedFile",
     "TensorFile",
@@ -50,18 +53,23 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The dtypes that are read, under their names in safetensors."""
+"""The dtypes that are read, by their names in safetensors."""
+WIDE = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights that are not quantized."""
+VALUES_AT_ONCE = 1 << 22
+"""Values that are widened at a time: 16 MiB of float32."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
 _ALIGNED = 64
 _open: Callable[..., Any] = safe_open  # its methods have no types
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""Suffixes of files that hold pickles."""
 _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """A line of a header: dtype under the name that the format gives it ("BF16", "Q4_K"), shape, bytes in the file."""
+    """One tensor in a header: dtype by the format's own name ("BF16", "Q4_K"), shape, bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -69,7 +77,7 @@ class TensorInfo:
 
 
 class TensorFile(ABC):
-    """Tensors by name. `path` is what messages name, `files` what is on disk, `metadata` the texts of the header."""
+    """Tensors by name. `path` is for messages, `files` are on disk, `metadata` are the texts of the header."""
 
     path: Path
     files: tuple[Path, ...]
@@ -78,7 +86,7 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, memory-mapped where the format allows."""
+        """Return one tensor as it is stored, memory-mapped where the format allows."""
 
 
 class SafetensorsFile(TensorFile):
@@ -106,7 +114,7 @@ class SafetensorsFile(TensorFile):
 
 
 class ShardedFile(TensorFile):
-    """Several safetensors files beside an index that says which tensor is where. The index is not trusted."""
+    """Several safetensors files with an index of which tensor is in which. The index is not trusted."""
 
     def __init__(self, index: Path) -> None:
         self.path = index.parent
@@ -132,19 +140,19 @@ class ShardedFile(TensorFile):
 
 
 def open_folder(folder: Path, stem: str) -> TensorFile:
-    """`stem`.safetensors of a folder, or the shards that its index names."""
+    """Open `stem`.safetensors of a folder, or the shards that its index names. Raises `CheckpointError`."""
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if single.is_file():
         return SafetensorsFile(single)
     if index.is_file():
         return ShardedFile(index)
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     hint = f"; {others[0]} is a pickle and is not read, convert it to safetensors" if others else ""
     raise CheckpointError(f"{folder}: has no {single.name}{hint}")
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what is no file, and pickles under whatever name. Raises `CheckpointError`."""
+    """Refuse anything but a readable file, and pickles under any name. Raises `CheckpointError`."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -153,7 +161,7 @@ def check_regular(path: Path) -> None:
     # A pickle of protocol 2 or later starts with 0x80 and the protocol, torch's newer ones are zip archives. The length of
     # a small safetensors header may start with the same two bytes, but zeros follow.
     pickled = start[:1] == b"\x80" and start[1:2] < b"\x10" and start[2:] != bytes(6)
-    if path.suffix.lower() in _PICKLES or start.startswith(_ZIP) or pickled:
+    if path.suffix.lower() in PICKLES or start.startswith(_ZIP) or pickled:
         raise CheckpointError(
             f"{path}: is a pickle, which can run code when it is read, and is not read; use the .safetensors file of the "
             "same weights, or convert it with a tool that you trust"
@@ -161,7 +169,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint."""
+    """Return the JSON object in a file. Raises `CheckpointError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -174,25 +182,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some_names(what: str, names: Iterable[str]) -> str:
-    """The first names of a set, for a message; "" if there are none."""
+    """Return the first names of a set for a message, "" if there are none."""
     shown = sorted(names)
     more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
     return f"{what} {', '.join(shown[:4])}{more}; " if shown else ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in safetensors."""
+    """Return the name of a dtype in safetensors."""
     return _NAMES[dtype]
 
 
 def write_tensors(
     path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], *, metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file whose tensors come one at a time, in any order.
+    """Write a safetensors file whose tensors come one at a time, in any order.
 
-    The library's writer wants all of them at once, which for a dequantized model is more memory than there may be.
-    Wide dtypes stand first, as the library has them, and the data start at a multiple of 64 bytes, since the last bits of
-    matrix products depend on the alignment of mapped weights. Raises `OSError`.
+    The library's writer takes all of them at once, and a dequantized model may not fit in memory. Wide dtypes come first,
+    as in the library's files. The data start at a multiple of 64 bytes, since the last bits of matrix products depend on
+    the alignment of mapped weights. Raises `OSError`.
     """
     order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}

@@ -1,7 +1,7 @@
 """GGUF files through the `gguf` package: header, architecture, and tensors widened a few rows at a time.
 
-Tensors in F32, F16 and BF16 are memory-mapped; quantized ones become floating point numbers, float32 rounded once to the
-dtype asked for. Knows no names of any network.
+Tensors in F32, F16 and BF16 are memory-mapped. Quantized ones become float32, rounded once to the requested dtype. Knows
+no names of any network.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limner.errors import CheckpointError
-from limner.weights.files import TensorFile, TensorInfo, check_regular
+from limner.errors import CheckpointError, first_line
+from limner.weights.files import VALUES_AT_ONCE, TensorFile, TensorInfo, check_regular
 
 __all__ = ["QUANTIZED", "GgufFile"]
 
@@ -26,12 +26,10 @@ QUANTIZED = frozenset(
 )
 """Block formats that are read."""
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_AT_ONCE = 1 << 22
-"""Values that are widened at once: 16 MiB of float32."""
 
 
 class GgufFile(TensorFile):
-    """One GGUF file. `architecture` is what its header says, "" if it says nothing."""
+    """One GGUF file. `architecture` is that of its header, "" if it names none."""
 
     architecture: str
 
@@ -42,10 +40,9 @@ class GgufFile(TensorFile):
             self._reader = _open(path)
             field = self._reader.get_field("general.architecture")
             self.architecture = str(field.contents()) if field is not None else ""
-        except Exception as error:  # what numpy and the reader raise for a damaged header is many kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # numpy and the reader raise many types for a damaged header
             raise CheckpointError(
-                f"{path}: cannot be read as GGUF ({reason}); it is truncated or damaged, download it again"
+                f"{path}: cannot be read as GGUF ({first_line(error)}); it is truncated or damaged, download it again"
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         for name, tensor in self._tensors.items():
@@ -65,11 +62,11 @@ class GgufFile(TensorFile):
         }
 
     def read(self, name: str) -> Tensor:
-        """A tensor; a quantized one in float32."""
+        """Return a tensor, in float32 if it is quantized."""
         return self.read_as(name, None)
 
     def read_as(self, name: str, dtype: torch.dtype | None, rows: slice | None = None) -> Tensor:
-        """Some rows of a tensor (all: None), in a dtype (None: its own, float32 if quantized)."""
+        """Return some rows of a tensor (None: all) in a dtype (None: its own, float32 if quantized)."""
         tensor, kind = self._tensors[name], self.infos[name].dtype
         data = tensor.data if rows is None else tensor.data[rows]
         if kind in _PLAIN:
@@ -80,7 +77,7 @@ class GgufFile(TensorFile):
         width = self.infos[name].shape[-1]
         matrix = data.reshape(-1, data.shape[-1])
         found = torch.empty(len(matrix), width, dtype=dtype or torch.float32)
-        step = max(1, _AT_ONCE // width)
+        step = max(1, VALUES_AT_ONCE // width)
         for start in range(0, len(matrix), step):
             found[start : start + step] = torch.from_numpy(dequantize(matrix[start : start + step], tensor.tensor_type))
         return found.view(*data.shape[:-1], width)
@@ -90,7 +87,7 @@ def _open(path: Path) -> Any:
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
-        """Refuses counts that point past the end; the package reads such arrays as empty and may go on for ever."""
+        """Refuse counts that point past the end; the package reads such arrays as empty and may not terminate."""
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             import numpy as np
@@ -100,4 +97,4 @@ def _open(path: Path) -> Any:
                 raise ValueError(f"a header or tensor ends at byte {end}, the file at {len(self.data)}")
             return super()._get(offset, dtype, count, override_order)
 
-    return Reader(path, "c")  # copy on write: torch warns of arrays that it may not write to
+    return Reader(path, "c")  # copy on write: torch warns about arrays that are read-only

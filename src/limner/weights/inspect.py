@@ -1,13 +1,13 @@
-"""What a file or folder of weights is: layout, geometry, dtypes, bytes, digests, and what is missing from it.
+"""Report on a file or folder of weights: layout, geometry, dtypes, bytes, digests, and what is missing.
 
-Headers are enough for all but the digests. `verify` loads every tensor, looks for NaN and infinity everywhere, and gives
+Headers suffice for all but the digests. `verify` loads every tensor, looks for NaN and infinity everywhere, and computes
 the digest of the loaded network, which does not depend on the layout.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,28 @@ from torch import Tensor
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError
 from limner.model.text_encoder import default_out_layers
-from limner.weights.checkpoint import Checkpoint, open_part
-from limner.weights.convert import part_of
+from limner.weights.checkpoint import Checkpoint
 from limner.weights.digest import digest_tensors
 from limner.weights.files import read_json
 from limner.weights.folder import PARTS as FOLDERS
 from limner.weights.folder import bundled_model
-from limner.weights.layouts import PARTS, geometry_name
+from limner.weights.geometry import geometry_name
+from limner.weights.layouts import PARTS
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
+from limner.weights.parts import Progress, is_model_folder, open_part, part_of
 
 __all__ = ["ModelReport", "PartReport", "inspect"]
 
-Progress = Callable[[str, int, int], None]
 _TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _VAE = ("latent_channels", "block_out_channels", "layers_per_block")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartReport:
-    """One part. `dtypes` are those of the file, with number of tensors and bytes; `loads_as` the dtype they get (None:
-    their own). `sha256` is of each file, None if not asked for; `weights` of the loaded network, if verified.
+    """The report on one part.
+
+    `dtypes` are those of the file, with number of tensors and bytes; `loads_as` is the dtype that they get (None: their
+    own). `sha256` is of each file, None without digests; `weights` is the digest of the loaded network, if verified.
     """
 
     path: str
@@ -59,11 +61,11 @@ class PartReport:
 
     @property
     def whole(self) -> bool:
-        """Whether it can be loaded, as far as was looked."""
+        """True if nothing was found that prevents loading."""
         return not (self.missing or self.unexpected or self.wrong or self.not_finite)
 
     def lines(self) -> list[str]:
-        """The report for people."""
+        """Return the report as lines of text."""
         name = self.geometry.get("name")
         shown = ", ".join(f"{key} {value}" for key, value in self.geometry.items() if key != "name")
         prefix = f" under {self.prefix!r}" if self.prefix and self.part == "transformer" else ""
@@ -86,7 +88,7 @@ class PartReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelReport:
-    """A file, a part's folder, or a model with all its parts; `missing` are what a model's folder lacks."""
+    """The report on a file, a part's folder, or a model with its parts; `missing` are folders that a model lacks."""
 
     path: str
     parts: tuple[PartReport, ...]
@@ -119,12 +121,12 @@ def inspect(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> ModelReport:
-    """Reports on a file, a part's folder or a model's folder; `like` is a model folder that says what a file does not.
+    """Report on a file, a part's folder or a model's folder; `like` is a model folder that says what a file does not.
 
-    Raises `CheckpointError` for what is no checkpoint of this family, with the reason.
+    Raises `CheckpointError` with the reason for anything but a checkpoint of this family.
     """
     report = progress or (lambda part, done, of: None)
-    is_model = source.is_dir() and (source / "model_index.json").is_file()
+    is_model = is_model_folder(source)
     if not is_model or part is not None:
         name = part_of(source, part=part) or PARTS[0]
         inside = source / name if is_model else source
@@ -147,7 +149,7 @@ def inspect(
 def _inspect(checkpoint: Checkpoint, digests: bool, verify: bool, progress: Progress) -> PartReport:
     layout, config = checkpoint.layout, checkpoint.config
     used = depth = None
-    prefix = "network."  # how our wrappers hold the networks of diffusers and transformers
+    prefix = "network."  # where our wrappers hold the networks of diffusers and transformers
     if layout.part == "transformer":
         geometry = TransformerConfig.from_diffusers(config, where=str(checkpoint.where))
         bundled = TransformerConfig.from_diffusers(read_json(bundled_model() / "transformer" / "config.json"))

@@ -1,9 +1,9 @@
-"""Which layout a file of weights is in, read from its header; and the geometry of a transformer, read from its shapes.
+"""Which layout a file of weights is in, read from its header.
 
 Layouts of the transformer: diffusers' names (also with Limner's int8), the original single file, the same under a prefix
 (ComfyUI), either with fp8 matrices and their scales, GGUF. Of the autoencoder: diffusers' and the original's names. Of the
-text encoder: Qwen3 in transformers' names (fp8 as well), with or without a prefix, and GGUF. What is none of these is
-refused with the reason. Reads no tensors.
+text encoder: Qwen3 in transformers' names (fp8 as well), with or without a prefix, and GGUF. Anything else is refused
+with the reason. Reads no tensors.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from limner.config import KLEIN_4B, KLEIN_9B, TransformerConfig
 from limner.errors import CheckpointError
-from limner.weights.files import SafetensorsFile, TensorFile, TensorInfo, check_regular
+from limner.weights.files import WIDE, SafetensorsFile, TensorFile, TensorInfo, check_regular
 from limner.weights.gguf import QUANTIZED, GgufFile
 from limner.weights.names import IDENTITY, Names, autoencoder_names, gguf_text_names, transformer_names
 
-__all__ = ["PARTS", "Layout", "geometry_name", "geometry_of", "open_file", "parts_of", "recognise"]
+__all__ = ["PARTS", "Layout", "layout_of", "naming_of", "open_file", "parts_of", "recognise"]
 
 PARTS = ("transformer", "vae", "text_encoder")
 _PREFIXES = {
@@ -49,7 +48,7 @@ _SIGNATURES = {
     ("text_encoder", "diffusers"): ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
     ("text_encoder", "gguf"): ("token_embd.weight", "blk.0.attn_q_norm.weight"),
 }
-"""Tensors that give a layout away; any of them is enough, so that a damaged file is still named for what it is."""
+"""Tensors that identify a layout. Any of them is enough, so that a damaged file is still recognised."""
 _FOREIGN = (
     (
         r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
@@ -74,9 +73,9 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 class Layout:
     """One part of a model in a file.
 
-    `names` tells where each tensor of the network is, `tensors` holds the part's tensors without `prefix`; `scales` the
-    companion of each quantized weight, `unused` what belongs to a quantization and is not read (scales of activations,
-    markers). `quantization` is None, "fp8", "gguf" or "int8".
+    `names` maps each tensor of the network to the file. `tensors` are the part's, without `prefix`. `scales` has the
+    scale of each quantized weight, `unused` what else a quantization stores (scales of activations, markers).
+    `quantization` is None, "fp8", "gguf" or "int8".
     """
 
     part: str
@@ -100,7 +99,7 @@ class Layout:
 
 
 def open_file(path: Path) -> TensorFile:
-    """A file of tensors, GGUF or safetensors by its first bytes. Refuses pickles. Raises `CheckpointError`."""
+    """Open a file of tensors, GGUF or safetensors by its first bytes. Raises `CheckpointError`, also for pickles."""
     check_regular(path)
     with path.open("rb") as file:
         start = file.read(4)
@@ -108,30 +107,30 @@ def open_file(path: Path) -> TensorFile:
 
 
 def parts_of(file: TensorFile) -> list[str]:
-    """The parts of a model that a file holds: some of `PARTS`."""
-    return [part for part in PARTS if _signed(file, part) is not None]
+    """Return the parts of a model that a file holds: some of `PARTS`."""
+    return [part for part in PARTS if naming_of(file, part) is not None]
 
 
 def recognise(file: TensorFile, part: str) -> Layout:
-    """The layout of one part in a file. Raises `CheckpointError` with the reason if it is none of this engine's."""
-    found = _signed(file, part)
+    """Return the layout of one part in a file. Raises `CheckpointError` with the reason if it is not supported."""
+    found = naming_of(file, part)
     if found is None:
         others = parts_of(file)
         _refuse_foreign(file, file.infos)
         if isinstance(file, GgufFile) and file.architecture not in _ARCHITECTURES.get(part, ()):
-            raise _architecture(file, part)
+            raise _wrong_architecture(file, part)
         holds = (
             f"a {others[0]}" if others else f"{', '.join(sorted(file.infos)[:3])} and more" if file.infos else "nothing"
         )
         raise CheckpointError(f"{file.path}: holds no {part} of a layout that is known, but {holds}")
     naming, prefix = found
     if isinstance(file, GgufFile) and file.architecture not in _ARCHITECTURES.get(part, ()):
-        raise _architecture(file, part)
+        raise _wrong_architecture(file, part)
     return layout_of(file, part, naming=naming, prefix=prefix)
 
 
 def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layout:
-    """The layout of a part whose naming and prefix are known."""
+    """Return the layout of a part whose naming and prefix are known. Raises `CheckpointError`."""
     own = {name.removeprefix(prefix): info for name, info in file.infos.items() if name.startswith(prefix)}
     if part == "text_encoder" and prefix == "model.":
         own |= {name: info for name, info in file.infos.items() if not name.startswith(prefix)}
@@ -166,11 +165,7 @@ def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layou
 
 
 def naming_of(file: TensorFile, part: str) -> tuple[str, str] | None:
-    """(naming, prefix) of a part in a file, None if it is not there."""
-    return _signed(file, part)
-
-
-def _signed(file: TensorFile, part: str) -> tuple[str, str] | None:
+    """Return (naming, prefix) of a part in a file, or None if the file does not hold it."""
     prefixes = list(_PREFIXES[part])
     if part == "text_encoder":
         prefixes += [match[1] for name in file.infos if (match := _COMFY_TEXT.fullmatch(name))]
@@ -188,7 +183,7 @@ def _refuse_foreign(file: TensorFile, names: Iterable[str]) -> None:
                 raise CheckpointError(f"{file.path}: {reason} (it holds {name})")
 
 
-def _architecture(file: GgufFile, part: str) -> CheckpointError:
+def _wrong_architecture(file: GgufFile, part: str) -> CheckpointError:
     allowed = [name for name in _ARCHITECTURES.get(part, ()) if name]
     if not allowed:
         return CheckpointError(
@@ -207,7 +202,7 @@ def _quantization(
     tensors: Mapping[str, TensorInfo],
     scales: Mapping[str, str],
 ) -> str | None:
-    """How the weights of a part are quantized; refuses what would be read wrongly."""
+    """Return how the weights of a part are quantized. Raises `CheckpointError` for what would be read wrongly."""
     found: set[str] = set()
     for name, info in tensors.items():
         where = f"{file.path}: {prefix}{name}"
@@ -240,7 +235,7 @@ def _quantization(
             raise CheckpointError(
                 f"{where} is {info.dtype} and has a scale, {scales[name]}; the file is of an unknown kind"
             )
-        elif info.dtype not in ("F64", "F32", "F16", "BF16", "I64"):
+        elif info.dtype not in (*WIDE, "I64"):
             raise CheckpointError(
                 f"{where} is {info.dtype}, which is not read (NVFP4, MXFP4 and other packings neither); allowed: F32, F16, "
                 "BF16, F8_E4M3 with scales, GGUF"
@@ -252,52 +247,3 @@ def _quantization(
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def geometry_of(layout: Layout, *, where: Path) -> TransformerConfig:
-    """The geometry of a transformer from its shapes: everything but rotary axes, base and epsilon, which are klein's here.
-
-    Raises `CheckpointError` naming the tensor that is missing or fits nothing.
-    """
-
-    def shape(target: str, num_axes: int = 2) -> tuple[int, ...]:
-        rule = layout.names.rule(target)
-        info = layout.tensors.get(rule.source)
-        if info is None:
-            raise CheckpointError(f"{where}: missing {layout.prefix}{rule.source}; the file is incomplete")
-        if len(info.shape) != num_axes or 0 in info.shape:
-            raise CheckpointError(
-                f"{where}: {layout.prefix}{rule.source} is {list(info.shape)}; it needs {num_axes} axes"
-            )
-        return info.shape
-
-    def count(target: str) -> int:
-        source = re.escape(layout.names.rule(target.format(n=0)).source).replace("\\.0\\.", r"\.(\d+)\.", 1)
-        return len({match[1] for name in layout.tensors if (match := re.fullmatch(source, name))})
-
-    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
-    width, in_channels = shape("x_embedder.weight")
-    mlp_width = shape("transformer_blocks.0.ff.linear_out.weight")[1]
-    if width % head_dim or head_dim % 8:
-        source = layout.names.rule("transformer_blocks.0.attn.norm_q.weight").source
-        raise CheckpointError(
-            f"{where}: {layout.prefix}{source} is [{head_dim}], but the hidden states are {width} wide; the file is damaged"
-        )
-    return TransformerConfig(
-        num_double_blocks=count("transformer_blocks.{n}.attn.norm_q.weight"),
-        num_single_blocks=max(1, count("single_transformer_blocks.{n}.attn.norm_q.weight")),
-        num_heads=width // head_dim,
-        head_dim=head_dim,
-        text_width=shape("context_embedder.weight")[1],
-        in_channels=in_channels,
-        out_channels=shape("proj_out.weight")[0],
-        mlp_ratio=mlp_width / width,
-        rope_axes=(head_dim // 4,) * 4,
-        time_channels=shape("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
-    )
-
-
-def geometry_name(config: TransformerConfig, bundled: TransformerConfig | None = None) -> str:
-    """The name under which a geometry is known, else "custom"."""
-    known = {"klein-4B": KLEIN_4B, "klein-9B": KLEIN_9B, "bundled": bundled}
-    return next((name for name, value in known.items() if value == config), "custom")

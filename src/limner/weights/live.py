@@ -1,7 +1,7 @@
-"""Networks of a diffusers pipeline that is in memory already, as ours: the tensors are shared, none is copied.
+"""Our networks from those of a diffusers pipeline in memory: the tensors are shared, none is copied.
 
-Reads no files. What diffusers hangs on its modules (LoRA layers, quantized or offloaded weights) is refused, since it
-would be lost without a word.
+Reads no files. What diffusers attaches to its modules (LoRA layers, quantized or offloaded weights) is refused, since it
+would be lost silently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["share_autoencoder", "share_text_encoder", "share_transformer"]
 
 
 def share_transformer(network: Any) -> Transformer:
-    """A `Flux2Transformer2DModel`."""
+    """Share the tensors of a `Flux2Transformer2DModel`. Raises `CheckpointError`."""
     where = "transformer"
     tensors = _tensors(network, where)
     config = TransformerConfig.from_diffusers(dict(_plain(network).config), where=where)
@@ -34,7 +34,7 @@ def share_transformer(network: Any) -> Transformer:
 
 
 def share_autoencoder(network: Any) -> Autoencoder:
-    """An `AutoencoderKLFlux2`."""
+    """Share the tensors of an `AutoencoderKLFlux2`. Raises `CheckpointError`."""
     tensors = _tensors(network, "vae")
     shared = empty_autoencoder(_plain(network).config, where="vae")
     _share(shared, tensors, "vae")
@@ -42,7 +42,7 @@ def share_autoencoder(network: Any) -> Autoencoder:
 
 
 def share_text_encoder(network: Any, tokenizer: Any, *, out_layers: tuple[int, ...] | None = None) -> TextEncoder:
-    """A Qwen3 with its tokenizer; layers that are not read stay the other pipeline's."""
+    """Share the tensors of a Qwen3 and its tokenizer, up to the last layer that is read. Raises `CheckpointError`."""
     where = "text_encoder"
     config = _plain(network).config.to_dict()
     depth, layers = text_layers(config, out_layers, where=where)
@@ -60,7 +60,7 @@ def share_text_encoder(network: Any, tokenizer: Any, *, out_layers: tuple[int, .
 
 
 def _plain(network: Any) -> Any:
-    """The module under `torch.compile`."""
+    """Return the module under `torch.compile`."""
     return getattr(network, "_orig_mod", network)
 
 

@@ -1,7 +1,7 @@
-"""What the tensors of each layout are called: tables of rules, read in both directions.
+"""The names of tensors in each layout: tables of rules, read in both directions.
 
-A rule says from which tensor of a file a tensor of our networks comes (their names are those of diffusers and
-transformers), and which part of it: fused projections hold q, k and v as thirds of their rows. Knows no files.
+A rule says from which tensor of a file a tensor of our networks comes, and which part of it: fused projections hold q, k
+and v as thirds of their rows. Our networks have the names of diffusers and transformers. Knows no files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["IDENTITY", "Names", "Rule", "autoencoder_names", "gguf_text_names", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """`target` is what the network reads, `source` the name in the file; {n} and {m} stand for numbers.
+    """`target` is the name in the network, `source` the name in the file; {n} and {m} stand for numbers.
 
     `part` (i, of) takes the i-th of so many equal parts of the source's rows. `swap` makes the second half of the rows
     the first. `pointwise` is a 1x1 convolution in the file, a matrix here. `also` are other names of the source.
@@ -29,7 +29,7 @@ class Rule:
     also: tuple[str, ...] = ()
 
     def with_numbers(self, numbers: Mapping[str, str]) -> Rule:
-        """The rule with its {n} and {m} filled in."""
+        """Return the rule with its {n} and {m} filled in."""
         return Rule(
             target=self.target.format(**numbers),
             source=self.source.format(**numbers),
@@ -41,20 +41,20 @@ class Rule:
 
 
 class Names:
-    """Rules by target name. Without rules, a tensor has the same name on both sides."""
+    """Rules by target name. A tensor without a rule has the same name on both sides."""
 
     def __init__(self, rules: Sequence[Rule] = ()) -> None:
         self._rules = [(re.compile(_pattern(rule.target)), rule) for rule in rules]
 
     def rule(self, target: str) -> Rule:
-        """Where a tensor of a network comes from; a name that no rule knows is its own source."""
+        """Return the rule of a network's tensor; a name without a rule is its own source."""
         for pattern, rule in self._rules:
             if match := pattern.fullmatch(target):
                 return rule.with_numbers(match.groupdict())
         return Rule(target=target, source=target)
 
     def sources(self, targets: Iterable[str]) -> dict[str, list[Rule]]:
-        """The other direction: for each tensor of the file, the rules of its parts, in the order of its rows."""
+        """Return, for each tensor of the file, the rules of its parts, in the order of its rows."""
         found: dict[str, list[Rule]] = {}
         for target in targets:
             rule = self.rule(target)
@@ -112,7 +112,7 @@ _SINGLE = (
 
 
 def transformer_names() -> Names:
-    """The original single file of the transformer."""
+    """Return the rules of the transformer's original single file."""
     block, double = "transformer_blocks.{n}.", "double_blocks.{n}."
     return Names(
         [
@@ -140,7 +140,7 @@ _RESNET = (
 
 
 def autoencoder_names(num_levels: int) -> Names:
-    """The original `ae.safetensors` of an autoencoder with so many resolutions; its decoder counts them downwards."""
+    """Return the rules of the original `ae.safetensors` with this many resolutions; its decoder counts them down."""
     rules = []
     for kind in ("weight", "bias"):
         for side, down, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
@@ -173,7 +173,7 @@ def autoencoder_names(num_levels: int) -> Names:
                 )
                 for ours, theirs in _ATTENTION
             ]
-        # the original has these two inside of encoder and decoder, some files have them beside
+        # the original has these two inside of encoder and decoder, some files outside
         for name, side in (("quant_conv", "encoder"), ("post_quant_conv", "decoder")):
             rules.append(Rule(target=f"{name}.{kind}", source=f"{side}.{name}.{kind}", also=(f"{name}.{kind}",)))
     return Names(rules)
@@ -197,7 +197,7 @@ _GGUF_TEXT = (
 
 
 def gguf_text_names() -> Names:
-    """A Qwen3 in GGUF."""
+    """Return the rules of a Qwen3 in GGUF."""
     return Names(
         [
             Rule(target="embed_tokens.weight", source="token_embd.weight"),

@@ -1,4 +1,4 @@
-"""Networks without memory, built from the configuration of a checkpoint on the meta device. Reads no files."""
+"""Empty networks: built on the meta device, without memory, from the configuration of a checkpoint. Reads no files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from limner.config import TransformerConfig
-from limner.errors import CheckpointError
+from limner.errors import CheckpointError, first_line
 from limner.model.int8 import quantize_blocks
 from limner.model.text_encoder import default_out_layers
 from limner.model.transformer import Transformer
@@ -22,7 +22,7 @@ QUANT_METHOD = "limner_int8"
 
 
 def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | str) -> Transformer:
-    """The transformer; `int8` has `Int8Linear` in its blocks."""
+    """Build the transformer; with `int8` its blocks have `Int8Linear`. Raises `CheckpointError`."""
     if config.out_channels != config.in_channels:
         raise CheckpointError(f"{where}: out_channels={config.out_channels} has to be in_channels={config.in_channels}")
     with torch.device("meta"):
@@ -33,7 +33,7 @@ def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | st
 
 
 def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
-    """diffusers' autoencoder."""
+    """Build diffusers' autoencoder. Raises `CheckpointError`."""
     from diffusers import AutoencoderKLFlux2
 
     return _build(lambda: AutoencoderKLFlux2.from_config(dict(config)), where=where)
@@ -42,7 +42,7 @@ def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
 def text_layers(
     config: Mapping[str, Any], out_layers: tuple[int, ...] | None, *, where: Path | str
 ) -> tuple[int, tuple[int, ...]]:
-    """The depth of a text encoder and the layers that are read."""
+    """Return the depth of a text encoder and the layers that are read. Raises `CheckpointError`."""
     if config.get("model_type") != "qwen3":
         raise CheckpointError(f"{where}: model_type={config.get('model_type')!r} is not supported; allowed: qwen3")
     depth = config.get("num_hidden_layers")
@@ -55,7 +55,7 @@ def text_layers(
 
 
 def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, where: Path | str) -> Any:
-    """A Qwen3 base model of the first `used` of `depth` layers; its final norm only if that is all of them."""
+    """Build a Qwen3 base model of the first `used` of `depth` layers, with its final norm only if that is all of them."""
     from transformers import Qwen3Config, Qwen3Model
 
     def make() -> nn.Module:
@@ -63,7 +63,7 @@ def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, wher
         if "max_window_layers" in values:
             values["max_window_layers"] = min(int(values["max_window_layers"]), used)
         network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))
-        if used < depth:  # hidden states are read before the norm, but for those of the very last layer
+        if used < depth:  # hidden states are read before the norm, except those of the last layer
             network.norm = nn.Identity()
         return network
 
@@ -71,7 +71,7 @@ def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, wher
 
 
 def text_unread(name: str, *, used: int, depth: int) -> bool:
-    """Whether no hidden state up to layer `used` depends on a tensor of the text encoder, named without "model."."""
+    """Return True if no hidden state up to layer `used` depends on a tensor; its name has no "model." in front."""
     kind, _, rest = name.partition(".")
     if kind == "layers":
         number = rest.partition(".")[0]
@@ -83,6 +83,5 @@ def _build(make: Callable[[], Any], *, where: Path | str) -> Any:
     try:
         with torch.device("meta"):
             return make()
-    except Exception as error:  # constructors of other libraries raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{where}: does not describe a network ({reason})") from error
+    except Exception as error:  # constructors of other libraries raise many types
+        raise CheckpointError(f"{where}: does not describe a network ({first_line(error)})") from error

@@ -12,7 +12,7 @@ import torch
 from tests.support.tiny import generators, picture
 
 from limner import CapacityError, InvalidRequest, Pipeline
-from limner.config import MODELS, AutoencoderConfig, TextConfig
+from limner.config import MODELS, QWEN3_4B, QWEN3_8B, AutoencoderConfig, TextConfig
 from limner.memory import (
     Formats,
     Request,
@@ -28,7 +28,6 @@ from limner.memory.pages import can_release, file_backed, release, resident
 from limner.memory.residency import Residency
 from limner.model.int8 import Int8Linear
 from limner.pipeline.admission import Admission
-from limner.weights.checkpoint import _TEXT_ENCODERS
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer
 
 GIB = 2**30
@@ -61,7 +60,7 @@ def test_weights_are_those_of_the_networks(name: str) -> None:
         found = sum(t.nbytes for t in network.state_dict().values())
         itemsize = 4  # of the meta network: its wide tensors are float32
         assert transformer_bytes(geometry.transformer, Formats(itemsize=itemsize, quantize=quantize)) == found
-    config = _TEXT_ENCODERS[name == "klein-9b"]
+    config = {"klein-4b": QWEN3_4B, "klein-9b": QWEN3_8B}[name]
     assert replace(TextConfig.from_transformers(config), num_used=27) == geometry.text_encoder
     text = empty_text_network(config, used=27, depth=36, where="test")
     assert text_bytes(geometry.text_encoder, itemsize=2) == nbytes(text, 2)

@@ -13,9 +13,9 @@ from tests.support import checkpoints as made
 from tests.support.tiny import make_transformer
 
 from limner import CheckpointError, Pipeline
-from limner.weights.checkpoint import open_part
 from limner.weights.folder import load_transformer
 from limner.weights.gguf import GgufFile
+from limner.weights.parts import open_part
 
 CPU = torch.device("cpu")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -84,7 +84,7 @@ def test_rows_are_read_alone(state: dict[str, torch.Tensor], tmp_path: Path, mon
     file = GgufFile(made.save_gguf(made.original(state).items(), tmp_path / "model.gguf", kind="Q4_K"))
     name = "double_blocks.0.img_attn.qkv.weight"
     whole = file.read(name)
-    monkeypatch.setattr("limner.weights.gguf._AT_ONCE", 256 * 7)
+    monkeypatch.setattr("limner.weights.gguf.VALUES_AT_ONCE", 256 * 7)
     assert torch.equal(file.read(name), whole)
     assert torch.equal(file.read_as(name, torch.bfloat16, slice(256, 512)), whole[256:512].bfloat16())
 

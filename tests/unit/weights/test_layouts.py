@@ -12,28 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tests.support import checkpoints as made
-from tests.support.checkpoints import TEXT, TRANSFORMER, VAE, tensors_of
-from tests.support.tiny import generators, make_transformer, picture
+from tests.support.checkpoints import TEXT, TRANSFORMER, VAE, close, draw, sparse, tensors_of
+from tests.support.tiny import make_transformer, picture
 
 from limner import CheckpointError, Pipeline
-from limner.config import KLEIN_4B, KLEIN_9B, TransformerConfig
-from limner.model.transformer import Transformer
-from limner.weights.checkpoint import open_part
-from limner.weights.files import TensorFile, TensorInfo, dtype_name
-from limner.weights.folder import bundled_model, load_transformer
-from limner.weights.layouts import geometry_name, geometry_of, recognise
+from limner.config import KLEIN_4B, TransformerConfig
+from limner.weights.files import TensorFile, TensorInfo
+from limner.weights.folder import load_transformer
+from limner.weights.layouts import recognise
+from limner.weights.parts import open_part
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def wide_state() -> dict[str, torch.Tensor]:
-    """A transformer with heads of 128, whose single file says all there is to say; bfloat16 as published ones are."""
-    torch.manual_seed(3)
-    network = make_transformer(128, double=1, single=1)
-    return {name: value.bfloat16() for name, value in network.state_dict().items()}
 
 
 def converted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -48,18 +38,6 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
     )
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to rounding: the last bits of a product depend on where in its page a mapped weight starts."""
-    assert (ours - theirs).abs().max() < 1e-5
-
-
-def draw(pipe: Pipeline) -> torch.Tensor:
-    pictures: torch.Tensor = pipe(
-        "a dog", image=picture(64, 64), generator=generators(1)[0], height=64, width=64, output_type="pt"
-    ).images
-    return pictures
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -261,96 +239,7 @@ def test_an_all_in_one_file_serves_every_part(tiny_folder: Path, tmp_path: Path)
     assert found.digest == Pipeline.from_pretrained(tiny_folder).digest
 
 
-@pytest.mark.parametrize(("config", "name"), [(KLEIN_4B, "klein-4B"), (KLEIN_9B, "klein-9B")])
-def test_true_geometry(config: TransformerConfig, name: str, tmp_path: Path) -> None:
-    """Names and shapes of diffusers' own class, in the original layout, as a file whose tensors are holes."""
-    from diffusers import Flux2Transformer2DModel
-
-    values = {k: v for k, v in config.to_diffusers().items() if not k.startswith("_")}
-    with torch.device("meta"):
-        theirs = Flux2Transformer2DModel(**values).bfloat16().state_dict()
-        ours = Transformer(config).state_dict()
-    found = open_part("transformer", sparse(made.original(theirs), tmp_path / "klein.safetensors"))
-    assert geometry_of(found.layout, where=tmp_path) == config
-    assert geometry_name(config) == name
-    assert str(found.problems(ours)) == ""
-    for target, value in theirs.items():
-        assert found.info(target) == TensorInfo(dtype="BF16", shape=tuple(value.shape), nbytes=value.nbytes)
-    both = open_part("transformer", sparse(theirs, tmp_path / "diffusers.safetensors"))
-    assert (both.layout.kind, both.config) == ("diffusers", found.config)
-    guided = made.original(theirs) | {"guidance_in.in_layer.weight": torch.empty(4, 4, device="meta")}
-    with pytest.raises(
-        CheckpointError, match=r"has a guidance embedding .*FLUX.2-dev-like.*guidance_in.in_layer.weight"
-    ):
-        open_part("transformer", sparse(guided, tmp_path / "dev.safetensors"))
-
-
-def sparse(tensors: dict[str, torch.Tensor], path: Path) -> Path:
-    """A safetensors file of these shapes whose data are a hole: gigabytes of no disk."""
-    header, end = {}, 0
-    for name, value in tensors.items():
-        header[name] = {
-            "dtype": dtype_name(value.dtype),
-            "shape": list(value.shape),
-            "data_offsets": [end, end + value.nbytes],
-        }
-        end += value.nbytes
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
-    return path
-
-
-def test_the_bundled_model_has_a_name() -> None:
-    file = bundled_model() / TRANSFORMER
-    found = open_part("transformer", file)  # its config.json lies beside it
-    config = TransformerConfig.from_diffusers(found.config)
-    assert geometry_name(config, config) == "bundled"
-    assert config.head_dim == 64
-
-
 # A pipeline in memory
-
-
-def test_from_diffusers_shares_tensors(oracle: Any, tiny_folder: Path) -> None:
-    pipe, loaded = Pipeline.from_diffusers(oracle), Pipeline.from_pretrained(tiny_folder)
-    theirs = oracle.transformer.state_dict()
-    for name, value in pipe.transformer.state_dict().items():
-        assert value.data_ptr() == theirs[name].data_ptr(), name
-    for ours, other in (
-        (pipe.autoencoder.network, oracle.vae.state_dict()),
-        (pipe.text_encoder.network, {n.removeprefix("model."): v for n, v in oracle.text_encoder.state_dict().items()}),
-    ):
-        for name, value in ours.state_dict().items():
-            assert value.data_ptr() == other[name].data_ptr(), name
-    assert len(pipe.text_encoder.network.layers) == 3 < len(oracle.text_encoder.model.layers)
-    assert pipe.digest == loaded.digest
-    close(draw(pipe), draw(loaded))
-    key = pipe.prefill(picture(64, 64)).key
-    with torch.no_grad():
-        oracle.transformer.x_embedder.weight.mul_(2)
-    assert pipe.prefill(picture(64, 64)).key != key  # a change of the other pipeline is seen
-    with torch.no_grad():
-        oracle.transformer.x_embedder.weight.div_(2)
-    pipe.to(torch.bfloat16)
-    assert oracle.transformer.dtype == oracle.vae.dtype == torch.float32  # and ours is not theirs
-
-
-def test_from_diffusers_refuses_what_would_be_lost(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="pipeline: is a dict; allowed: the klein pipelines"):
-        Pipeline.from_diffusers({})
-    with monkeypatch.context() as patch:
-        patch.setattr(oracle.transformer, "peft_config", {"default": 1}, raising=False)
-        with pytest.raises(CheckpointError, match=r"transformer: LoRA layers are on it; call fuse_lora\(\)"):
-            Pipeline.from_diffusers(oracle)
-    with monkeypatch.context() as patch:
-        patch.setitem(oracle.vae._modules, "quant_conv", torch.nn.Conv2d(8, 8, 1, device="meta"))
-        with pytest.raises(CheckpointError, match=r"vae: quant_conv\..* is offloaded"):
-            Pipeline.from_diffusers(oracle)
-    with monkeypatch.context() as patch:
-        patch.setitem(oracle.transformer._modules, "proj_out", torch.nn.Linear(32, 16))
-        with pytest.raises(CheckpointError, match="transformer: unexpected proj_out.bias"):
-            Pipeline.from_diffusers(oracle)
 
 
 # Bad input
@@ -503,22 +392,3 @@ def test_recognises_any_prefix_that_is_in_use() -> None:
         recognise(_Names(["strange.single_stream_modulation.lin.weight"]), "transformer")
     with pytest.raises(CheckpointError, match="holds no vae of a layout that is known, but nothing"):
         recognise(_Names([]), "vae")
-
-
-def test_save_file_is_the_library(tmp_path: Path) -> None:
-    """The writer that takes one tensor at a time writes what the library's writer does."""
-    from limner.weights.files import write_tensors
-
-    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.tensor(7), "c": torch.randn(7), "d": torch.zeros(0, 2)}
-    tensors["e"] = torch.arange(5, dtype=torch.int8)
-    infos = {
-        n: TensorInfo(dtype=dtype_name(v.dtype), shape=tuple(v.shape), nbytes=v.nbytes) for n, v in tensors.items()
-    }
-    write_tensors(tmp_path / "a", infos, reversed(list(tensors.items())), metadata={"x": "y"})
-    save_file(tensors, tmp_path / "b", metadata={"format": "pt", "x": "y"})
-    assert tensors_of(tmp_path / "a").keys() == tensors.keys()
-    assert all(torch.equal(value, tensors[name]) for name, value in tensors_of(tmp_path / "a").items())
-    start = 8 + int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
-    assert start % 64 == 0
-    end = sum(value.nbytes for value in tensors.values())
-    assert (tmp_path / "a").read_bytes()[start:] == (tmp_path / "b").read_bytes()[-end:]

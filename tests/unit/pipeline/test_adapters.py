@@ -1,11 +1,10 @@
-"""LoRAs: every dialect, several at once, fused and not, over int8, in the content key; and what is refused."""
+"""LoRAs in a pipeline: several at once, fused and not, over int8, in the content key."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,15 +13,29 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tests.support.lora_files import OTHERS, SHAPES, Pairs, deltas, diffusers_names, kohya, make_pairs, original, peft
+from tests.support.lora_files import (
+    EVERYWHERE,
+    ONE,
+    PAIRS,
+    QKV,
+    SHAPES,
+    deltas,
+    dense,
+    diffusers_names,
+    kohya,
+    kron_tensors,
+    make_pairs,
+    original,
+    peft,
+    velocity,
+    write,
+)
 from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture, relative_error
 from torch import Tensor
 
 from limner import CheckpointError, InvalidRequest, Pipeline, ReferenceStore
 from limner.model.int8 import Int8Linear
-from limner.model.lora import Branches, Kronecker, LowRank, matrix_shapes
-from limner.tokens import image_ids, text_ids
+from limner.model.lora import Branches, matrix_shapes
 from limner.weights import digest
 from limner.weights.lora import load_lora
 
@@ -30,333 +43,8 @@ from limner.weights.lora import load_lora
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
-def shapes(pipe: Pipeline) -> dict[str, tuple[int, int]]:
-    return matrix_shapes(pipe.transformer)
-
-
-def dense(update: LowRank | Kronecker) -> Tensor:
-    weight = torch.zeros(update.shape, dtype=torch.float64)
-    update.add_to(weight, 1.0)
-    return weight
-
-
-def write(tmp_path: Path, tensors: dict[str, Tensor], name: str = "lora.safetensors", **metadata: str) -> Path:
-    file = tmp_path / name
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, file, metadata=metadata)
-    return file
-
-
-def velocity(pipe: Pipeline) -> Tensor:
-    """Of random tokens, without references."""
-    generator = torch.Generator().manual_seed(3)
-    img, txt = torch.randn(1, 12, 16, generator=generator), torch.randn(1, 5, 48, generator=generator)
-    with torch.no_grad():
-        return pipe.transformer(
-            img.to(pipe.dtype), txt.to(pipe.dtype), 0.7, img_ids=image_ids((3, 4)), txt_ids=text_ids(5)
-        )
-
-
 def draw(pipe: Pipeline, **options: Any) -> Any:
     return pipe("a dog", image=picture(64, 64), generator=generators(1)[0], output_type="pt", **options)
-
-
-# reading
-
-EVERYWHERE = make_pairs(names=SHAPES)
-PAIRS = make_pairs()
-DIALECTS: dict[str, tuple[Callable[[], dict[str, Tensor]], Pairs, float]] = {
-    "diffusers": (lambda: diffusers_names(PAIRS), PAIRS, 1.0),
-    "bare": (lambda: diffusers_names(PAIRS, prefix=""), PAIRS, 1.0),
-    "diffusers in the original prefix": (lambda: diffusers_names(PAIRS, prefix="diffusion_model."), PAIRS, 1.0),
-    "original": (lambda: original(PAIRS), PAIRS, 1.0),
-    "original with alpha": (lambda: original(PAIRS, alpha=2.0), PAIRS, 0.5),
-    "original with down and up": (
-        lambda: {k.replace("_A.", "_down.").replace("_B.", "_up."): v for k, v in original(PAIRS, alpha=3.0).items()},
-        PAIRS,
-        0.75,
-    ),
-    "PEFT": (lambda: peft(PAIRS), PAIRS, 1.0),
-    "PEFT of diffusers' network": (lambda: diffusers_names(PAIRS, prefix="base_model.model."), PAIRS, 1.0),
-    "kohya": (lambda: kohya(EVERYWHERE), EVERYWHERE, 1.0),
-    "kohya with alpha": (lambda: kohya(EVERYWHERE, alpha=1.0), EVERYWHERE, 0.25),
-}
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_dialect_says_the_same(dialect: str, shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    """Against products of the original matrices, split by the converter of checkpoints."""
-    make, pairs, scale = DIALECTS[dialect]
-    expected = deltas(pairs, scale=scale)
-    found = load_lora(write(tmp_path, make()), shapes=shapes)
-    assert found.unknown == ()
-    assert set(found.updates) == set(expected)
-    for name, update in found.updates.items():
-        torch.testing.assert_close(dense(update), expected[name], rtol=1e-12, atol=1e-15)
-    assert load_lora(make(), shapes=shapes).digest == found.digest  # tensors instead of a file
-    assert load_lora({k: v * 1.001 for k, v in make().items()}, shapes=shapes).digest != found.digest
-
-
-def test_all_matrices_of_the_transformer_are_known(shapes: dict[str, tuple[int, int]]) -> None:
-    assert set(deltas(PAIRS)) == set(shapes)
-
-
-def test_a_kohya_file_of_blocks_of_zeros(shapes: dict[str, tuple[int, int]]) -> None:
-    """q, k and v were trained apart and joined: `up` has a block for each, and the scale is that of all ranks."""
-    up = torch.zeros(96, 6)
-    for i in range(3):
-        up[32 * i : 32 * i + 32, 2 * i : 2 * i + 2] = torch.randn(32, 2)
-    pairs = {"double_blocks.1.txt_attn.qkv": (torch.randn(6, 32), up)}
-    found = load_lora(kohya(pairs, alpha=3.0), shapes=shapes)
-    assert {update.down.shape[0] for update in found.updates.values()} == {2}  # diffusers takes the zeros out
-    for name, expected in deltas(pairs, scale=0.5).items():
-        torch.testing.assert_close(dense(found.updates[name]), expected, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_half_precision_is_not_rounded_again(dtype: torch.dtype, shapes: dict[str, tuple[int, int]]) -> None:
-    """alpha / rank of 1/3 would round every value, if it were multiplied into the tensors."""
-    pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in EVERYWHERE.items()}
-    wide = {name: (down.float(), up.float()) for name, (down, up) in pairs.items()}
-    for make in (kohya, original):
-        found = load_lora(make(pairs, alpha=4 / 3), shapes=shapes)
-        for name, expected in deltas(wide, scale=torch.tensor(4 / 3).item() / 4).items():
-            torch.testing.assert_close(dense(found.updates[name]), expected, rtol=1e-12, atol=1e-15)
-
-
-def test_scales_of_configurations(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    """diffusers writes them into the header, PEFT beside the file."""
-    tensors = diffusers_names(PAIRS)
-    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"transformer_blocks.1.attn.to_q": 2}}
-    header = json.dumps({f"transformer.{k}": v for k, v in values.items()} | {"text_encoder.lora_alpha": 1})
-    found = load_lora(write(tmp_path, tensors, lora_adapter_metadata=header), shapes=shapes)
-    expected = {name: 0.5 if name == "transformer_blocks.1.attn.to_q" else 2.0 for name in shapes}
-    assert {name: update.scale for name, update in found.updates.items()} == expected
-    file = write(tmp_path, peft(PAIRS), "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
-    assert {update.scale for update in load_lora(file, shapes=shapes).updates.values()} == {3.0}
-    for bad, message in (
-        ({"use_dora": True}, "DoRA"),
-        ({"r": 4, "lora_alpha": "x"}, "lora_alpha='x'"),
-        ({"r": 0, "lora_alpha": 1}, "r=0"),
-        ({"r": 4, "lora_alpha": 1, "alpha_pattern": {"(a+)+": 1}}, "pattern"),
-    ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(bad))
-        with pytest.raises(CheckpointError, match=message):
-            load_lora(file, shapes=shapes)
-
-
-def kron_tensors(*, rows: int = 8) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """LoKr of some original matrices, one with a decomposed factor and an alpha, and what they make."""
-    torch.manual_seed(0)
-    tensors, whole = {}, {}
-    for name, (num_out, num_in) in {
-        name: (SHAPES | OTHERS)[name]
-        for name in (
-            "double_blocks.0.img_attn.qkv",
-            "double_blocks.1.txt_attn.qkv",
-            "single_blocks.2.linear1",
-            "img_in",
-            "final_layer.adaLN_modulation.1",
-        )
-    }.items():
-        left, right = torch.randn(rows, 4) * 0.3, torch.randn(num_out // rows, num_in // 4) * 0.2
-        module = f"diffusion_model.{name}"
-        if "single" in name:
-            a, b = torch.randn(num_out // rows, 2) * 0.3, torch.randn(2, num_in // 4) * 0.2
-            tensors |= {f"{module}.lokr_w2_a": a, f"{module}.lokr_w2_b": b, f"{module}.alpha": torch.tensor(1.0)}
-            right = 0.5 * a @ b
-        else:
-            tensors[f"{module}.lokr_w2"] = right
-        tensors[f"{module}.lokr_w1"] = left
-        whole[name] = torch.kron(left.double(), right.double())
-    from tests.support.lora_files import split
-
-    return tensors, split(whole)
-
-
-def test_lokr(shapes: dict[str, tuple[int, int]]) -> None:
-    """A Kronecker product over a fused q, k, v: rows of the whole, exactly."""
-    tensors, expected = kron_tensors()
-    found = load_lora(tensors, shapes=shapes)
-    assert set(found.updates) == set(expected)
-    for name, update in found.updates.items():
-        torch.testing.assert_close(dense(update), expected[name], rtol=1e-6, atol=1e-8)
-
-
-def test_lokr_of_other_trainers(shapes: dict[str, tuple[int, int]]) -> None:
-    left, right = torch.randn(4, 4), torch.randn(8, 8)
-    for module in ("lycoris_transformer_blocks_1_attn_to_q", "transformer_blocks.1.attn.to_q"):
-        tensors = {f"{module}.lokr_w1": left, f"{module}.lokr_w2": right, f"{module}.alpha": torch.tensor(1.0)}
-        (name, update), *others = load_lora(tensors, shapes=shapes).updates.items()
-        assert (name, others) == ("transformer_blocks.1.attn.to_q", [])
-        torch.testing.assert_close(dense(update), torch.kron(left, right).double())
-
-
-# what is refused
-
-
-def test_unknown_tensors_are_named(pipe: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    strange = {
-        "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
-        "diffusion_model.double_blocks.999999999.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
-        "diffusion_model.double_blocks.0.img_attn.qkv.diff": torch.zeros(96, 32),
-        "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 16),
-        "diffusion_model.guidance_in.in_layer.lora_A.weight": torch.zeros(4, 32),
-    }
-    file = write(tmp_path, original(PAIRS) | strange)
-    with pytest.raises(CheckpointError) as error:
-        pipe.load_lora_weights(file)
-    for name in (str(file), *strange, "for a text encoder are not supported", "strict=False"):
-        assert name in str(error.value)
-    assert pipe.get_active_adapters() == []
-    with caplog.at_level(logging.WARNING, "limner"):
-        pipe.load_lora_weights(file, strict=False)
-    assert all(name in caplog.text for name in strange)
-    found = load_lora(file, shapes=matrix_shapes(pipe.transformer), strict=False)
-    assert found.unknown == tuple(sorted(strange))
-    assert found.digest == load_lora(original(PAIRS), shapes=matrix_shapes(pipe.transformer)).digest
-
-
-def test_many_unknown_tensors_are_counted(pipe: Pipeline) -> None:
-    tensors = {f"lora_unet_down_blocks_{i}_attn.lora_down.weight": torch.zeros(4, 8) for i in range(40)}
-    with pytest.raises(CheckpointError, match=r"none of its 40 tensors .* and 28 more\); it is of another model"):
-        pipe.load_lora_weights(tensors)
-
-
-def first(tensors: dict[str, Tensor], change: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
-    name = next(iter(tensors))
-    changed = change(tensors[name])
-    return {k: v for k, v in tensors.items() if k != name} | ({} if changed is None else {name: changed})
-
-
-QKV = "double_blocks.0.img_attn.qkv"
-ONE = {QKV: PAIRS[QKV]}
-BAD: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
-    "wider model": (
-        lambda: original({QKV: (torch.zeros(4, 64), torch.zeros(192, 4))}),
-        rf"{QKV}.lora_A.weight is \[4, 64\].*\[64, 64\] for transformer_blocks.0.attn.to_[qkv], which is \[32, 32\]",
-    ),
-    "other kohya model": (
-        lambda: kohya({QKV: (torch.zeros(4, 64), torch.zeros(192, 4))}),
-        r"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight is \[4, 64\].*of another model",
-    ),
-    "not divisible": (
-        lambda: original({QKV: (torch.zeros(4, 32), torch.zeros(95, 4))}),
-        rf"{QKV}.lora_A.weight is \[4, 32\].*of another model",
-    ),
-    "no down": (lambda: first(original(ONE), lambda t: None), rf"{QKV}.lora_B.weight has no down \(lora_A\)"),
-    "no up": (lambda: {k: v for k, v in kohya(ONE, alpha=1.0).items() if "up" not in k}, r"lora_down.weight has no up"),
-    "ranks": (lambda: first(original(ONE), lambda t: t[:3]), "different ranks"),
-    "not finite": (
-        lambda: first(original(ONE), lambda t: t * torch.nan),
-        rf"{QKV}.lora_A.weight holds values that are not",
-    ),
-    "integers": (lambda: first(original(ONE), lambda t: t.int()), rf"{QKV}.lora_A.weight is torch.int32"),
-    "vector": (lambda: first(original(ONE), lambda t: t[0]), rf"{QKV}.lora_A.weight is torch.float32 \[32\]"),
-    "alpha": (
-        lambda: original(ONE) | {f"diffusion_model.{QKV}.alpha": torch.ones(2)},
-        r"alpha is torch.float32 \[2\]; .*one number",
-    ),
-    "DoRA": (
-        lambda: original(ONE) | {f"diffusion_model.{QKV}.dora_scale": torch.ones(96, 1)},
-        rf"{QKV}.dora_scale: is of a DoRA",
-    ),
-    "DoRA of PEFT": (
-        lambda: (
-            diffusers_names(ONE) | {"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.ones(32)}
-        ),
-        "lora_magnitude_vector: is of a DoRA",
-    ),
-    "bias": (
-        lambda: diffusers_names(ONE) | {"transformer.transformer_blocks.0.attn.to_q.lora_B.bias": torch.ones(32)},
-        "to_q.lora_B.bias: is a bias",
-    ),
-    "twice": (lambda: original(ONE) | diffusers_names(ONE), "are both for transformer_blocks.0.attn.to_[qkv]"),
-    "LoKr without a factor": (
-        lambda: {f"diffusion_model.{QKV}.lokr_w1": torch.ones(8, 4)},
-        rf"{QKV}.lokr_w2: lacks 'lokr_w2_a'",
-    ),
-    "empty": (dict, "none of its 0 tensors"),
-}
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("case", BAD)
-def test_refuses(case: str, strict: bool, pipe: Pipeline) -> None:
-    make, message = BAD[case]
-    before = velocity(pipe)
-    with pytest.raises(CheckpointError, match=message):
-        pipe.load_lora_weights(make(), strict=strict)
-    assert pipe.get_list_adapters() == {}
-    assert torch.equal(velocity(pipe), before)
-
-
-class Trap:
-    """Unpickling it makes a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.file,)
-
-
-@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt", "lora.safetensors"])
-@pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
-def test_pickles_are_never_opened(name: str, save: Any, tmp_path: Path, pipe: Pipeline) -> None:
-    folder, file = tmp_path / "folder", tmp_path / "folder" / name
-    folder.mkdir()
-    save(Trap(tmp_path / "sprung"), file)
-    for source in (file, folder):
-        with pytest.raises(CheckpointError, match=f"{name} is a pickle and is never opened"):
-            pipe.load_lora_weights(source)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_finds_the_file(tmp_path: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = matrix_shapes(pipe.transformer)
-    with pytest.raises(CheckpointError, match=r"nothing.safetensors is neither a file, a folder nor a hub id"):
-        pipe.load_lora_weights(tmp_path / "nothing.safetensors")
-    with pytest.raises(CheckpointError, match="is not a path"):
-        pipe.load_lora_weights(3)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match="names to tensors"):
-        pipe.load_lora_weights({"a": 3})  # type: ignore[dict-item]
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with pytest.raises(CheckpointError, match="it has none"):
-        pipe.load_lora_weights(folder)
-    expected = load_lora(write(folder, original(PAIRS), "a.safetensors"), shapes=shapes)
-    assert load_lora(folder, shapes=shapes).digest == expected.digest
-    write(folder, original(make_pairs(1)), "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"it has 2 \(a.safetensors, b.safetensors\); name one with weight_name"):
-        pipe.load_lora_weights(folder)
-    assert load_lora(folder, shapes=shapes, weight_name="a.safetensors").digest == expected.digest
-    with pytest.raises(CheckpointError, match=r"has no 'c.safetensors'; it has a.safetensors, b.safetensors"):
-        pipe.load_lora_weights(folder, weight_name="c.safetensors")
-    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match=r"b.safetensors: cannot be read .* truncated or damaged"):
-        pipe.load_lora_weights(folder / "b.safetensors")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="nobody/nothing is not in the local cache and could not be downloaded"):
-        pipe.load_lora_weights("nobody/nothing")
-
-
-def test_a_hub_id_from_the_local_cache(tmp_path: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "0" * 40
-    snapshot = tmp_path / "models--someone--style" / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text(commit)
-    expected = load_lora(write(snapshot, original(PAIRS), "style.safetensors"), shapes=matrix_shapes(pipe.transformer))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = load_lora("someone/style", shapes=matrix_shapes(pipe.transformer))
-    assert found.digest == expected.digest
-
-
-# acting
 
 
 @pytest.fixture
@@ -387,6 +75,8 @@ def same_picture(pipe: Pipeline, theirs: Any) -> None:
 
 
 WITHOUT_NORM_OUT = {name: pair for name, pair in PAIRS.items() if "adaLN" not in name}  # diffusers swaps no halves
+
+
 THEIR_DIALECTS = {
     "diffusers": lambda: diffusers_names(PAIRS),
     "original": lambda: original(WITHOUT_NORM_OUT),
@@ -656,9 +346,6 @@ def test_names_and_deleting(pipe: Pipeline) -> None:
     pipe.delete_adapters("default_0")
     pipe.load_lora_weights(original(ONE))
     assert pipe.get_list_adapters() == {"transformer": ["default_1", "default_2"]}
-
-
-# the content key
 
 
 def test_references_of_other_loras_are_never_used(tiny_folder: Path, tmp_path: Path) -> None:

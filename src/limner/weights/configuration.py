@@ -1,0 +1,121 @@
+"""The configuration of a single file of weights, which has no config.json of its own: what its shapes do not say.
+
+Rotary axes, epsilons and groups come from the header of a file that Limner wrote, from a config.json in the same folder,
+from one that the caller gives, or else are klein's, if the shapes are klein's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from limner.config import QWEN3_4B, QWEN3_8B, TransformerConfig
+from limner.errors import CheckpointError
+from limner.weights.checkpoint import Checkpoint
+from limner.weights.files import TensorFile, read_json
+from limner.weights.geometry import geometry_of
+from limner.weights.layouts import Layout
+from limner.weights.networks import empty_autoencoder
+
+__all__ = ["CONFIG_KEY", "KINDS", "configuration_of"]
+
+CONFIG_KEY = "limner.config"
+"""Key of the configuration in the header of a single file that Limner wrote."""
+KINDS = {
+    "transformer": ("_class_name", "Flux2Transformer2DModel"),
+    "vae": ("_class_name", "AutoencoderKLFlux2"),
+    "text_encoder": ("model_type", "qwen3"),
+}
+"""Key and value by which a config.json names its part."""
+
+
+def configuration_of(file: TensorFile, layout: Layout, *, like: Path | None) -> dict[str, Any]:
+    """Return the configuration of the part in a single file; `like` is a config.json of the same geometry.
+
+    Raises `CheckpointError`.
+    """
+    candidates = _candidates(file, layout.part, like)
+    if layout.part == "transformer":
+        return _transformer_config(file, layout, candidates)
+    if layout.part == "vae":
+        return _autoencoder_config(file, layout, candidates)
+    return _text_config(file, layout, candidates)
+
+
+def _candidates(file: TensorFile, part: str, like: Path | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the configurations that may be those of a single file, the most likely first."""
+    found = []
+    if CONFIG_KEY in file.metadata:
+        try:
+            own = json.loads(file.metadata[CONFIG_KEY])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file.path}: {CONFIG_KEY} in its header is not JSON ({error})") from error
+        if isinstance(own, dict):
+            found.append((file.path, own))
+    for path in (file.path.parent / "config.json", like):
+        if path is not None and path.is_file():
+            config, (key, value) = read_json(path), KINDS[part]
+            if config.get(key) == value:
+                found.append((path, config))
+    return found
+
+
+def _transformer_config(
+    file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]
+) -> dict[str, Any]:
+    shapes = geometry_of(layout, where=file.path)
+    for path, values in candidates:
+        config = TransformerConfig.from_diffusers(values, where=str(path))
+        if config.head_dim == shapes.head_dim:
+            return replace(
+                shapes, rope_axes=config.rope_axes, rope_theta=config.rope_theta, eps=config.eps
+            ).to_diffusers()
+    if shapes.head_dim != 128:
+        raise CheckpointError(
+            f"{file.path}: its heads have {shapes.head_dim} dimensions, klein's 128; the file does not say how they are "
+            "rotated (axes_dims_rope): put the config.json of its transformer beside it, or give the folder of its model"
+        )
+    return shapes.to_diffusers()
+
+
+def _autoencoder_config(
+    file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Return the configuration whose network differs least from the file; diffusers' default is that of FLUX.2."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    for path, config in [*candidates, (file.path, {"_class_name": "AutoencoderKLFlux2"})]:
+        network = empty_autoencoder(config, where=path)
+        number = len(Checkpoint(file, layout, config, where=file.path).problems(network.state_dict()))
+        values = json.loads(json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}))
+        found.append((number, config | values))
+    return min(found, key=lambda item: item[0])[1]
+
+
+def _text_config(file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the first configuration with the file's widths; the file itself may lack the last layers."""
+
+    def shape(target: str) -> tuple[int, ...]:
+        source = layout.names.rule(target).source
+        if source not in layout.tensors:
+            raise CheckpointError(f"{file.path}: missing {layout.prefix}{source}; the file is incomplete")
+        return layout.tensors[source].shape
+
+    layer = "layers.0.self_attn"
+    found = {
+        "vocab_size": shape("embed_tokens.weight")[0],
+        "hidden_size": shape("embed_tokens.weight")[-1],
+        "head_dim": shape(f"{layer}.q_norm.weight")[0],
+        "intermediate_size": shape("layers.0.mlp.up_proj.weight")[0],
+    }
+    found["num_attention_heads"] = shape(f"{layer}.q_proj.weight")[0] // max(found["head_dim"], 1)
+    found["num_key_value_heads"] = shape(f"{layer}.k_proj.weight")[0] // max(found["head_dim"], 1)
+    for config in [*(values for _, values in candidates), QWEN3_4B, QWEN3_8B]:
+        if all(config.get(name) == value for name, value in found.items()):
+            return config
+    shown = ", ".join(f"{name}={value}" for name, value in found.items())
+    raise CheckpointError(
+        f"{file.path}: is no text encoder of klein and not that of the model folder ({shown}); put its config.json beside "
+        "it, or give the folder of its model"
+    )

@@ -1,0 +1,20 @@
+"""The diffusers folder of a model: find it and its parts, read its settings, load its networks strictly."""
+
+from limner.weights.files import read_json
+from limner.weights.folder.load import load_autoencoder, load_text_encoder, load_transformer, transformer_digest
+from limner.weights.folder.location import PARTS, bundled_model, resolve_model, resolve_part
+from limner.weights.folder.settings import FolderSettings, read_settings
+
+__all__ = [
+    "PARTS",
+    "FolderSettings",
+    "bundled_model",
+    "load_autoencoder",
+    "load_text_encoder",
+    "load_transformer",
+    "read_json",
+    "read_settings",
+    "resolve_model",
+    "resolve_part",
+    "transformer_digest",
+]

@@ -1,0 +1,95 @@
+"""The settings of a model's folder: `model_index.json` is checked, `limner.json` is read if it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limner.errors import CheckpointError
+from limner.grid import MIN_SIDE, PIXELS
+from limner.model.preview import LatentPreview
+from limner.weights.files import read_json
+
+__all__ = ["FolderSettings", "read_settings"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSettings:
+    """What a folder says besides its parts. Sizes are (width, height).
+
+    `sizes` are those that the model draws (none: any). `max_reference_pixels` caps references, `preview` maps latents to
+    pixels.
+    """
+
+    default_size: tuple[int, int] = (1024, 1024)
+    sizes: tuple[tuple[int, int], ...] = ()
+    default_dtype: torch.dtype | None = None
+    preview: LatentPreview | None = None
+    max_reference_pixels: int | None = None
+
+
+def read_settings(folder: Path) -> FolderSettings:
+    """Check `model_index.json` and read `limner.json`. Raises `CheckpointError`."""
+    _check_index(folder)
+    file = folder / "limner.json"
+    own = read_json(file) if file.is_file() else {}
+    default_size, sizes = _read_sizes(own, file)
+    dtype = own.get("default_dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: default_dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+    pixels = own.get("max_reference_pixels")
+    if pixels is not None and not (isinstance(pixels, int) and pixels >= PIXELS**2):
+        raise CheckpointError(f"{file}: max_reference_pixels={pixels!r} has to be a number of at least {PIXELS**2}")
+    preview = None
+    if (values := own.get("latent_preview")) is not None:
+        try:
+            preview = LatentPreview(values["weight"], values["bias"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: latent_preview is not a map of latents to pixels ({error})") from error
+    return FolderSettings(
+        default_size=default_size,
+        sizes=sizes,
+        default_dtype=None if dtype is None else _DTYPES[dtype],
+        preview=preview,
+        max_reference_pixels=pixels,
+    )
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse the folder of a model of another family. Raises `CheckpointError`."""
+    index = read_json(folder / "model_index.json")
+    kind = str(index.get("_class_name"))
+    if not kind.startswith("Flux2Klein"):
+        raise CheckpointError(
+            f"{folder}: model_index.json is of a {kind}; allowed: the klein pipelines (Flux2Klein...)"
+        )
+    if index.get("is_distilled") is False:
+        raise CheckpointError(f"{folder}: is_distilled is false; base models need guidance, which is not supported")
+
+
+def _read_sizes(own: dict[str, Any], file: Path) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """Return the default size and all sizes."""
+    allowed = f"[width, height], multiples of {PIXELS} of at least {MIN_SIDE}"
+    sizes = own.get("sizes", [])
+    if not (isinstance(sizes, list) and all(_is_size(one) for one in sizes)):
+        raise CheckpointError(f"{file}: sizes={sizes!r} has to be a list of {allowed}")
+    size: Any = own.get("default_size", sizes[0] if sizes else [1024, 1024])
+    if not _is_size(size):
+        raise CheckpointError(f"{file}: default_size={size!r} has to be {allowed}")
+    if sizes and size not in sizes:
+        raise CheckpointError(f"{file}: default_size={size!r} has to be one of sizes={sizes!r}")
+    return (size[0], size[1]), tuple((w, h) for w, h in sizes)
+
+
+def _is_size(value: Any) -> bool:
+    """Return True if a value of JSON is [width, height] of a picture."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(side, int) and side >= MIN_SIDE and side % PIXELS == 0 for side in value)
+    )

@@ -1,0 +1,82 @@
+"""The parts of a model: which one a file or folder holds, and opening it in whatever layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from limner.config import TransformerConfig
+from limner.errors import CheckpointError
+from limner.weights.checkpoint import Checkpoint
+from limner.weights.configuration import KINDS, configuration_of
+from limner.weights.files import open_folder, read_json
+from limner.weights.layouts import layout_of, naming_of, open_file, parts_of, recognise
+from limner.weights.networks import QUANT_METHOD
+
+__all__ = ["STEMS", "Progress", "is_model_folder", "open_part", "part_of"]
+
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""Names of the files of weights in a part's folder, without suffix."""
+Progress = Callable[[str, int, int], None]
+"""Called with a part, the number of its tensors that are done, and the number of all."""
+
+
+def is_model_folder(source: Path) -> bool:
+    """Return True for the folder of a whole model in the diffusers layout."""
+    return source.is_dir() and (source / "model_index.json").is_file()
+
+
+def part_of(source: Path, *, part: str | None = None) -> str | None:
+    """Return the part that a file or folder holds, `part` if given; None for the folder of a whole model.
+
+    Raises `CheckpointError`.
+    """
+    if is_model_folder(source):
+        return part
+    if source.is_dir():
+        config = read_json(source / "config.json")
+        kinds = {value: name for name, (_, value) in KINDS.items()}
+        found = part or kinds.get(str(config.get("_class_name", config.get("model_type"))))
+        if found is None:
+            kind = config.get("_class_name") or config.get("model_type")
+            raise CheckpointError(f"{source}: config.json is of {kind!r}; allowed: {', '.join(kinds)}")
+        return found
+    if part is not None:
+        return part
+    parts = parts_of(open_file(source))
+    if len(parts) > 1:
+        raise CheckpointError(f"{source}: holds {', '.join(parts)}; say which one (--part)")
+    return parts[0] if parts else "transformer"  # `recognise` then says what is wrong with the file
+
+
+def open_part(part: str, source: Path, *, like: Path | None = None) -> Checkpoint:
+    """Open a part from its folder (config.json and weights), or from a single file of any layout.
+
+    `like` is a config.json of the same geometry: `configuration_of` says what it is for. Raises `CheckpointError`.
+    """
+    if source.is_dir():
+        return _open_folder(part, source)
+    file = open_file(source)
+    layout = recognise(file, part)
+    return Checkpoint(file, layout, configuration_of(file, layout, like=like), where=source)
+
+
+def _open_folder(part: str, source: Path) -> Checkpoint:
+    config = read_json(source / "config.json")
+    if part == "transformer":
+        TransformerConfig.from_diffusers(config, where=str(source / "config.json"))
+    file = open_folder(source, STEMS[part])
+    naming, prefix = naming_of(file, part) or ("diffusers", "")
+    if part == "transformer" and "quantization_config" in config:
+        _check_method(config["quantization_config"], where=source / "config.json")
+    layout = layout_of(file, part, naming=naming, prefix=prefix)
+    if part == "transformer" and config.get("quantization_config") and layout.quantization != "int8":
+        raise CheckpointError(f"{source}: config.json says int8, the weights are not; quantize the model again")
+    return Checkpoint(file, layout, config, where=source)
+
+
+def _check_method(found: Any, *, where: Path) -> None:
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if found is not None and method != QUANT_METHOD:
+        raise CheckpointError(f"{where}: quantization {method!r} is not supported; allowed: {QUANT_METHOD!r} or none")
