@@ -23,9 +23,10 @@ from limner.engine import (
     Failed,
     Finished,
     Prefilled,
+    PrefillRequest,
     Progress,
     Started,
-    load_aside,
+    load_in_thread,
 )
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
@@ -261,7 +262,7 @@ def test_listeners_that_raise_stop_nothing(engine: Engine, caplog: pytest.LogCap
 
 def test_prefills_alone(engine: Engine, pipe: Pipeline) -> None:
     heard = Heard()
-    engine.prefill([reference(3)], id="prefill", listener=heard)
+    engine.submit(PrefillRequest(references=(reference(3),)), id="prefill", listener=heard)
     end = heard.end()
     assert isinstance(end, Prefilled)
     assert end.source == "miss"
@@ -322,7 +323,7 @@ def test_who_loads_aside_does_not_stay(pipe: Pipeline) -> None:
         loaders.append(threading.current_thread())
         return pipe
 
-    assert load_aside(load) is pipe
+    assert load_in_thread(load) is pipe
     assert loaders[0] is not threading.current_thread()
     assert not loaders[0].is_alive()
 
@@ -330,4 +331,4 @@ def test_who_loads_aside_does_not_stay(pipe: Pipeline) -> None:
         raise InvalidRequest("model", "is not there")
 
     with pytest.raises(InvalidRequest, match="is not there"):
-        load_aside(broken)
+        load_in_thread(broken)
