@@ -26,7 +26,6 @@ from limner.engine import (
     PrefillRequest,
     Progress,
     Started,
-    load_in_thread,
 )
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
@@ -314,21 +313,3 @@ def test_close_finishes_what_it_has_time_for(pipe: Pipeline) -> None:
     heard = [submit(engine, request(f"{i}")) for i in range(3)]
     assert engine.close(timeout=60) == []
     assert [listener.result().batch >= 1 for listener in heard] == [True] * 3
-
-
-def test_who_loads_aside_does_not_stay(pipe: Pipeline) -> None:
-    loaders: list[threading.Thread] = []
-
-    def load() -> Pipeline:
-        loaders.append(threading.current_thread())
-        return pipe
-
-    assert load_in_thread(load) is pipe
-    assert loaders[0] is not threading.current_thread()
-    assert not loaders[0].is_alive()
-
-    def broken() -> Pipeline:
-        raise InvalidRequest("model", "is not there")
-
-    with pytest.raises(InvalidRequest, match="is not there"):
-        load_in_thread(broken)
