@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, finished_rows, is_whole
+from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, done_before, finished_rows
 from limner.deploy.cluster import check_nodes, connect, nodes, quiet, this_node
 from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError, first_line
@@ -171,14 +171,14 @@ class _Worker:
             yield {"stop": self.problem, "node": socket.gethostname()}
             return
         try:
-            before = finished_rows(self.options)  # a worker that died may have drawn a part of the group
+            finished = finished_rows(self.options)  # a worker that died may have drawn a part of the group
             left = []
             for task in group.tasks:
-                found = before.get((task.id, task.fingerprint))
-                if found is not None and found["file"] == task.file and is_whole(self.options.folder, found):
-                    yield {**found, "line": task.line}
-                else:
+                done = done_before(finished, task, folder=self.options.folder)
+                if done is None:
                     left.append(task)
+                else:
+                    yield done
             if left:
                 yield from self.drawer.draw(Group(files=group.files, digests=group.digests, tasks=tuple(left)))
                 self.drawer.pipe.store.flush()
