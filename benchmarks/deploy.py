@@ -75,11 +75,11 @@ class Run:
             try:
                 serve.start(http_options={"host": "127.0.0.1", "port": port})
                 serve.run(app(options), name=NAME, route_prefix="/")
-                self.painters = serve.get_deployment_handle("Painter", NAME)
+                self.replicas = serve.get_deployment_handle("Replica", NAME)
                 start = time.monotonic()
                 asyncio.run(self._load(f"http://127.0.0.1:{port}"))
                 wall = time.monotonic() - start
-                stats = self.painters.broadcast("stats").results(timeout_s=60)
+                stats = self.replicas.broadcast("stats").results(timeout_s=60)
             finally:
                 ray.shutdown()
         return self._report(wall, stats)
@@ -142,7 +142,7 @@ class Run:
         while len(self.ended) < self.args.requests // 2:
             await asyncio.sleep(0.02)
         for _ in range(200):
-            for process, engine, _ in await self.painters.broadcast("stats").results_async(timeout_s=60):
+            for process, engine, _ in await self.replicas.broadcast("stats").results_async(timeout_s=60):
                 if engine.running:
                     os.kill(process, signal.SIGKILL)
                     self.killed = {"after": len(self.ended), "running": engine.running, "waiting": engine.waiting}

@@ -124,4 +124,4 @@ class NotFound(LimnerError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()

@@ -199,7 +199,7 @@ def test_killed_and_run_again(folder: Path, tiny_folder: Path) -> None:
 def test_what_stops_a_run_says_how_to_go_on(
     folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from limner import batch as module
+    from limner.batch import folder as module
 
     real, written = module.write_file, []
 

@@ -102,7 +102,7 @@ def test_a_restart_takes_up_what_was_left(pipe: Pipeline, tmp_path: Path, monkey
         assert gate.entered.wait(60)
 
         def dropped() -> None:  # what runs has to end before the engine's thread can
-            while not served.engine._closed or served.engine._waiting:
+            while served.engine.is_alive or served.engine.stats().waiting:
                 time.sleep(0.01)
             gate.open()
 
@@ -132,7 +132,7 @@ def test_a_job_on_its_way_to_the_engine_is_left_too(
 
         def slow(report: Any) -> Any:
             end = time.monotonic() + 60
-            while not served.engine._closed:
+            while served.engine.is_alive:
                 assert time.monotonic() < end
                 time.sleep(0.01)
             return read(report)

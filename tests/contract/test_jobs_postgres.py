@@ -35,7 +35,7 @@ def test_a_restart_finds_jobs_results_and_references(
         assert gate.entered.wait(60)
 
         def dropped() -> None:
-            while not served.engine._closed or served.engine._waiting:
+            while served.engine.is_alive or served.engine.stats().waiting:
                 time.sleep(0.01)
             gate.open()
 

@@ -62,7 +62,7 @@ class Deployed:
         with quiet():
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             self.run()
-        self.painters = serve.get_deployment_handle("Painter", NAME)
+        self.replicas = serve.get_deployment_handle("Replica", NAME)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def run(self, **changed: Any) -> None:
@@ -76,7 +76,7 @@ class Deployed:
 
     def stats(self) -> list[Any]:
         """Process, engine and store of each replica that runs."""
-        return list(self.painters.broadcast("stats").results(timeout_s=30))
+        return list(self.replicas.broadcast("stats").results(timeout_s=30))
 
     def submit(self, **body: Any) -> str:
         answer = self.http.post("/v1/edit", json={"prompt": "a red ball", "output_format": "png", **SIZE, **body})
@@ -245,7 +245,7 @@ def test_replicas_share_a_store_under_a_url(deployed: Deployed, tiny_folder: Pat
     assert sum(store.hits["remote"] for _, _, store in deployed.stats()) == 1
     (key,) = store.keys()
     assert [file.stem for file in (tmp_path / "near").iterdir()] == [key]
-    assert any(deployed.painters.broadcast("forget", key).results(timeout_s=30))
+    assert any(deployed.replicas.broadcast("forget", key).results(timeout_s=30))
     assert store.keys() == []
     assert list((tmp_path / "near").iterdir()) == []
 
@@ -278,7 +278,7 @@ def test_a_serve_that_runs_is_left_alone(deployed: Deployed) -> None:
 )
 def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | None) -> None:
     """And which of those may be the request's own doing; a fault of ours stays one."""
-    from limner.deploy.ray import _Painters
+    from limner.deploy.ingress import RayReplicas
     from limner.deploy.remote import LostReplica
 
     class Handle:
@@ -298,7 +298,7 @@ def test_which_errors_are_a_lost_replica(error: BaseException, counts: bool | No
             yield
 
     async def heard() -> None:
-        async with _Painters(handle).run(None) as events:  # type: ignore[arg-type]
+        async with RayReplicas(handle).run(None) as events:  # type: ignore[arg-type]
             async for _ in events:
                 pass
 
@@ -377,10 +377,10 @@ def test_keys_of_the_command_are_asked_of_the_head_node(monkeypatch: pytest.Monk
 
 def test_nodes_that_differ(tiny_folder: Path) -> None:
     from limner.deploy.cluster import check_nodes, this_node
-    from limner.deploy.ray import Painter
+    from limner.deploy.replica import Replica
 
     with pytest.raises(InvalidRequest, match="has torch [^ ]*, this process 1.13.1; pictures would differ"):
-        Painter(
+        Replica(
             ModelOptions(model=str(tiny_folder)),
             versions={**this_node(), "torch": "1.13.1"},
             threads=1,

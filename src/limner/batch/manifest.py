@@ -1,7 +1,7 @@
-"""A manifest of many pictures: JSON lines, one row each, every field checked.
+"""A manifest of many images: JSON lines, one row each, every field checked.
 
-Owns what a row may say. A line that is no row is an error of that row alone. Knows nothing of results, or of what becomes
-of a row.
+Owns what a row may say. A line that is not a row is an error of that row alone. Knows nothing of results, or of how rows
+are drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from limner.errors import InvalidRequest
-from limner.pipeline import check_prompt, check_size
+from limner.grid import check_size
+from limner.requests import check_prompt
 
 __all__ = ["MAX_MANIFEST_BYTES", "MAX_STEPS", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
 
@@ -41,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BrokenRow:
-    """A line that is no row, and why; `id` if it has one that can be used."""
+    """A line that is not a row, and why; `id` if it has one that can be used."""
 
     line: int
     id: str | None
@@ -49,7 +50,7 @@ class BrokenRow:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Row | BrokenRow]:
-    """The rows of a manifest, in order; empty lines are none. Raises `InvalidRequest` for the file as a whole."""
+    """Return the rows of a manifest, in order, without empty lines. Raises `InvalidRequest` for the file as a whole."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_MANIFEST_BYTES:
@@ -148,7 +149,7 @@ def _size(value: object) -> tuple[int, int] | None:
 
 
 def check_number(name: str, value: object, *, low: int, high: int) -> int:
-    """A whole number within bounds. Raises `InvalidRequest`."""
+    """Return a whole number within bounds. Raises `InvalidRequest`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequest(name, f"{_short(value)} is not a whole number from {low} to {high}")
     return value
@@ -160,5 +161,5 @@ def _short(value: object) -> str:
 
 
 def seed_of(id: str) -> int:
-    """The seed of a row that gives none: always the same for an id."""
+    """Return the seed of a row that gives none: always the same for an id."""
     return int.from_bytes(hashlib.sha256(f"limner batch {id}".encode()).digest()[:8], "big") % 2**31

@@ -1,6 +1,6 @@
-"""The connection to a Ray cluster, and whether its nodes fit this process.
+"""The connection to a Ray cluster, and whether its nodes can draw what this process would.
 
-Owns addresses, versions and what is said when a cluster is not there. Knows neither batches nor services.
+Owns addresses, versions, and the errors for a cluster that is not there. Knows neither batches nor services.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 import torch
 
 from limner import __version__
-from limner.errors import InvalidRequest, MissingExtra, OutputError, RemoteError
+from limner.errors import InvalidRequest, MissingExtra, OutputError, RemoteError, first_line
 
-__all__ = ["check_nodes", "connect", "first_line", "nodes", "quiet", "this_node"]
+__all__ = ["check_nodes", "connect", "nodes", "quiet", "this_node"]
 
 _CONNECT_SECONDS = 5.0
 _LOCAL_OBJECT_BYTES = 128 << 20
-"""Of shared memory on one machine: what passes through it is text and pictures."""
+"""Shared memory of a Ray of one machine: only text and images pass through it."""
 
 
 def this_node() -> dict[str, str]:
-    """The versions that have to be equal wherever pictures of one run are drawn."""
+    """Return the versions that have to be equal wherever images of one run are drawn."""
     return {"limner": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, str], option: str = "--ray") -> None:
-    """Raises `InvalidRequest` that names both sides unless every node has the driver's versions and sees its folder."""
+    """Raise `InvalidRequest` or `OutputError` unless every node of `nodes` has the driver's versions, files and folder."""
     for node, found in nodes.items():
         if "error" in found:
             raise InvalidRequest(option, f"node {node} cannot draw ({found['error']}); install this Limner there")
@@ -57,14 +57,14 @@ def check_nodes(nodes: Mapping[str, Mapping[str, str]], *, driver: Mapping[str, 
 
 
 def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_driver: bool = False) -> None:
-    """Connects this process to "local" (a Ray of this machine alone), "auto" or "HOST:PORT".
+    """Connect this process to "local" (a Ray of this machine alone), "auto" or "HOST:PORT".
 
-    `num_cpus` is the least that a local one is told to have. Raises `MissingExtra`, `InvalidRequest`, and `RemoteError`
-    where there is no cluster. Sends no usage statistics, starts no dashboard.
+    A local Ray offers at least `num_cpus`. Raises `MissingExtra`, `InvalidRequest`, and `RemoteError` where there is no
+    cluster. Sends no usage statistics, starts no dashboard.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if not log_to_driver:
-        # else it tells this terminal of errors that it may still mend; a line that says so is the least it prints
+        # else Ray's core prints errors to this terminal that it may yet recover from
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         with quiet():
@@ -89,7 +89,7 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
         if address != "auto" and not os.environ.get("RAY_AUTH_MODE"):  # Ray shows its token to no address it is given
             remedy += "; if it asks for a token, as it does where ~/.ray/auth_token is, set RAY_AUTH_MODE=token"
         raise RemoteError(f"{option} {address}: no cluster is there that answers; {remedy}") from error
-    except Exception as error:  # of all kinds, `Exception` itself among them
+    except Exception as error:  # Ray raises all kinds, `Exception` itself among them
         remedy = (
             "try again when the machine is less busy" if address == "local" else "start one with `ray start --head`"
         )
@@ -99,14 +99,15 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
 def nodes(
     address: str, *, option: str, token: str = "", folder: str = "", files: Sequence[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """What each node has, by its address.
+    """Return the versions of each node by its address, as `check_nodes` reads them.
 
-    And whether it sees the file `token`, may write in `folder`, and has all `files`, where they are given.
+    Where they are given: also whether it sees the file `token`, may write in `folder`, and has all `files`. Raises
+    `InvalidRequest` and `RemoteError`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def ask() -> dict[str, str]:  # sent as code: a node without Limner has to be able to say so
+    def probe() -> dict[str, str]:  # sent as code: a node without Limner has to be able to say so
         try:
             from limner.deploy.cluster import this_node
         except Exception as error:
@@ -128,46 +129,40 @@ def nodes(
         return found
 
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    asked = {
-        node["NodeManagerAddress"]: ray.remote(ask)
+    answers = {
+        node["NodeManagerAddress"]: ray.remote(probe)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
         .remote()
         for node in alive
     }
-    if not asked:
+    if not answers:
         raise InvalidRequest(option, f"{address}: the cluster has no node with a CPU; start one with `ray start`")
     try:
-        return dict(zip(asked, ray.get(list(asked.values())), strict=True))
+        return dict(zip(answers, ray.get(list(answers.values())), strict=True))
     except ray.exceptions.RayError as error:
         raise RemoteError(f"{option}: a node of {address} does not answer ({first_line(error)})") from error
 
 
 def _check_reachable(address: str, *, option: str) -> None:
-    """Asks the address itself: Ray would wait for a long time, or end the process."""
-    asked = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if not asked:
+    """Connect to the address first: where nothing listens, Ray would wait for long, or end the process."""
+    host_port = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if not host_port:
         return
-    match = re.fullmatch(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", asked)
+    match = re.fullmatch(r"([^\s:/]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", host_port)
     if match is None:
-        raise InvalidRequest(option, f"{asked!r} is not local, auto or HOST:PORT of the head node")
+        raise InvalidRequest(option, f"{host_port!r} is not local, auto or HOST:PORT of the head node")
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise RemoteError(
-            f"{option} {address}: no cluster at {asked} ({error}); start one with `ray start --head`"
+            f"{option} {address}: no cluster at {host_port} ({error}); start one with `ray start --head`"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Ray 2.60 warns of its own defaults, of the switch that keeps GPUs of tasks without any visible, and the like."""
+    """Ignore warnings that Ray 2.60 gives of its own defaults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message that may have a whole traceback in it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,13 +1,12 @@
-"""The groups of a batch on many processes or machines, by Ray Data.
+"""Draws the groups of a batch on many processes or machines, by Ray Data.
 
-Owns the pipeline of groups to workers. What a row is and what becomes of it is `limner.batch`'s: a worker draws and writes
-with the same code as one process does, so the pictures are the same bit for bit where the number of threads and the kind of
-CPU or GPU are. Knows no manifest.
+Owns how groups reach workers and results come back. A worker draws and writes with the code of `limner.batch`, as one
+process does, so images are equal bit for bit where the number of threads and the kind of CPU or GPU are. Knows no manifest.
 
-A block of the data set is one group, so that a list of references is prefilled by one worker, once. A worker tells its
-own journal of each row as it ends; the results reach the driver when a group ends. So a driver that is killed loses
-nothing: the next run reads the journals. All nodes have to share the folder of results, and see the references under the
-same names.
+A block of the data set is one group, so that each list of references is prefilled once, by one worker. A worker writes
+each row to a journal of its own when it ends; the driver gets the results when the group ends. If the driver is killed,
+the next run reads the journals. All nodes have to share the folder of results, and see the references under the same
+names.
 """
 
 from __future__ import annotations
@@ -22,23 +21,24 @@ from typing import Any
 
 import torch
 
-from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, finished_rows, is_whole
-from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
+from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, done_before, finished_rows
+from limner.deploy.cluster import check_nodes, connect, nodes, quiet, this_node
 from limner.engine.model_options import ModelOptions
-from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
+from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError, first_line
 
 __all__ = ["Cluster"]
 
 _RESTARTS = 2
-"""A worker that dies is started again so often, and its group drawn on."""
+"""How often a worker that dies is started again; it goes on with its group."""
 Ask = Callable[[str], Mapping[str, Mapping[str, str]]]
+"""Gives the versions of each node, and whether it sees a file."""
 
 
 class Cluster:
     """A connection to Ray for one batch. `address`: "local" (this machine alone), "auto" or "HOST:PORT".
 
-    Raises `MissingExtra`, `InvalidRequest`, and `RemoteError` where there is no cluster. Sends no
-    usage statistics, starts no dashboard.
+    Raises `MissingExtra`, `InvalidRequest`, and `RemoteError` where there is no cluster. Sends no usage statistics,
+    starts no dashboard.
     """
 
     def __init__(self, address: str = "local", *, workers: int | None = None) -> None:
@@ -61,11 +61,11 @@ class Cluster:
         ray.shutdown()
 
     def nodes(self, token: str) -> dict[str, dict[str, str]]:
-        """What each node has, by its address; and whether it sees a file."""
+        """Return the versions of each node by its address, and whether it sees the file `token`."""
         return nodes(self.address, option="--ray", token=token)
 
     def check(self, options: BatchOptions, *, ask: Ask | None = None) -> None:
-        """Raises `InvalidRequest` unless all nodes can draw what this process would. `ask` stands in for `nodes`."""
+        """Raise `InvalidRequest` unless all nodes can draw what this process would. `ask` stands in for `nodes`."""
         token = options.hidden / f"seen-{secrets.token_hex(8)}"
         try:
             token.touch()
@@ -77,25 +77,16 @@ class Cluster:
             token.unlink(missing_ok=True)
 
     def draw(self, batch: Batch, groups: Sequence[Group], model: ModelOptions) -> None:
-        """Draws all groups and records their results as the groups end. Raises `OutputError` and `RemoteError`."""
+        """Draw all groups and record their results as the groups end. Raises `OutputError` and `RemoteError`."""
         import ray
         import ray.data
 
         if not groups:
             return
         workers, threads = self.share(model)
-        with quiet():
-            context = ray.data.DataContext.get_current().copy()
-            context.enable_progress_bars = False
-            context.print_on_execution_start = False
-            context.execution_options.preserve_order = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        with quiet(), ray.data.DataContext.current(context):
-            # the largest first: a group is drawn by one worker
-            blocks = [
-                {"group": json.dumps(asdict(group))}
-                for group in sorted(groups, key=lambda g: len(g.tasks), reverse=True)
-            ]
+        largest_first = sorted(groups, key=lambda group: len(group.tasks), reverse=True)  # one worker draws all of one
+        blocks = [{"group": json.dumps(asdict(group))} for group in largest_first]
+        with quiet(), ray.data.DataContext.current(_quiet_context()):
             results = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 _Worker,
                 batch_size=None,
@@ -117,6 +108,7 @@ class Cluster:
                 raise RemoteError(f"--ray: a worker ended ({first_line(error)})") from error
 
     def _take(self, batch: Batch, result: Result) -> None:
+        """Record a result of a worker. Raises `RemoteError` if it stopped, `OutputError` if its file is not here."""
         if "stop" in result:
             raise RemoteError(f"--ray: a worker on {result['node']} cannot go on: {result['stop']}")
         if result["status"] == "ok" and not (batch.options.folder / result["file"]).is_file():
@@ -126,7 +118,7 @@ class Cluster:
         batch.record(result)
 
     def share(self, model: ModelOptions) -> tuple[int, int]:
-        """How many workers, and how many threads each has: as many as fit the nodes."""
+        """Return how many workers fit the nodes, and how many threads each has. Raises `InvalidRequest`."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -142,8 +134,21 @@ class Cluster:
         return workers, threads
 
 
+def _quiet_context() -> Any:
+    """Ray Data's context, without progress bars and messages, where blocks end in any order."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with quiet():
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = False
+    return context
+
+
 class _Worker:
-    """One process of the pool: a pipeline, and what draws with it."""
+    """One process of the pool: a pipeline and its drawer."""
 
     def __init__(self, *, model: ModelOptions, options: BatchOptions, digest: str, threads: int) -> None:
         self.options, self.problem = options, ""
@@ -153,7 +158,7 @@ class _Worker:
             if pipe.digest != digest:
                 raise InvalidRequest("--model", f"weights {pipe.digest[:16]} are not the driver's {digest[:16]}")
             self.drawer = Drawer(pipe, options, keep_rows=True)
-        except LimnerError as error:  # told as a result: an error that is raised here would be tried again and again
+        except LimnerError as error:  # returned as a result: Ray would start the worker again if it were raised here
             self.problem = " ".join(str(error).split())
 
     def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
@@ -166,14 +171,14 @@ class _Worker:
             yield {"stop": self.problem, "node": socket.gethostname()}
             return
         try:
-            before = finished_rows(self.options)  # a worker that died in this group did a part of it
+            finished = finished_rows(self.options)  # a worker that died may have drawn a part of the group
             left = []
             for task in group.tasks:
-                found = before.get((task.id, task.fingerprint))
-                if found is not None and found["file"] == task.file and is_whole(self.options.folder, found):
-                    yield {**found, "line": task.line}
-                else:
+                done = done_before(finished, task, folder=self.options.folder)
+                if done is None:
                     left.append(task)
+                else:
+                    yield done
             if left:
                 yield from self.drawer.draw(Group(files=group.files, digests=group.digests, tasks=tuple(left)))
                 self.drawer.pipe.store.flush()

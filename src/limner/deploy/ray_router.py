@@ -1,9 +1,9 @@
 """Ray Serve's request router interface over `limner.deploy.routing`: a request goes where its References are.
 
-Owns what the routing asks of Ray: which replicas there are, what waits at each, what their requests and prefills take.
-Replicas tell the latter with their routing statistics (`Painter.record_routing_stats`); the former is counted here, since
-all requests of the application come through the one ingress. Another handle of the deployment has a router of its own,
-which knows of this one's placements nothing; that costs prefills and never a wrong picture.
+Owns what the routing needs to know of Ray: which replicas there are, how many requests each has, and what requests and
+prefills cost there. Requests are counted here, since all of them come through the one ingress; costs are reported by the
+replicas (`Replica.record_routing_stats`). Another handle of the deployment has a router of its own that does not share
+placements with this one: that costs prefills and never a wrong image. Knows nothing of HTTP or jobs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from limner.deploy.routing import AffinityRouter, RoutingPolicy
-from limner.engine import EditRequest
+from limner.grid import num_tokens
+from limner.requests import EditRequest, PrefillRequest
 
 __all__ = ["AffinityRequestRouter"]
 
 _UNMEASURED = {"service_seconds": 1.0, "prefill_seconds_per_token": 1.0 / 1024, "kv_bytes_per_token": 1.0}
-"""Until a replica has told: a prefill of 1024 tokens is taken to cost what a request costs."""
-_TOKEN_PIXELS = 256
+"""Costs until a replica has reported its own: a prefill of 1024 tokens counts as much as a request."""
 
 
 class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are not typed
@@ -31,13 +31,13 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
     one replica keeps in memory, and the fields of `RoutingPolicy`.
     """
 
-    queue_len_response_deadline_s = 5.0  # a replica that draws is slow to answer, and not therefore to be left
+    queue_len_response_deadline_s = 5.0  # a replica that draws is slow to answer, and still the right one
 
     def initialize_state(self, *, capacity_bytes: int, **policy: Any) -> None:
         self._affinity = AffinityRouter(capacity_bytes=capacity_bytes, policy=RoutingPolicy(**policy))
         self._ongoing: Counter[str] = Counter()
 
-    # what Ray tells
+    # what Ray reports
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -53,7 +53,7 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         super().on_request_completed(replica_id, internal_request_id)
-        if self._ongoing[replica_id.unique_id] > 0:  # one that could not be sent is told of here alone
+        if self._ongoing[replica_id.unique_id] > 0:  # a request that could not be sent is reported here only
             self._ongoing[replica_id.unique_id] -= 1
 
     def _join(self) -> None:
@@ -72,7 +72,7 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The replica of the routing; after it could not take the request, the others, least busy first."""
+        """Rank replicas: the one that the routing chose, then the others, least busy first, in case it refuses."""
         if not candidate_replicas:
             return []
         busy = sorted(candidate_replicas, key=lambda replica: self._ongoing[replica.replica_id.unique_id])
@@ -80,15 +80,15 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
         if pending_request is None or request is None:
             return [busy]
         context = pending_request.routing_context
-        asked_before = context.should_backoff
-        context.should_backoff = True  # Ray waits before it asks the second time, and longer each time
-        if asked_before or not request.references:
+        tried_before = context.should_backoff
+        context.should_backoff = True  # Ray pauses before it tries a second time, and longer each time
+        if tried_before or not request.references:
             return [[replica] for replica in busy]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if not all(name in self._affinity.homes for name in by_name):
             self._join()
         costs = _costs(candidate_replicas)
-        tokens = sum(w * h for w, h in (r.report.processed_size for r in request.references)) // _TOKEN_PIXELS
+        tokens = num_tokens(*(r.report.processed_size for r in request.references))
         seconds = costs["service_seconds"]
         chosen = self._affinity.route(
             "/".join(r.report.digest for r in request.references),
@@ -102,15 +102,16 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
         return [[by_name[chosen.replica]], *([other] for other in busy if other is not by_name[chosen.replica])]
 
 
-def _request(pending: PendingRequest | None) -> EditRequest | None:
+def _request(pending: PendingRequest | None) -> EditRequest | PrefillRequest | None:
+    """The request of a call of `Replica.draw`; None for other calls."""
     found = pending.args[0] if pending is not None and pending.args else None
-    return found if isinstance(found, EditRequest) else None
+    return found if isinstance(found, (EditRequest, PrefillRequest)) else None
 
 
 def _costs(replicas: list[RunningReplica]) -> Mapping[str, float]:
-    """Means of what the replicas have told."""
-    told = [replica.routing_stats for replica in replicas]
+    """Means of what the replicas have reported."""
+    reported = [replica.routing_stats for replica in replicas]
     return {
-        name: sum(known) / len(known) if (known := [s[name] for s in told if s.get(name)]) else default
+        name: sum(known) / len(known) if (known := [stats[name] for stats in reported if stats.get(name)]) else default
         for name, default in _UNMEASURED.items()
     }

@@ -1,20 +1,20 @@
 """Which replica a request goes to: one that holds its references, unless waiting there costs more than a prefill elsewhere.
 
-Owns the order of homes of a key, what is believed to be where, and the choice between replicas. Knows nothing of Ray,
-HTTP, clocks, threads or how a queue is measured: the caller says how many seconds of work wait at a replica and what a
-prefill would take. Standard library alone, no randomness: equal inputs give equal choices.
+Owns the order of homes of a key, beliefs about which replica holds what, and the choice. Knows nothing of Ray, HTTP,
+clocks, threads or how a queue is measured: the caller gives the seconds of work that wait at a replica and the cost of a
+prefill. Standard library alone, no randomness: equal inputs give equal choices.
 
-Ideas, and what is taken of them:
+Ideas, and what is used of them:
 
 - *Rendezvous hashing* (Thaler and Ravishankar 1998, "Using name-based mappings to increase hit rates"): each pair of key
-  and replica has a score, and a key's homes are the replicas in order of score. Routers that never speak to each other
-  agree on it, and when a replica joins or leaves, only keys that have it in front move.
+  and replica has a score, and a key's homes are the replicas in order of score. Routers agree on it without
+  communication, and when a replica joins or leaves, only the keys that have it first move.
 - *Bounded loads* (Mirrokni, Thorup and Zadimoghaddam 2016, "Consistent hashing with bounded loads", arXiv:1608.01350):
-  what does not fit at the home goes to the next home and not to a random replica, so a hot key has few copies, and
-  always at the same places. The bound here is of seconds of waiting work.
-- *The power of d choices* (Mitzenmacher 2001, "The power of two choices in randomized load balancing"): the least of a
-  few candidates is nearly as good as the least of all, and needs no view of all queues.
-- *Prices of copies*, and placing a new key where it pushes out the oldest, were found by simulation (docs/scale.md).
+  what does not fit at the home goes to the next home and not to a random replica, so a hot key has few copies, always
+  in the same places. The bound here is in seconds of waiting work.
+- *The power of d choices* (Mitzenmacher 2001, "The power of two choices in randomized load balancing"): the least busy of
+  a few candidates is nearly as good as the least busy of all, and needs no view of all queues.
+- *The price of a copy*, and placing a new key where it evicts the oldest entry, were found by simulation (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ _MASK = (1 << 64) - 1
 
 
 def _digest(name: str) -> int:
-    """64 bits of a name, the same in every process (`hash` of a string is not)."""
+    """Return 64 bits of a name, equal in every process (`hash` of a string is not)."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _scores(seed: int, replicas: dict[str, int]) -> list[tuple[int, str]]:
-    """Score and name of each replica for the key of this seed: the finalizer of MurmurHash3, 64 bits, without its last
-    shift. Both inputs are digests already; what counts is that the order of one key says nothing of the next one's."""
+    """Return the score and name of each replica for the key of this seed.
+
+    The score is the 64-bit finalizer of MurmurHash3 without its last shift. Both inputs are digests already; the orders
+    of two keys only have to be independent of each other.
+    """
     return [
         (((x := (seed ^ own) * 0xFF51AFD7ED558CCD & _MASK) ^ x >> 33) * 0xC4CEB9FE1A85EC53 & _MASK, name)
         for name, own in replicas.items()
@@ -50,8 +53,8 @@ def _scores(seed: int, replicas: dict[str, int]) -> list[tuple[int, str]]:
 class Homes:
     """The order in which replicas are homes of a key, by rendezvous hashing.
 
-    A replica that leaves takes only its own keys with it: each goes to its next home. One that joins gets about a
-    share of 1 / number of replicas of all keys. Orders are kept for the `max_keys` keys used last.
+    When a replica leaves, only its own keys move: each to its next home. One that joins gets about 1 / number of
+    replicas of all keys. The orders of the `max_keys` keys used last are cached.
     """
 
     def __init__(self, replicas: Iterable[str] = (), *, max_keys: int = 65536) -> None:
@@ -69,23 +72,23 @@ class Homes:
         return iter(self._seeds)
 
     def join(self, replica: str) -> None:
-        """Adds a replica; one that is there already changes nothing."""
+        """Add a replica; no effect if it is there already."""
         if replica not in self._seeds:
             self._seeds[replica] = _digest(replica)
             self._orders.clear()
 
     def leave(self, replica: str) -> None:
-        """Takes a replica out; one that is not there changes nothing."""
+        """Remove a replica; no effect if it is not there."""
         if self._seeds.pop(replica, None) is not None:
             for key in [key for key, order in self._orders.items() if replica in order]:
                 del self._orders[key]
 
     def first(self, key: str, count: int) -> list[str]:
-        """The first `count` homes of a key, all if there are fewer; the first one is *the* home."""
+        """Return the first `count` homes of a key, all if there are fewer; the first one is *the* home."""
         order = self._orders.get(key)
         wanted = min(count, len(self._seeds))
         if order is None or len(order) < wanted:
-            # twice as many as asked for: a key that gets hot asks for one more each time it spreads
+            # twice as many as needed now: a key that gets hot needs one more each time it spreads
             ranked = sorted(_scores(_digest(key), self._seeds), reverse=True)
             order = [name for _, name in ranked[: 2 * wanted]]
             self._orders[key] = order
@@ -96,11 +99,12 @@ class Homes:
 
 
 class Placements:
-    """What is believed to be held where, from the placements of the past: for each replica the keys used last there.
+    """Which keys each replica is believed to hold, from past placements: those used last there.
 
-    A replica's list is as long as `capacity_bytes` allows, which should be what its store keeps (device and host memory
-    together); its store drops what was used least recently, and so does this. Several routers see a part of the requests
-    each, so a belief may be wrong both ways; that costs a prefill and never a wrong picture.
+    A replica's list is as long as `capacity_bytes` allows, which should be the memory of its store (device and host
+    together); its store evicts the least recently used, and so does this. Where there are several routers, each sees a
+    part of the requests, so a belief may be wrong both ways; that costs a prefill and never a wrong image. Raises
+    `InvalidRequest`.
     """
 
     def __init__(self, *, capacity_bytes: int) -> None:
@@ -109,21 +113,21 @@ class Placements:
                 "capacity_bytes", f"{capacity_bytes} is not over 0; give the bytes that a replica keeps"
             )
         self._capacity = capacity_bytes
-        self._held: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # bytes, and the turn of the last use
+        self._held: dict[str, OrderedDict[str, tuple[int, int]]] = {}  # bytes, and turn of the last use
         self._turn = 0
         self._bytes: dict[str, int] = {}
         self._copies: dict[str, dict[str, None]] = {}
-        self._uses: dict[str, tuple[float, int]] = {}  # decayed count, and the turn it is of
+        self._uses: dict[str, tuple[float, int]] = {}  # decayed count, and its turn
 
     def holders(self, key: str) -> Collection[str]:
-        """The replicas that are believed to hold a key, or to be making it, oldest copy first."""
+        """Return the replicas that are believed to hold a key, or to prefill it, oldest copy first."""
         return self._copies.get(key, {}).keys()
 
     def uses(self, key: str) -> float:
-        """Requests that a copy of the key serves while an idle entry stays in memory; 0 without copies.
+        """Return the requests that a copy of the key serves while an idle entry stays in memory; 0 without copies.
 
-        The mean over its copies, with the past forgotten at the rate at which memory forgets; until memory is full, what
-        is seen so far is taken for the filled share of it.
+        The mean over its copies; the past decays at the rate at which memory evicts. Until memory is full, the count is
+        divided by the share that is filled.
         """
         copies = self._copies.get(key)
         if not copies:
@@ -131,9 +135,9 @@ class Placements:
         return self._uses[key][0] / len(copies) * self._capacity / self._bytes[next(iter(copies))]
 
     def oldest(self, replica: str, *, nbytes: int) -> int:
-        """When what `nbytes` more would push out of the replica was used last, in records of this router.
+        """Return the turn in which the entry that `nbytes` more would evict from the replica was used last.
 
-        Nothing would be: minus the bytes of room, so that less is better in any case.
+        If none would be evicted: minus the free bytes, so that less is better in any case.
         """
         held = self._held.get(replica)
         room = self._capacity - self._bytes.get(replica, 0)
@@ -142,9 +146,9 @@ class Placements:
         return next(iter(held.values()))[1]
 
     def record(self, key: str, replica: str, *, nbytes: int) -> None:
-        """A request for the key went to the replica, so it holds the key or is about to.
+        """Record that a request for the key went to the replica, which holds it or will do so soon.
 
-        An entry over the whole capacity is not kept there, nor believed to be.
+        An entry over the whole capacity is not cached there, and not recorded.
         """
         held = self._held.setdefault(replica, OrderedDict())
         self._turn += 1
@@ -163,7 +167,7 @@ class Placements:
             self.drop(next(iter(held)), replica)
 
     def drop(self, key: str, replica: str) -> None:
-        """The replica does not hold the key, or no longer."""
+        """Record that the replica does not hold the key."""
         held = self._held.get(replica)
         if held is not None and key in held:
             self._bytes[replica] -= held.pop(key)[0]
@@ -176,14 +180,14 @@ class Placements:
                 del self._copies[key], self._uses[key]
 
     def forget(self, replica: str) -> None:
-        """The replica is gone, with all that it held."""
+        """Record that the replica is gone, with all that it held."""
         for key in list(self._held.get(replica, ())):
             self.drop(key, replica)
         self._held.pop(replica, None)
         self._bytes.pop(replica, None)
 
     def _use(self, key: str, held: OrderedDict[str, tuple[int, int]]) -> None:
-        """Counts a use, after the count has lost a factor e for each life of an entry in `held` that went by."""
+        """Count a use, after dividing the count by e for each lifetime of an entry in `held` since the last use."""
         uses, turn = self._uses.get(key, (0.0, self._turn))
         life = self._turn - next(iter(held.values()))[1]
         if life > 0:
@@ -196,18 +200,18 @@ class RoutingPolicy:
     """When a request leaves the replicas that hold its references; the defaults are from simulation (docs/scale.md)."""
 
     repay: float = 320.0
-    """Requests that a copy has to serve while it is in memory to have paid for itself: it takes memory from other keys
-    and time from other requests. Waiting at a holder is accepted up to `prefill x (1 + repay / requests that a copy
-    serves)`, so hot keys spread early and rare ones late."""
+    """Requests that a copy has to serve while it is in memory to be worth its cost: memory of other keys, and time of
+    other requests. A request waits at a holder for up to `prefill x (1 + repay / requests that a copy serves)`, so hot
+    keys spread early and rare ones late."""
     bound: float = 4.0
-    """A holder whose queue is over `bound` times (mean queue + the request itself) is full: there, waiting is accepted
-    only up to the prefill. `math.inf`: no bound."""
+    """A holder whose queue is over `bound` times (mean queue + the request itself) is full: a request waits there only for
+    up to the prefill. `math.inf`: no bound."""
     homes: int = 8
-    """How many homes are compared, for a key that nobody holds and for a further copy: a new entry goes where it pushes
-    out what was used least recently, so that many small memories drop about what one large memory would. Of several
-    routers that share nothing each places by what it alone has seen: give them 1, so that they agree."""
+    """How many homes are compared for a key without holder and for a further copy: a new entry goes where it evicts the
+    least recently used, so that many small memories evict about what one large memory would. Routers that share nothing
+    each place by what they have seen themselves: give them 1, so that they agree."""
     slack: float = 2.0
-    """Of these homes, those stand for choice where no more than `slack` prefills wait over the least busy one."""
+    """Of these homes, only those are candidates where at most `slack` prefills more wait than at the least busy one."""
 
     def __post_init__(self) -> None:
         for name, least, usual in (("repay", 0, 320), ("bound", 1, 4), ("homes", 1, 8), ("slack", 0, 2)):
@@ -220,7 +224,8 @@ class RoutingPolicy:
 class Choice:
     """Where a request goes, and why.
 
-    "holder": the references are there. "home": nobody has them. "spread": who has them is too busy; one more copy.
+    "holder": the references are there. "home": no replica has them. "spread": those that have them are too busy, so
+    there will be one more copy.
     """
 
     replica: str
@@ -241,14 +246,14 @@ def choose(
     policy: RoutingPolicy,
     avoid: Collection[str] = (),
 ) -> Choice:
-    """Chooses a replica for one request; changes nothing.
+    """Choose a replica for one request; changes nothing.
 
     `holders` are believed to have the key, and a copy serves `uses` requests in its life (see `Placements.uses`); those
-    that are no members of `homes`, or are in `avoid` (they refused, or do not answer), are passed over. `wait(replica)`
-    are the seconds of work that wait there, `mean_wait` their mean over all replicas, `oldest(replica)` is when what a new
-    entry would push out of it was used (see `Placements.oldest`), `service_seconds` the request itself with its references
-    at hand, `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is
-    left.
+    that are not in `homes`, or are in `avoid` (they refused, or do not answer), are skipped. `wait(replica)` are the
+    seconds of work that wait there, `mean_wait` their mean over all replicas, `oldest(replica)` the last use of what a new
+    entry would evict there (see `Placements.oldest`), `service_seconds` the request itself with its references at hand,
+    `fetch_seconds` a prefill or, if that is less, reading a shared tier. Raises `QueueFull` if no replica is left, and
+    `InvalidRequest`.
     """
     if not fetch_seconds >= 0:
         raise InvalidRequest("fetch_seconds", f"{fetch_seconds} is not at least 0; give the seconds of a prefill")
@@ -259,7 +264,7 @@ def choose(
             if best is None or seconds < cost:
                 best, cost = name, seconds
                 if seconds <= 0.0:
-                    break  # the oldest idle copy: copies that are not needed age, and leave
+                    break  # the oldest idle copy: the others age and are evicted
     if best is None:
         order = [name for name in homes.first(key, policy.homes + len(avoid)) if name not in avoid]
         if not order:
@@ -285,9 +290,9 @@ def _place(homes: list[str], wait: Callable[[str], float], oldest: Callable[[str
 
 
 class AffinityRouter:
-    """One router: members, beliefs and policy; `route` chooses and remembers. Not safe for threads (an event loop has one).
+    """One router: its members, beliefs and policy. Not safe for threads: an event loop has one.
 
-    `capacity_bytes` is what one replica keeps. Routers that share nothing may each have one of these.
+    `capacity_bytes` is the memory of one replica's store. Routers that share nothing may each have one of these.
     """
 
     def __init__(
@@ -305,11 +310,11 @@ class AffinityRouter:
         self.placements = Placements(capacity_bytes=capacity_bytes)
 
     def join(self, replica: str) -> None:
-        """A replica is ready; one that has left before is taken to hold nothing."""
+        """Add a replica that is ready. One that was here before is believed to hold nothing."""
         self.homes.join(replica)
 
     def leave(self, replica: str) -> None:
-        """A replica died or is to be stopped: it gets no more requests, and what it held is held no more."""
+        """Remove a replica that died or will be stopped, and what it held."""
         self.homes.leave(replica)
         self.placements.forget(replica)
 
@@ -324,7 +329,7 @@ class AffinityRouter:
         fetch_seconds: float,
         avoid: Collection[str] = (),
     ) -> Choice:
-        """`choose` with what this router knows, which then counts the key of `nbytes` as held there. Same errors."""
+        """Return what `choose` does with the beliefs of this router, and record the key of `nbytes` there. Same errors."""
         choice = choose(
             key,
             homes=self.homes,

@@ -1,26 +1,62 @@
-"""What the server needs of an engine: that of this process, or one whose pipelines are in other processes.
+"""What the server needs of an engine and of its model, whether the pipelines are in this process or in others.
 
-Knows nothing of either; `limner.engine.Engine` and `limner.deploy.remote.RemoteEngine` have it.
+Owns the two seams: `Backend`, which `limner.engine.Engine` and `limner.deploy.remote.RemoteEngine` implement, and
+`ModelView`, which `PipelineView` and `ModelCard` implement. Knows none of the four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-from limner.engine import EngineStats, Event, ModelView
+from limner.config import ReferencePolicy
+from limner.engine.events import Listener
+from limner.engine.stats import EngineStats
 from limner.images import PreparedReference
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "ModelView"]
+
+
+class ModelView(Protocol):
+    """What callers may know of a model without having it."""
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(width, height) in pixels of an image without references."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes that the model has learned to draw; none: any."""
+
+    @property
+    def reference_policy(self) -> ReferencePolicy: ...
+
+    @property
+    def text_length(self) -> int:
+        """The most tokens of a prompt that the text encoder reads."""
+
+    @property
+    def previews(self) -> bool:
+        """Whether the model makes previews while it draws."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of all weights."""
+
+    def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
+        """As `Pipeline.memory_needed`."""
 
 
 class Backend(Protocol):
-    """The queue; meanings are those of `limner.engine.Engine`."""
+    """An engine as the server sees it. `Engine` documents what the methods mean."""
 
-    max_waiting: int
-    max_batch: int
+    @property
+    def max_waiting(self) -> int: ...
+
+    @property
+    def max_batch(self) -> int: ...
 
     @property
     def model(self) -> ModelView: ...
@@ -28,16 +64,16 @@ class Backend(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
-    def check(self, request: EditRequest) -> tuple[int, int]: ...
+    def check(self, request: EditRequest | PrefillRequest) -> tuple[int, int]: ...
 
-    def check_room(self, *, beside: int = 0) -> None: ...
+    def check_room(self, *, num_admitted: int = 0) -> None: ...
 
     def submit(
         self,
         request: EditRequest | PrefillRequest,
         *,
         id: str,
-        listener: Callable[[Event], None],
+        listener: Listener,
         owner: str = "local",
         priority: int = 0,
         timeout: float | None = None,

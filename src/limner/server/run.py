@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limner.engine import Engine, load_aside
+from limner.engine import Engine, load_in_thread
 from limner.errors import InvalidRequest, MissingExtra, OutputError
 from limner.files import write_file
 from limner.pipeline import Pipeline
@@ -140,7 +140,7 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     check_bind(options.host, _keyring(options))
     _log_to_stderr(options.log)
     jobs = None if options.standby else open_jobs(options)
-    pipe = load_aside(load)
+    pipe = load_in_thread(load)
     jobs = jobs or open_jobs(options)
     engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)
     app = build_app(engine, options, model_name=model_name, jobs=jobs)

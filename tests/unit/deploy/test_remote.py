@@ -13,8 +13,8 @@ import pytest
 from tests.support.tiny import picture
 
 from limner import Pipeline
-from limner.deploy.remote import LostReplica, ModelCard, RemoteEngine
-from limner.engine import EditRequest, Engine, Event, Failed, Finished, Prefilled, Started
+from limner.deploy.remote import LostReplica, RemoteEngine
+from limner.engine import EditRequest, Engine, Event, Failed, Finished, ModelCard, Prefilled, PrefillRequest, Started
 from limner.errors import (
     AccessDenied,
     Cancelled,
@@ -38,11 +38,11 @@ class Scripted:
 
     def __init__(self, *attempts: list[Event | Exception | None]) -> None:
         self.attempts = list(attempts)
-        self.asked: list[tuple[EditRequest, dict[str, Any]]] = []
+        self.asked: list[tuple[EditRequest | PrefillRequest, dict[str, Any]]] = []
         self.left = 0
 
     @contextlib.asynccontextmanager
-    async def run(self, request: EditRequest, **options: Any) -> AsyncIterator[AsyncIterator[Event]]:
+    async def run(self, request: EditRequest | PrefillRequest, **options: Any) -> AsyncIterator[AsyncIterator[Event]]:
         self.asked.append((request, options))
         script = self.attempts.pop(0)
 
@@ -220,17 +220,17 @@ def test_refuses_and_answers_as_the_pipeline_would(card: ModelCard, tiny_folder:
         request = EditRequest(prompt="a", seeds=(1,), references=tuple(references))
         assert engine.check(request) == local.check(request) == (80, 64)
         local.close()
-        assert engine.pipe.key_of(references) == pipe.key_of(references)
-        tokens = {"num_ref": 40, "num_own": 60, "batch": 2}
-        assert card.memory_needed(**tokens) == pipe.memory_needed(**tokens)
+        assert engine.key_of(references) == pipe.key_of(references)
         heard: list[Event] = []
-        engine.prefill(references, id="p", listener=heard.append)
+        prefill = PrefillRequest(references=tuple(references))
+        engine.submit(prefill, id="p", listener=heard.append)
         await until(lambda: bool(heard))
-        assert "k" in engine.pipe.store
-        counts = await asyncio.to_thread(engine.pipe.store.stats)
+        assert engine.replicas.asked[0][0] == prefill  # type: ignore[attr-defined]
+        assert engine.holds("k")
+        counts = await asyncio.to_thread(engine.store_stats)
         assert (counts.misses, counts.prefill_seconds, counts.nbytes["memory"]) == (1, 0.5, 6)
-        assert await asyncio.to_thread(engine.pipe.store.remove, "k")
-        assert "k" not in engine.pipe.store
+        assert await asyncio.to_thread(engine.forget, "k")
+        assert not engine.holds("k")
 
     run(test)
 
@@ -255,7 +255,6 @@ def test_too_much_for_the_replicas(card: ModelCard) -> None:
         Cancelled("a was cancelled"),
     ],
 )
-def test_errors_and_cards_reach_other_processes(error: LimnerError, card: ModelCard) -> None:
+def test_errors_reach_other_processes(error: LimnerError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.__dict__) == (type(error), str(error), error.__dict__)
-    assert pickle.loads(pickle.dumps(card)) == card

@@ -23,9 +23,9 @@ from limner.engine import (
     Failed,
     Finished,
     Prefilled,
+    PrefillRequest,
     Progress,
     Started,
-    load_aside,
 )
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
@@ -261,7 +261,7 @@ def test_listeners_that_raise_stop_nothing(engine: Engine, caplog: pytest.LogCap
 
 def test_prefills_alone(engine: Engine, pipe: Pipeline) -> None:
     heard = Heard()
-    engine.prefill([reference(3)], id="prefill", listener=heard)
+    engine.submit(PrefillRequest(references=(reference(3),)), id="prefill", listener=heard)
     end = heard.end()
     assert isinstance(end, Prefilled)
     assert end.source == "miss"
@@ -313,21 +313,3 @@ def test_close_finishes_what_it_has_time_for(pipe: Pipeline) -> None:
     heard = [submit(engine, request(f"{i}")) for i in range(3)]
     assert engine.close(timeout=60) == []
     assert [listener.result().batch >= 1 for listener in heard] == [True] * 3
-
-
-def test_who_loads_aside_does_not_stay(pipe: Pipeline) -> None:
-    loaders: list[threading.Thread] = []
-
-    def load() -> Pipeline:
-        loaders.append(threading.current_thread())
-        return pipe
-
-    assert load_aside(load) is pipe
-    assert loaders[0] is not threading.current_thread()
-    assert not loaders[0].is_alive()
-
-    def broken() -> Pipeline:
-        raise InvalidRequest("model", "is not there")
-
-    with pytest.raises(InvalidRequest, match="is not there"):
-        load_aside(broken)

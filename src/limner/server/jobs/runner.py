@@ -191,7 +191,7 @@ class JobRunner:
             if self._stop_by is not None:
                 raise QueueFull("the server shuts down; send the request again later")
             self.engine.check(self._request(job, tuple(pictures)))
-            self.engine.check_room(beside=self._coming - 1)
+            self.engine.check_room(num_admitted=self._coming - 1)
             kept, new = await self.store(self.jobs.add, job, pictures, budget=self.settings.images_per_key)
             if new:
                 self._begin(kept, slot)
@@ -384,9 +384,9 @@ class JobRunner:
                 live,
                 Update(
                     state="running",
-                    progress=event.step / (event.num_steps + 1),
+                    progress=event.step / (event.num_inference_steps + 1),
                     step=event.step,
-                    num_steps=event.num_steps,
+                    num_steps=event.num_inference_steps,
                     previews=files,
                 ),
             )

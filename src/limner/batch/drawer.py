@@ -1,0 +1,150 @@
+"""Draws groups with one pipeline and writes their images.
+
+Owns what happens to a group in one process: one prefill, its rows one after another, an error that is that of a row.
+Knows no manifest, and nothing of other processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from limner import __version__
+from limner.batch.folder import own_journal, write_whole
+from limner.batch.journal import Result, failure
+from limner.batch.tasks import BatchOptions, Group, Task, chunks
+from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.images import FORMATS, encode, prepare_reference
+from limner.pipeline import Pipeline, PipelineOutput
+from limner.references import References
+
+__all__ = ["Drawer"]
+
+_logger = logging.getLogger("limner")
+
+
+class Drawer:
+    """Draws groups with one pipeline; each process has one. Raises `OutputError`."""
+
+    def __init__(self, pipe: Pipeline, options: BatchOptions, *, keep_rows: bool) -> None:
+        """`keep_rows`: write results to this process's journal too, in case the process that collects them is killed."""
+        self.pipe, self.options, self.keep_rows = pipe, options, keep_rows
+        self.model = pipe.digest
+        self.journal = own_journal(options)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.pipe.store.flush()
+
+    def draw(self, group: Group) -> Iterator[Result]:
+        """Draw rows one after another and give the result of each. An error is that of a row.
+
+        Raises `OutputError`: what cannot be written now cannot be written for the next row either.
+        """
+        for result in self._draw_group(group):
+            if self.keep_rows:
+                self.journal.append(result)
+            yield result
+
+    def _draw_group(self, group: Group) -> Iterator[Result]:
+        try:
+            references, source = self._prefill(group)
+        except OutputError:
+            raise
+        except Exception as error:
+            for task in group.tasks:
+                yield _failed(task, error)
+            return
+        for chunk in chunks(group.tasks, self.options.images_at_once):
+            yield from self._draw_together(chunk, references, source)
+            source = _next_source(references)
+
+    def _prefill(self, group: Group) -> tuple[References | None, str]:
+        """The References of a group, and where they came from."""
+        if not group.files:
+            return None, "none"
+        prepared = [
+            prepare_reference(file, policy=self.pipe.reference_policy, field=f"image {i}")
+            for i, file in enumerate(group.files, start=1)
+        ]
+        if tuple(picture.report.digest for picture in prepared) != group.digests:
+            raise InvalidRequest("references", "a file changed while the batch ran; run it again")
+        references, source = self.pipe.prefill_from(prepared)
+        if source == "miss":
+            self.journal.append({"prefill": references.key, "seconds": round(references.prefill_seconds, 4)})
+            self.pipe.store.put(references)  # whatever reading costs: a run that goes on must not prefill again
+        return references, source
+
+    def _draw_together(self, tasks: Sequence[Task], references: References | None, source: str) -> Iterator[Result]:
+        """Draw rows of one shape in one call; if they fail together, each alone."""
+        start = time.perf_counter()
+        try:
+            out = _call(self.pipe, tasks, references)
+        except Exception as error:
+            if len(tasks) == 1:
+                yield _failed(tasks[0], error)
+                return
+            for task in tasks:
+                yield from self._draw_together([task], references, source)
+                source = _next_source(references)
+            return
+        seconds = (time.perf_counter() - start) / len(tasks)
+        for number, task in enumerate(tasks):
+            yield self._finish(task, out, number, source=source, seconds=seconds)
+            source = _next_source(references)
+
+    def _finish(self, task: Task, out: PipelineOutput, number: int, *, source: str, seconds: float) -> Result:
+        """Write the image of a row, and return its result."""
+        return {
+            "line": task.line,
+            "id": task.id,
+            "status": "ok",
+            **self._write(task, out, number),
+            "seed": task.seed,
+            "size": f"{task.width}x{task.height}",
+            "steps": task.num_inference_steps,
+            "prompt_cut": out.prompts[number].cut,
+            "references": list(task.references),
+            "reference_cache": source,
+            "reference_key": out.reference_key,
+            "seconds": round(seconds, 4),
+            "fingerprint": task.fingerprint,
+        }
+
+    def _write(self, task: Task, out: PipelineOutput, number: int) -> Result:
+        """Write an image with the metadata that `limner edit` gives it."""
+        metadata = {"prompt": task.prompt, "seed": task.seed, "model": self.model, "version": __version__}
+        data = encode(out.images[number], FORMATS[Path(task.file).suffix], metadata={**metadata, **out.metadata})
+        write_whole(self.options, task.file, data)
+        return {"file": task.file, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _call(pipe: Pipeline, tasks: Sequence[Task], references: References | None) -> PipelineOutput:
+    """The one call of the pipeline: an image for each of the tasks, which have one shape."""
+    width, height, num_inference_steps = tasks[0].shape
+    out = pipe(
+        [task.prompt for task in tasks],
+        references=references,
+        width=width,
+        height=height,
+        num_inference_steps=num_inference_steps,
+        generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
+    )
+    assert isinstance(out, PipelineOutput)
+    return out
+
+
+def _next_source(references: References | None) -> str:
+    """Where the References of a group come from, after its first image."""
+    return "none" if references is None else "memory"
+
+
+def _failed(task: Task, error: Exception) -> Result:
+    if not isinstance(error, LimnerError):  # not of the manifest: the log says where it came from
+        _logger.error("row %s: %s: %s", task.id, type(error).__name__, error, exc_info=error)
+    return failure(error, line=task.line, id=task.id)

@@ -1,0 +1,337 @@
+"""Draws the requests of a queue with one pipeline, in one thread.
+
+Owns that thread, the lock of the queue, and what listeners are told. Order, batches and deadlines are the queue's
+(`limner.engine.queue`), refusals those of `limner.engine.admission`. Knows nothing of HTTP, files or durability: a request
+that is lost with the process is for the caller to submit again.
+
+Listeners are called in the engine's thread, so they have to be quick; what they raise is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+
+from limner.engine.admission import Admission
+from limner.engine.card import PipelineView
+from limner.engine.events import EditResult, Failed, Finished, Listener, Prefilled, Progress, Started
+from limner.engine.protocol import ModelView
+from limner.engine.queue import Job, RequestQueue, too_late
+from limner.engine.rows import Rows
+from limner.engine.stats import EngineStats
+from limner.errors import Cancelled, InvalidRequest, LimnerError
+from limner.images import PreparedReference, to_pil
+from limner.pipeline import Pipeline, PipelineOutput, PromptReport
+from limner.requests import EditRequest, PrefillRequest
+from limner.store import StoreStats
+
+__all__ = ["MAX_BATCH", "Engine"]
+
+_logger = logging.getLogger("limner")
+MAX_BATCH = 10
+"""Images that run at once, where the caller does not say."""
+_JOIN_SECONDS = 60.0
+_AfterStep = Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Any]]
+
+
+class Engine:
+    """Runs requests on one pipeline, in one thread of its own. On a CPU load the pipeline with `load_in_thread`.
+
+    `max_waiting` requests may wait; `max_batch` images run at once; `memory_bytes` is what calls may take in addition to
+    the weights (default: what is free now). Raises `InvalidRequest`.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        *,
+        max_waiting: int = 256,
+        max_batch: int = MAX_BATCH,
+        memory_bytes: int | None = None,
+        previews: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if pipe.parallel is not None:
+            raise InvalidRequest(
+                "pipe",
+                "a parallel model runs in several processes that have to make the same calls; an engine is in one",
+            )
+        self.pipe = pipe
+        self.model: ModelView = PipelineView(pipe)
+        self.admission = Admission(
+            model=self.model,
+            max_waiting=max_waiting,
+            max_batch=max_batch,
+            memory_bytes=_free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
+        )
+        self._previews = previews and self.model.previews
+        self._clock = clock
+        self._queue = RequestQueue(self.admission, clock=clock)
+        self._changed = threading.Condition()
+        """Guards the queue; notified when a job arrives, a batch ends or the engine closes."""
+        self._thread = threading.Thread(target=self._work, name="limner-engine", daemon=True)
+        self._thread.start()
+
+    # what callers ask
+
+    @property
+    def max_waiting(self) -> int:
+        return self.admission.max_waiting
+
+    @property
+    def max_batch(self) -> int:
+        return self.admission.max_batch
+
+    def check(self, request: EditRequest | PrefillRequest) -> tuple[int, int]:
+        """Return the output size (width, height) of a request that can run. Raises `InvalidRequest`, `CapacityError`."""
+        return self.admission.check(request)
+
+    def check_room(self, *, num_admitted: int = 0) -> None:
+        """Raise `QueueFull` if no further request may wait. `num_admitted`: accepted ones that were not submitted yet."""
+        with self._changed:
+            self._queue.check_room(num_admitted=num_admitted)
+
+    def key_of(self, prepared: Sequence[PreparedReference]) -> str:
+        """Return the content key of prepared pictures in this order; reads all weights the first time."""
+        return self.pipe.key_of(prepared)
+
+    def holds(self, key: str) -> bool:
+        """Whether the K/V of a key are on this machine."""
+        return key in self.pipe.store
+
+    def forget(self, key: str) -> bool:
+        """Remove the K/V of a key from every tier; False if there were none. Raises `RemoteError` and `OutputError`."""
+        return self.pipe.store.remove(key)
+
+    def store_stats(self) -> StoreStats:
+        """Return the counts of the store."""
+        return self.pipe.store.stats()
+
+    def stats(self) -> EngineStats:
+        """Return a copy of the counts."""
+        with self._changed:
+            return self._queue.snapshot()
+
+    def position(self, id: str) -> int | None:
+        """Return how many waiting requests arrived before this one; None if it does not wait."""
+        with self._changed:
+            return self._queue.position(id)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted and the thread that runs them is there."""
+        return self._thread.is_alive() and not self._queue.closed
+
+    # what callers do
+
+    def submit(
+        self,
+        request: EditRequest | PrefillRequest,
+        *,
+        id: str,
+        listener: Listener,
+        owner: str = "local",
+        priority: int = 0,
+        timeout: float | None = None,
+        accepted: bool = False,
+    ) -> None:
+        """Queue a request. Its listener hears `Started`, `Progress`, and at last `Finished`, `Prefilled` or `Failed`.
+
+        Of two waiting requests the one of higher `priority` runs first; of equal ones, that of the owner who was served
+        less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
+        however many wait. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
+        """
+        with self._changed:
+            self._queue.add(
+                request, id=id, listener=listener, owner=owner, priority=priority, timeout=timeout, accepted=accepted
+            )
+            self._changed.notify_all()
+
+    def cancel(self, id: str) -> bool:
+        """Stop a request: at once if it waits, after the present step if it runs. False if it is not here."""
+        with self._changed:
+            job = self._queue.cancel(id)
+        if job is None:
+            return False
+        if not job.running:
+            self._fail(job, Cancelled(f"{id} was cancelled before it began"))
+        return True
+
+    def close(self, *, timeout: float = 0.0) -> list[str]:
+        """Accept nothing more, work on what waits for `timeout` seconds, and return the ids of what is not done.
+
+        What is left is dropped after the present step; its listeners hear nothing more.
+        """
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._queue.closed = True
+            self._changed.notify_all()
+            while self._queue and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+            dropped = self._queue.drop_all()
+            self._changed.notify_all()
+        self._thread.join(timeout=_JOIN_SECONDS)
+        return [job.id for job in dropped]
+
+    # the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue.waiting and not self._queue.closed:
+                    self._changed.wait()
+                if not self._queue.waiting:
+                    return
+                late = self._queue.take_late()
+                batch = self._queue.take_batch()
+            for job in late:
+                self._fail(job, too_late(job))
+            start = self._clock()
+            try:
+                if batch:
+                    self._run(batch, start)
+            except Exception as error:  # of the request or of ours: the next ones run
+                self._after_failure(batch, error)
+            finally:
+                with self._changed:
+                    self._queue.stats.busy_seconds += self._clock() - start
+                    self._changed.notify_all()
+
+    def _after_failure(self, batch: list[Job], error: Exception) -> None:
+        """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others."""
+        left = [job for job in batch if not job.ended]
+        if len(batch) == 1:
+            if not isinstance(error, LimnerError):
+                _logger.error("request %s failed", batch[0].id, exc_info=error)
+            for job in left:
+                self._fail(job, error)
+            return
+        for job in left:
+            try:
+                self._run([job], self._clock())
+            except Exception as own_error:
+                self._after_failure([job], own_error)
+
+    def _run(self, batch: list[Job], start: float) -> None:
+        for job in batch:
+            job.tell(Started())
+        with self._changed:
+            self._queue.stats.waited_seconds += sum(start - job.arrived for job in batch)
+        head = batch[0]
+        if isinstance(head.request, PrefillRequest):  # which runs alone
+            self._prefill(head, head.request)
+        else:
+            self._draw(batch, [job.request for job in batch if isinstance(job.request, EditRequest)], start)
+
+    def _prefill(self, job: Job, request: PrefillRequest) -> None:
+        references, source = self.pipe.prefill_from(request.references)
+        with self._changed:
+            self._queue.stats.prefills += source == "miss"
+            dropped = not self._queue.end(job)
+        if not dropped:
+            job.tell(Prefilled(references.key, references.nbytes, references.prefill_seconds, source))
+
+    def _draw(self, batch: list[Job], requests: list[EditRequest], start: float) -> None:
+        """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
+        rows, num_steps = Rows(batch), requests[0].num_inference_steps
+
+        def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
+            stay = self._drop_stopped(rows)
+            with_previews = self._previews and step + 1 < num_steps
+            previews = to_pil(tensors["preview"][stay]) if with_previews else []
+            for job, own in rows.split(previews):
+                job.tell(Progress(step + 1, num_steps, own))
+            return {} if len(stay) == len(tensors["latents"]) else {"rows": stay}
+
+        try:
+            out = _call(self.pipe, requests, size=batch[0].size, after_step=after_step, previews=self._previews)
+        except Cancelled:  # all have left, and were failed then
+            return
+        ran = self._clock() - start
+        with self._changed:
+            self._queue.stats.count_batch(len(out.images), prefilled=out.reference_cache == "miss")
+            cancelled = [job for job in rows.jobs if job.cancelled]
+            for job in rows.jobs:
+                if job not in cancelled:  # can be cancelled no more
+                    self._queue.end(job)
+        for job in cancelled:
+            self._fail(job, Cancelled(f"{job.id} was cancelled"))
+        prompts = {job: reports[0] for job, reports in Rows(batch).split(out.prompts)}
+        for job, images in rows.split(out.images):
+            if job not in cancelled:
+                waited = start - job.arrived
+                job.tell(Finished(_result(job, images, out, prompt=prompts[job], waited=waited, ran=ran)))
+
+    def _drop_stopped(self, rows: Rows) -> list[int]:
+        """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""
+        now = self._clock()
+        with self._changed:
+            cancelled = [job for job in rows.jobs if job.cancelled]
+        late = [job for job in rows.jobs if job not in cancelled and job.is_late(now)]
+        stay = rows.drop([*cancelled, *late])
+        for job in cancelled:
+            self._fail(job, Cancelled(f"{job.id} was cancelled"))
+        for job in late:
+            self._fail(job, too_late(job))
+        if not stay:
+            raise Cancelled("every request of the batch was stopped")
+        return stay
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        with self._changed:
+            dropped = not self._queue.end(job, error)
+        if not dropped:
+            job.tell(Failed(error))
+
+
+def _call(
+    pipe: Pipeline, requests: Sequence[EditRequest], *, size: tuple[int, int], after_step: _AfterStep, previews: bool
+) -> PipelineOutput:
+    """The one call of the pipeline: an image for each seed of each request, over the references of the first."""
+    out = pipe(
+        [request.prompt for request in requests for _ in request.seeds],
+        image=list(requests[0].references) or None,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=requests[0].num_inference_steps,
+        generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=("latents", "preview") if previews else ("latents",),
+    )
+    assert isinstance(out, PipelineOutput)
+    return out
+
+
+def _result(
+    job: Job, images: Sequence[Image.Image], out: PipelineOutput, *, prompt: PromptReport, waited: float, ran: float
+) -> EditResult:
+    assert isinstance(job.request, EditRequest)
+    assert out.reference_cache != "given"
+    return EditResult(
+        images=tuple(images),
+        seeds=job.request.seeds,
+        reference_cache=out.reference_cache,
+        reference_key=out.reference_key,
+        seconds_saved=out.seconds_saved,
+        references=tuple(r.report for r in job.request.references),
+        prompt=prompt,
+        timings=out.timings,
+        waited=waited,
+        ran=ran,
+        batch=len(out.images),
+        metadata=out.metadata,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,234 @@
+"""The requests that wait and run: which is next, and which run with it.
+
+Owns order (priority, then fairness between owners), batches of equal key, deadlines, cancellation, and the counts of
+requests. Pure: knows no thread, pipeline or device, and reads time from the clock it is given. Not safe for threads:
+an engine that has several guards its queue with a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+
+from limner.engine.admission import Admission
+from limner.engine.events import Event, Listener
+from limner.engine.stats import EngineStats
+from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, QueueFull
+from limner.requests import EditRequest, PrefillRequest
+
+__all__ = ["Job", "RequestQueue", "too_late"]
+
+_logger = logging.getLogger("limner")
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class Job:
+    """A request from `add` to its last event. `size` is its output's (width, height); times are of the queue's clock."""
+
+    id: str
+    request: EditRequest | PrefillRequest
+    size: tuple[int, int]
+    listener: Listener
+    owner: str
+    priority: int
+    deadline: float | None
+    arrived: float
+    running: bool = False
+    cancelled: bool = False
+    ended: bool = False
+    key: Hashable = field(init=False)
+    """Jobs of equal keys may run as one batch. A prefill's key is its id, so it runs alone."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.request, PrefillRequest):
+            self.key = self.id
+        else:
+            digests = tuple(r.report.digest for r in self.request.references)
+            self.key = (digests, self.size, self.request.num_inference_steps)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.request.seeds) if isinstance(self.request, EditRequest) else 0
+
+    def is_late(self, now: float) -> bool:
+        return self.deadline is not None and self.deadline <= now
+
+    def tell(self, event: Event) -> None:
+        """Call the listener. What it raises is logged: it must not stop others."""
+        try:
+            self.listener(event)
+        except Exception:
+            _logger.exception("the listener of request %s failed", self.id)
+
+
+class RequestQueue:
+    """Jobs that wait, in order of arrival, and jobs that run; each by its id."""
+
+    def __init__(self, admission: Admission, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.admission = admission
+        self.waiting: dict[str, Job] = {}
+        self.running: dict[str, Job] = {}
+        self.closed = False
+        self.stats = EngineStats()
+        self._clock = clock
+        self._served: dict[str, float] = {}
+        """Service of each owner: images, those of a batch divided by the number of its requests."""
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def check_room(self, *, num_admitted: int = 0) -> None:
+        """Raise `QueueFull` if no further request may wait. `num_admitted`: accepted ones that are not here yet."""
+        try:
+            self.admission.check_waiting(len(self.waiting) + num_admitted)
+        except QueueFull:
+            self.stats.refused += 1
+            raise
+
+    def add(
+        self,
+        request: EditRequest | PrefillRequest,
+        *,
+        id: str,
+        listener: Listener,
+        owner: str,
+        priority: int,
+        timeout: float | None,
+        accepted: bool,
+    ) -> Job:
+        """Check a request and let it wait; `accepted` ones are taken however many wait.
+
+        Raises `InvalidRequest`, `CapacityError` and `QueueFull`.
+        """
+        size = self.admission.check(request)
+        if self.closed:
+            raise QueueFull("the engine is shutting down; send the request again later")
+        if not accepted:
+            self.check_room()
+        if id in self.waiting or id in self.running:
+            raise InvalidRequest("id", f"{id!r} is in the queue already")
+        now = self._clock()
+        job = Job(
+            id=id,
+            request=request,
+            size=size,
+            listener=listener,
+            owner=owner,
+            priority=priority,
+            deadline=None if timeout is None else now + timeout,
+            arrived=now,
+        )
+        self._admit_owner(owner)
+        self.stats.accepted += 1
+        self.waiting[id] = job
+        return job
+
+    def _admit_owner(self, owner: str) -> None:
+        """A returning owner starts at the lowest service of active owners: no credit, no debt."""
+        active = {job.owner for job in (*self.waiting.values(), *self.running.values())}
+        if not active:
+            self._served = {owner: 0.0}
+        elif owner not in active:
+            least = min(self._served[other] for other in active)
+            self._served[owner] = max(self._served.get(owner, 0.0), least)
+
+    def take_late(self) -> list[Job]:
+        """Remove and return the waiting jobs whose deadline has passed."""
+        now = self._clock()
+        late = [job for job in self.waiting.values() if job.is_late(now)]
+        for job in late:
+            del self.waiting[job.id]
+        return late
+
+    def take_batch(self) -> list[Job]:
+        """Move the next job, and the waiting ones that can run with it, to those that run; none if none waits.
+
+        The next job is that of the highest priority; of equal ones, that of the owner who was served least; of those,
+        the oldest.
+        """
+        turn = sorted(self.waiting.values(), key=lambda job: (-job.priority, self._served[job.owner], job.arrived))
+        if not turn:
+            return []
+        head, batch = turn[0], [turn[0]]
+        num_images = head.num_images
+        for job in turn[1:]:
+            together = num_images + job.num_images
+            if job.key == head.key and together <= self.admission.max_batch and self._fits(head, together):
+                batch.append(job)
+                num_images = together
+        for job in batch:
+            self._served[job.owner] += max(1, job.num_images) / len(batch)
+            self.start(job)
+        return batch
+
+    def _fits(self, head: Job, num_images: int) -> bool:
+        return self.admission.fits(head.request.references, size=head.size, batch=num_images)
+
+    def start(self, job: Job) -> None:
+        """Move a job from those that wait to those that run."""
+        self.running[job.id] = self.waiting.pop(job.id)
+        job.running = True
+
+    def requeue(self, job: Job) -> None:
+        """Move a job back, behind those that wait."""
+        self.waiting[job.id] = self.running.pop(job.id)
+        job.running = False
+
+    def cancel(self, id: str) -> Job | None:
+        """Cancel a job and return it; None if it is not here or was cancelled before.
+
+        One that waited has left the queue and is the caller's to `end`; one that runs is only marked.
+        """
+        job = self.waiting.pop(id, None)
+        if job is None:
+            job = self.running.get(id)
+        if job is None or job.cancelled:
+            return None
+        job.cancelled = True
+        return job
+
+    def end(self, job: Job, error: Exception | None = None) -> bool:
+        """Remove a job and count how it ended; False if it has ended before, or was dropped."""
+        if job.ended:
+            return False
+        job.ended = True
+        for jobs in (self.waiting, self.running):
+            if jobs.get(job.id) is job:
+                del jobs[job.id]
+        if error is None:
+            self.stats.finished += 1
+        elif isinstance(error, Cancelled):
+            self.stats.cancelled += 1
+        else:
+            self.stats.failed += 1
+        return True
+
+    def drop_all(self) -> list[Job]:
+        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more."""
+        dropped = [*self.running.values(), *self.waiting.values()]
+        self.running.clear()
+        self.waiting.clear()
+        for job in dropped:
+            job.cancelled = job.ended = True
+            job.listener = _ignore
+        return dropped
+
+    def position(self, id: str) -> int | None:
+        """How many waiting requests arrived before this one; None if it does not wait."""
+        return next((i for i, waiting in enumerate(self.waiting) if waiting == id), None)
+
+    def snapshot(self) -> EngineStats:
+        """A copy of the counts, with the requests that wait and run now."""
+        sizes = dict(self.stats.batch_sizes)
+        return replace(self.stats, waiting=len(self.waiting), running=len(self.running), batch_sizes=sizes)
+
+
+def too_late(job: Job) -> DeadlineExceeded:
+    """The error of a job whose deadline has passed."""
+    return DeadlineExceeded(f"{job.id} was not done in time; allow it more seconds, or send it when less is waiting")
+
+
+def _ignore(event: Event) -> None:
+    """The listener of a job that was dropped."""
