@@ -12,7 +12,7 @@ import limner
 SOURCE = Path(limner.__file__).parent
 LAYERS = (
     {"errors", "config", "native", "version"},
-    {"places", "grid", "files"},
+    {"places", "grid", "files", "options"},
     {"tokens", "schedule", "images"},
     {"requests", "trust"},
     {"model"},

@@ -24,8 +24,9 @@ import torch
 
 from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, finished_rows, is_whole
 from limner.deploy.cluster import check_nodes, connect, first_line, nodes, quiet, this_node
-from limner.engine.model_options import ModelOptions
+from limner.engine.load import load_pipeline
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError
+from limner.options import ModelOptions
 
 __all__ = ["Cluster"]
 
@@ -149,7 +150,7 @@ class _Worker:
         self.options, self.problem = options, ""
         torch.set_num_threads(threads)
         try:
-            pipe = model.load(store=options.open_store())
+            pipe = load_pipeline(model, store=options.open_store())
             if pipe.digest != digest:
                 raise InvalidRequest("--model", f"weights {pipe.digest[:16]} are not the driver's {digest[:16]}")
             self.drawer = Drawer(pipe, options, keep_rows=True)

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -23,9 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from limner.config import ReferencePolicy
+from limner.engine.load import load_in_thread
 from limner.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimnerError, QueueFull
 from limner.grid import check_size
 from limner.images import PreparedReference, ReferenceReport, to_pil
+from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings, check_fits
 from limner.requests import EditRequest, PrefillRequest, check_prompt
 from limner.store import StoreStats
@@ -46,9 +47,12 @@ __all__ = [
     "check_request",
     "check_room_for",
     "load_aside",
+    "load_in_thread",
 ]
 
 _logger = logging.getLogger("limner")
+load_aside = load_in_thread
+"""The name before."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -206,17 +210,6 @@ def _own_tokens(size: tuple[int, int], text_length: int) -> int:
     return size[0] * size[1] // 256 + min(512, text_length)
 
 
-def load_aside(load: Callable[[], Pipeline]) -> Pipeline:
-    """The pipeline that `load` gives, loaded in a thread that ends with it: what an engine should draw with on a CPU.
-
-    OpenMP keeps a team of threads for every thread that has computed. Where all teams together have more threads than the
-    machine has cores, libgomp's no longer spin while they wait for work but sleep, and small models take twice as long
-    (docs/log.md). So whoever loads must not stay: then the engine's team is the only one.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="limner-load") as passing:
-        return passing.submit(load).result()
-
-
 class ModelView(Protocol):
     """What callers may know of a model without having it."""
 
@@ -250,7 +243,7 @@ class _View:
 
 
 class Engine:
-    """Runs requests on one pipeline, in one thread of its own. On a CPU load the pipeline with `load_aside`.
+    """Runs requests on one pipeline, in one thread of its own. On a CPU load the pipeline with `load_in_thread`.
 
     `max_waiting` requests may wait; `max_batch` images run at once; `memory_bytes` is what calls may take beside the
     weights (default: what is free now).
@@ -260,8 +253,8 @@ class Engine:
         self,
         pipe: Pipeline,
         *,
-        max_waiting: int = 256,
-        max_batch: int = 8,
+        max_waiting: int = ServiceOptions.max_waiting,
+        max_batch: int = ServiceOptions.max_batch,
         memory_bytes: int | None = None,
         previews: bool = True,
         clock: Callable[[], float] = time.monotonic,

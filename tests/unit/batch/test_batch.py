@@ -19,11 +19,11 @@ from tests.support.tiny import picture
 from limner import CapacityError, Pipeline
 from limner.batch import Batch, BatchOptions, BatchSummary, Drawer
 from limner.batch.manifest import BrokenRow, read_manifest, seed_of
-from limner.config import ReferencePolicy
 from limner.deploy.ray_batch import check_nodes, this_node
-from limner.engine.model_options import ModelOptions
+from limner.engine.load import check_model, load_pipeline
 from limner.errors import CheckpointError, Conflict, InvalidRequest, OutputError
 from limner.images import read_metadata
+from limner.options import ModelOptions
 
 ROWS = [
     {"id": "one", "prompt": "make it blue", "references": ["a.png"], "size": "64x64"},
@@ -418,15 +418,13 @@ def test_rows_that_left_the_manifest_leave_the_results(
 
 
 def test_model_options_are_those_of_the_pipeline(tiny_folder: Path, folder: Path) -> None:
-    options = ModelOptions(
-        model=str(tiny_folder), dtype="bfloat16", policy=ReferencePolicy(background="white", max_pixels=4096)
-    )
+    options = ModelOptions(model=str(tiny_folder), dtype="bfloat16", background="white", max_pixels=4096)
     with Batch(BatchOptions(manifest=folder / "rows.jsonl", folder=folder / "out")) as batch:
-        pipe = options.load(store=batch.store)
+        pipe = load_pipeline(options, store=batch.store)
     assert (pipe.dtype, pipe.store) == (torch.bfloat16, batch.store)
     assert (pipe.reference_policy.background, pipe.reference_policy.max_pixels) == ("white", 4096)
     with pytest.raises(CheckpointError, match="missing.safetensors"):
-        replace(options, loras=(("missing.safetensors", 1.0),)).check()
+        check_model(replace(options, loras=(("missing.safetensors", 1.0),)))
 
 
 @pytest.mark.parametrize(
