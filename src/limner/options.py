@@ -7,11 +7,10 @@ has the same name in all of them. Knows no parser, no pydantic and no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -79,24 +78,16 @@ def option(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
+class Option(_About):
     """One option as its users need it. `annotation` is the field's type; `flag` None: not on the command line."""
 
     name: str
     annotation: Any
     default: object
-    help: str
-    flag: str | None
-    metavar: str | None
-    group: str | None
-    env: str | None
-    path: Literal["read", "written"] | None
-    minimum: float | None
-    above: float | None
 
     @property
     def is_list(self) -> bool:
-        """Whether the option is given several times, a value each."""
+        """True where the option is given several times, a value each time."""
         return get_origin(self.annotation) is tuple
 
     @property
@@ -119,16 +110,15 @@ def options_of(kind: type) -> Iterator[Option]:
     """Yield the options that a class of this module declares, bases first."""
     hints = get_type_hints(kind)
     for one in fields(kind):
-        about: _About = one.metadata["about"]
-        given = {name.name: getattr(about, name.name) for name in fields(about)}
-        if about.flag == "":
-            given["flag"] = "--" + one.name.replace("_", "-")
-        yield Option(name=one.name, annotation=hints[one.name], default=one.default, **given)
+        about = asdict(one.metadata["about"])
+        if about["flag"] == "":
+            about["flag"] = "--" + one.name.replace("_", "-")
+        yield Option(name=one.name, annotation=hints[one.name], default=one.default, **about)
 
 
 def select(kind: type[T], options: object, **changes: object) -> T:
     """Return the options of class `kind` out of those of a class that has all of them, with changes."""
-    assert dataclasses.is_dataclass(kind)
+    assert is_dataclass(kind)
     return kind(**{one.name: getattr(options, one.name) for one in fields(kind)} | changes)
 
 

@@ -24,8 +24,8 @@ def add_commands(commands: Commands) -> None:
     """Add `bench`."""
     parser = commands.add_parser(
         "bench",
-        help="measure a 4-step edit beside diffusers",
-        description="Measure a 4-step edit beside diffusers: the same random weights, one run, medians.",
+        help="measure a 4-step edit against diffusers",
+        description="Measure a 4-step edit against diffusers: the same random weights, one run, medians.",
     )
     parser.add_argument(
         "--references", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of references (1 2 4)"
@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--kernel", metavar="KERNEL", help="attention kernel of Limner; default: the device's")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here, and the table beside it as .md")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here, and the table next to it as .md")
     parser.set_defaults(run=bench)
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args
 
 from limner.errors import InvalidRequest
 from limner.options import Dtype, Option, StoreOptions, options_of
@@ -33,7 +33,7 @@ __all__ = [
     "values_of",
 ]
 
-Commands = Any
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `argparse.ArgumentParser.add_subparsers` returns, which has no public type."""
 T = TypeVar("T")
 DTYPES = get_args(Dtype)

@@ -32,9 +32,7 @@ def add_commands(commands: Commands) -> None:
     own = refs.add_subparsers(dest="refs_command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = own.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
-        )
+        parser = own.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         parser.set_defaults(run=run)
         add_json(parser)
         return parser
