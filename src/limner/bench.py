@@ -1,8 +1,8 @@
-"""Measures a 4-step edit beside diffusers: the same random weights, one run, in turn, medians.
+"""Measures a 4-step edit against diffusers: the same random weights, one run, in turn, medians.
 
 Transformer and Euler steps only, as diffusers' `output_type="latent"` with prompt embeddings and encoded references given.
-"cold" computes the K/V of the references, "warm" has them kept. Imports diffusers' transformer as the thing to compare
-with; nothing of the engine imports this.
+"cold" computes the K/V of the references, "warm" has them cached. Imports diffusers' transformer as the thing to compare
+with; no other module of the package imports this one but the command.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from limner import __version__
 from limner.config import TransformerConfig
+from limner.grid import PIXELS
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
 from limner.model.transformer import Transformer
@@ -57,15 +58,15 @@ class BenchCase:
 
     @property
     def grid(self) -> tuple[int, int]:
-        return (self.side // 16, self.side // 16)
+        return (self.side // PIXELS, self.side // PIXELS)
 
     @property
     def reference_grids(self) -> list[tuple[int, int]]:
-        return [(self.reference_side // 16, self.reference_side // 16)] * self.num_references
+        return [(self.reference_side // PIXELS, self.reference_side // PIXELS)] * self.num_references
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions and date, as they stand beside every number."""
+    """Return device, threads, versions and date, which every report has."""
     import diffusers
 
     name = platform.processor()
@@ -89,14 +90,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def geometry(heads: int, double: int, single: int) -> TransformerConfig:
-    """A transformer of the family: heads of 128, double- and single-stream blocks (the 4B has 24, 5, 20)."""
+    """Return a transformer of the family: heads of 128, double- and single-stream blocks (the 4B has 24, 5, 20)."""
     return TransformerConfig(
         num_double_blocks=double, num_single_blocks=single, num_heads=heads, head_dim=128, text_width=384 * heads
     )
 
 
 def random_transformer(config: TransformerConfig, *, seed: int = 0) -> Transformer:
-    """Random bfloat16 weights, made as such: no float32 copy of a large model."""
+    """Return a transformer with random weights, made in bfloat16: no float32 copy of a large model."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -107,7 +108,7 @@ def random_transformer(config: TransformerConfig, *, seed: int = 0) -> Transform
 
 
 def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt: int) -> int:
-    """Multiplications and additions of one denoising step with kept references: matrices and attention.
+    """Return multiplications and additions of one denoising step with cached references: matrices and attention.
 
     A double-stream block has 4 C^2 + 3 C M weights a stream, a single-stream block 4 C^2 + 3 C M for all tokens; the last
     one makes K and V of all tokens and the rest of image tokens alone. Attention costs 4 C for each pair of query and key.
@@ -121,15 +122,15 @@ def step_flops(config: TransformerConfig, *, num_own: int, num_ref: int, num_txt
 
 
 def prefill_flops(config: TransformerConfig, *, num_ref: int) -> int:
-    """Multiplications and additions of the prefill of `num_ref` reference tokens; of the last block K and V alone."""
+    """Return multiplications and additions of a prefill of `num_ref` tokens; of the last block K and V alone."""
     c, m = config.width, config.mlp_width
     full = config.num_layers - 1
     matrices = num_ref * 2 * ((4 * c * c + 3 * c * m) * full + 2 * c * c + c * config.in_channels)
     return matrices + 4 * c * num_ref * num_ref * full
 
 
-def _give_back() -> None:
-    """Free memory that the C library holds goes back to the system (glibc; elsewhere nothing happens)."""
+def _trim_heap() -> None:
+    """Return free memory that the C library holds to the system (glibc; elsewhere nothing happens)."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     trim = getattr(library, "malloc_trim", None)
     if trim is not None:
@@ -149,7 +150,7 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
             return self
-        _give_back()
+        _trim_heap()
         self._start = self._process.memory_info().rss
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -200,7 +201,7 @@ class Bench:
         self._int8: Transformer | None = None
 
     def int8(self) -> Transformer:
-        """The same weights in int8, made when first asked for."""
+        """Return the same weights in int8, made at the first call."""
         if self._int8 is None:
             with torch.device("meta"):
                 self._int8 = Transformer(self.config)
@@ -213,7 +214,7 @@ class Bench:
         return self._int8
 
     def inputs(self, case: BenchCase) -> dict[str, Tensor]:
-        """Noise and text (batch), references and positions (once)."""
+        """Return noise and text (batch), references and positions (once)."""
         generator = torch.Generator().manual_seed(case.num_references)
 
         def randn(*shape: int) -> Tensor:
@@ -256,12 +257,12 @@ class Bench:
 
     @torch.no_grad()
     def limner(
-        self, case: BenchCase, given: dict[str, Tensor], *, kept: ReferenceKV | None = None, quantize: bool = False
+        self, case: BenchCase, given: dict[str, Tensor], *, cached: ReferenceKV | None = None, quantize: bool = False
     ) -> Tensor:
-        """Limner's loop; without `kept` the references are prefilled first."""
+        """Limner's loop; without `cached` K/V the references are prefilled first."""
         model = self.int8() if quantize else self.ours
-        if kept is None and case.num_references:
-            kept = model.prefill(given["ref"], given["ref_ids"])
+        if cached is None and case.num_references:
+            cached = model.prefill(given["ref"], given["ref_ids"])
         latents = given["noise"].float()
         txt = given["txt"].expand(case.batch, -1, -1)
         rope = model.rope(torch.cat([given["txt_ids"], given["img_ids"]]))
@@ -273,7 +274,7 @@ class Bench:
                 given["sigmas"][i].to(self.dtype),
                 img_ids=given["img_ids"],
                 txt_ids=given["txt_ids"],
-                references=kept,
+                references=cached,
                 rope=rope,
             )
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
@@ -282,7 +283,7 @@ class Bench:
     def run(
         self, case: BenchCase, *, rounds: int, engines: Sequence[str], progress: Callable[[str], None] = print
     ) -> dict[str, Any]:
-        """Medians of all engines in turn, with ratios, memory of each call and what the results differ by.
+        """Return medians of all engines in turn, ratios, memory of each call, and by what the results differ.
 
         Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv. Without references only standard,
         cold and int8_cold mean something; the others are left out.
@@ -290,26 +291,7 @@ class Bench:
         if not case.num_references:
             engines = [name for name in engines if name in ("standard", "cold", "int8_cold")]
         given = self.inputs(case)
-        with torch.no_grad():
-            kept = {
-                quantize: (self.int8() if quantize else self.ours).prefill(given["ref"], given["ref_ids"])
-                for quantize, users in ((False, {"warm", "warm_int8_kv"}), (True, {"int8_warm"}))
-                if case.num_references and users & set(engines)
-            }
-            narrow = None
-            if "warm_int8_kv" in engines:
-                narrow = ReferenceKV(
-                    layers=tuple(quantize_layer(x, "int8") for x in kept[False].layers if isinstance(x, LayerKV))
-                )
-        calls: dict[str, Callable[[], Tensor]] = {
-            "standard": lambda: self.diffusers(case, given, cached=False),
-            "diffusers_kv": lambda: self.diffusers(case, given, cached=True),
-            "cold": lambda: self.limner(case, given),
-            "warm": lambda: self.limner(case, given, kept=kept.get(False)),
-            "int8_cold": lambda: self.limner(case, given, quantize=True),
-            "int8_warm": lambda: self.limner(case, given, kept=kept.get(True), quantize=True),
-            "warm_int8_kv": lambda: self.limner(case, given, kept=narrow),
-        }
+        calls = self._calls(case, given, engines)
         measured: dict[str, list[float]] = {name: [] for name in engines}
         results: dict[str, Tensor] = {}
         peaks: dict[str, int] = dict.fromkeys(engines, 0)
@@ -322,42 +304,59 @@ class Bench:
                 peaks[name] = max(peaks[name], peak.nbytes)
                 progress(f"{case.num_references} references, round {number + 1}: {name} {measured[name][-1]:.2f} s")
         seconds = {name: statistics.median(values) for name, values in measured.items()}
-        found: dict[str, Any] = {
+        return {
             "case": asdict(case),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "all_seconds": {name: [round(v, 3) for v in values] for name, values in measured.items()},
             "peak_bytes": peaks,
             "kept_bytes": self.kept_bytes(len(given["ref_ids"])),
+            **_comparison(seconds, results),
+            **self._rates(case, seconds, num_ref=len(given["ref_ids"])),
         }
-        for base in ("diffusers_kv", "standard"):
-            if base in seconds:
-                found[f"times_{base}"] = {name: round(seconds[base] / value, 3) for name, value in seconds.items()}
-                expected = results[base].float()
-                if base == "diffusers_kv":
-                    found["relative_difference"] = {
-                        name: round(((value.float() - expected).norm() / expected.norm()).item(), 8)
-                        for name, value in results.items()
-                        if name not in ("standard", base)
-                    }
-        num_own = case.batch * case.grid[0] * case.grid[1] + case.batch * case.num_text
-        flops = (
-            step_flops(self.config, num_own=num_own // case.batch, num_ref=len(given["ref_ids"]), num_txt=case.num_text)
-            * case.batch
-            * case.num_steps
-        )
-        found["step_teraflop"] = round(flops / 1e12, 4)
+
+    def _calls(
+        self, case: BenchCase, given: dict[str, Tensor], engines: Sequence[str]
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Return what each engine runs. The references of warm ones are prefilled here."""
+        with torch.no_grad():
+            cached = {
+                quantize: (self.int8() if quantize else self.ours).prefill(given["ref"], given["ref_ids"])
+                for quantize, users in ((False, {"warm", "warm_int8_kv"}), (True, {"int8_warm"}))
+                if case.num_references and users & set(engines)
+            }
+            narrow = None
+            if "warm_int8_kv" in engines:
+                narrow = ReferenceKV(
+                    layers=tuple(quantize_layer(x, "int8") for x in cached[False].layers if isinstance(x, LayerKV))
+                )
+        return {
+            "standard": lambda: self.diffusers(case, given, cached=False),
+            "diffusers_kv": lambda: self.diffusers(case, given, cached=True),
+            "cold": lambda: self.limner(case, given),
+            "warm": lambda: self.limner(case, given, cached=cached.get(False)),
+            "int8_cold": lambda: self.limner(case, given, quantize=True),
+            "int8_warm": lambda: self.limner(case, given, cached=cached.get(True), quantize=True),
+            "warm_int8_kv": lambda: self.limner(case, given, cached=narrow),
+        }
+
+    def _rates(self, case: BenchCase, seconds: dict[str, float], *, num_ref: int) -> dict[str, float]:
+        """Return the operations of all steps, and a second those of warm steps and of one plain product."""
+        num_own = case.grid[0] * case.grid[1] + case.num_text
+        step = step_flops(self.config, num_own=num_own, num_ref=num_ref, num_txt=case.num_text)
+        flops = step * case.batch * case.num_steps
+        rates = {"step_teraflop": round(flops / 1e12, 4)}
         if "warm" in seconds:
-            found["warm_gflops"] = round(flops / seconds["warm"] / 1e9, 1)
-            found["plain_product_gflops"] = round(self.plain_rate(num_own) / 1e9, 1)
-        return found
+            rates["warm_gflops"] = round(flops / seconds["warm"] / 1e9, 1)
+            rates["plain_product_gflops"] = round(self.plain_rate(case.batch * num_own) / 1e9, 1)
+        return rates
 
     def kept_bytes(self, num_ref: int) -> int:
-        """K and V of `num_ref` tokens in every layer."""
+        """Return the bytes of K and V of `num_ref` tokens in every layer."""
         return 2 * num_ref * self.config.width * self.config.num_layers * self.dtype.itemsize
 
     @torch.no_grad()
     def plain_rate(self, rows: int) -> float:
-        """Operations a second of one plain product of the size that the blocks have most of."""
+        """Return operations a second of one plain product of the size that the blocks have most of."""
         weight = torch.randn(3 * self.config.width + 2 * self.config.mlp_width, self.config.width)
         weight = weight.to(self.device, self.dtype)
         x = torch.randn(rows, self.config.width).to(self.device, self.dtype)
@@ -375,8 +374,25 @@ class Bench:
         return time.perf_counter()
 
 
+def _comparison(seconds: dict[str, float], results: dict[str, Tensor]) -> dict[str, Any]:
+    """Return how many times as fast as diffusers each engine is, and how far its result is from that of diffusers."""
+    found: dict[str, Any] = {}
+    for base in ("diffusers_kv", "standard"):
+        if base not in seconds:
+            continue
+        found[f"times_{base}"] = {name: round(seconds[base] / value, 3) for name, value in seconds.items()}
+        if base == "diffusers_kv":
+            expected = results[base].float()
+            found["relative_difference"] = {
+                name: round(((value.float() - expected).norm() / expected.norm()).item(), 8)
+                for name, value in results.items()
+                if name not in ("standard", base)
+            }
+    return found
+
+
 def as_markdown(report: dict[str, Any]) -> str:
-    """The table of a report: seconds, and how many times as fast as diffusers with its K/V cache."""
+    """Return the table of a report: seconds, and how many times as fast as diffusers with its K/V cache."""
     names = {
         "standard": "diffusers, references in every step",
         "diffusers_kv": "diffusers with its K/V cache",

@@ -28,6 +28,7 @@ from limner.server import run
 from limner.server.jobs.records import JobStore
 from limner.server.jobs.runner import RunnerSettings
 from limner.server.jobs.storage import StorageInUse
+from limner.server.logs import log_everything
 
 KEY = {"Idempotency-Key": "once"}
 
@@ -178,7 +179,7 @@ def test_who_comes_second_ends_before_it_loads_a_model_or_stands_by(
 ) -> None:
     options = run.ServeOptions(host="127.0.0.1", port=0, data=str(tmp_path), keys=None)
     first = JobStore(tmp_path)
-    monkeypatch.setattr(run, "_log_to_stderr", lambda kind: None)
+    monkeypatch.setattr(run, "log_everything", lambda form: None)
 
     def load() -> Pipeline:
         raise AssertionError("it loads")
@@ -369,7 +370,7 @@ def test_logs_are_lines_of_json(
     root, loggers = logging.getLogger(), [logging.getLogger(name) for name in ("limner", "uvicorn")]
     before = root.handlers[:], root.level, [(one.handlers[:], one.level, one.propagate) for one in loggers]
     try:
-        run._log_to_stderr("json")
+        log_everything("json")
         served.draw(prompt='{"level": "quiet"}\n"')
         logging.getLogger("limner.server").error("%s", 'no\nnew line "', exc_info=ValueError("x"))
         logging.getLogger("uvicorn.error").info("started")

@@ -78,7 +78,7 @@ def test_packs_and_stores_are_those_of_a_lora(files: Path, tiny_folder: Path, ca
 
 def test_a_name_with_a_colon(files: Path) -> None:
     def parsed(text: object) -> Any:
-        return build_parser().parse_args(["generate", "x", "-o", "x.png", "--lora", str(text)]).lora
+        return build_parser().parse_args(["generate", "x", "-o", "x.png", "--lora", str(text)]).loras
 
     odd = files / "odd:0.5"
     odd.mkdir()

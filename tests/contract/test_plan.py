@@ -49,7 +49,7 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     [
         (["--model", "klein-9b", "--memory", "1GiB"], "--memory: 1.00 GiB are too little; the least is"),
         (["--model", "klein-9b", "--memory", "lots"], "--memory: 'lots' is not an amount of memory"),
-        (["--size", "100x100"], "--size: 100x100: sides have to be multiples of 16"),
+        (["--size", "100x100"], "--size: 100 is not a multiple of 16 of at least 64; use 96 or 112"),
         (["--references", "-1"], "--references: -1 has to be 0 or more"),
         (["--num-images", "0"], "--num-images: 0 has to be 1 or more"),
         (["--model", "klein-70b"], "klein-70b is neither a folder nor a hub id"),

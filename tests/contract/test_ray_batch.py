@@ -19,8 +19,8 @@ from limner.batch import Batch, BatchOptions, BatchSummary
 from limner.cli import main
 from limner.deploy.cluster import this_node
 from limner.deploy.ray_batch import Cluster
-from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest, RemoteError
+from limner.options import ModelOptions
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")

@@ -24,8 +24,8 @@ from tests.support.tiny import generators, picture
 
 from limner import Pipeline, ReferenceStore
 from limner.cli import main
-from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest
+from limner.options import ModelOptions
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'limner[ray]'")

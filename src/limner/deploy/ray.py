@@ -21,23 +21,21 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import ray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
-from limner.config import ReferencePolicy
 from limner.deploy.cluster import check_nodes, connect, nodes, quiet, this_node
 from limner.deploy.ingress import GRACE_SECONDS, IngressApp
+from limner.deploy.options import DeployOptions
 from limner.deploy.replica import Replica
-from limner.engine.model_options import ModelOptions
+from limner.engine.load import check_model
 from limner.errors import InvalidRequest, OutputError, RemoteError, first_line
 from limner.memory import parse_bytes
-from limner.places import absolute, check_store, is_url
-from limner.server.run import ServeOptions, check_options, default_data
+from limner.places import is_url
+from limner.server.application import check_options
 from limner.store import RemoteTier
 
 __all__ = ["DeployOptions", "IngressApp", "app", "deploy"]
@@ -48,158 +46,6 @@ _HEAD = "node:__internal_head__"
 """Ray's resource of the head node."""
 _LOGS = {"log_level": "WARNING", "enable_access_log": False}
 _ROUTERS = {"affine": "limner.deploy.ray_router:AffinityRequestRouter", "ray": None}
-
-
-class DeployOptions(BaseModel):
-    """What is deployed: the `args` of a YAML, with the meanings of the options of `limner deploy` and `limner serve`.
-
-    Paths are those of the nodes: `data`, `keys`, `terms` and C2PA files of the head node, others of all.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    model: str | None = None
-    transformer: str | None = None
-    vae: str | None = None
-    text_encoder: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantize: Literal["int8"] | None = None
-    device: str = "cpu"
-    kv_cache_dtype: Literal["int8", "fp8"] | None = None
-    memory_limit: str | None = None
-    loras: tuple[tuple[str, float], ...] = ()
-    background: str | None = None
-    max_pixels: int | None = None
-
-    replicas: int = Field(1, ge=1)
-    max_replicas: int | None = None
-    queue: float = Field(4.0, gt=0)
-    threads: int | None = Field(None, ge=1)
-    router: Literal["affine", "ray"] = "affine"
-    store: str | None = None
-    store_cache: str | None = None
-    store_bytes: int | None = None
-    store_memory: str | None = None
-    head: bool | None = None
-    """Whether the ingress runs on the head node and nowhere else; None: where its jobs are in a folder."""
-
-    data: str | None = None
-    keys: str | None = None
-    keyed: bool = False
-    """The ingress does not start without keys. Set where the command that deploys has $LIMNER_KEYS."""
-    max_waiting: int = Field(256, ge=1)
-    max_batch: int = Field(10, ge=1)
-    images_per_key: int | None = None
-    requests_per_minute: float = 600.0
-    concurrent: int = 24
-    keep_results: float = 600.0
-    drain: float = Field(30.0, ge=0)
-    public_url: str | None = None
-    fetch_urls: bool = False
-    allow_origins: tuple[str, ...] = ()
-    unsafe_no_checks: bool = False
-    terms: str | None = None
-    c2pa_certificate: str | None = None
-    c2pa_key: str | None = None
-    c2pa_development: bool = False
-    log: Literal["json", "text"] = "json"
-
-    @classmethod
-    def parse(cls, values: dict[str, Any]) -> DeployOptions:
-        """Raises `InvalidRequest` that names the first option that is wrong."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]).replace("_", "-")
-            raise InvalidRequest(f"--{name}", f"{first.get('input')!r}: {first['msg']}") from None
-
-    def checked(self) -> DeployOptions:
-        """With paths that do not depend on a process's folder. Raises `InvalidRequest` and what the options get wrong."""
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise InvalidRequest(
-                "--max-replicas", f"{self.max_replicas} is less than the {self.replicas} of --replicas"
-            )
-        if self.store_memory is not None:
-            parse_bytes(self.store_memory, field="--store-memory")
-        check_store(self.store, cache=self.store_cache, disk_bytes=self.store_bytes)
-        names = (
-            "model",
-            "transformer",
-            "vae",
-            "text_encoder",
-            "store_cache",
-            "data",
-            "keys",
-            "terms",
-            "c2pa_certificate",
-            "c2pa_key",
-        )
-        made = {
-            name: os.path.abspath(value)
-            for name in names
-            if (value := getattr(self, name)) is not None
-            and (name in ("store_cache", "data") or os.path.exists(value))
-            and not is_url(value)
-        }
-        keyed = self.keyed or bool(os.environ.get("LIMNER_KEYS"))
-        if self.store is not None:
-            made["store"] = absolute(self.store)
-        return self.model_copy(update={"data": self.data or default_data(), "keyed": keyed, **made})
-
-    @property
-    def store_folder(self) -> str:
-        """The folder of K/V that nodes write in; "" if there is none."""
-        return (self.store_cache if is_url(self.store) else self.store) or ""
-
-    def model_options(self) -> ModelOptions:
-        policy = {"background": self.background, "max_pixels": self.max_pixels}
-        return ModelOptions(
-            model=self.model,
-            transformer=self.transformer,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            dtype=self.dtype,
-            quantize=self.quantize,
-            device=self.device,
-            kv_cache_dtype=self.kv_cache_dtype,
-            memory_limit=self.memory_limit,
-            policy=ReferencePolicy(**{name: value for name, value in policy.items() if value is not None}),  # type: ignore[arg-type]
-            loras=self.loras,
-        )
-
-    def serve_options(self, *, host: str = "127.0.0.1", port: int = 0) -> ServeOptions:
-        assert self.data is not None
-        return ServeOptions(
-            host=host,
-            port=port,
-            data=self.data,
-            keys=self.keys,
-            unsafe=self.unsafe_no_checks,
-            terms=self.terms,
-            certificate=self.c2pa_certificate,
-            private_key=self.c2pa_key,
-            development_certificate=self.c2pa_development,
-            fetch_urls=self.fetch_urls,
-            allow_origins=self.allow_origins,
-            requests_per_minute=self.requests_per_minute,
-            concurrent=self.concurrent,
-            max_waiting=self.max_waiting,
-            max_batch=self.max_batch,
-            images_per_key=self.images_per_key,
-            keep_results=self.keep_results,
-            drain=self.drain,
-            public_url=self.public_url,
-            log=self.log,
-        )
-
-    @property
-    def on_head(self) -> bool:
-        return not is_url(self.data) if self.head is None else self.head
-
-    @property
-    def model_name(self) -> str:
-        return "limner-stickers" if self.model is None else Path(self.model).name
 
 
 def app(args: DeployOptions | dict[str, Any]) -> serve.Application:
@@ -298,7 +144,7 @@ def deploy(
     """Run the application on a cluster until a signal stops it. Raises what is wrong with the options or the cluster."""
     options = options.checked()
     check_options(options.serve_options(host=host, port=port))
-    options.model_options().check()
+    check_model(options)
     if options.store is not None and is_url(options.store):
         RemoteTier(options.store)  # before anything starts; each replica opens it again
     if (certificate is None) != (key is None):

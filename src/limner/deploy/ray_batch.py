@@ -23,8 +23,9 @@ import torch
 
 from limner.batch import Batch, BatchOptions, Drawer, Group, Result, Task, done_before, finished_rows
 from limner.deploy.cluster import check_nodes, connect, nodes, quiet, this_node
-from limner.engine.model_options import ModelOptions
+from limner.engine.load import load_pipeline
 from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, RemoteError, first_line
+from limner.options import ModelOptions
 
 __all__ = ["Cluster"]
 
@@ -154,7 +155,7 @@ class _Worker:
         self.options, self.problem = options, ""
         torch.set_num_threads(threads)
         try:
-            pipe = model.load(store=options.open_store())
+            pipe = load_pipeline(model, store=options.open_store())
             if pipe.digest != digest:
                 raise InvalidRequest("--model", f"weights {pipe.digest[:16]} are not the driver's {digest[:16]}")
             self.drawer = Drawer(pipe, options, keep_rows=True)

@@ -24,12 +24,12 @@ from limner.engine import (
     ModelCard,
     Prefilled,
     PrefillRequest,
-    load_in_thread,
 )
-from limner.engine.model_options import ModelOptions
+from limner.engine.load import load_in_thread, load_pipeline
 from limner.errors import LimnerError
 from limner.grid import num_tokens
-from limner.server.run import log_own
+from limner.options import ModelOptions
+from limner.server.logs import log_own
 from limner.store import ReferenceStore, StoreStats
 
 __all__ = ["Replica"]
@@ -66,7 +66,7 @@ class Replica:
         else:
             opened = ReferenceStore.open(store, cache=store_cache, disk_bytes=store_bytes, memory_bytes=store_memory)
         self._model = model
-        self._pipe = load_in_thread(lambda: model.load(store=opened))
+        self._pipe = load_in_thread(lambda: load_pipeline(model, store=opened))
         # the ingress bounds what waits
         self._engine = Engine(self._pipe, max_waiting=_UNBOUNDED, max_batch=max_batch, memory_bytes=memory_bytes)
         self._means: dict[str, float] = {}

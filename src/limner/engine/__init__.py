@@ -2,7 +2,7 @@
 
 from limner.engine.admission import Admission
 from limner.engine.card import ModelCard, PipelineView
-from limner.engine.engine import MAX_BATCH, Engine
+from limner.engine.engine import Engine
 from limner.engine.events import EditResult, Event, Failed, Finished, LastEvent, Listener, Prefilled, Progress, Started
 from limner.engine.load import load_in_thread
 from limner.engine.protocol import Backend, ModelView
@@ -11,7 +11,6 @@ from limner.engine.stats import EngineStats
 from limner.requests import EditRequest, PrefillRequest
 
 __all__ = [
-    "MAX_BATCH",
     "Admission",
     "Backend",
     "EditRequest",

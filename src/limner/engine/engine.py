@@ -29,15 +29,14 @@ from limner.engine.rows import Rows
 from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
+from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
-__all__ = ["MAX_BATCH", "Engine"]
+__all__ = ["Engine"]
 
 _logger = logging.getLogger("limner")
-MAX_BATCH = 10
-"""Images that run at once, where the caller does not say."""
 _JOIN_SECONDS = 60.0
 _AfterStep = Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Any]]
 
@@ -53,8 +52,8 @@ class Engine:
         self,
         pipe: Pipeline,
         *,
-        max_waiting: int = 256,
-        max_batch: int = MAX_BATCH,
+        max_waiting: int = ServiceOptions.max_waiting,
+        max_batch: int = ServiceOptions.max_batch,
         memory_bytes: int | None = None,
         previews: bool = True,
         clock: Callable[[], float] = time.monotonic,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from limner.engine.model_options import ModelOptions
 from PIL import Image
 from tests.support.batches import ROWS, results, run, stop_after, write
 from tests.support.tiny import picture
@@ -17,7 +18,6 @@ from tests.support.tiny import picture
 from limner import Pipeline
 from limner.batch import Batch, BatchOptions
 from limner.config import ReferencePolicy
-from limner.engine.model_options import ModelOptions
 from limner.errors import CheckpointError, InvalidRequest
 from limner.images import read_metadata
 

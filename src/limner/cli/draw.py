@@ -1,0 +1,274 @@
+"""`limner edit` and `limner generate`: one prompt to one picture or several, also under torchrun.
+
+Owns names of files, what is refused before a model is loaded, and what is printed. What a request may be, others know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner import __version__, ranks
+from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
+from limner.cli.output import DrawProgress
+from limner.errors import InvalidRequest
+from limner.options import ModelOptions, StoreOptions
+
+if TYPE_CHECKING:
+    from limner.images import PreparedReference
+    from limner.pipeline import Pipeline, PipelineOutput
+    from limner.references import References
+    from limner.requests import EditRequest
+
+__all__ = ["add_commands", "edit", "generate", "prepare"]
+
+_OF_REFERENCES = ("background", "max_pixels", "kv_cache_dtype")
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `edit` and `generate`."""
+    parser = commands.add_parser(
+        "edit", help="edit with one or many reference pictures", description="Edit with references."
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
+    parser.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
+    parser.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
+    _add_drawing(parser)
+    add_options(parser, ModelOptions, StoreOptions)
+    parser.set_defaults(run=edit, under_torchrun=True)
+
+    parser = commands.add_parser("generate", help="draw from text alone", description="Draw from text alone.")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser.add_argument("-i", "--image", action="append", help=argparse.SUPPRESS)  # refused with the remedy
+    _add_drawing(parser)
+    add_options(parser, ModelOptions, without=_OF_REFERENCES)
+    parser.set_defaults(run=generate, under_torchrun=True)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .jpeg or .webp"
+    )
+    parser.add_argument(
+        "--seed", type=seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn"
+    )
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="number of steps (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ... (default: 1)"
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "sequence"),
+        help="under torchrun: what is divided among its processes, heads and MLP (tensor, the default) or tokens",
+    )
+    add_json(parser, help="print one JSON object: files, seeds, sizes, timings")
+
+
+def edit(args: argparse.Namespace) -> None:
+    """Draw with references: pictures, or a pack."""
+    with _processes(args) as process:
+        files = _check(args, process)
+        if bool(args.image) == bool(args.references):
+            raise InvalidRequest(
+                "--image",
+                "give either pictures (-i FILE, again for more) or one pack (--references PACK); without references: "
+                "limner generate",
+            )
+        if args.references:
+            _check_alone(args)
+        _draw(args, process, files=files, images=args.image or [], pack=args.references)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draw without references."""
+    with _processes(args) as process:
+        files = _check(args, process)
+        if args.image:
+            raise InvalidRequest("--image", "generate draws without references; with them: limner edit PROMPT -i FILE")
+        _draw(args, process, files=files, images=[], pack=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """This process's part: `writes` files and prints for all. `parallel` None: it is the only one."""
+
+    writes: bool
+    parallel: str | None
+
+
+@contextlib.contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[_Process]:
+    if ranks.started():
+        with ranks.together(args.device) as writes:
+            yield _Process(writes, args.parallel or "tensor")
+        return
+    if args.parallel is not None:
+        raise InvalidRequest(
+            "--parallel",
+            f"{args.parallel} needs several processes; start them with torchrun --nproc-per-node 2 -m limner "
+            f"{args.command} ..., or leave it out",
+        )
+    yield _Process(True, None)
+
+
+def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
+    """Return the files to write, after checking all that can be without reading a picture or a model."""
+    from limner.requests import check_prompt
+
+    files = _output_files(args.output, args.num_images) if process.writes else []
+    if args.steps < 1:
+        raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
+    check_prompt(args.prompt)
+    return files
+
+
+def _output_files(output: str, num_images: int) -> list[Path]:
+    """Return out.png, or out-1.png, out-2.png, ..."""
+    from limner.images import check_output
+
+    path = Path(output)
+    if not 1 <= num_images <= 1000:
+        raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
+    if num_images == 1:
+        return [check_output(path)]
+    return [check_output(path.with_stem(f"{path.stem}-{i}")) for i in range(1, num_images + 1)]
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Refuse what would change a pack."""
+    for name in (*_OF_REFERENCES, "store", "store_cache"):
+        if getattr(args, name) is not None:
+            raise InvalidRequest(
+                f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
+            )
+
+
+def prepare(files: Sequence[str], options: ModelOptions) -> tuple[PreparedReference, ...]:
+    """Return the references of a command. Raises `InvalidRequest` that names the one that cannot be used."""
+    if not files:
+        return ()
+    from limner.engine.load import reference_policy
+    from limner.images import prepare_reference
+
+    policy = reference_policy(options)
+    return tuple(prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1))
+
+
+def _draw(
+    args: argparse.Namespace, process: _Process, *, files: list[Path], images: list[str], pack: str | None
+) -> None:
+    options = from_args(ModelOptions, args)
+    prepared = prepare(images, options)  # bad ones are refused before a model is loaded
+
+    from limner.engine.load import check_model, load_pipeline
+    from limner.references import References
+
+    check_model(options)
+    references = References.load(pack) if pack else None
+    store = open_optional_store(from_args(StoreOptions, args))
+    with contextlib.closing(
+        DrawProgress(num_steps=args.steps, references=bool(prepared), silent=not process.writes)
+    ) as progress:
+        pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
+        request = _request(args, prepared)
+        out = _run(pipe, request, references, progress, output_type="pil" if process.writes else "latent")
+    if process.writes:
+        _save(args, pipe, out, files)
+    if store is not None:
+        store.flush()
+    if process.writes:
+        _print(args, pipe, out, files=files, names=images or [str(pack)] * len(out.references))
+
+
+def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...]) -> EditRequest:
+    """Return what the command asks the model for."""
+    from limner.requests import EditRequest
+
+    width, height = args.size or (None, None)
+    first = args.seed
+    return EditRequest(
+        prompt=args.prompt,
+        seeds=_drawn_seeds(args.num_images) if first is None else tuple(range(first, first + args.num_images)),
+        references=references,
+        width=width,
+        height=height,
+        num_inference_steps=args.steps,
+    )
+
+
+def _drawn_seeds(number: int) -> tuple[int, ...]:
+    """Return random seeds, the same in every process that torchrun started."""
+    drawn = [secrets.randbelow(2**31) for _ in range(number)]
+    if ranks.started():
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(drawn, src=0)
+    return tuple(drawn)
+
+
+def _run(
+    pipe: Pipeline, request: EditRequest, references: References | None, progress: DrawProgress, *, output_type: str
+) -> PipelineOutput:
+    import torch
+
+    out = pipe(
+        request.prompt,
+        image=list(request.references) or None,
+        references=references,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        num_images_per_prompt=len(request.seeds),
+        generator=[torch.Generator().manual_seed(one) for one in request.seeds],
+        output_type=output_type,
+        progress=progress,
+    )
+    assert not isinstance(out, tuple)
+    return out
+
+
+def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
+    from limner.images import save
+
+    common = {"model": pipe.digest, "version": __version__, **out.metadata}
+    for file, picture, drawn_from in zip(files, out.images, out.seeds, strict=True):
+        save(picture, file, metadata={"prompt": args.prompt, "seed": drawn_from, **common})
+
+
+def _print(
+    args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, *, files: list[Path], names: list[str]
+) -> None:
+    from limner.images import printable
+
+    if args.json:
+        result = {
+            "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
+            "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
+            "references": [
+                {"file": file, **asdict(report)} for file, report in zip(names, out.references, strict=True)
+            ],
+            "reference_cache": out.reference_cache,
+            "timings": {**asdict(out.timings), "total": out.timings.total},
+            "version": __version__,
+            "model": pipe.digest,
+            **{k: v for k, v in out.metadata.items() if k != "references"},
+        }
+        print(json.dumps(result))
+        return
+    for number, (name, report) in enumerate(zip(names, out.references, strict=True), start=1):
+        print(f"image {number}: {printable(name)}: {report.describe()}")
+    if out.prompts[0].cut:
+        cut = out.prompts[0]
+        print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
+    for file, drawn_from in zip(files, out.seeds, strict=True):
+        shape = f"{out.metadata['width']}x{out.metadata['height']}"
+        print(f"{printable(str(file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")

@@ -1,0 +1,77 @@
+"""The parser of all commands, and running one: its errors to one line on stderr, and an exit code.
+
+Exit codes: 0 done, 1 done and something is damaged or failed, 2 refused, 130 interrupted. Imports nothing heavy, so that
+`limner --help` is quick; knows nothing of what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from limner import __version__, ranks
+from limner.cli import batch, bench, draw, plan, refs, serve, verify, weights
+from limner.errors import InvalidRequest, LimnerError
+
+__all__ = ["build_parser", "main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error as one line; of several processes of torchrun, one does."""
+
+    def error(self, message: str) -> NoReturn:
+        if not ranks.speaks():
+            ranks.exit_silently()
+        self.exit(2, f"limner: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. `run` of what it parses is the command's handler."""
+    parser = _Parser(
+        prog="limner", description="Draw and edit pictures; the K/V of references are computed once and kept."
+    )
+    parser.add_argument("--version", action="version", version=f"limner {__version__}")
+    parser.set_defaults(under_torchrun=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for family in (draw, batch, weights, verify, plan, bench, serve, refs):
+        family.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.speaks():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int | None] = args.run
+    try:
+        if ranks.started() and not args.under_torchrun:
+            _refuse_several(args.command)
+        code = run(args)
+    except LimnerError as error:
+        print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("limner: interrupted", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def _refuse_several(command: str) -> NoReturn:
+    """Refuse a command that torchrun started several times."""
+    if not ranks.speaks():
+        ranks.exit_silently()
+    raise InvalidRequest(
+        command,
+        f"runs in one process, and torchrun started {os.environ['WORLD_SIZE']}; start it without torchrun (edit and "
+        "generate run under it)",
+    )

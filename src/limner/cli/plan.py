@@ -1,0 +1,146 @@
+"""`limner plan`: the memory of a request, by component and phase, without loading or computing anything.
+
+Owns the table. The numbers are `limner.memory`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from limner.cli.options import DTYPES, Commands, add_json, add_options, check_at_least, size
+from limner.cli.output import print_result
+from limner.grid import check_size
+from limner.options import ModelOptions
+
+if TYPE_CHECKING:
+    from limner.config import ModelGeometry
+    from limner.memory import Formats, MemoryPlan, Staging
+
+__all__ = ["add_commands", "plan"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help="how much memory a request takes, and the cheapest setting that fits",
+        description="The budget of memory of a request, by component and phase, without loading or computing anything.",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="klein-9b, klein-4b, a folder or hub id; default: the bundled one"
+    )
+    parser.add_argument(
+        "--references", type=int, default=0, metavar="N", help="number of references (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reference-size", type=size, default=(1024, 1024), metavar="WxH", help="of each (default: 1024x1024)"
+    )
+    parser.add_argument(
+        "--size", type=size, default=(1024, 1024), metavar="WxH", help="of the output (default: 1024x1024)"
+    )
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: %(default)s)")
+    parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
+    add_options(parser, ModelOptions, only=("kv_cache_dtype",))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: %(default)s)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="what there is, as 24GiB: finds the cheapest setting that fits"
+    )
+    add_json(parser)
+    parser.set_defaults(run=plan)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print how much memory a request takes, in these formats or in the cheapest that fit."""
+    from limner.memory import Request, cheapest, make_plan, parse_bytes
+
+    check_at_least(0, args, "references")
+    check_at_least(1, args, "num_images", "text")
+    for flag, sides in (("--size", args.size), ("--reference-size", args.reference_size)):
+        for side in sides:
+            check_size(flag, side)
+    limit = None if args.memory is None else parse_bytes(args.memory, field="--memory")
+    geometry, is_int8 = _geometry(args.model)
+    formats = _formats(args, is_int8=is_int8)
+    request = Request(
+        size=args.size, references=(args.reference_size,) * args.references, batch=args.num_images, num_text=args.text
+    )
+    if limit is not None:
+        made = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
+    else:
+        made = make_plan(geometry, request, formats=formats, device=args.device)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    peaks = {
+        how: make_plan(geometry, request, formats=made.formats, device=args.device, staging=how, limit=0).peak
+        for how in stagings
+    }
+    found = {"model": args.model or "bundled", **made.as_json(), "peaks": peaks, "options": _options(args, made)}
+    print_result(args, found, "\n".join(_lines(found)))
+
+
+def _geometry(model: str | None) -> tuple[ModelGeometry, bool]:
+    """Return a geometry by name or from a folder's configurations, and whether its transformer is int8."""
+    from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+
+    if model is not None and model.lower() in MODELS:
+        return MODELS[model.lower()], False
+    from limner.weights.folder import read_json, resolve_model
+
+    folder = resolve_model(model)
+    configs = {part: read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae")}
+    geometry = ModelGeometry(
+        transformer=TransformerConfig.from_diffusers(configs["transformer"]),
+        text_encoder=TextConfig.from_transformers(configs["text_encoder"]),
+        autoencoder=AutoencoderConfig.from_diffusers(configs["vae"]),
+    )
+    return geometry, "quantization_config" in configs["transformer"]
+
+
+def _formats(args: argparse.Namespace, *, is_int8: bool) -> Formats:
+    from limner.memory import Formats
+
+    packed = False
+    if args.device == "cpu":
+        from limner.model.int8 import has_int8_products
+
+        packed = has_int8_products()
+    return Formats(
+        itemsize=4 if args.dtype == "float32" else 2,
+        quantize="int8" if is_int8 else args.quantize,
+        kv=args.kv_cache_dtype,
+        packed=packed,
+    )
+
+
+def _options(args: argparse.Namespace, plan: MemoryPlan) -> str:
+    """Return the options of `limner edit` that a plan stands for."""
+    options = []
+    if plan.staging != "whole" and args.memory is not None:
+        options.append(f"--memory-limit {args.memory}")
+    if plan.formats.kv:
+        options.append(f"--kv-cache-dtype {plan.formats.kv}")
+    if plan.formats.quantize:
+        options.append("--model FOLDER, one that limner quantize wrote")
+    return " ".join(options)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    def gib(number: int) -> str:
+        return f"{number / 2**30:9.2f}"
+
+    lines = [f"{found['model']} on {found['device']}, GiB", ""]
+    lines += [f"{name:38} {gib(nbytes)}" for name, nbytes in found["components"].items()]
+    lines += ["", f"{'phase':20} {'anonymous':>9} {'files':>9} {'total':>9}"]
+    lines += [
+        f"{name:20} {gib(p['anonymous'])} {gib(p['file_backed'])} {gib(p['total'])}"
+        for name, p in found["phases"].items()
+    ]
+    lines += ["", f"peak, weights {found['staging']:24} {gib(found['peak'])}"]
+    lines += [f"least peak, weights {how:18} {gib(peak)}" for how, peak in found["peaks"].items()]
+    if found["device"] != "cpu":
+        lines.append(f"{'beside the device, on the host':38} {gib(found['host'])}")
+    if found["options"]:
+        lines.append(f"options: {found['options']}")
+    return lines

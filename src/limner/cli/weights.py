@@ -1,0 +1,129 @@
+"""`limner quantize`, `inspect` and `convert`: weights in files, what they are and writing them in another layout.
+
+Owns what is printed. Layouts and their checks are `limner.weights`'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from limner.cli.options import DTYPES, Commands, add_json
+from limner.cli.output import print_result
+from limner.errors import InvalidRequest
+
+__all__ = ["add_commands", "convert", "inspect", "quantize"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `quantize`, `inspect` and `convert`."""
+    parser = commands.add_parser(
+        "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
+    _add_dtype(parser)
+    add_json(parser)
+    parser.set_defaults(run=quantize)
+
+    parser = commands.add_parser(
+        "inspect",
+        help="what a file or folder of weights is, and what is missing from it",
+        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; exit code 1 if damaged.",
+    )
+    parser.add_argument(
+        "source", metavar="FILE", help="weights: a file of any layout, a part's folder, a model's folder"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="load every tensor, look for NaN, give the weights' digest"
+    )
+    parser.add_argument("--no-digest", action="store_true", help="headers alone: do not read the bytes of the files")
+    _add_part(parser)
+    parser.set_defaults(run=inspect)
+
+    parser = commands.add_parser(
+        "convert",
+        help="write weights in another layout",
+        description="Write a model, or a part of one, in another layout. Nothing is written over.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a file of any layout, a part's folder, a model's folder")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="TARGET", help="folder or file to write; has to be new"
+    )
+    parser.add_argument("--to", required=True, choices=("diffusers", "int8", "original"), help="layout to write")
+    _add_dtype(parser)
+    _add_part(parser)
+    parser.set_defaults(run=convert)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is not int8; default: that of the files")
+
+
+def _add_part(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part", choices=("transformer", "vae", "text_encoder"), help="which part, where there are several"
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
+    )
+    add_json(parser)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Write a model folder with an int8 transformer."""
+    import torch
+
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
+
+    source, target = resolve_model(args.model), Path(args.output)
+    if target.exists():
+        raise InvalidRequest("--output", f"{target} is there already; give a new folder")
+    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None)
+    nbytes = (target / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    print_result(args, {"folder": str(target), "nbytes": nbytes}, f"{target}: {nbytes} bytes")
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print what weights are; return 1 if they are damaged."""
+    from limner.images import printable
+    from limner.weights.folder import resolve_model
+    from limner.weights.inspect import inspect
+
+    report = inspect(
+        _source(args.source),
+        like=resolve_model(args.model) if args.model else None,
+        part=args.part,
+        digests=not args.no_digest,
+        verify=args.verify,
+    )
+    print_result(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
+    return int(not report.whole)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write weights in another layout."""
+    import torch
+
+    from limner.weights.convert import convert
+    from limner.weights.folder import resolve_model
+
+    target = Path(args.output)
+    nbytes = convert(
+        _source(args.source),
+        target,
+        to=args.to,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        part=args.part,
+        like=resolve_model(args.model) if args.model else None,
+    )
+    found = {"output": str(target), "layout": args.to, "nbytes": nbytes}
+    print_result(args, found, f"{target}: {nbytes} bytes of weights")
+
+
+def _source(text: str) -> Path:
+    """Return a file or folder as it is, else the folder of a hub id."""
+    from limner.weights.folder import resolve_model
+
+    return Path(text) if Path(text).exists() else resolve_model(text)

@@ -1,0 +1,103 @@
+"""From the options of a service to its application: keys, checks, limits and the signer that they name.
+
+Owns what each option means to `create_app`, and which combinations are refused. Knows no sockets, signals or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limner.errors import InvalidRequest, MissingExtra
+from limner.options import ServeOptions, ServiceOptions, default_data
+from limner.places import is_url
+from limner.server.access.keys import KeyRing, LimitPolicy, check_bind
+from limner.server.jobs.storage import check_data
+from limner.server.outbound.client import Origin, OutboundPolicy
+from limner.trust import provenance, safety
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from limner.engine.protocol import Backend
+    from limner.server.jobs.records import JobStore
+
+__all__ = ["build_app", "check_options", "keyring", "needs_extra"]
+
+
+@contextlib.contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Turn a failed import in the block into a `MissingExtra` that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(what, package=str(error.name), extra="serve") from error
+
+
+def check_options(options: ServeOptions) -> None:
+    """Raise `InvalidRequest` and `MissingExtra` for what is wrong whatever the model; nothing is loaded or connected."""
+    check_bind(options.host, keyring(options))
+    check_data(options.storage)
+    _allowed_origins(options)
+
+
+def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs: JobStore | None = None) -> FastAPI:
+    """Return the application over an engine. Raises `LimnerError` for what the options get wrong."""
+    with needs_extra("limner serve"):
+        from limner.server.app import create_app
+        from limner.server.http.service import ServeSettings
+        from limner.server.jobs.runner import RunnerSettings
+
+    return create_app(
+        engine=engine,
+        keyring=keyring(options),
+        checks=safety.no_checks() if options.unsafe_no_checks else safety.default_checks(terms=options.terms),
+        settings=ServeSettings(
+            data=options.storage,
+            public_url=options.public_url,
+            fetch_urls=options.fetch_urls,
+            outbound=OutboundPolicy(allowed=_allowed_origins(options)),
+            limits=LimitPolicy(
+                requests_per_minute=options.requests_per_minute,
+                burst=max(1, round(options.requests_per_minute)),
+                concurrent=options.concurrent,
+            ),
+            runner=RunnerSettings(
+                keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
+            ),
+            model_name=model_name,
+        ),
+        signer=_signer(options),
+        jobs=jobs,
+    )
+
+
+def keyring(options: ServiceOptions) -> KeyRing:
+    """Return the keys of the file, else those of $LIMNER_KEYS, else a ring that is open. Raises `InvalidRequest`."""
+    if options.keys is not None:
+        return KeyRing.from_file(options.keys)
+    value = os.environ.get("LIMNER_KEYS")
+    return KeyRing.from_environment(value) if value else KeyRing.open()
+
+
+def _allowed_origins(options: ServiceOptions) -> frozenset[Origin]:
+    try:
+        return frozenset(Origin.parse(text) for text in options.allow_origins)
+    except ValueError as error:
+        raise InvalidRequest("--allow-origin", str(error)) from None
+
+
+def _signer(options: ServiceOptions) -> provenance.Signer | None:
+    if options.c2pa_development:
+        if options.c2pa_certificate:
+            raise InvalidRequest("--c2pa-development", "a certificate is given as well; give one of them")
+        folder = default_data() if is_url(options.storage) else options.storage
+        return provenance.development_credentials(Path(folder) / "c2pa-development")
+    if (options.c2pa_certificate is None) != (options.c2pa_key is None):
+        raise InvalidRequest("--c2pa-certificate", "needs --c2pa-key, and the other way round")
+    if options.c2pa_certificate is None or options.c2pa_key is None:
+        return None
+    return provenance.Signer.from_files(options.c2pa_certificate, options.c2pa_key)
