@@ -24,9 +24,12 @@ from limner.errors import InvalidRequest, MissingExtra, OutputError
 from limner.files import write_file
 from limner.pipeline import Pipeline
 from limner.places import is_url
-from limner.server.access.keys import KeyRing, LimitPolicy, check_bind, new_key
-from limner.server.jobs.storage import StorageInUse, StorageUnavailable, check_data
-from limner.server.outbound.client import Origin, OutboundPolicy
+from limner.server.access.keys import KeyRing, check_bind, new_key
+from limner.server.access.limits import LimitPolicy
+from limner.server.jobs.open import check_data
+from limner.server.jobs.storage import StorageInUse, StorageUnavailable
+from limner.server.outbound.policy import OutboundPolicy
+from limner.server.outbound.urls import Origin
 from limner.trust import provenance, safety
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from limner.engine.protocol import Backend
-    from limner.server.jobs.records import JobStore
+    from limner.server.jobs.store import JobStore
 
 __all__ = [
     "ServeOptions",
@@ -113,7 +116,7 @@ def open_jobs(options: ServeOptions) -> JobStore:
     with needs_extra("limner serve"):
         import uvicorn  # noqa: F401  # before anything is held
 
-        from limner.server.jobs.records import JobStore
+        from limner.server.jobs.store import JobStore
     told = False
     while True:
         try:
@@ -176,8 +179,8 @@ def build_app(engine: Backend, options: ServeOptions, *, model_name: str, jobs: 
     """The application that options ask for, over an engine. Raises what the options get wrong."""
     with needs_extra("limner serve"):
         from limner.server.app import create_app
-        from limner.server.http.service import ServeSettings
-        from limner.server.jobs.runner import RunnerSettings
+        from limner.server.http.settings import ServeSettings
+        from limner.server.jobs.settings import RunnerSettings
 
     return create_app(
         engine=engine,
