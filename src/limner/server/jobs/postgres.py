@@ -227,7 +227,7 @@ class PostgresStorage:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A lost connection undoes the transaction. If it is lost during the commit, the server is asked what happened."""
+        """A lost connection undoes the transaction. If it is lost during the commit, the status is queried afterwards."""
         with self.lock:
             self._run("written", "BEGIN", ())
             db, self._in_transaction = self._db, True

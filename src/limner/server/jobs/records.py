@@ -118,7 +118,7 @@ class Handle:
 
 
 def edit_request(job: Job, references: tuple[PreparedReference, ...]) -> EditRequest:
-    """Return what the engine is asked for: the one way from a job of any dialect to the model."""
+    """Return the request to the engine: the one way from a job of any dialect to the model."""
     return EditRequest(
         prompt=job.prompt,
         seeds=job.seeds,

@@ -1,4 +1,4 @@
-"""How long jobs and results are kept, how a shutdown waits, and how webhooks are repeated."""
+"""How long jobs and results are stored, how a shutdown waits, and how webhooks are repeated."""
 
 from __future__ import annotations
 
