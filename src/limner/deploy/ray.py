@@ -45,8 +45,8 @@ from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest, LimnerError, OutputError, RemoteError
 from limner.memory import parse_bytes
 from limner.places import absolute, check_store, is_url
-from limner.server.http.limits import LoopbackCallers
 from limner.server.http.errors import error_body
+from limner.server.http.limits import LoopbackCallers
 from limner.server.jobs.storage import StorageInUse
 from limner.server.run import ServeOptions, build_app, check_options, default_data, log_own
 from limner.store import ReferenceStore, StoreStats
