@@ -424,9 +424,10 @@ def judge(send: Callable[[], int], case: Case) -> dict[str, Any]:
 def main() -> None:
     from limner import Pipeline, bench
     from limner.engine import Engine
-    from limner.server.access.keys import KeyRing, LimitPolicy
+    from limner.server.access.keys import KeyRing
+    from limner.server.access.limits import LimitPolicy
     from limner.server.app import create_app
-    from limner.server.http.service import ServeSettings
+    from limner.server.http.settings import ServeSettings
     from limner.server.run import make_server
     from limner.trust import safety
 

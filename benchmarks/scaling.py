@@ -37,7 +37,11 @@ def model_teraflop(config: TransformerConfig, case: BenchCase, engine: str) -> f
     """Return the operations that a case needs, in 10^12."""
     num_ref = sum(h * w for h, w in case.reference_grids)
     num_own = case.num_text + case.grid[0] * case.grid[1]
-    steps = step_flops(config, num_own=num_own, num_ref=num_ref, num_txt=case.num_text) * case.num_steps * case.batch
+    steps = (
+        step_flops(config, num_own=num_own, num_ref=num_ref, num_txt=case.num_text)
+        * case.num_inference_steps
+        * case.batch
+    )
     return (steps + (prefill_flops(config, num_ref=num_ref) if engine == "cold" else 0)) / 1e12
 
 

@@ -14,7 +14,7 @@ from limner import Pipeline
 from limner.engine import Engine
 from limner.server.access.keys import KeyRing
 from limner.server.app import create_app
-from limner.server.http.service import ServeSettings
+from limner.server.http.settings import ServeSettings
 from limner.trust.safety import no_checks
 
 FILE = Path(__file__).with_suffix(".json")

@@ -110,7 +110,7 @@ class Model(nn.Module):
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
         """The tokens that 4 steps give, (B, S, C)."""
         given = self.encode(batch)
-        sigmas = Schedule().sigmas(noise.shape[1], num_steps=NUM_STEPS)
+        sigmas = Schedule().sigmas(noise.shape[1], num_inference_steps=NUM_STEPS)
         x = noise
         for sigma, after in pairwise(sigmas):
             x = euler_step(x, self.transformer(x, sigma=sigma, **given), sigma=sigma, next_sigma=after)
@@ -192,12 +192,12 @@ class Batches:
 
 
 def last_level(num_tokens: int) -> float:
-    return Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[-2].item()
+    return Schedule().sigmas(num_tokens, num_inference_steps=NUM_STEPS)[-2].item()
 
 
 def draw_sigma(generator: torch.Generator, num: int, num_tokens: int) -> Tensor:
     """Mostly the later levels of a 4-step run, the last, which makes the picture, most often; the rest between."""
-    levels = Schedule().sigmas(num_tokens, num_steps=NUM_STEPS)[1:-1]
+    levels = Schedule().sigmas(num_tokens, num_inference_steps=NUM_STEPS)[1:-1]
     run = levels[torch.multinomial(torch.tensor(LATER_SHARES), num, replacement=True, generator=generator)]
     spread = 1 - (1 - 0.5 * levels.min()) * torch.rand(num, generator=generator)
     return torch.where(torch.rand(num, generator=generator) < 0.88, run, spread)

@@ -54,7 +54,7 @@ class BenchCase:
     reference_side: int = 512
     batch: int = 1
     num_text: int = 512
-    num_steps: int = 4
+    num_inference_steps: int = 4
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -228,7 +228,9 @@ class Bench:
             "ref_ids": ref_ids,
             "img_ids": image_ids(case.grid),
             "txt_ids": text_ids(case.num_text),
-            "sigmas": Schedule().sigmas(case.grid[0] * case.grid[1], num_steps=case.num_steps).to(self.device),
+            "sigmas": Schedule()
+            .sigmas(case.grid[0] * case.grid[1], num_inference_steps=case.num_inference_steps)
+            .to(self.device),
         }
 
     @torch.no_grad()
@@ -238,7 +240,7 @@ class Bench:
         both_ids = torch.cat([given["ref_ids"], given["img_ids"]]).to(self.device)
         txt, ref = (given[name].expand(case.batch, -1, -1) for name in ("txt", "ref"))
         latents, cache, num_img = given["noise"], None, given["noise"].shape[1]
-        for i in range(case.num_steps):
+        for i in range(case.num_inference_steps):
             t = given["sigmas"][i].to(self.dtype).expand(case.batch)
             if cached and i > 0:
                 velocity = self._theirs(
@@ -266,7 +268,7 @@ class Bench:
         latents = given["noise"].float()
         txt = given["txt"].expand(case.batch, -1, -1)
         rope = model.rope(torch.cat([given["txt_ids"], given["img_ids"]]))
-        for i in range(case.num_steps):
+        for i in range(case.num_inference_steps):
             # the level in the dtype of the model, as diffusers has it, so that results can be compared
             velocity = model(
                 latents.to(self.dtype),
@@ -343,7 +345,7 @@ class Bench:
         """Return the operations of all steps, and a second those of warm steps and of one plain product."""
         num_own = case.grid[0] * case.grid[1] + case.num_text
         step = step_flops(self.config, num_own=num_own, num_ref=num_ref, num_txt=case.num_text)
-        flops = step * case.batch * case.num_steps
+        flops = step * case.batch * case.num_inference_steps
         rates = {"step_teraflop": round(flops / 1e12, 4)}
         if "warm" in seconds:
             rates["warm_gflops"] = round(flops / seconds["warm"] / 1e9, 1)

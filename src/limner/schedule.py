@@ -27,14 +27,14 @@ _LONG = 4300
 """Above this many tokens mu no longer depends on the number of steps."""
 
 
-def empirical_mu(num_tokens: int, *, num_steps: int) -> float:
-    """Return mu, the exponent of the time shift, for `num_tokens` output tokens and `num_steps` steps."""
+def empirical_mu(num_tokens: int, *, num_inference_steps: int) -> float:
+    """Return mu, the exponent of the time shift, for `num_tokens` output tokens and `num_inference_steps` steps."""
     m_200 = _SLOPE_200 * num_tokens + _OFFSET_200
     if num_tokens > _LONG:
         return m_200
     m_10 = _SLOPE_10 * num_tokens + _OFFSET_10
     a = (m_200 - m_10) / 190.0
-    return a * num_steps + (m_200 - 200.0 * a)
+    return a * num_inference_steps + (m_200 - 200.0 * a)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +69,18 @@ class Schedule:
             raise CheckpointError(f"{where}: shift={static!r} has to be a number over 0")
         return cls(dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(static))
 
-    def sigmas(self, num_tokens: int, *, num_steps: int, custom: Sequence[float] | None = None) -> Tensor:
+    def sigmas(self, num_tokens: int, *, num_inference_steps: int, custom: Sequence[float] | None = None) -> Tensor:
         """Return the noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
 
-        `custom` replaces linspace(1, 1/num_steps, num_steps) before the shift, as in diffusers; mu still depends on
-        `num_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
+        `custom` replaces linspace(1, 1/num_inference_steps, num_inference_steps) before the shift, as in diffusers; mu still depends on
+        `num_inference_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
-        if not 1 <= num_steps <= MAX_STEPS:
-            raise InvalidRequest("num_inference_steps", f"{num_steps} is not within 1 to {MAX_STEPS}; klein takes 4")
+        if not 1 <= num_inference_steps <= MAX_STEPS:
+            raise InvalidRequest(
+                "num_inference_steps", f"{num_inference_steps} is not within 1 to {MAX_STEPS}; klein takes 4"
+            )
         if custom is None:
-            levels = np.linspace(1.0, 1 / num_steps, num_steps)
+            levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         else:
             try:
                 levels = np.asarray(custom, dtype=np.float64)
@@ -91,7 +93,7 @@ class Schedule:
                 raise InvalidRequest("sigmas", f"{custom!r} has to fall strictly within (0, 1], for example [1.0, 0.5]")
         levels = levels.astype(np.float32)
         if self.dynamic:
-            e_mu = math.exp(empirical_mu(num_tokens, num_steps=num_steps))
+            e_mu = math.exp(empirical_mu(num_tokens, num_inference_steps=num_inference_steps))
             levels = e_mu / (e_mu + (1 / levels - 1))
         else:
             levels = self.static_shift * levels / (1 + (self.static_shift - 1) * levels)

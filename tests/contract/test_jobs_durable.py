@@ -25,9 +25,9 @@ from tests.support.tiny import Gate
 from limner import Pipeline
 from limner.errors import OutputError
 from limner.server import run
-from limner.server.jobs.records import JobStore
-from limner.server.jobs.runner import RunnerSettings
+from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.storage import StorageInUse
+from limner.server.jobs.store import JobStore
 from limner.server.logs import log_everything
 
 KEY = {"Idempotency-Key": "once"}
@@ -248,15 +248,15 @@ def test_a_watcher_who_goes_away_is_forgotten(served: Served, monkeypatch: pytes
     with served.http.stream("GET", f"/v1/jobs/{id_}/events") as answer:
         lines = answer.iter_lines()
         next(lines)
-        assert len(live.watchers) == 1
+        assert len(live.feed.watchers) == 1
     end = time.monotonic() + 60
-    while live.watchers:
+    while live.feed.watchers:
         assert time.monotonic() < end
         time.sleep(0.02)
     gate.open()
     served.poll(id_)
     assert not served.service.runner._live
-    assert not served.service.runner._ways
+    assert len(served.service.runner._tasks) == 0
 
 
 def test_a_disk_that_fails_accepts_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

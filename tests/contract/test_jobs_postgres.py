@@ -16,7 +16,7 @@ from limner import Pipeline
 from limner.server.jobs import postgres
 from limner.server.jobs import runner as running
 from limner.server.jobs.records import Job
-from limner.server.jobs.runner import RunnerSettings
+from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.storage import StorageUnavailable
 
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason=WHY)
@@ -75,7 +75,7 @@ def test_a_database_that_stops_loses_no_job(server: Server, pipe: Pipeline, monk
 def test_a_job_whose_caller_heard_of_a_failure_is_not_left_behind(
     server: Server, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "_LEFT_SECONDS", 0.2)
+    monkeypatch.setattr(running, "_LOST_SECONDS", 0.2)
     with Served(pipe, server.url(), runner=RunnerSettings(clean_every=0.1)) as served:
         add, made = served.service.jobs.add, []
 
@@ -88,12 +88,12 @@ def test_a_job_whose_caller_heard_of_a_failure_is_not_left_behind(
         assert served.http.post("/v1/edit", json={"prompt": "a", **SIZE}).status_code == 503
         monkeypatch.setattr(served.service.jobs, "add", add)
         assert served.poll(made[0])["status"] == "Ready"
-        monkeypatch.setattr(running, "_LEFT_SECONDS", 1000.0)
+        monkeypatch.setattr(running, "_LOST_SECONDS", 1000.0)
         monkeypatch.setattr(served.service.jobs, "add", unheard)
         body, key = {"prompt": "a", **SIZE}, {"Idempotency-Key": "once"}
         assert served.http.post("/v1/edit", json=body, headers=key).status_code == 503
         monkeypatch.setattr(served.service.jobs, "add", add)
         assert served.http.post("/v1/edit", json=body, headers=key).json()["id"] == made[1]
         assert served.poll(made[1])["status"] == "Ready"  # at once where it is asked for again
-        assert served.service.runner._coming == 0
+        assert served.service.runner._num_admitted == 0
         assert served.service.limiter.num_owners <= 1

@@ -21,7 +21,7 @@ from tests.support.tiny import Gate
 from limner import Pipeline
 from limner.engine import Engine
 from limner.model.preview import LatentPreview
-from limner.server.access.keys import LimitPolicy
+from limner.server.access.limits import LimitPolicy
 from limner.trust.safety import Checks
 
 

@@ -111,7 +111,7 @@ def test_it_can_be_listed_read_and_deleted(served: Served) -> None:
     one = served.http.get(f"/v1/references/{first['id']}").json()
     assert one["cache"] == "memory"
     picture = served.http.get(f"/v1/references/{first['id']}/1.png")
-    wanted = prepare_reference(png(96, 64, seed=1), policy=served.service.policy)
+    wanted = prepare_reference(png(96, 64, seed=1), policy=served.service.engine.model.reference_policy)
     assert opened(picture.content).tobytes() == wanted.data
     for number in ("0", "2", "-1", "9" * 5000, "x"):
         assert served.http.get(f"/v1/references/{first['id']}/{number}.png").status_code in (404, 422)

@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.support.serving import Served, png, text
 
 from limner import Pipeline
-from limner.server.access.keys import LimitPolicy
+from limner.server.access.limits import LimitPolicy
 
 FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 EXAMPLES = int(os.environ.get("LIMNER_FUZZ", "0"))

@@ -12,7 +12,15 @@ from typing import Any
 
 import httpcore2
 
+from limner.server.outbound.client import OutboundClient
+from limner.server.outbound.pictures import fetch_picture
+from limner.server.outbound.policy import OutboundPolicy
+
 PUBLIC, PUBLIC_6 = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
+GOOD = "https://pictures.example.org/a.png"
+"""A URL that the network below knows."""
+MAX = 10_000
+"""Bytes that a picture may have."""
 FILE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20
 
 
@@ -119,3 +127,15 @@ async def serving(
     server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
     async with server:
         yield server.sockets[0].getsockname()[1]
+
+
+def fetch(url: str, network: Network, *, max_bytes: int = MAX, **policy: Any) -> bytes:
+    """Fetch a picture over a network that is not there."""
+
+    async def run() -> bytes:
+        client = OutboundClient(
+            OutboundPolicy(**policy), resolver=network.resolve, connector=network, ssl_context=default_context()
+        )
+        return await fetch_picture(url, client=client, max_bytes=max_bytes)
+
+    return asyncio.run(run())

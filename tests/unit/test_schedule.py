@@ -16,22 +16,24 @@ from limner.schedule import Schedule, empirical_mu, euler_step
 
 def test_published_levels_of_klein() -> None:
     """4 steps at 1024x1024 (4096 tokens)."""
-    levels = Schedule().sigmas(4096, num_steps=4)
+    levels = Schedule().sigmas(4096, num_inference_steps=4)
     assert [round(x, 4) for x in levels.tolist()] == [1.0, 0.9674, 0.9081, 0.7672, 0.0]
 
 
 @pytest.mark.parametrize("num_tokens", [16, 64, 1024, 4096, 4300, 4301, 16384])
 @pytest.mark.parametrize("num_steps", [1, 4, 50])
 @pytest.mark.parametrize("static", [False, True])
-def test_same_bits_as_diffusers(num_tokens: int, num_steps: int, static: bool) -> None:
+def test_same_bits_as_diffusers(num_tokens: int, num_inference_steps: int, static: bool) -> None:
     config = {"use_dynamic_shifting": not static, "shift": 3.0}
     theirs = FlowMatchEulerDiscreteScheduler(**config)
-    mu = compute_empirical_mu(num_tokens, num_steps)
-    assert empirical_mu(num_tokens, num_steps=num_steps) == mu
+    mu = compute_empirical_mu(num_tokens, num_inference_steps)
+    assert empirical_mu(num_tokens, num_inference_steps=num_inference_steps) == mu
     for custom in (None, [0.9, 0.5, 0.05]):
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps) if custom is None else custom
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps) if custom is None else custom
         theirs.set_timesteps(sigmas=sigmas, mu=mu)
-        ours = Schedule.from_diffusers(config).sigmas(num_tokens, num_steps=num_steps, custom=custom)
+        ours = Schedule.from_diffusers(config).sigmas(
+            num_tokens, num_inference_steps=num_inference_steps, custom=custom
+        )
         assert torch.equal(ours, theirs.sigmas)
 
 
@@ -48,7 +50,7 @@ def test_euler_step() -> None:
 @pytest.mark.parametrize("custom", [[], [0.5, 0.5], [0.2, 0.5], [1.1, 0.5], [1.0, 0.0], [float("nan")]])
 def test_refuses_levels(custom: list[float]) -> None:
     with pytest.raises(InvalidRequest, match="sigmas"):
-        Schedule().sigmas(64, num_steps=4, custom=custom)
+        Schedule().sigmas(64, num_inference_steps=4, custom=custom)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def _draw(
     references = References.load(pack) if pack else None
     store = open_optional_store(from_args(StoreOptions, args))
     with contextlib.closing(
-        DrawProgress(num_steps=args.steps, references=bool(prepared), silent=not process.writes)
+        DrawProgress(num_inference_steps=args.steps, references=bool(prepared), silent=not process.writes)
     ) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
         request = _request(args, prepared)

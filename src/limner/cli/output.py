@@ -23,10 +23,16 @@ def print_result(args: argparse.Namespace, found: Mapping[str, Any], line: str) 
 class DrawProgress:
     """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
 
-    def __init__(self, *, num_steps: int, references: bool, silent: bool = False) -> None:
+    def __init__(self, *, num_inference_steps: int, references: bool, silent: bool = False) -> None:
         from tqdm import tqdm
 
-        self._weights = {"load": 3, "text": 1, "references": 1 if references else 0, "step": num_steps, "decode": 1}
+        self._weights = {
+            "load": 3,
+            "text": 1,
+            "references": 1 if references else 0,
+            "step": num_inference_steps,
+            "decode": 1,
+        }
         self._bar = tqdm(total=sum(self._weights.values()), disable=silent or not sys.stderr.isatty(), leave=False)
 
     def __call__(self, part: str, done: int, of: int) -> None:

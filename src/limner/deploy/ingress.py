@@ -23,8 +23,8 @@ from limner.deploy.remote import LostReplica, RemoteEngine
 from limner.engine import EditRequest, Event, Failed, Finished, ModelCard, Prefilled, PrefillRequest
 from limner.errors import InvalidRequest, RemoteError, first_line
 from limner.server.application import build_app
+from limner.server.http.errors import error_body
 from limner.server.http.limits import LoopbackCallers
-from limner.server.http.wire import error_body
 from limner.server.jobs.storage import StorageInUse
 from limner.server.logs import log_own
 from limner.store import StoreStats

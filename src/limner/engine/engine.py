@@ -240,14 +240,14 @@ class Engine:
 
     def _draw(self, batch: list[Job], requests: list[EditRequest], start: float) -> None:
         """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
-        rows, num_steps = Rows(batch), requests[0].num_inference_steps
+        rows, num_inference_steps = Rows(batch), requests[0].num_inference_steps
 
         def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             stay = self._drop_stopped(rows)
-            with_previews = self._previews and step + 1 < num_steps
+            with_previews = self._previews and step + 1 < num_inference_steps
             previews = to_pil(tensors["preview"][stay]) if with_previews else []
             for job, own in rows.split(previews):
-                job.tell(Progress(step + 1, num_steps, own))
+                job.tell(Progress(step + 1, num_inference_steps, own))
             return {} if len(stay) == len(tensors["latents"]) else {"rows": stay}
 
         try:

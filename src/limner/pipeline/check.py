@@ -91,7 +91,7 @@ class ArgumentChecker:
         loras = networks.adapters.applied
         self.prefiller.admission.check_free(num_ref=0, num_own=workload.num_own, batch=batch)
         self.prefiller.admission.check_limit(workload)
-        levels = self.schedule.sigmas(num_tokens(size), num_steps=num_inference_steps, custom=sigmas)
+        levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         if self.sizes and size not in self.sizes:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)

@@ -1,6 +1,6 @@
-"""The ASGI application: the parts of a server put together, errors in the dialect of their path, health and metrics.
+"""The ASGI application: the parts of a server put together, errors in the dialect of their path, health.
 
-Owns the life of the parts and what holds for all routes. The routes of the dialects live in their own modules.
+Owns the life of the parts and what holds for all routes. The routes of the dialects are in modules of their own.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner import __version__
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
-from limner.server.access.keys import KeyRing, Limiter
-from limner.server.dialects import bfl, openai_images, page, resources
+from limner.server.access.keys import KeyRing
+from limner.server.access.limits import Limiter
+from limner.server.dialects import bfl, openai_images, page, references, results
+from limner.server.dialects import jobs as job_routes
+from limner.server.dialects.job_view import as_result
+from limner.server.http.errors import ERRORS, INTERNAL, answer_of, error_body, is_openai
 from limner.server.http.limits import BodyLimits, LocalCallers
 from limner.server.http.metrics import Metrics
-from limner.server.http.service import KEYS, ServeSettings, Service
-from limner.server.http.wire import ERRORS, INTERNAL, SafeJSON, answer_of, error_body, is_openai
-from limner.server.jobs.records import Job, JobStore
-from limner.server.jobs.runner import JobRunner
+from limner.server.http.pictures import PictureReader
+from limner.server.http.result_urls import ResultUrls
+from limner.server.http.service import KEYS, Service
+from limner.server.http.settings import ServeSettings
+from limner.server.http.wire import SafeJSON
+from limner.server.jobs.records import Job
+from limner.server.jobs.store import JobStore
+from limner.server.jobs.work import JobWork
 from limner.server.outbound.client import OutboundClient
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks
@@ -51,79 +59,96 @@ def create_app(
     outbound: OutboundClient | None = None,
     webhook_client: OutboundClient | None = None,
 ) -> FastAPI:
-    """The application over an engine. Serving starts its jobs and stopping drains them; it is served once.
+    """Return the application over an engine. Serving starts its jobs, stopping drains them; it can be served once.
 
-    `jobs` are those of `settings.data`, where they are open already; they are closed when it stops.
-    `outbound` and `webhook_client` are what URLs of callers are asked with: pictures, and receivers, which may be slow
-    and are not to hold up pictures.
+    `jobs` are those of `settings.data`, if they are open already; they are closed when the application stops.
+    `outbound` fetches pictures by URL. `webhook_client` calls the receivers of webhooks, which may be slow and must not
+    hold up pictures.
     """
     jobs = jobs or JobStore(settings.data)
-    limiter = Limiter(settings.limits)
     outbound = outbound or OutboundClient(settings.outbound)
     webhook_client = webhook_client or OutboundClient(settings.outbound)
-    runner = JobRunner(
+    limiter, urls = Limiter(settings.limits), ResultUrls(jobs.secret)
+
+    def describe(job: Job) -> dict[str, Any]:
+        base = settings.public_url or job.options.base_url or ""
+        return as_result(job, urls.of(job, base.rstrip("/")), None)
+
+    work = JobWork.build(
         engine=engine,
         jobs=jobs,
         limiter=limiter,
         checks=checks,
-        settings=settings.runner,
         signer=signer,
-        outbound=webhook_client if settings.webhooks else None,
+        webhook_client=webhook_client if settings.webhooks else None,
+        describe=describe,
+        settings=settings.runner,
     )
     service = Service(
-        engine=engine, jobs=jobs, runner=runner, keyring=keyring, limiter=limiter, settings=settings, outbound=outbound
+        engine=engine,
+        jobs=jobs,
+        runner=work.runner,
+        prefills=work.prefills,
+        moderation=work.moderation,
+        offload=work.offload,
+        pictures=PictureReader(engine=engine, offload=work.offload, settings=settings, outbound=outbound),
+        urls=urls,
+        keyring=keyring,
+        limiter=limiter,
+        settings=settings,
+        outbound=outbound,
     )
-    metrics = Metrics(engine=engine, jobs=jobs, runner=runner)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        def describe(job: Job) -> dict[str, Any]:
-            base = settings.public_url or job.options.get("base_url", "")
-            return bfl.as_result(job, service.result_urls(job, base.rstrip("/")), None)
-
-        runner.describe = describe
-        await runner.start()
+        await work.start()
         service.ready = True
         try:
             yield
         finally:
             service.refuse()
-            await runner.stop()
+            await work.stop()
             outbound.close()
             webhook_client.close()
             jobs.close()
 
+    return _application(service, Metrics(engine=engine, jobs=jobs, runner=work.runner), lifespan)
+
+
+def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]) -> FastAPI:
+    """Return the application over the parts: routes, errors and middlewares."""
+    settings = service.settings
     app = FastAPI(
         title="Limner",
         version=__version__,
         summary="Draw and edit pictures; the K/V of references are computed once and kept.",
         lifespan=lifespan,
         default_response_class=SafeJSON,
-        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
-        docs_url=None,  # the usual page for it fetches scripts from elsewhere
+        generate_unique_id_function=lambda route: route.name,  # the names in generated clients
+        docs_url=None,  # FastAPI's page for it fetches scripts from elsewhere
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (bfl.routes, openai_images.routes, resources.routes, resources.results, page.routes):
-        app.include_router(routes(service))
-    _health(app, service, metrics)
-    _errors(app)
-    _document(app)
+    for routes in (bfl, openai_images, references, job_routes, results, page):
+        app.include_router(routes.routes(service))
+    _add_health(app, service, metrics)
+    _add_errors(app)
+    _add_document(app)
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
         max_buffered=settings.max_buffered_bytes,
         seconds=settings.body_seconds,
-        check_key=keyring.identify,
+        check_key=service.keyring.identify,
         error_body=error_body,
     )
-    if keyring.is_open:
+    if service.keyring.is_open:
         app.add_middleware(LocalCallers, error_body=error_body)
     app.add_middleware(_Observed, metrics=metrics)
     return app
 
 
-def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["health"], summary="Whether the process answers")
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": __version__}
@@ -137,7 +162,7 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             problem = "starting or shutting down"
         else:
             try:
-                await service.runner.store(service.jobs.counts)
+                await service.offload.store(service.jobs.counts)
             except LimnerError as error:
                 _logger.warning("not ready: %s", error)
                 problem = "the job store fails"
@@ -158,24 +183,24 @@ def _health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return Response(body, headers={"content-type": kind})
 
 
-def _document(app: FastAPI) -> None:
-    """The OpenAPI document, without the 422 that FastAPI writes to every route: the OpenAI dialect says 400."""
-    made = app.openapi
+def _add_document(app: FastAPI) -> None:
+    """Give the OpenAPI document without the 422 that FastAPI adds to every route: the OpenAI dialect answers 400."""
+    full = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            for path, operations in made()["paths"].items():
+            for path, operations in full()["paths"].items():
                 for operation in operations.values() if is_openai(path) else ():
                     operation["responses"].pop("422", None)
-            schemas = made()["components"]["schemas"]
+            schemas = full()["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-        return made()
+        return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(LimnerError)
     async def known(request: Request, error: LimnerError) -> Response:
         status, body, headers = answer_of(request.url.path, error)
@@ -189,7 +214,9 @@ def _errors(app: FastAPI) -> None:
             where = [] if first["type"] == "json_invalid" else [str(part) for part in first["loc"] if part != "body"]
             field = ".".join(where) or None
             return SafeJSON(error_body(path, 400, f"{field or 'body'}: {first['msg']}", field=field), status_code=400)
-        detail = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in found]  # without what was sent
+        detail = [
+            {"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in found
+        ]  # without the value that was sent
         return SafeJSON({"detail": detail}, status_code=422)
 
     @app.exception_handler(HTTPException)
@@ -204,7 +231,7 @@ def _errors(app: FastAPI) -> None:
 
 
 class _Observed:
-    """Counts and times requests, and writes a line for each to the log."""
+    """Count and time requests, and log a line for each."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -227,7 +254,7 @@ class _Observed:
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if scope["method"] in _METHODS else "other"  # callers may invent others
+            method = scope["method"] if scope["method"] in _METHODS else "other"  # callers may send any word
             self._metrics.request(method=method, route=route, status=status, seconds=seconds)
             if route not in ("/healthz", "/readyz", "/metrics"):
                 owner = scope.get("state", {}).get("owner")

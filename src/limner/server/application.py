@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 from limner.errors import InvalidRequest, MissingExtra
 from limner.options import ServeOptions, ServiceOptions, default_data
 from limner.places import is_url
-from limner.server.access.keys import KeyRing, LimitPolicy, check_bind
-from limner.server.jobs.storage import check_data
-from limner.server.outbound.client import Origin, OutboundPolicy
+from limner.server.access.keys import KeyRing, check_bind
+from limner.server.access.limits import LimitPolicy
+from limner.server.jobs.open import check_data
+from limner.server.outbound.policy import OutboundPolicy
+from limner.server.outbound.urls import Origin
 from limner.trust import provenance, safety
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from limner.engine.protocol import Backend
-    from limner.server.jobs.records import JobStore
+    from limner.server.jobs.store import JobStore
 
 __all__ = ["build_app", "check_options", "keyring", "needs_extra"]
 
@@ -48,8 +50,8 @@ def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs
     """Return the application over an engine. Raises `LimnerError` for what the options get wrong."""
     with needs_extra("limner serve"):
         from limner.server.app import create_app
-        from limner.server.http.service import ServeSettings
-        from limner.server.jobs.runner import RunnerSettings
+        from limner.server.http.settings import ServeSettings
+        from limner.server.jobs.settings import RunnerSettings
 
     return create_app(
         engine=engine,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from limner.server.jobs.records import JobStore
+    from limner.server.jobs.store import JobStore
 
 __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
@@ -77,7 +77,7 @@ def open_jobs(options: ServeOptions) -> JobStore:
     with needs_extra("limner serve"):
         import uvicorn  # noqa: F401  # before anything is held
 
-        from limner.server.jobs.records import JobStore
+        from limner.server.jobs.store import JobStore
     reported = False
     while True:
         try:

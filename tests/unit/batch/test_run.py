@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from limner.engine.model_options import ModelOptions
 from PIL import Image
 from tests.support.batches import ROWS, results, run, stop_after, write
 from tests.support.tiny import picture
 
 from limner import Pipeline
 from limner.batch import Batch, BatchOptions
-from limner.config import ReferencePolicy
+from limner.engine.load import check_model, load_pipeline
 from limner.errors import CheckpointError, InvalidRequest
 from limner.images import read_metadata
+from limner.options import ModelOptions
 
 
 def test_each_list_of_references_is_prefilled_once(folder: Path, pipe: Pipeline) -> None:
@@ -144,12 +144,10 @@ def test_rows_that_left_the_manifest_leave_the_results(
 
 
 def test_model_options_are_those_of_the_pipeline(tiny_folder: Path, folder: Path) -> None:
-    options = ModelOptions(
-        model=str(tiny_folder), dtype="bfloat16", policy=ReferencePolicy(background="white", max_pixels=4096)
-    )
+    options = ModelOptions(model=str(tiny_folder), dtype="bfloat16", background="white", max_pixels=4096)
     with Batch(BatchOptions(manifest=folder / "rows.jsonl", folder=folder / "out")) as batch:
-        pipe = options.load(store=batch.store)
+        pipe = load_pipeline(options, store=batch.store)
     assert (pipe.dtype, pipe.store) == (torch.bfloat16, batch.store)
     assert (pipe.reference_policy.background, pipe.reference_policy.max_pixels) == ("white", 4096)
     with pytest.raises(CheckpointError, match="missing.safetensors"):
-        replace(options, loras=(("missing.safetensors", 1.0),)).check()
+        check_model(replace(options, loras=(("missing.safetensors", 1.0),)))

@@ -1,13 +1,12 @@
 """The hosted dialect of the model family: submit a job, poll for its result.
 
-Owns these wire schemas and how a job looks in them. Source: the public OpenAPI document of the hosted service and its
-documentation. `references`, and in /v1/edit `num_images`, `num_inference_steps`, `priority` and `timeout`, are Limner's
-own additions.
+Owns these wire schemas. Source: the public OpenAPI document of the hosted service and its documentation. `references`,
+and in /v1/edit `num_images`, `num_inference_steps`, `priority` and `timeout`, are Limner's own additions.
 """
 
 from __future__ import annotations
 
-import base64
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -15,24 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.errors import InvalidRequest
 from limner.server.access.keys import Owner
+from limner.server.dialects.job_view import STATUSES, as_result
+from limner.server.dialects.model_names import ENDPOINTS
+from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
-from limner.server.http.wire import ERRORS, StrictRoute, cache_report
-from limner.server.jobs.records import Job, Webhook
-from limner.server.jobs.runner import Update
+from limner.server.http.wire import StrictRoute
+from limner.server.jobs.records import Job, JobRequest, Webhook
 from limner.server.jobs.webhooks import check_webhook_url
 
-__all__ = ["as_result", "routes"]
+__all__ = ["routes"]
 
-ENDPOINTS = ("flux-2-klein-9b-preview", "flux-2-klein-9b", "flux-2-klein-4b")
-"""Names of the hosted service; the model that is loaded answers under all of them."""
-STATUSES = {
-    "pending": "Pending",
-    "ready": "Ready",
-    "error": "Error",
-    "cancelled": "Error",
-    "request_moderated": "Request Moderated",
-    "content_moderated": "Content Moderated",
-}
 NUM_IMAGES = 8
 _FIELDS = ("input_image", *(f"input_image_{i}" for i in range(2, NUM_IMAGES + 1)))
 Picture = Annotated[str | None, Field(description="base64, a data URL, or a URL where the server fetches them")]
@@ -95,102 +86,9 @@ class Result(BaseModel):
     preview: dict[str, Any] | None = None
 
 
-def as_result(job: Job, urls: list[str], update: Update | None) -> dict[str, Any]:
-    """A job in the shape of get_result; `urls` are those of its pictures, `update` how far it is."""
-    answer: dict[str, Any] = {
-        "id": job.id,
-        "status": STATUSES[job.status],
-        "result": None,
-        "progress": None,
-        "details": None,
-        "preview": None,
-    }
-    if job.status == "pending":
-        answer["progress"] = 0.0 if update is None else round(update.progress, 4)
-        if update is not None:
-            answer["details"] = {"state": update.state, "step": update.step, "num_steps": update.num_steps}
-            if update.previews:
-                shown = ["data:image/png;base64," + base64.b64encode(data).decode() for data in update.previews]
-                answer["preview"] = {"images": shown}
-        return answer
-    answer["progress"] = 1.0
-    if job.status == "ready":
-        told = job.result
-        answer["result"] = {
-            "sample": urls[0],
-            "samples": urls,
-            "prompt": job.prompt,
-            "seed": told["seeds"][0],
-            "seeds": told["seeds"],
-            "start_time": job.created,
-            "end_time": job.ended,
-            "duration": (job.ended or job.created) - job.created,
-            "width": told["width"],
-            "height": told["height"],
-            "expires": job.expires,
-            "limner": cache_report(job),
-        }
-    elif "finding" in job.result:
-        finding = job.result["finding"]
-        reasons = [finding["category"]]
-        answer["details"] = {"Moderation Reasons": reasons, "reason": finding["reason"]}
-    else:
-        answer["details"] = {"error": job.result.get("error", ""), "type": job.result.get("type", "failed")}
-    return answer
-
-
-def _megapixels(*sizes: tuple[int, int]) -> float:
-    return round(sum(w * h for w, h in sizes) / 1e6, 4)
-
-
 def routes(service: Service) -> APIRouter:
-    """The routes of this dialect."""
+    """Return the routes of this dialect."""
     router = APIRouter(tags=["hosted dialect"], route_class=StrictRoute, dependencies=KEYS)
-
-    async def submit(request: Request, inputs: Inputs, owner: Owner, idempotency: str | None) -> dict[str, Any]:
-        given = {name: text for name in _FIELDS if (text := getattr(inputs, name)) is not None}
-        webhook = None
-        if inputs.webhook_url is not None:
-            if service.outbound is None or not service.settings.webhooks:
-                raise InvalidRequest("webhook_url", "webhooks are switched off on this server; poll instead")
-            check_webhook_url(inputs.webhook_url, policy=service.outbound.policy)
-            webhook = Webhook(url=inputs.webhook_url, secret=inputs.webhook_secret)
-        elif inputs.webhook_secret is not None:
-            raise InvalidRequest("webhook_secret", "needs webhook_url")
-        pictures = await service.prepare_texts(given)
-        more: dict[str, Any] = {}
-        if isinstance(inputs, EditInputs):
-            more = {
-                "num_images": inputs.num_images,
-                "num_steps": inputs.num_inference_steps,
-                "priority": inputs.priority,
-                "timeout": inputs.timeout,
-            }
-        job, _ = await service.accept(
-            owner,
-            prompt=inputs.prompt,
-            seed=inputs.seed,
-            pictures=pictures,
-            references=inputs.references,
-            idempotency=idempotency,
-            width=inputs.width or None,
-            height=inputs.height or None,
-            tolerance=inputs.safety_tolerance,
-            output_format=inputs.output_format or "jpeg",
-            webhook=webhook,
-            options={"base_url": service.base_url(request)} if webhook else {},
-            **more,
-        )
-        if webhook is not None:
-            return {"id": job.id, "status": STATUSES[job.status], "webhook_url": webhook.url}
-        sizes = [report.processed_size for report in job.references]
-        return {
-            "id": job.id,
-            "polling_url": f"{service.base_url(request)}/v1/get_result?id={job.id}",
-            "input_mp": _megapixels(*sizes),
-            "output_mp": _megapixels((job.width or 0, job.height or 0)) * len(job.seeds),
-        }
-
     key = Header(None, alias="Idempotency-Key", max_length=255)
 
     def add(name: str) -> None:
@@ -205,7 +103,7 @@ def routes(service: Service) -> APIRouter:
         async def hosted(
             request: Request, inputs: Inputs, owner: Owner = Depends(service.paying), idempotency: str | None = key
         ) -> dict[str, Any]:
-            return await submit(request, inputs, owner, idempotency)
+            return await _submit(service, request, inputs, owner, idempotency)
 
     for name in ENDPOINTS:
         add(name)
@@ -220,7 +118,7 @@ def routes(service: Service) -> APIRouter:
     async def edit(
         request: Request, inputs: EditInputs, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> dict[str, Any]:
-        return await submit(request, inputs, owner, idempotency)
+        return await _submit(service, request, inputs, owner, idempotency)
 
     @router.get(
         "/v1/get_result",
@@ -231,11 +129,68 @@ def routes(service: Service) -> APIRouter:
     async def get_result(
         request: Request, response: Response, owner: Owner = Depends(service.owner), id: str = Query(max_length=200)
     ) -> dict[str, Any]:
-        job = await service.runner.store(service.jobs.get, id, owner=owner.id)
+        job = await service.offload.store(service.jobs.get, id, owner=owner.id)
         if job is None:
             response.status_code = 404
             return {"id": id, "status": "Task not found"}
         update = service.runner.update(id) if job.status == "pending" else None
-        return as_result(job, service.result_urls(job, service.base_url(request)), update)
+        return as_result(job, service.urls.of(job, service.base_url(request)), update)
 
     return router
+
+
+async def _submit(
+    service: Service, request: Request, inputs: Inputs, owner: Owner, idempotency: str | None
+) -> dict[str, Any]:
+    webhook = _webhook(service, inputs)
+    texts = {name: text for name in _FIELDS if (text := getattr(inputs, name)) is not None}
+    job_request = JobRequest(
+        prompt=inputs.prompt,
+        seed=inputs.seed,
+        pictures=await service.pictures.read_texts(texts),
+        handle=inputs.references,
+        idempotency=idempotency,
+        width=inputs.width or None,
+        height=inputs.height or None,
+        tolerance=inputs.safety_tolerance,
+        output_format=inputs.output_format or "jpeg",
+        webhook=webhook,
+        base_url=service.base_url(request) if webhook else None,
+    )
+    if isinstance(inputs, EditInputs):
+        job_request = replace(
+            job_request,
+            num_images=inputs.num_images,
+            num_inference_steps=inputs.num_inference_steps,
+            priority=inputs.priority,
+            timeout=inputs.timeout,
+        )
+    job, _ = await service.accept(owner, job_request)
+    if webhook is not None:
+        return {"id": job.id, "status": STATUSES[job.status], "webhook_url": webhook.url}
+    return _submitted(job, service.base_url(request))
+
+
+def _webhook(service: Service, inputs: Inputs) -> Webhook | None:
+    if inputs.webhook_url is None:
+        if inputs.webhook_secret is not None:
+            raise InvalidRequest("webhook_secret", "needs webhook_url")
+        return None
+    if service.outbound is None or not service.settings.webhooks:
+        raise InvalidRequest("webhook_url", "webhooks are switched off on this server; poll instead")
+    check_webhook_url(inputs.webhook_url, policy=service.outbound.policy)
+    return Webhook(url=inputs.webhook_url, secret=inputs.webhook_secret)
+
+
+def _submitted(job: Job, base_url: str) -> dict[str, Any]:
+    sizes = [report.processed_size for report in job.references]
+    return {
+        "id": job.id,
+        "polling_url": f"{base_url}/v1/get_result?id={job.id}",
+        "input_mp": _megapixels(*sizes),
+        "output_mp": _megapixels((job.width or 0, job.height or 0)) * len(job.seeds),
+    }
+
+
+def _megapixels(*sizes: tuple[int, int]) -> float:
+    return round(sum(w * h for w, h in sizes) / 1e6, 4)

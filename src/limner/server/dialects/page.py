@@ -1,4 +1,4 @@
-"""The page at /: static files and the sample pictures, all from this package."""
+"""The page at /: static files and sample pictures, all shipped with the package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADERS = {
 
 
 def routes(service: Service) -> APIRouter:
-    """The page and its files, none of which needs a key."""
+    """Return the routes of the page and its files, none of which needs a key."""
     router = APIRouter(include_in_schema=False)
     known = {file.name: file for file in _FILES.glob("*") if file.suffix in _TYPES}
 

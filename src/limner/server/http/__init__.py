@@ -1,1 +1,1 @@
-"""What all routes share: settings, errors as answers, limits of bodies."""
+"""What all routes share: settings, the parts of a server, errors as answers, limits of requests."""

@@ -1,7 +1,7 @@
-"""A limit of connections that holds before a request is one: how long its head may take.
+"""A time limit for the head of a request.
 
-uvicorn's HTTP/1.1 with one timer more: without it, whoever sends nothing, or a header now and then, holds a connection
-for as long as he likes.
+uvicorn's HTTP/1.1 with one more timer. Without it a client that sends nothing, or a header now and then, holds a
+connection for any time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["HEAD_SECONDS", "HastyProtocol"]
 
 HEAD_SECONDS = 10.0
-"""From the connection, or the first byte of a further request, to the end of the head."""
+"""Seconds from the connection, or the first byte of a further request, to the end of the head."""
 
 
 class HastyProtocol(H11Protocol):
-    """Closes a connection whose request head is not complete in time."""
+    """Close a connection whose request head is not complete in time."""
 
     head_seconds = HEAD_SECONDS
     _timer: asyncio.TimerHandle | None = None

@@ -1,7 +1,7 @@
-"""Limits of a request that hold before any route sees it: size and time of its body, a key before either, and from where.
+"""What is refused before a route sees a request: no key, a body too large or too slow, callers from elsewhere.
 
-ASGI middlewares. A body is read whole, up to a limit of its own and one over all requests, and handed on; so a route
-never waits for a slow caller, and what is refused is refused early.
+ASGI middlewares. A body is read whole, within a limit of its own and one over all requests, before the route runs, so a
+route never waits for a slow caller and refusals come early.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner.errors import AccessDenied
-from limner.server.http.wire import answer_of
+from limner.server.http.errors import answer_of
 
 __all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
 
@@ -26,7 +26,10 @@ ErrorBody = Callable[[str, int, str], Mapping[str, object]]
 
 
 class BodyLimits:
-    """`check_key(headers)` raises `AccessDenied`; `max_buffered` bytes may be in memory over all requests."""
+    """Check the key, then read the body.
+
+    `check_key(headers)` raises `AccessDenied`; `max_buffered` bytes may be in memory over all requests.
+    """
 
     def __init__(
         self,
@@ -79,22 +82,22 @@ class BodyLimits:
             except TimeoutError:
                 raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
             body = b"".join(chunks)
-            chunks.clear()  # it is not kept twice while the route works
+            chunks.clear()  # so that it is not in memory twice while the route works
             await self._app(scope, _replay(body, receive), send)
         except AccessDenied as error:
             await _refuse(send, *answer_of(scope["path"], error))
         except _Refused as refused:
-            told = self._error_body(scope["path"], refused.status, refused.message)
-            await _refuse(send, refused.status, told, {"retry-after": "1"} if refused.status == 503 else {})
+            content = self._error_body(scope["path"], refused.status, refused.message)
+            await _refuse(send, refused.status, content, {"retry-after": "1"} if refused.status == 503 else {})
         finally:
             self._buffered -= taken
 
 
 class LocalCallers:
-    """For a server without keys: refuses what a page from elsewhere makes a browser of this machine ask.
+    """For a server without keys: refuse requests that another site's page makes a browser of this machine send.
 
-    Such a page can let a name of its own point to 127.0.0.1 (`Host` is that name), or send a form across sites (`Origin`
-    is its own). Programs send neither.
+    Such a page can let a name of its own resolve to 127.0.0.1 (then `Host` is that name), or send a form across sites
+    (then `Origin` is that site). Programs send neither.
     """
 
     def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
@@ -117,9 +120,9 @@ class LocalCallers:
 
 
 class LoopbackCallers:
-    """For a server without keys behind a proxy that may listen anywhere: refuses callers from other machines.
+    """For a server without keys behind a proxy that may listen anywhere: refuse callers from other machines.
 
-    A proxy may take the caller's address from a header that the caller sent, so whoever sends one is refused.
+    A proxy may take the caller's address from a header that the caller sent, so requests with such a header are refused.
     """
 
     def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
@@ -150,9 +153,9 @@ def _is_local(url: str) -> bool:
         return False
 
 
-async def _refuse(send: Send, status: int, told: Mapping[str, object], more: Mapping[str, str]) -> None:
-    """Answers without reading what else comes, so the connection cannot be used again."""
-    body = json.dumps(told).encode()
+async def _refuse(send: Send, status: int, content: Mapping[str, object], more: Mapping[str, str]) -> None:
+    """Answer without reading the rest of the request, so the connection cannot be used again."""
+    body = json.dumps(content).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **more}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
@@ -167,7 +170,7 @@ class _Refused(Exception):
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body at once and then what else comes."""
+    """Return a `receive` that gives a whole body, then the messages that follow."""
     given = False
 
     async def again() -> Message:

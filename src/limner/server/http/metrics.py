@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server, read from its parts when they are asked for."""
+"""Prometheus metrics of a server, read from its parts at each scrape."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from limner.engine.protocol import Backend
-from limner.server.jobs.records import JobStore
 from limner.server.jobs.runner import JobRunner
+from limner.server.jobs.store import JobStore
 
 __all__ = ["Metrics"]
 
@@ -31,7 +31,7 @@ _ENGINE_COUNTERS = (
 
 
 class Metrics(Collector):
-    """One registry a server, so that several in a process do not meet."""
+    """The metrics of one server, in a registry of its own, so that several servers may share a process."""
 
     def __init__(self, *, engine: Backend, jobs: JobStore, runner: JobRunner) -> None:
         self._engine = engine
@@ -48,11 +48,11 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def request(self, *, method: str, route: str, status: int, seconds: float) -> None:
-        """Counts one HTTP request."""
+        """Count one HTTP request."""
         self._requests.labels(method, route, str(status)).observe(seconds)
 
     def text(self) -> tuple[bytes, str]:
-        """What Prometheus reads, and its content type."""
+        """Return the Prometheus text and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Metric]:

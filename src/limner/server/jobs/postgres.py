@@ -1,8 +1,8 @@
 """`Storage` in a PostgreSQL database, for services whose jobs have to outlive the machine that runs them.
 
-Rows and files are tables of the schema `limner`. An advisory lock of the session makes one process at a time hold them: it
-goes with the process or its machine, and the next one takes the jobs up. After a lost connection the storage connects
-again, and goes on only if it still has the lock or nobody has taken it meanwhile.
+Rows and files are tables of the schema `limner`. An advisory lock of the session makes one process at a time hold them.
+The lock ends with the process or its machine, and the next process continues the jobs. After a lost connection the
+storage reconnects, and continues only if it gets the lock again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError
-from limner.server.jobs.storage import Connection, StorageInUse, StorageUnavailable
+from limner.errors import InvalidRequest, LimnerError, MissingExtra, OutputError, first_line
+from limner.server.jobs.storage import Connection, Row, StorageInUse, StorageUnavailable, Value
 
 try:
     import psycopg
@@ -37,19 +37,19 @@ _DEFAULTS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20000,
     "application_name": "limner",
-    "target_session_attrs": "read-write",  # of several hosts the primary: locks of a standby are its own
+    "target_session_attrs": "read-write",  # the primary of several hosts: a standby has locks of its own
 }
 _SESSION = (
     "SET search_path TO limner",
     "SET statement_timeout = '15s'",
-    # the server hears of a machine that is gone in 25 s, and not in hours: until then it holds the lock for it
+    # the server notices within 25 s, not hours, that a machine is gone; until then the lock stays taken
     "SET tcp_keepalives_idle = 10",
     "SET tcp_keepalives_interval = 5",
     "SET tcp_keepalives_count = 3",
-    "SET tcp_user_timeout = '25s'",  # and where an answer is under way, when there are no keepalives
+    "SET tcp_user_timeout = '25s'",  # also while an answer is being sent, when there are no keepalives
 )
 _HANGS_SECONDS = 20.0
-"""A server that has not answered a statement for so long will not: it would have given it up itself before."""
+"""Longest wait for an answer: longer than `statement_timeout`, at which the server itself gives a statement up."""
 _FILES = """
 CREATE TABLE files (folder TEXT, name TEXT, data BYTEA NOT NULL, written TIMESTAMPTZ NOT NULL, PRIMARY KEY (folder, name));
 CREATE TABLE version (version INTEGER NOT NULL);
@@ -57,11 +57,11 @@ CREATE TABLE version (version INTEGER NOT NULL);
 _RECONNECT_SECONDS = 5.0
 _PAUSE = 0.25
 _AGAIN_SECONDS = 1.0
-"""After a connection that could not be made, so long no other is tried."""
+"""Pause after a failed reconnection, in which calls fail at once."""
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection that is closed where the server hangs."""
+    """A connection that is closed if the server hangs."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -76,7 +76,7 @@ class _Hangs(Exception):
 
 
 def _bounded(gen: Generator[Any, Any, _R], end: float) -> Generator[Any, Any, _R]:
-    """The steps of a statement, as psycopg takes them: now and then also where nothing has come."""
+    """Run the steps of a statement until a deadline; psycopg resumes them now and then even if nothing arrived."""
     try:
         wanted = next(gen)
         while True:
@@ -89,7 +89,7 @@ def _bounded(gen: Generator[Any, Any, _R], end: float) -> Generator[Any, Any, _R
 
 
 def check_url(url: str) -> dict[str, Any]:
-    """What a URL says, by libpq's names. Raises `InvalidRequest` that repeats nothing of it: there may be a password."""
+    """Return the parts of a URL by libpq's names. Raises `InvalidRequest` without the URL, which may hold a password."""
     try:
         return dict(conninfo.conninfo_to_dict(url))
     except psycopg.Error:
@@ -101,7 +101,7 @@ def check_url(url: str) -> dict[str, Any]:
 
 
 class PostgresStorage:
-    """`Storage` at a `postgresql://` URL, as libpq reads it; a password may come from where libpq looks for it."""
+    """`Storage` at a `postgresql://` URL, as libpq reads it; libpq may also find the password elsewhere."""
 
     def __init__(self, url: str) -> None:
         given = check_url(url)
@@ -109,16 +109,18 @@ class PostgresStorage:
         self.name = "postgresql://{}/{}".format(given.get("host", ""), given.get("dbname", ""))
         self.lock = threading.RLock()
         self._closed, self._in_transaction, self._not_before = False, False, 0.0
-        self._session: tuple[int, str] | None = None  # process and start of the server's side of a connection
+        self._session: tuple[int, str] | None = None  # process id and start time of the server's side of the connection
         try:
             self._db = self._connect()
         except psycopg.Error as error:
-            raise StorageUnavailable(f"data: {self.name} cannot be reached ({_said(error)}); check the URL") from error
+            raise StorageUnavailable(
+                f"data: {self.name} cannot be reached ({first_line(error)}); check the URL"
+            ) from error
 
     # connections
 
     def _connect(self) -> psycopg.Connection[Any]:
-        """A connection that holds the lock. Raises `StorageInUse` and psycopg's errors."""
+        """Return a connection that holds the lock. Raises `StorageInUse` and psycopg's errors."""
         db = _Connection.connect(self._conninfo, autocommit=True)
         try:
             for statement in _SESSION:
@@ -132,7 +134,7 @@ class PostgresStorage:
         return db
 
     def _take_lock(self, db: psycopg.Connection[Any]) -> bool:
-        """Takes the lock, also from a session of our own that the server believes alive; False: another process has it."""
+        """Take the lock, also from an earlier session of ours that the server believes alive. False: others have it."""
         lock = "SELECT pg_try_advisory_lock(%s, %s)"
         if _one(db, lock, _LOCK):
             return True
@@ -157,7 +159,7 @@ class PostgresStorage:
         return found[0], found[1]
 
     def _connection(self) -> psycopg.Connection[Any]:
-        """One that works, as far as is known. Raises `StorageUnavailable`."""
+        """Return a connection that is not known to be broken. Raises `StorageUnavailable`."""
         if self._closed:
             raise OutputError(f"data: {self.name} is closed")
         if not self._db.closed:
@@ -173,22 +175,22 @@ class PostgresStorage:
             except (psycopg.OperationalError, StorageInUse) as error:
                 if time.monotonic() > end or isinstance(error, StorageInUse):
                     self._not_before = time.monotonic() + _AGAIN_SECONDS
-                    raise StorageUnavailable(f"data: {self.name} cannot be reached ({_said(error)})") from error
+                    raise StorageUnavailable(f"data: {self.name} cannot be reached ({first_line(error)})") from error
             except psycopg.Error as error:
                 raise self._failed("used", error) from error
             time.sleep(_PAUSE)
 
     def _failed(self, what: str, error: psycopg.Error) -> OutputError:
-        if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):  # it was the primary, and is no longer
+        if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):  # the host is no longer the primary
             self._db.close()
         may_be_back = self._db.closed or isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
         kind = StorageUnavailable if may_be_back else OutputError
-        return kind(f"data: {self.name} cannot be {what} ({_said(error)})")
+        return kind(f"data: {self.name} cannot be {what} ({first_line(error)})")
 
     def close(self) -> None:
         with self.lock:
             if not self._closed:
-                with contextlib.suppress(psycopg.Error):  # now, and not when the server has seen the session end
+                with contextlib.suppress(psycopg.Error):  # at once, not when the server notices that the session ended
                     self._db.execute("SELECT pg_advisory_unlock_all()")
             self._closed = True
             self._db.close()
@@ -208,12 +210,11 @@ class PostgresStorage:
                 f"data: {self.name} is of version {found}, this Limner reads {version}; give another database"
             )
 
-    def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, values: Sequence[Value] = ()) -> list[Row]:
         return self._run("read", query, values).fetchall()
 
-    def _run(self, what: str, query: str, values: Sequence[Any], *, binary: bool = False) -> psycopg.Cursor[Any]:
-        """One statement that may be done twice: once more over a new connection where the first was lost, unless that had
-        a transaction."""
+    def _run(self, what: str, query: str, values: Sequence[Value], *, binary: bool = False) -> psycopg.Cursor[Any]:
+        """Run one statement that may be done twice: outside a transaction it is repeated once if its connection is lost."""
         with self.lock:
             for is_last in (self._in_transaction, True):
                 db = self._connection() if not self._in_transaction else self._db
@@ -226,7 +227,7 @@ class PostgresStorage:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """What a connection that is lost had done is undone; where that happens in the end, the server is asked which."""
+        """A lost connection undoes the transaction. If it is lost during the commit, the status is queried afterwards."""
         with self.lock:
             self._run("written", "BEGIN", ())
             db, self._in_transaction = self._db, True
@@ -249,7 +250,7 @@ class PostgresStorage:
                 raise
 
     def _was_committed(self, number: str) -> bool:
-        """What became of a transaction whose end was not heard of. It is over: the lock that it had is here again."""
+        """Return whether a transaction of a lost connection was committed. It is over: its lock could be taken again."""
         return bool(self.rows("SELECT pg_xact_status(?::xid8)", (number,))[0][0] == "committed")
 
     # files
@@ -309,8 +310,3 @@ def _one(db: Any, query: str, values: Sequence[Any] = ()) -> Any:
 @functools.cache
 def _translated(query: str) -> Any:
     return query.replace("?", "%s")
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

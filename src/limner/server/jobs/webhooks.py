@@ -1,9 +1,9 @@
-"""Webhooks: signing a body, delivering it once, and when to try again.
+"""Webhooks: signing a body, one attempt to deliver it, and the time of the next attempt.
 
-Owns the signature, which answers are final and the times between attempts. What is due, and what has been tried, is in
-the store of jobs; which addresses may be reached is in `outbound`.
+Owns the signature, which answers are final and the times between attempts. The job store knows what is due and what was
+tried; `outbound` decides which addresses may be reached.
 
-A delivery is tried until the receiver says that it has it, so it may arrive more than once: receivers go by the job's id.
+Attempts go on until the receiver confirms, so a webhook may arrive more than once: receivers tell them apart by job id.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient, OutboundPolicy, Target
+from limner.server.outbound.client import OutboundClient
+from limner.server.outbound.policy import OutboundPolicy
+from limner.server.outbound.urls import Target
 
 __all__ = [
     "MAX_URL_CHARACTERS",
@@ -33,11 +35,11 @@ __all__ = [
 
 SIGNATURE_HEADER = "X-BFL-Signature"
 MAX_URL_CHARACTERS = 2083
-"""Of a webhook's URL, as in the hosted service."""
+"""The limit of the hosted service."""
 
 
 class Outcome(StrEnum):
-    """What an attempt leads to."""
+    """What follows from an attempt."""
 
     DELIVERED = "delivered"
     RETRY = "retry"
@@ -46,7 +48,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeliveryResult:
-    """One attempt. `status` is what the receiver answered, if it did; `problem` is for people, empty when delivered."""
+    """One attempt. `status` is the receiver's answer, if any; `problem` is for people, empty if delivered."""
 
     outcome: Outcome
     status: int | None = None
@@ -55,7 +57,7 @@ class DeliveryResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delivery:
-    """When to try again: after `first_delay` seconds, then `factor` times as long each time, up to `longest_delay`.
+    """Times between attempts: `first_delay` seconds, then `factor` times as long each time, up to `longest_delay`.
 
     The defaults make 10 attempts in about 11 hours.
     """
@@ -68,25 +70,25 @@ class Delivery:
 
 
 def sign(secret: str, body: bytes) -> str:
-    """`sha256=<hex>`: HMAC-SHA256 of the body under the secret (RFC 2104)."""
+    """Return `sha256=<hex>`: HMAC-SHA256 of the body under the secret (RFC 2104)."""
     return "sha256=" + hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
 
 
 def verify(secret: str, body: bytes, signature: str) -> bool:
-    """Whether `signature` is that of the body; takes as long for a wrong one as for the right one."""
+    """Return whether `signature` is that of the body, in constant time."""
     return hmac.compare_digest(sign(secret, body).encode(), signature.encode("utf-8", "surrogatepass"))
 
 
 def check_webhook_url(url: str, *, policy: OutboundPolicy, field: str = "webhook_url") -> Target:
-    """Refuse a URL that will never be delivered to, when the job is submitted; raises InvalidRequest.
+    """Refuse, at submission, a URL that can never be delivered to. Raises `InvalidRequest`.
 
-    The network is not asked: names are resolved and checked with each attempt.
+    Makes no network request: names are resolved and checked at each attempt.
     """
     return policy.check_url(url, field=field, max_characters=MAX_URL_CHARACTERS)
 
 
 async def deliver(url: str, body: bytes, secret: str | None, *, client: OutboundClient) -> DeliveryResult:
-    """One attempt to POST a JSON body. Never raises for what the other side does; redirects are not followed."""
+    """Make one attempt to POST a JSON body. Never raises for what the receiver does; redirects are not followed."""
     headers = {"Content-Type": "application/json"}
     if secret is not None:
         headers[SIGNATURE_HEADER] = sign(secret, body)
@@ -103,7 +105,7 @@ async def deliver(url: str, body: bytes, secret: str | None, *, client: Outbound
 
 
 def outcome_of(status: int) -> Outcome:
-    """2xx: the receiver has it. 410 Gone: it wants no more. All others may be a mistake that somebody mends."""
+    """Judge an answer: 2xx is delivered, 410 Gone gives up, all others may be a temporary fault of the receiver."""
     if 200 <= status < 300:
         return Outcome.DELIVERED
     return Outcome.GIVEN_UP if status == 410 else Outcome.RETRY
@@ -112,9 +114,9 @@ def outcome_of(status: int) -> Outcome:
 def next_attempt(
     attempts: int, now: float, rng: random.Random, *, first_attempt: float, policy: Delivery | None = None
 ) -> float | None:
-    """When to try again after `attempts` failed ones, the first at `first_attempt`; None: no more.
+    """Return when to try again after `attempts` failed ones, the first at `first_attempt`; None: give up.
 
-    Times are in seconds of any one clock. Half of each delay is drawn, so that receivers that were down are not met by
+    Times are in seconds of any one clock. Half of each delay is random, so that a receiver that was down does not get
     everything at once.
     """
     if attempts < 1:

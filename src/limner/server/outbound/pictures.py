@@ -1,7 +1,7 @@
-"""Pictures of a request: base64, data URLs, and, where an operator switched it on, URLs.
+"""Pictures of a request: base64, data URLs and, if an operator allows it, URLs.
 
-Owns the text forms of a picture and which redirects are followed. Gives the bytes of a file; knows nothing of what is in
-them (`images` decodes) and nothing of addresses (`outbound` checks).
+Owns the text forms of a picture and which redirects are followed. Gives the bytes of a file. Does not decode them
+(`images` does) and does not check addresses (`client` does).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from limner.server.outbound.client import OutboundClient
 __all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "read_picture"]
 
 MAX_REDIRECTS = 3
-"""More are a loop or a trap."""
+"""Longer chains are loops or traps."""
 _ACCEPT = {"Accept": "image/png, image/jpeg, image/webp"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}:")  # base64 has no colon
@@ -27,7 +27,7 @@ _WHITESPACE = {ord(c): None for c in " \t\r\n"}
 async def read_picture(
     text: str, *, client: OutboundClient | None, max_bytes: int, field: str = "input_image"
 ) -> bytes:
-    """The file of a picture that is given as base64, data URL or URL. Without `client`, URLs are refused."""
+    """Return the bytes of a picture given as base64, data URL or URL. Without `client`, URLs are refused."""
     found = _SCHEME.match(text)
     if found is None or found[0].lower() == "data:":
         return decode_picture(text, max_bytes=max_bytes, field=field)
@@ -37,10 +37,10 @@ async def read_picture(
 
 
 def decode_picture(text: str, *, max_bytes: int, field: str = "input_image") -> bytes:
-    """The bytes of base64 (RFC 4648, section 4: + and /, padded), plain or in a data URL of an image.
+    """Decode base64 (RFC 4648, section 4: + and /, padded), plain or in a data URL of an image.
 
-    Spaces and line breaks between the characters are allowed, since many tools break lines; all else is refused. The size
-    is computed from the text (three bytes for four characters) and checked before anything is decoded.
+    Spaces and line breaks are allowed, since many tools break lines; other characters are refused. The size is computed
+    from the text (three bytes for four characters) and checked before anything is decoded. Raises `InvalidRequest`.
     """
     if text[:5].lower() == "data:":
         found = _DATA.match(text)
@@ -66,11 +66,11 @@ def decode_picture(text: str, *, max_bytes: int, field: str = "input_image") -> 
 
 
 async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, field: str = "input_image") -> bytes:
-    """The file that a URL leads to.
+    """Fetch the file at a URL.
 
-    At most MAX_REDIRECTS redirects are followed, each checked like the first URL, and never to http, not even to an
-    origin that is allowed. One time limit is over all of it. Raises InvalidRequest in every case: whatever went wrong,
-    the remedy is the caller's: another URL, or base64.
+    At most `MAX_REDIRECTS` redirects are followed, each checked like the first URL, and never to http, not even to an
+    allowed origin. One time limit covers all of them. Every failure raises `InvalidRequest`, because the remedy is
+    always the caller's: another URL, or base64.
     """
     deadline = client.deadline()
     try:
@@ -89,7 +89,7 @@ async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, fie
 
 
 def _next(url: str, location: str, field: str) -> str:
-    """Where a redirect leads; it is checked when it is requested."""
+    """Return the target of a redirect; it is checked when it is requested."""
     if not location:
         raise InvalidRequest(field, "the URL redirects without saying where")
     try:

@@ -17,13 +17,14 @@ from urllib.parse import urlsplit
 import psycopg
 import psycopg.sql
 import pytest
+from tests.support.jobs import job, reference
 from tests.support.postgres import PROGRAMS, WHY, Server, kill_sessions
-from tests.unit.server.test_jobs import job, reference
 
 from limner.errors import InvalidRequest, OutputError
 from limner.server.jobs import postgres
-from limner.server.jobs.records import JobStore
-from limner.server.jobs.storage import StorageInUse, StorageUnavailable, check_data
+from limner.server.jobs.open import check_data
+from limner.server.jobs.storage import StorageInUse, StorageUnavailable
+from limner.server.jobs.store import JobStore
 
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason=WHY)
 

@@ -2,85 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import sqlite3
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from tests.support.postgres import PROGRAMS, WHY
-from tests.support.tiny import picture
+from tests.support.jobs import Clock, files, inputs, job, reference
 
-from limner.config import ReferencePolicy
-from limner.errors import BudgetSpent, Conflict, InvalidRequest, LimnerError, OutputError
-from limner.images import PreparedReference, prepare_reference
-from limner.server.jobs.records import Handle, Job, JobStore, Webhook, check_idempotency_key
-from limner.server.jobs.storage import FolderStorage, StorageInUse
-
-POLICY = ReferencePolicy()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture(params=["folder", pytest.param("postgresql", marks=pytest.mark.skipif(not PROGRAMS, reason=WHY))])
-def data(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where jobs may be kept."""
-    return str(tmp_path / "data") if request.param == "folder" else request.getfixturevalue("server").url()
-
-
-@pytest.fixture
-def store(data: str, clock: Clock) -> Iterator[JobStore]:
-    store = JobStore(data, clock=clock)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
-    store = JobStore(tmp_path / "data", clock=clock)
-    yield store
-    store.close()
-
-
-def folder(store: JobStore) -> Path:
-    assert isinstance(store._storage, FolderStorage)
-    return store._storage.folder
-
-
-def sqlite(store: JobStore) -> sqlite3.Connection:
-    assert isinstance(store._storage, FolderStorage)
-    return store._storage._db
-
-
-def reference(seed: int = 0, *, width: int = 64) -> PreparedReference:
-    return prepare_reference(picture(width, 64, seed=seed), policy=POLICY)
-
-
-def job(*pictures: PreparedReference, **values: Any) -> Job:
-    given = {"owner": "anna", "prompt": "a", "seeds": (1, 2), **values}
-    return Job(**given, references=tuple(p.report for p in pictures))
-
-
-def inputs(store: JobStore) -> set[str]:
-    return {name.removesuffix(".png") for name in files(store, "inputs")}
-
-
-def files(store: JobStore, kind: str) -> set[str]:
-    return {name for name, _ in store._storage.files(kind)}
+from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
+from limner.server.jobs.records import Handle, JobOptions, Webhook
+from limner.server.jobs.storage import StorageInUse
+from limner.server.jobs.store import JobStore
 
 
 def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> None:
@@ -91,13 +23,13 @@ def test_a_job_is_kept_as_it_was_asked_for(store: JobStore, clock: Clock) -> Non
         first,
         prompt="é\ud800\0",
         width=64,
-        num_steps=9,
+        num_inference_steps=9,
         priority=-1,
         timeout=2.5,
         tolerance=1,
         output_format="jpeg",
         quality=3,
-        options={"a": 1},
+        options=JobOptions(base_url="a", handle="h", references_checked=True),
         webhook=Webhook(url="u", secret="s"),
         idempotency="k",
     )
@@ -130,38 +62,16 @@ def test_another_process_finds_everything(store: JobStore, data: str, clock: Clo
     after.close()
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, on_disk: JobStore) -> None:
-    data = folder(on_disk)
-    assert (data.stat().st_mode & 0o777, (data / "secret").stat().st_mode & 0o777) == (0o700, 0o600)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be used"):
-        JobStore(tmp_path / "file")
-    sqlite(on_disk).execute("PRAGMA user_version = 9")
-    on_disk.close()
-    with pytest.raises(OutputError, match="is of version 9"):
-        JobStore(data)
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "jobs.sqlite").write_bytes(b"no database" * 1000)
-    for _ in range(2):  # and it holds no lock
-        with pytest.raises(OutputError, match="cannot be used"):
-            JobStore(broken)
-    (broken / "jobs.sqlite").unlink()
-    (broken / "secret").write_bytes(b"short")
-    with pytest.raises(OutputError, match="the secret of .* is damaged"):
-        JobStore(broken)
-
-
 def test_an_idempotency_key_is_one_job_of_one_owner(store: JobStore) -> None:
     first, second = reference(1), reference(2)
-    kept, _ = store.add(job(first, idempotency="k", options={"base_url": "a"}), [first])
-    assert store.add(job(first, idempotency="k", options={"base_url": "b"}), [first]) == (kept, False)
+    kept, _ = store.add(job(first, idempotency="k", options=JobOptions(base_url="a")), [first])
+    assert store.add(job(first, idempotency="k", options=JobOptions(base_url="b")), [first]) == (kept, False)
     changes: list[dict[str, Any]] = [
         {"prompt": "b"},
         {"seeds": (1,)},
         {"seeds": (2, 3)},
         {"width": 64},
-        {"num_steps": 5},
+        {"num_inference_steps": 5},
         {"priority": -1},
         {"timeout": 1.0},
         {"tolerance": 3},
@@ -184,14 +94,6 @@ def test_an_idempotency_key_is_one_job_of_one_owner(store: JobStore) -> None:
         store.add(replace(drawn, seeds=(7,)))
 
 
-def test_keys_of_idempotency() -> None:
-    assert check_idempotency_key(None) is None
-    assert check_idempotency_key("a" * 255) == "a" * 255
-    for wrong in ("", "a" * 256, "é", "a\nb", "\0"):
-        with pytest.raises(InvalidRequest, match="idempotency_key"):
-            check_idempotency_key(wrong)
-
-
 def test_a_job_ends_once(store: JobStore, clock: Clock) -> None:
     kept, _ = store.add(job(webhook=Webhook(url="u")))
     names = store.write_results(kept.id, [b"one", b"two"], suffix="png")
@@ -206,21 +108,6 @@ def test_a_job_ends_once(store: JobStore, clock: Clock) -> None:
     clock.now = 1070.0
     assert store.read_result(ended, 1) is None
     assert store.pending() == []
-
-
-def test_of_a_refused_job_no_picture_stays(store: JobStore) -> None:
-    shared, own = reference(1), reference(2)
-    store.add(job(shared), [shared])
-    for status in ("request_moderated", "content_moderated"):
-        kept, _ = store.add(job(shared, own), [shared, own])
-        assert inputs(store) == {shared.report.digest, own.report.digest}
-        store.end(kept.id, status, result={"finding": {}}, keep_seconds=60)  # type: ignore[arg-type]
-        assert inputs(store) == {shared.report.digest}
-    with pytest.raises(LimnerError, match="cannot be read again"):
-        store.picture(own.report)
-    failed, _ = store.add(job(own), [own])
-    store.end(failed.id, "error", result={}, keep_seconds=60)
-    assert own.report.digest in inputs(store)
 
 
 def test_a_budget_counts_what_is_ready_or_on_its_way(store: JobStore) -> None:
@@ -242,42 +129,13 @@ def test_a_budget_counts_what_is_ready_or_on_its_way(store: JobStore) -> None:
     assert store.add(job(), budget=None)[1]
 
 
-def test_a_disk_that_is_full_leaves_nothing_half_done(on_disk: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, _ = on_disk.add(job())
-    own = reference(1)
-    sqlite(on_disk).execute(f"PRAGMA max_page_count = {sqlite(on_disk).execute('PRAGMA page_count').fetchone()[0]}")
-    long = "x" * 100_000
-    with pytest.raises(OutputError, match="cannot be written .*full"):
-        on_disk.add(job(own, prompt=long), [own])
-    with pytest.raises(OutputError, match="full"):
-        on_disk.add_handle(
-            Handle(owner="anna", key="k", references=(own.report,), described={"x": long}), [own], max_handles=9
-        )
-    with pytest.raises(OutputError, match="full"):
-        on_disk.end(kept.id, "error", result={"error": long}, keep_seconds=1)
-    assert inputs(on_disk) == set()
-    assert on_disk.counts() == {"pending": 1}
-    assert (on_disk.handles("anna"), on_disk.spent("anna")) == ([], 2)
-    sqlite(on_disk).execute("PRAGMA max_page_count = 1000000")
-    assert on_disk.end(kept.id, "ready", result={}, keep_seconds=1) is not None
-    assert on_disk.add(job(own, prompt=long), [own])[1]
-
-
-def test_a_database_that_cannot_be_read_is_an_error_of_ours(on_disk: JobStore) -> None:
-    sqlite(on_disk).execute("ALTER TABLE jobs RENAME TO other")
-    for call in (lambda: on_disk.get("a"), on_disk.pending, on_disk.counts, lambda: on_disk.add(job(idempotency="k"))):
-        with pytest.raises(OutputError, match="cannot be read"):
-            call()
-    sqlite(on_disk).execute("ALTER TABLE other RENAME TO jobs")
-
-
 def test_handles(store: JobStore, clock: Clock) -> None:
     first, second = reference(1), reference(2)
-    hers = Handle(owner="anna", key="k", references=(first.report, second.report), described={"num_tokens": 3})
+    hers = Handle(owner="anna", key="k", references=(first.report, second.report), num_tokens=3, tolerance=2)
     kept = store.add_handle(hers, [first, second], max_handles=1)
     assert kept == replace(hers, created=1000.0)
     clock.now = 1001.0
-    changed = replace(hers, described={"num_tokens": 4})
+    changed = replace(hers, num_tokens=4, nbytes=5, prefill_seconds=0.5)
     assert store.add_handle(changed, [first, second], max_handles=1) == replace(changed, created=1000.0)
     with pytest.raises(InvalidRequest, match="1 are kept for you"):
         store.add_handle(replace(hers, key="l"), [first, second], max_handles=1)
@@ -290,49 +148,6 @@ def test_handles(store: JobStore, clock: Clock) -> None:
     assert store.remove_handle("bob", "k")
     assert inputs(store) == {first.report.digest}
     assert store.picture(running.references[0]).data == first.data
-
-
-def test_a_report_belongs_to_who_uploaded(store: JobStore) -> None:
-    first = reference(1)
-    other = PreparedReference(data=first.data, report=replace(first.report, original_size=(99, 99), cut=(1, 2, 3, 4)))
-    one, _ = store.add(job(first), [first])
-    two, _ = store.add(job(other), [other])
-    store.add_handle(Handle(owner="anna", key="k", references=(other.report,)), [other], max_handles=9)
-    assert [store.get(j.id).references[0] for j in (one, two)] == [first.report, other.report]  # type: ignore[union-attr]
-    assert store.picture(other.report).report == other.report
-    assert store.handle("anna", "k").references == (other.report,)  # type: ignore[union-attr]
-
-
-def test_a_picture_that_was_changed_is_not_used(store: JobStore, data: str, clock: Clock) -> None:
-    own = reference(1)
-    store.add(job(own), [own])
-    store.close()
-    after = JobStore(data, clock=clock)
-    name, buffer = f"inputs/{own.report.digest}.png", io.BytesIO()
-    Image.frombytes("RGB", (64, 64), reference(2).data).save(buffer, "PNG")
-    after._storage.write_file(name, buffer.getvalue())
-    with pytest.raises(LimnerError, match="was changed"):
-        after.picture(own.report)
-    after._storage.write_file(name, b"x")
-    with pytest.raises(LimnerError, match="cannot be read again"):
-        after.picture(own.report)
-    after._storage.remove_files([name])
-    for read in (lambda: after.picture(own.report), lambda: after.picture_png(own.report.digest)):
-        with pytest.raises(LimnerError, match="cannot be read again"):
-            read()
-    after.close()
-
-
-def test_memory_for_pictures_is_bounded(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = len(reference(0).data)
-    monkeypatch.setattr("limner.server.jobs.records._CACHED_BYTES", 3 * size)
-    for seed in range(5):
-        own = reference(seed)
-        store.add(job(own), [own])
-    assert len(store._pictures) == 3
-    assert store._cached_bytes == 3 * size
-    assert store.picture(reference(0).report).data == reference(0).data
-    assert store._cached_bytes == 3 * size
 
 
 def test_what_is_over_goes(store: JobStore, clock: Clock) -> None:

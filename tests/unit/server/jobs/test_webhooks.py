@@ -23,7 +23,9 @@ from limner.server.jobs.webhooks import (
     sign,
     verify,
 )
-from limner.server.outbound.client import Origin, OutboundClient, OutboundPolicy
+from limner.server.outbound.client import OutboundClient
+from limner.server.outbound.policy import OutboundPolicy
+from limner.server.outbound.urls import Origin
 
 BODY = b'{"id":"1","status":"Ready"}'
 HOOK = "https://hooks.example.org/done?job=1"

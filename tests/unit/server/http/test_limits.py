@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from limner.server.http.errors import error_body
 from limner.server.http.limits import LoopbackCallers
-from limner.server.http.wire import error_body
 
 
 @pytest.mark.parametrize(

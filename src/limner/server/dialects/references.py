@@ -1,0 +1,234 @@
+"""Uploaded references as resources, for both dialects and the page.
+
+Owns these wire schemas. POST /v1/references stores pictures, computes their K/V and gives a handle: their content key,
+valid for the API key that uploaded them.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.responses import Response
+
+from limner import grid
+from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
+from limner.images import PreparedReference
+from limner.server.access.keys import Owner
+from limner.server.dialects.picture_answers import reference_answer
+from limner.server.http.errors import ERRORS
+from limner.server.http.service import KEYS, Service
+from limner.server.http.wire import StrictRoute, check_form
+from limner.server.jobs.records import Handle
+
+__all__ = ["routes"]
+
+
+class ReferenceInputs(BaseModel):
+    """JSON body of POST /v1/references; a form with files named image is taken as well."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
+    safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+    prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
+
+
+class Reference(BaseModel):
+    """References that are kept. `cache` says where their K/V were now: miss (computed now), memory, disk or remote.
+
+    `nbytes` and `prefill_seconds` are null where the upload left the K/V to the first job.
+    """
+
+    id: str
+    created: float
+    references: list[dict[str, Any]]
+    num_tokens: int
+    nbytes: int | None = None
+    prefill_seconds: float | None = None
+    cache: str | None = None
+    seconds_saved: float | None = None
+
+
+class ReferenceList(BaseModel):
+    data: list[Reference]
+
+
+class Removed(BaseModel):
+    id: str
+    deleted: bool
+
+
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": ReferenceInputs.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
+                        "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
+                        "safety_tolerance": {"type": "string"},
+                        "prefill": {"type": "string", "enum": ["true", "false"]},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the routes of references."""
+    router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
+    jobs, offload = service.jobs, service.offload
+
+    @router.post(
+        "/v1/references",
+        status_code=201,
+        response_model=Reference,
+        responses=ERRORS,
+        openapi_extra=_FORM,
+        summary="Upload references once; their K/V are computed and kept",
+    )
+    async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
+        return await _add(service, owner, await _read(service, request))
+
+    @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
+    async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        return {"data": [_reference(handle) for handle in await offload.store(jobs.handles, owner.id)]}
+
+    @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
+    async def get_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        handle = await service.handle(owner, id)
+        return {**_reference(handle), "cache": "memory" if service.engine.holds(id) else None}
+
+    @router.get(
+        "/v1/references/{id}/{number}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
+        response_class=Response,
+        summary="A reference as the model reads it",
+    )
+    async def get_reference_picture(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        handle = await service.handle(owner, id)
+        return await reference_answer(service, handle.references, number)
+
+    @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
+    async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+        await service.handle(owner, id)
+        await _delete(service, owner, id)
+        return {"id": id, "deleted": True}
+
+    return router
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Upload:
+    pictures: tuple[PreparedReference, ...]
+    tolerance: int
+    prefill: bool
+
+
+async def _read(service: Service, request: Request) -> _Upload:
+    """Read a JSON body or a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        return await _read_form(service, request)
+    try:
+        inputs = ReferenceInputs.model_validate(await request.json())
+    except json.JSONDecodeError as error:
+        raise InvalidRequest("body", f"is not JSON ({error})") from None
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
+    texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
+    pictures = await service.pictures.read_texts(texts)
+    return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
+
+
+async def _read_form(service: Service, request: Request) -> _Upload:
+    check_form(request)
+    limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
+    async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile) and name in ("image", "image[]"):
+                files.append(await value.read(limit + 1))
+            elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
+                tolerance = int(value)
+            elif name == "prefill" and value in ("true", "false"):
+                prefill = value == "true"
+            else:
+                raise InvalidRequest(
+                    name,
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false",
+                )
+    if not files:
+        raise InvalidRequest("image", "is missing; send one or more pictures")
+    named = {f"image {i}": data for i, data in enumerate(files, start=1)}
+    return _Upload(pictures=await service.pictures.read_files(named), tolerance=tolerance, prefill=prefill)
+
+
+async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any]:
+    """Check and store references, and compute their K/V if the upload says so."""
+    pictures = upload.pictures
+    finding = await service.moderation.check_references(pictures, tolerance=upload.tolerance)
+    if finding is not None:
+        raise Moderated(finding.reason)
+    nbytes, seconds = None, None
+    if upload.prefill:
+        with service.limiter.hold(owner):
+            service.engine.check_room()
+            made = await service.prefills.compute(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
+        key, nbytes, seconds = made.key, made.nbytes, round(made.prefill_seconds, 4)
+        now: dict[str, Any] = {"cache": made.source, "seconds_saved": 0.0 if made.source == "miss" else seconds}
+    else:
+        key = await service.offload.run(service.engine.key_of, pictures)
+        now = {"cache": "memory" if service.engine.holds(key) else None}
+    handle = Handle(
+        owner=owner.id,
+        key=key,
+        references=tuple(p.report for p in pictures),
+        num_tokens=grid.num_tokens(*(p.report.processed_size for p in pictures)),
+        tolerance=upload.tolerance,
+        nbytes=nbytes,
+        prefill_seconds=seconds,
+    )
+    stored = await service.offload.store(
+        service.jobs.add_handle, handle, pictures, max_handles=service.settings.max_handles
+    )
+    return {**_reference(stored), **now}
+
+
+async def _delete(service: Service, owner: Owner, key: str) -> None:
+    """Remove a handle, and the K/V if nobody else has a handle of them."""
+    jobs, offload = service.jobs, service.offload
+
+    async def forget() -> None:
+        try:
+            await offload.run(service.engine.forget, key)
+        except RemoteError as error:  # the server's fault, whose message is not for callers
+            raise OutputError(str(error)) from error
+
+    is_only = await offload.store(jobs.is_only_owner, owner.id, key)
+    if is_only:  # before the handle is gone, so that the caller can repeat a failed deletion
+        await forget()
+    if await offload.store(jobs.remove_handle, owner.id, key) and not is_only:  # the other owner left meanwhile
+        await forget()
+
+
+def _reference(handle: Handle) -> dict[str, Any]:
+    return {
+        "id": handle.key,
+        "created": handle.created,
+        "references": [asdict(report) for report in handle.references],
+        "num_tokens": handle.num_tokens,
+        "nbytes": handle.nbytes,
+        "prefill_seconds": handle.prefill_seconds,
+    }

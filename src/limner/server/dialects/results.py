@@ -1,0 +1,98 @@
+"""Pictures of jobs as resources, and what this server can be asked for.
+
+Owns these wire schemas. Results need no key: their URLs are signed.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from limner import __version__, grid
+from limner.errors import NotFound
+from limner.server.access.keys import Owner
+from limner.server.dialects.picture_answers import picture_answer, reference_answer
+from limner.server.formats import MEDIA_TYPES, SUFFIXES
+from limner.server.http.errors import ERRORS
+from limner.server.http.service import KEYS, Service
+
+__all__ = ["routes"]
+
+
+class Capabilities(BaseModel):
+    """What this server draws with, and the limits of a request. Sizes are (width, height) in pixels."""
+
+    model: str
+    version: str
+    default_size: list[int]
+    sizes: list[list[int]] = Field(description="those that the model has learned to draw; none: any")
+    grid: int = Field(description="output sides are multiples of it")
+    max_output_pixels: int
+    max_images: int
+    max_references: int
+    max_picture_bytes: int
+    previews: bool = Field(description="whether jobs show small pictures while they are drawn")
+    keep_seconds: float = Field(description="how long results are served")
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the routes of results and of capabilities."""
+    router = APIRouter(tags=["resources"])
+
+    @router.get(
+        "/v1/results/{id}/{name}",
+        responses={**ERRORS, 200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}, "description": "A picture"}},
+        response_class=Response,
+        summary="A result, under a signed URL",
+    )
+    async def get_result_picture(
+        id: str, name: str, expires: int = Query(ge=0, le=2**40), signature: str = Query(max_length=128)
+    ) -> Response:
+        number, _, suffix = name.partition(".")
+        if not (number.isascii() and number.isdecimal() and len(number) < 4):
+            raise NotFound(f"name: {name[:80]!r} is not a result")
+        service.urls.check(id, int(number), expires, signature)
+        job = await service.offload.store(service.jobs.get, id)
+        data = None
+        if job is not None and suffix == SUFFIXES[job.output_format]:
+            data = await service.offload.run(service.jobs.read_result, job, int(number))
+        if job is None or data is None:
+            raise NotFound("name: this result has expired, or never was")
+        return picture_answer(data, MEDIA_TYPES[job.output_format])
+
+    @router.get(
+        "/v1/jobs/{id}/references/{number}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture as the model reads it"}},
+        response_class=Response,
+        dependencies=KEYS,
+        summary="A reference of a job as the model reads it",
+    )
+    async def job_reference(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        return await reference_answer(service, job.references, number)
+
+    @router.get(
+        "/v1/capabilities",
+        response_model=Capabilities,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What may be asked for",
+    )
+    async def capabilities(owner: Owner = Depends(service.owner)) -> Capabilities:
+        settings, model = service.settings, service.engine.model
+        return Capabilities(
+            model=settings.model_name,
+            version=__version__,
+            default_size=list(model.default_size),
+            sizes=[list(size) for size in model.sizes],
+            grid=grid.PIXELS,
+            max_output_pixels=settings.max_output_pixels,
+            max_images=service.engine.max_batch,
+            max_references=settings.max_references,
+            max_picture_bytes=settings.max_picture_bytes,
+            previews=model.previews,
+            keep_seconds=settings.runner.keep_results,
+        )
+
+    return router

@@ -1,0 +1,38 @@
+"""How a server works: places, limits and switches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limner.server.access.limits import LimitPolicy
+from limner.server.jobs.settings import RunnerSettings
+from limner.server.outbound.policy import OutboundPolicy
+
+__all__ = ["ServeSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeSettings:
+    """Settings of a server. Sizes in bytes, times in seconds. `data` is what a `JobStore` opens.
+
+    `public_url` is the address for callers, if it is not the one their requests name. `fetch_urls`: requests may name
+    pictures by URL. `webhooks`: jobs may name a URL that their end is reported to. `max_references` limits one job,
+    `max_handles` the uploads that are stored for one key.
+    """
+
+    data: str | Path
+    public_url: str | None = None
+    max_body_bytes: int = 128 << 20
+    max_buffered_bytes: int = 1 << 30
+    body_seconds: float = 30.0
+    max_picture_bytes: int = 20 << 20
+    max_references: int = 16
+    max_handles: int = 1000
+    max_output_pixels: int = 4 << 20
+    fetch_urls: bool = False
+    webhooks: bool = True
+    outbound: OutboundPolicy = field(default_factory=OutboundPolicy)
+    limits: LimitPolicy = field(default_factory=LimitPolicy)
+    runner: RunnerSettings = field(default_factory=RunnerSettings)
+    model_name: str = "limner-stickers"

@@ -1,0 +1,51 @@
+"""Removes old results and jobs from the store, now and then, and has jobs adopted that no task brings to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from limner.errors import LimnerError
+from limner.server.jobs.offload import Offload
+from limner.server.jobs.store import JobStore
+from limner.server.jobs.tasks import Tasks
+
+__all__ = ["Cleaner"]
+
+_logger = logging.getLogger("limner.server")
+
+
+class Cleaner:
+    """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired."""
+
+    def __init__(
+        self,
+        *,
+        jobs: JobStore,
+        offload: Offload,
+        every: float,
+        keep_jobs: float,
+        adopt_lost: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._jobs = jobs
+        self._offload = offload
+        self._every = every
+        self._keep_jobs = keep_jobs
+        self._adopt_lost = adopt_lost
+        self._tasks = Tasks()
+
+    def start(self) -> None:
+        self._tasks.spawn(self._run())
+
+    async def stop(self) -> None:
+        await self._tasks.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._offload.store(self._jobs.clean, forget_seconds=self._keep_jobs)
+                await self._adopt_lost()
+            except (LimnerError, OSError):
+                _logger.exception("old results could not be removed")
+            await asyncio.sleep(self._every)

@@ -1,0 +1,92 @@
+"""Results of jobs: pictures encoded, signed with C2PA where a signer is given, and written to the store.
+
+Knows nothing of the life of a job.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict
+from typing import Any
+
+from limner import __version__, images
+from limner.engine import EditResult
+from limner.engine.protocol import Backend
+from limner.server.formats import SUFFIXES
+from limner.server.jobs.offload import Offload
+from limner.server.jobs.records import Job
+from limner.server.jobs.store import JobStore
+from limner.trust import provenance
+from limner.trust.provenance import Ingredient, Signer
+
+__all__ = ["ResultWriter"]
+
+
+class ResultWriter:
+    """Write the pictures that an engine drew."""
+
+    def __init__(self, *, engine: Backend, jobs: JobStore, offload: Offload, signer: Signer | None) -> None:
+        self._engine = engine
+        self._jobs = jobs
+        self._offload = offload
+        self._signer = signer
+
+    async def write(self, job: Job, result: EditResult) -> dict[str, Any]:
+        """Encode and store the pictures of a job. Return what is stored and answered of the result, as JSON values."""
+        started = time.perf_counter()
+        files = await self._offload.with_retry(self._encode, job, result)
+        suffix = SUFFIXES[job.output_format]
+        names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
+        return _report(result) | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
+
+    def _encode(self, job: Job, result: EditResult) -> list[bytes]:
+        files = []
+        for image, seed in zip(result.images, result.seeds, strict=True):
+            metadata = {
+                "prompt": job.prompt,
+                "seed": seed,
+                "version": __version__,
+                "model": self._model,
+                **result.metadata,
+            }
+            data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
+            files.append(data if self._signer is None else self._sign(data, job, metadata, self._signer))
+        return files
+
+    def _sign(self, data: bytes, job: Job, metadata: dict[str, Any], signer: Signer) -> bytes:
+        used = [
+            Ingredient(data=self._jobs.picture_png(report.digest), title=f"image {number}")
+            for number, report in enumerate(job.references, start=1)
+        ]
+        return provenance.sign(
+            data,
+            format=job.output_format,
+            title=f"{job.id}.{SUFFIXES[job.output_format]}",
+            action="edited" if used else "created",
+            ingredients=used,
+            metadata=metadata,
+            signer=signer,
+        )
+
+    @functools.cached_property
+    def _model(self) -> str:
+        """The digest of the weights; computing it may read all of them."""
+        return self._engine.model.digest
+
+
+def _report(result: EditResult) -> dict[str, Any]:
+    return {
+        "seeds": list(result.seeds),
+        "width": result.metadata["width"],
+        "height": result.metadata["height"],
+        "reference_cache": result.reference_cache,
+        "reference_key": result.reference_key,
+        "seconds_saved": round(result.seconds_saved, 4),
+        "references": [asdict(report) for report in result.references],
+        "prompt": asdict(result.prompt),
+        "timings": {**asdict(result.timings), "total": result.timings.total},
+        "waited": round(result.waited, 4),
+        "ran": round(result.ran, 4),
+        "batch": result.batch,
+    }

@@ -1,0 +1,170 @@
+"""Jobs and handles as rows: the tables, and the JSON in their columns.
+
+The names in JSON (`num_steps`, `options`, ...) are those that earlier versions wrote, so their rows can be read.
+Knows nothing of connections and files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from limner.images import ReferenceReport
+from limner.server.jobs.records import Handle, Job, JobOptions, Webhook
+
+__all__ = ["SCHEMA", "VERSION", "fingerprint", "handle_row", "job_row", "read_handle", "read_job"]
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, created {real} NOT NULL, status TEXT NOT NULL, request TEXT NOT NULL,
+    ended {real}, expires {real}, result TEXT NOT NULL DEFAULT '{{}}', idempotency TEXT, fingerprint TEXT,
+    webhook TEXT, webhook_due {real}, webhook_attempts INTEGER NOT NULL DEFAULT 0, webhook_first {real}
+){strict};
+CREATE INDEX jobs_by_owner ON jobs (owner, created);
+CREATE INDEX jobs_pending ON jobs (created) WHERE status = 'pending';
+CREATE INDEX jobs_by_expiry ON jobs (expires) WHERE expires IS NOT NULL;
+CREATE INDEX jobs_due ON jobs (webhook_due) WHERE webhook_due IS NOT NULL;
+CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
+CREATE TABLE handles (
+    owner TEXT NOT NULL, key TEXT NOT NULL, created {real} NOT NULL, described TEXT NOT NULL, PRIMARY KEY (owner, key)
+){strict};
+CREATE TABLE uses (digest TEXT NOT NULL, "user" TEXT NOT NULL, PRIMARY KEY (digest, "user")){strict};
+CREATE INDEX uses_by_user ON uses ("user");
+CREATE TABLE spent (owner TEXT PRIMARY KEY, images INTEGER NOT NULL){strict};
+"""
+
+
+def job_row(job: Job) -> tuple[Any, ...]:
+    """Return the values of id, owner, created, status, request, idempotency, fingerprint and webhook of a new job."""
+    return (
+        job.id,
+        job.owner,
+        job.created,
+        job.status,
+        json.dumps(_request(job)),
+        job.idempotency,
+        fingerprint(job) if job.idempotency else None,
+        json.dumps(asdict(job.webhook)) if job.webhook else None,
+    )
+
+
+def read_job(row: tuple[Any, ...]) -> Job:
+    """Return the job of a whole row of the table `jobs`."""
+    (id_, owner, created, status, request, ended, expires, result, idempotency, _, webhook, _, attempts, first) = row
+    values = json.loads(request)
+    return Job(
+        id=id_,
+        owner=owner,
+        created=created,
+        status=status,
+        prompt=values["prompt"],
+        seeds=tuple(values["seeds"]),
+        drawn_seeds=values["drawn_seeds"],
+        width=values["width"],
+        height=values["height"],
+        num_inference_steps=values["num_steps"],
+        priority=values["priority"],
+        timeout=values["timeout"],
+        tolerance=values["tolerance"],
+        output_format=values["output_format"],
+        quality=values["quality"],
+        options=_read_options(values["options"]),
+        references=_read_reports(values["references"]),
+        ended=ended,
+        expires=expires,
+        result=json.loads(result),
+        idempotency=idempotency,
+        webhook=Webhook(**json.loads(webhook)) if webhook else None,
+        webhook_attempts=attempts,
+        webhook_first=first,
+    )
+
+
+def fingerprint(job: Job) -> str:
+    """Return a digest that is equal for equal requests. Seeds that the server drew count by their number alone."""
+    values = _request(job)
+    del values["options"]
+    values["references"] = [report.digest for report in job.references]
+    values["seeds"] = len(job.seeds) if job.drawn_seeds else job.seeds
+    values["webhook"] = asdict(job.webhook) if job.webhook else None
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _request(job: Job) -> dict[str, Any]:
+    return {
+        "prompt": job.prompt,
+        "seeds": job.seeds,
+        "drawn_seeds": job.drawn_seeds,
+        "width": job.width,
+        "height": job.height,
+        "num_steps": job.num_inference_steps,
+        "priority": job.priority,
+        "timeout": job.timeout,
+        "tolerance": job.tolerance,
+        "output_format": job.output_format,
+        "quality": job.quality,
+        "options": _options(job.options),
+        "references": [asdict(report) for report in job.references],
+    }
+
+
+def _options(options: JobOptions) -> dict[str, Any]:
+    """Return the options that are set; `references_checked` means nothing without a handle."""
+    found: dict[str, Any] = {}
+    if options.base_url is not None:
+        found["base_url"] = options.base_url
+    if options.handle is not None:
+        found |= {"handle": options.handle, "references_checked": options.references_checked}
+    return found
+
+
+def _read_options(values: Mapping[str, Any]) -> JobOptions:
+    return JobOptions(
+        base_url=values.get("base_url"),
+        handle=values.get("handle"),
+        references_checked=values.get("references_checked", False),
+    )
+
+
+def handle_row(handle: Handle) -> tuple[Any, ...]:
+    """Return the row of a handle in the table `handles`."""
+    described: dict[str, Any] = {"tolerance": handle.tolerance}
+    if handle.nbytes is not None:
+        described |= {"nbytes": handle.nbytes, "prefill_seconds": handle.prefill_seconds}
+    described |= {"num_tokens": handle.num_tokens, "references": [asdict(report) for report in handle.references]}
+    return handle.owner, handle.key, handle.created, json.dumps(described)
+
+
+def read_handle(row: tuple[Any, ...]) -> Handle:
+    """Return the handle of a whole row of the table `handles`."""
+    owner, key, created, described = row
+    values = json.loads(described)
+    return Handle(
+        owner=owner,
+        key=key,
+        created=created,
+        references=_read_reports(values["references"]),
+        num_tokens=values["num_tokens"],
+        tolerance=values.get("tolerance"),
+        nbytes=values.get("nbytes"),
+        prefill_seconds=values.get("prefill_seconds"),
+    )
+
+
+def _read_reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, ...]:
+    """Return reports from JSON, which has no tuples."""
+    return tuple(
+        ReferenceReport(
+            original_size=tuple(values["original_size"]),
+            oriented=values["oriented"],
+            resized_to=tuple(values["resized_to"]) if values["resized_to"] else None,
+            cut=tuple(values["cut"]),
+            processed_size=tuple(values["processed_size"]),
+            digest=values["digest"],
+        )
+        for values in found
+    )

@@ -1,0 +1,117 @@
+"""Sends the webhooks that are due, and notes each attempt in the job store.
+
+Works in one event loop. What a webhook says of a job is given; how one attempt is made is in `webhooks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from limner.errors import LimnerError
+from limner.server.jobs.offload import LONGEST_PAUSE, Offload
+from limner.server.jobs.records import Job
+from limner.server.jobs.store import JobStore
+from limner.server.jobs.tasks import Tasks
+from limner.server.jobs.webhooks import Delivery, Outcome, deliver, next_attempt
+from limner.server.outbound.client import OutboundClient
+
+__all__ = ["WebhookSender"]
+
+_logger = logging.getLogger("limner.server")
+_MAX_CONCURRENT = 16
+_POLL_SECONDS = 1.0
+
+
+class WebhookSender:
+    """Deliver webhooks at least once. `client` None: webhooks are switched off, and those that are due are given up.
+
+    `describe` gives the JSON body for a job.
+    """
+
+    def __init__(
+        self,
+        *,
+        jobs: JobStore,
+        offload: Offload,
+        client: OutboundClient | None,
+        policy: Delivery,
+        describe: Callable[[Job], dict[str, Any]],
+    ) -> None:
+        self._jobs = jobs
+        self._offload = offload
+        self._client = client
+        self._policy = policy
+        self._describe = describe
+        self._due = asyncio.Event()
+        self._tasks = Tasks()
+        self._under_way: set[str] = set()
+
+    def start(self) -> None:
+        self._tasks.spawn(self._send_due())
+
+    async def stop(self) -> None:
+        """Break off. Webhooks under way stay due for the next start."""
+        await self._tasks.cancel()
+
+    def wake(self) -> None:
+        """Look for due webhooks now: a job with one has ended."""
+        self._due.set()
+
+    async def _send_due(self) -> None:
+        """Send several at once, so that a slow receiver delays the others little."""
+        due: list[Job] | None = []
+        while True:
+            self._due.clear()
+            before = due
+            try:
+                due = await self._offload.store(self._jobs.due_webhooks)
+            except LimnerError as error:
+                due = None
+                if before is not None:  # once an outage
+                    _logger.error("webhooks that are due cannot be read, and wait: %s", error)
+            for job in due or ():
+                if job.id not in self._under_way and len(self._under_way) < _MAX_CONCURRENT:
+                    self._under_way.add(job.id)
+                    self._tasks.spawn(self._send(job)).add_done_callback(functools.partial(self._sent, job.id))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), _POLL_SECONDS)
+
+    def _sent(self, id: str, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(id)
+        self._due.set()
+
+    async def _send(self, job: Job) -> None:
+        """Make one attempt, then note it: a crash in between repeats the attempt."""
+        again = await self._attempt(job)
+        try:
+            await self._offload.store(self._jobs.webhook_attempted, job.id, again=again)
+        except LimnerError:  # it stays due; pause, so that the receiver is not called again and again for our fault
+            _logger.exception("the attempt at the webhook of %s cannot be noted", job.id)
+            await asyncio.sleep(LONGEST_PAUSE)
+
+    async def _attempt(self, job: Job) -> float | None:
+        """Return when to try again; None: delivered, or given up."""
+        assert job.webhook is not None
+        if self._client is None:
+            _logger.error("webhook of %s is given up: webhooks are switched off", job.id)
+            return None
+        body = json.dumps(self._describe(job)).encode()
+        result = await deliver(job.webhook.url, body, job.webhook.secret, client=self._client)
+        again = None
+        if result.outcome is Outcome.RETRY:
+            now = time.time()
+            first = job.webhook_first or now
+            again = next_attempt(
+                job.webhook_attempts + 1, now, random.Random(), first_attempt=first, policy=self._policy
+            )
+        if result.outcome is not Outcome.DELIVERED:
+            _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
+        return again
