@@ -27,7 +27,7 @@ $(FONT):
 test: $(READY) $(FONT)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe"
 
-# Clusters of this machine, started and stopped; one after another.
+# Start and stop Ray clusters on this machine, one test after another.
 test-ray: $(READY)
 	$(BIN)/python -m pytest -m ray
 
@@ -47,7 +47,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/limner bench -o benchmarks/results/edit.json
 
-# All benchmarks but those of full size (benchmarks/full_size.py), over an hour on 2 cores; nothing else should run beside them.
+# All benchmarks but those of full size (benchmarks/full_size.py): over an hour on 2 cores, with nothing else running.
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
@@ -60,14 +60,14 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
-# A longer run of random requests against the OpenAPI document.
+# Send more random requests than `make test` does, and compare the answers with the OpenAPI document.
 fuzz: $(READY)
 	LIMNER_FUZZ=500 $(BIN)/python -m pytest tests/contract/test_schema.py
 
 eval: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/evaluate.py
 
-# The evaluation once for each format of weights, activations and K/V.
+# Run the evaluation once for each format of weights, activations and K/V.
 eval-formats: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/quantization.py --write
 

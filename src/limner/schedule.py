@@ -72,8 +72,8 @@ class Schedule:
     def sigmas(self, num_tokens: int, *, num_inference_steps: int, custom: Sequence[float] | None = None) -> Tensor:
         """Return the noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
 
-        `custom` replaces linspace(1, 1/num_inference_steps, num_inference_steps) before the shift, as in diffusers; mu still depends on
-        `num_inference_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
+        `custom` replaces linspace(1, 1 / N, N), N = num_inference_steps, before the shift, as in diffusers; mu depends on
+        N still. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
         if not 1 <= num_inference_steps <= MAX_STEPS:
             raise InvalidRequest(
