@@ -13,16 +13,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "limner"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 FILE_LINES = 700
 FUNCTION_LINES = 100
 CORE_LINES = 3000
-
-divided = pytest.mark.xfail(reason="the large modules are not divided yet", strict=True)
 
 
 def program() -> ModuleType:
@@ -48,7 +44,6 @@ def test_every_file_has_one_line() -> None:
     assert len(listed) > 70
 
 
-@divided
 def test_imports_go_to_lower_lines() -> None:
     pairs = order.broken(order.block("order"), TREE.imports())
     assert not pairs, one_a_line(pairs)
@@ -61,7 +56,6 @@ def test_imports_for_types_that_go_up_are_listed() -> None:
     assert sorted(pairs) == sorted(listed), one_a_line(pairs)
 
 
-@divided
 def test_no_circle_of_files() -> None:
     assert order.circles(TREE.imports()) == []
 
@@ -74,7 +68,6 @@ def test_no_circle_of_packages() -> None:
     assert order.circles(packages) == []
 
 
-@divided
 def test_package_files_only_re_export() -> None:
     files = [file for file in SOURCE.rglob("__init__.py") if file.parent != SOURCE]
     assert {str(file.relative_to(SOURCE)): order.logic_of(file) for file in files if order.logic_of(file)} == {}
@@ -144,13 +137,11 @@ def num_lines(name: str) -> int:
     return len((SOURCE / f"{name}.py").read_text().splitlines())
 
 
-@divided
 def test_no_file_is_long() -> None:
     long = {name: num_lines(name) for name in TREE.files if num_lines(name) > FILE_LINES}
     assert long == {}
 
 
-@divided
 def test_no_function_is_long() -> None:
     long: dict[str, int] = {}
     for name, file in TREE.files.items():
@@ -162,7 +153,6 @@ def test_no_function_is_long() -> None:
     assert long == {}
 
 
-@divided
 def test_the_core_path_is_short() -> None:
     names = [name for line in order.block("core") for name in line]
     assert len(names) == len(set(names)) > 15
@@ -170,7 +160,6 @@ def test_the_core_path_is_short() -> None:
     assert sum(lines.values()) <= CORE_LINES, lines
 
 
-@divided
 def test_files_named_in_the_document_exist() -> None:
     document = DOCUMENT.read_text()
     trees = "".join(re.findall(r"^```\w*\n(.*?)^```", document, flags=re.MULTILINE | re.DOTALL))

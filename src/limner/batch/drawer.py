@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from limner import __version__
 from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
@@ -22,6 +20,7 @@ from limner.errors import InvalidRequest, LimnerError, OutputError
 from limner.images import FORMATS, encode, prepare_reference
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.references import References
+from limner.requests import EditRequest
 
 __all__ = ["Drawer"]
 
@@ -84,7 +83,7 @@ class Drawer:
         """Draw rows of one shape in one call; if they fail together, each alone."""
         start = time.perf_counter()
         try:
-            out = _call(self.pipe, tasks, references)
+            out = self.pipe.draw([_request(task) for task in tasks], references=references)
         except Exception as error:
             if len(tasks) == 1:
                 yield _failed(tasks[0], error)
@@ -124,19 +123,15 @@ class Drawer:
         return {"file": task.file, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _call(pipe: Pipeline, tasks: Sequence[Task], references: References | None) -> PipelineOutput:
-    """The one call of the pipeline: an image for each of the tasks, which have one shape."""
-    width, height, num_inference_steps = tasks[0].shape
-    out = pipe(
-        [task.prompt for task in tasks],
-        references=references,
-        width=width,
-        height=height,
-        num_inference_steps=num_inference_steps,
-        generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
+def _request(task: Task) -> EditRequest:
+    """Return what a row asks the model for, its references aside: the group has their K/V."""
+    return EditRequest(
+        prompt=task.prompt,
+        seeds=(task.seed,),
+        width=task.width,
+        height=task.height,
+        num_inference_steps=task.num_inference_steps,
     )
-    assert isinstance(out, PipelineOutput)
-    return out
 
 
 def _next_source(references: References | None) -> str:

@@ -23,7 +23,6 @@ from limner.options import ModelOptions, StoreOptions
 if TYPE_CHECKING:
     from limner.images import PreparedReference
     from limner.pipeline import Pipeline, PipelineOutput
-    from limner.references import References
     from limner.requests import EditRequest
 
 __all__ = ["add_commands", "edit", "generate", "prepare"]
@@ -180,7 +179,9 @@ def _draw(
     ) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
         request = _request(args, prepared)
-        out = _run(pipe, request, references, progress, output_type="pil" if process.writes else "latent")
+        out = pipe.draw(
+            [request], references=references, output_type="pil" if process.writes else "latent", progress=progress
+        )
     if process.writes:
         _save(args, pipe, out, files)
     if store is not None:
@@ -213,27 +214,6 @@ def _drawn_seeds(number: int) -> tuple[int, ...]:
 
         torch.distributed.broadcast_object_list(drawn, src=0)
     return tuple(drawn)
-
-
-def _run(
-    pipe: Pipeline, request: EditRequest, references: References | None, progress: DrawProgress, *, output_type: str
-) -> PipelineOutput:
-    import torch
-
-    out = pipe(
-        request.prompt,
-        image=list(request.references) or None,
-        references=references,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.num_inference_steps,
-        num_images_per_prompt=len(request.seeds),
-        generator=[torch.Generator().manual_seed(one) for one in request.seeds],
-        output_type=output_type,
-        progress=progress,
-    )
-    assert not isinstance(out, tuple)
-    return out
 
 
 def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:

@@ -30,7 +30,7 @@ from limner.server.logs import log_own
 from limner.store import StoreStats
 
 if TYPE_CHECKING:
-    from limner.deploy.ray import DeployOptions
+    from limner.deploy.options import DeployOptions
 
 __all__ = ["GRACE_SECONDS", "IngressApp", "RayReplicas"]
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -228,7 +229,9 @@ class Engine:
         if isinstance(head.request, PrefillRequest):  # which runs alone
             self._prefill(head, head.request)
         else:
-            self._draw(batch, [job.request for job in batch if isinstance(job.request, EditRequest)], start)
+            width, height = head.size  # of all: some may have left it to the model
+            requests = [job.request for job in batch if isinstance(job.request, EditRequest)]
+            self._draw(batch, [replace(request, width=width, height=height) for request in requests], start)
 
     def _prefill(self, job: Job, request: PrefillRequest) -> None:
         references, source = self.pipe.prefill_from(request.references)
@@ -251,7 +254,11 @@ class Engine:
             return {} if len(stay) == len(tensors["latents"]) else {"rows": stay}
 
         try:
-            out = _call(self.pipe, requests, size=batch[0].size, after_step=after_step, previews=self._previews)
+            out = self.pipe.draw(
+                requests,
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=("latents", "preview") if self._previews else ("latents",),
+            )
         except Cancelled:  # all have left, and were failed then
             return
         ran = self._clock() - start
@@ -289,24 +296,6 @@ class Engine:
             dropped = not self._queue.end(job, error)
         if not dropped:
             job.tell(Failed(error))
-
-
-def _call(
-    pipe: Pipeline, requests: Sequence[EditRequest], *, size: tuple[int, int], after_step: _AfterStep, previews: bool
-) -> PipelineOutput:
-    """The one call of the pipeline: an image for each seed of each request, over the references of the first."""
-    out = pipe(
-        [request.prompt for request in requests for _ in request.seeds],
-        image=list(requests[0].references) or None,
-        width=size[0],
-        height=size[1],
-        num_inference_steps=requests[0].num_inference_steps,
-        generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
-        callback_on_step_end=after_step,
-        callback_on_step_end_tensor_inputs=("latents", "preview") if previews else ("latents",),
-    )
-    assert isinstance(out, PipelineOutput)
-    return out
 
 
 def _result(
