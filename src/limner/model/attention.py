@@ -1,4 +1,4 @@
-"""The only caller of attention kernels: own tokens attend to [references | own], references serve the whole batch.
+"""The only caller of attention kernels: own tokens attend to [references | own], with one set of references per batch.
 
 There may be fewer queries than own keys: only those of the tokens whose result is wanted.
 

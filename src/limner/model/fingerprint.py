@@ -1,4 +1,4 @@
-"""Name what decides the last bits of a result besides the weights: device, attention kernel, products, processes.
+"""Name all that decides the last bits of a result besides the weights: device, attention kernel, products, processes.
 
 The name is part of the content key of references: K/V of one arithmetic are never used by another.
 """

@@ -1,4 +1,4 @@
-"""What a LoRA adds to a matrix, and the two ways to add it: a branch alongside the product, or a sum of weights.
+"""Updates that a LoRA adds to a matrix, and the two ways to add them: a branch alongside the product, or a sum of weights.
 
 Shapes: x (..., K), a matrix (N, K), its product (..., N); R ranks. A branch reads the same activations as its matrix and
 adds to the product, whatever the format of the matrix. So it also works with int8 weights, to which small updates cannot

@@ -91,7 +91,7 @@ class Transformer(nn.Module):
 
     @property
     def arithmetic(self) -> str:
-        """The name of what decides the last bits of a result besides the weights (`limner.model.fingerprint`)."""
+        """Name of all that decides the last bits of a result besides the weights (`limner.model.fingerprint`)."""
         return arithmetic_name(self, self.execution, like=self.x_embedder, head_dim=self.config.head_dim)
 
     @property
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the velocity (B, S_img, out_channels) of image tokens at noise level `sigma`, a number or (B,).
 
-        `references` serve the whole batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, computed once for all
+        `references` are shared by the batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, computed once for all
         steps. Raises `ValueError` for references of another number of layers.
         """
         rope = rope or self.rope(torch.cat([txt_ids, img_ids]))

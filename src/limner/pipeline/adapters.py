@@ -60,7 +60,7 @@ class Adapters:
 
     @classmethod
     def of(cls, transformer: Transformer, digests: WeightDigests) -> Adapters:
-        """Return the adapters of a transformer, attaching new ones if it has none. `digests` is told of fused weights."""
+        """Return the adapters of a transformer, attaching new ones if it has none. `digests` records fused weights."""
         found = transformer.attached
         if not isinstance(found, cls) or found.transformer is not transformer:
             found = cls(transformer, digests)
@@ -105,7 +105,7 @@ class Adapters:
         self._reattach_if_replaced()
         weights = self._digests.of(self.transformer)
         unfused = self._unfused()
-        return _derived("beside", weights, unfused) if unfused else weights
+        return _derived("beside", weights, unfused) if unfused else weights  # the word is part of stored keys
 
     # loading and activating
 
