@@ -1,7 +1,7 @@
-"""The processes that run one model together, as torchrun starts them: joining them, and failing as one.
+"""The processes that run one model together, as torchrun starts them: joining them, printing once, failing as one.
 
-Owns what torchrun says in the environment, the process group and who may speak for all. Knows nothing of pipelines, and
-imports torch only where processes are joined.
+Owns torchrun's environment variables, the process group, and which process prints for all. Does not know pipelines nor how
+a model is divided (`limner.model.shards`, `limner.model.divide`). Imports torch only where processes are joined.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from limner.errors import InvalidRequest
+from limner.errors import InvalidRequest, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 __all__ = ["exit_silently", "join", "own_device", "speaks", "started", "together"]
 
 _VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The first is torchrun's alone; others that start processes set the rest."""
+"""Only torchrun sets the first; other launchers set the rest."""
 _ENDED = "limner/ended"
 _GRACE = 10.0
-"""Seconds in which torchrun ends a process that has nothing to say, after the one that has."""
+"""Seconds that a process without an error of its own waits for torchrun to end it."""
 
 
 def started() -> bool:
-    """Whether this process is one of several that torchrun started."""
+    """Return True if this process is one of several that torchrun started."""
     return all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
 
 
 def speaks() -> bool:
-    """Whether this process prints what all would print: the only one, or the first of several."""
+    """Return True if this process prints for all: it is the only one, or the first of several."""
     return not started() or os.environ["RANK"] == "0"
 
 
 def exit_silently() -> NoReturn:
-    """Leaves with exit code 2 to the process that says why; not before it, since torchrun then ends that one too."""
+    """Wait, then exit with code 2: torchrun ends all processes at the first exit, and another prints the error first."""
     time.sleep(_GRACE)
     raise SystemExit(2)
 
@@ -65,7 +65,7 @@ def join(mode: str | None, device: torch.device) -> tuple[Ranks, torch.device]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process, where all were told the same. Raises `InvalidRequest`."""
+    """Return the device of this process; `device` is the same in all. Raises `InvalidRequest`."""
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise InvalidRequest(
             "device", f"{device} cannot be that of each process of a parallel model; use cpu, or cuda for a GPU each"
@@ -86,10 +86,10 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def together(device: str) -> Iterator[bool]:
-    """Around all that a process does on a kind of device; gives whether it is the one that writes and prints for all.
+    """Run the work of a process on a kind of device; yields True in the one process that writes and prints for all.
 
-    All end when one fails. The first that fails raises its error; the others, which may have the same one or only miss the
-    first, exit with code 2 and say nothing.
+    All processes end when one fails. The first that fails raises its error. The others, which fail in the same way or
+    because the first is gone, exit with code 2 and print nothing.
     """
     import torch.distributed as dist
 
@@ -101,7 +101,7 @@ def together(device: str) -> Iterator[bool]:
         with peer_errors():
             dist.barrier()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # whoever holds the store is gone: better twice than not at all
+        with contextlib.suppress(RuntimeError):  # the process with the store is gone: print the error, perhaps twice
             if store.add(_ENDED, 1) > 1:
                 exit_silently()
         raise
@@ -109,7 +109,7 @@ def together(device: str) -> Iterator[bool]:
 
 
 def _start(device: str) -> tuple[Any, int]:
-    """Makes the default process group of torchrun's processes; its store, and the rank here. Raises `InvalidRequest`."""
+    """Make the default process group of torchrun's processes; return its store and the rank. Raises `InvalidRequest`."""
     if not started():
         raise InvalidRequest(
             "parallel",
@@ -122,11 +122,11 @@ def _start(device: str) -> tuple[Any, int]:
 
     try:
         store, rank, size = next(iter(rendezvous("env://")))
-        gpus = device.startswith("cuda") and torch.cuda.is_available()  # if there are none, loading says so
+        gpus = device.startswith("cuda") and torch.cuda.is_available()  # without GPUs, loading raises the error
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InvalidRequest(
             "parallel", f"the processes did not find each other ({reason}); start them with torchrun"
         ) from error

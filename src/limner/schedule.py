@@ -1,4 +1,4 @@
-"""Noise levels of a run and the Euler step, as pure functions. Knows nothing of models.
+"""Noise levels of a run, and the Euler step, as pure functions. Knows nothing of models.
 
 The formulas are those of diffusers 0.42.1: `compute_empirical_mu` of the klein pipelines and the exponential time shift
 of `FlowMatchEulerDiscreteScheduler`, in the same precision (float32 levels, float64 mu).
@@ -22,13 +22,13 @@ __all__ = ["Schedule", "empirical_mu", "euler_step"]
 _SLOPE_200, _OFFSET_200 = 0.00016927, 0.45666666
 _SLOPE_10, _OFFSET_10 = 8.73809524e-05, 1.89833333
 MAX_STEPS = 1000
-"""More steps than training has noise levels are refused."""
+"""The number of noise levels in training; more steps are refused."""
 _LONG = 4300
 """Above this many tokens mu no longer depends on the number of steps."""
 
 
 def empirical_mu(num_tokens: int, *, num_steps: int) -> float:
-    """mu, the exponent of the time shift for `num_tokens` output tokens and `num_steps` steps."""
+    """Return mu, the exponent of the time shift, for `num_tokens` output tokens and `num_steps` steps."""
     m_200 = _SLOPE_200 * num_tokens + _OFFSET_200
     if num_tokens > _LONG:
         return m_200
@@ -39,14 +39,14 @@ def empirical_mu(num_tokens: int, *, num_steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How noise levels are shifted: by mu of the number of tokens (klein), or by a fixed `static_shift`."""
+    """How noise levels are shifted: by mu, which depends on the number of tokens (klein), or by a fixed `static_shift`."""
 
     dynamic: bool = True
     static_shift: float = 1.0
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "scheduler_config.json") -> Schedule:
-        """Reads a `FlowMatchEulerDiscreteScheduler` configuration; refuses options that no klein model uses."""
+        """Read a `FlowMatchEulerDiscreteScheduler` configuration. `CheckpointError`: no klein model uses an option."""
         allowed: dict[str, Any] = {
             "num_train_timesteps": 1000,
             "time_shift_type": "exponential",
@@ -70,9 +70,9 @@ class Schedule:
         return cls(dynamic=bool(config.get("use_dynamic_shifting", False)), static_shift=float(static))
 
     def sigmas(self, num_tokens: int, *, num_steps: int, custom: Sequence[float] | None = None) -> Tensor:
-        """The noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
+        """Return the noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
 
-        `custom` replaces linspace(1, 1/num_steps, num_steps) before the shift, as in diffusers; mu still comes from
+        `custom` replaces linspace(1, 1/num_steps, num_steps) before the shift, as in diffusers; mu still depends on
         `num_steps`. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
         if not 1 <= num_steps <= MAX_STEPS:

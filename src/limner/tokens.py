@@ -1,8 +1,8 @@
-"""The only owner of token order: patches, packing, position ids, and where text and image stand in a sequence.
+"""The only owner of token order: patches, packing, position ids, and the places of text and image in a sequence.
 
 Shapes: latents (B, C, h, w) on the latent grid; tokens (B, S, C); ids (S, 4) with axes (t, h, w, l). Sequences are
-[txt, ref, img]. References are never part of a denoising sequence: their keys and values stand between txt and img,
-and attention does not depend on the order of keys. Knows nothing of models or pixels.
+[txt, ref, img]. A denoising sequence is [txt, img]: references are present only as cached keys and values, and attention
+does not depend on the order of keys. Knows nothing of models or pixels.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 PATCH = 2
-"""Side of a patch of latents that becomes one token."""
+"""Side of the patch of latents that becomes one token."""
 REFERENCE_STRIDE = 10
-"""Reference i stands at t = 10 + 10 i (diffusers 0.42.1, `_prepare_image_ids`)."""
+"""Reference i, counted from 0, is at t = 10 + 10 i (diffusers 0.42.1, `_prepare_image_ids`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLayout:
-    """Where the text and the image tokens stand in a denoising sequence [txt, img]."""
+    """The places of text and image tokens in a denoising sequence [txt, img]."""
 
     num_txt: int
     num_img: int

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from limner import InvalidRequest, Pipeline, ReferenceStore
 from limner.model import strips
 from limner.model.attention import attend
-from limner.model.kv import LayerKV, ReferenceKV, quantize_layer, staged
+from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
+from limner.model.transfer import on_device
 from limner.tokens import image_ids, reference_ids, text_ids
 from limner.weights.networks import empty_autoencoder, empty_transformer
 
@@ -92,7 +93,7 @@ def test_kept_references_come_from_pinned_memory() -> None:
     host = ReferenceKV(
         layers=tuple(LayerKV(*(torch.randn(1, 8, 2, 16).pin_memory() for _ in range(2))) for _ in range(4))
     )
-    for there, here in zip(staged(host.layers, torch.device("cuda")), host.layers, strict=True):
+    for there, here in zip(on_device(host.layers, torch.device("cuda")), host.layers, strict=True):
         assert there.k.device.type == "cuda"
         assert torch.equal(there.k.cpu(), here.k)
         assert torch.equal(there.v.cpu(), here.v)

@@ -1,8 +1,8 @@
-"""Matrix products of stored weights, in the arithmetic that is fastest where they run.
+"""Matrix products of stored weights, in the dtype that is fastest on their device.
 
-Some CPUs multiply bfloat16 at half the rate of float32 (AVX-512 bf16 without AMX on Intel), others at twice the rate. So
-on a CPU the two are compared once a process, and where float32 wins by a fourth, half-precision weights are widened block
-by block into a small buffer and multiplied there: faster, and rounded once instead of twice. Weights stay as they are.
+Some CPUs multiply bfloat16 at half the rate of float32 (AVX-512 BF16 without AMX on Intel), others at twice the rate. So
+on a CPU the two are compared once per process. Where float32 is a quarter faster, half-precision weights are widened block
+by block into a small buffer and multiplied there, which also rounds once instead of twice. Stored weights do not change.
 
 Shapes: x (..., K), weight (N, K), result (..., N). Knows nothing of blocks or attention.
 """
@@ -22,14 +22,14 @@ __all__ = ["Linear", "fast_dtype"]
 
 _logger = logging.getLogger("limner")
 _BLOCK = 4 << 20
-"""Weights that are widened at once: 16 MiB of float32."""
+"""Weights that are widened at a time: 16 MiB of float32."""
 _FEW = 32
 """With fewer rows of x than this, widening the weights costs more than it saves."""
 
 
 @cache
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which matrix products of `dtype` are fastest; measured once for a CPU, and logged."""
+    """Return the dtype in which matrix products of `dtype` are fastest; measured once for a CPU, and logged."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -41,7 +41,7 @@ def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
-    """The best of a few runs, after one to warm up."""
+    """Return the shortest of five runs, after one to warm up."""
     product(x, weight)
     best = float("inf")
     for _ in range(5):
@@ -52,7 +52,7 @@ def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ten
 
 
 def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32, rounded to the dtype of x at the end."""
+    """x weight^T in float32, rounded to the dtype of x at the end; `_BLOCK` weights are widened at a time."""
     num_out, num_in = weight.shape
     rows = x.reshape(-1, num_in).float()
     out = x.new_empty(rows.shape[0], num_out)
@@ -76,11 +76,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Activations for several matrices that read the same ones: themselves (`Int8Linear` quantizes them once)."""
+        """Prepare activations that several matrices read; here nothing to do (`Int8Linear` quantizes them once)."""
         return x
 
     def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
-        """`rows` asks for a part of the output features alone."""
+        """x weight^T; with `rows` only these output features."""
         weight = self.weight if rows is None else self.weight[rows]
         if torch.is_grad_enabled() or input.numel() < _FEW * input.shape[-1]:
             return F.linear(input, weight)

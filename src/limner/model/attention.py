@@ -1,22 +1,22 @@
-"""The only caller of attention kernels: own tokens attend to [references | own], references serve the whole batch.
+"""The only caller of attention kernels: own tokens attend to [references | own], with one set of references per batch.
 
-Queries may be fewer than own keys: those of the tokens whose result is wanted.
+There may be fewer queries than own keys: only those of the tokens whose result is wanted.
 
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
-All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1 and are neither repeated nor
-joined to others: `native` and `flash` read them where they are, `chunked` in half precision lays one layer's out anew in
-scratch memory, once for a batch. A batch of B is allowed too (training). Quantized ones are widened a block at a time by
-`native`, a layer at a time by the others. Knows nothing of blocks, modulation or positions.
+All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1, or B in training. They are neither
+repeated nor joined to others: `native` and `flash` read them where they are; `chunked` in half precision copies those of
+one layer into scratch memory, once for a batch. `native` widens quantized ones a block at a time, the others a layer at a
+time. Knows nothing of blocks, modulation or positions.
 
-Kernels (`KERNELS`), all equal to rounding:
-- ``native``: a flash kernel of our own in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler.
-  Scores and softmax in float32, and no score leaves the cache.
+Kernels (`KERNELS`), all equal up to rounding:
+- ``native``: a flash kernel in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler. Scores and
+  softmax are in float32, and no score leaves the cache.
 - ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. Runs anywhere.
 - ``chunked_float32``: the same in float32, for half precision where the CPU multiplies float32 faster.
-- ``flash``: the library's flash kernel once for the references and once for the own tokens, merged by their
-  log-sum-exp. For CUDA; also runs on CPU.
-- ``dense``: the formula over the concatenation. Copies; differentiable; the one for training, where on CPU it is a
-  third faster, backward included, than `scaled_dot_product_attention` at a few hundred tokens.
+- ``flash``: torch's flash kernel once for the references and once for the own tokens, merged by their log-sum-exp. For
+  CUDA; also runs on CPU.
+- ``dense``: the formula over the concatenation. Copies; differentiable. For training: on a CPU with a few hundred tokens a
+  third faster, backward included, than `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -39,14 +39,14 @@ __all__ = ["KERNELS", "attend", "choose_kernel"]
 _logger = logging.getLogger("limner")
 _CHUNK = 256
 _SCORES = 8 << 20
-"""Scores that are in memory at once, more only where one head's chunk has more."""
+"""Scores that are in memory at once; more only if one chunk of one head has more."""
 
 
 @cache
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The name of the fastest kernel that runs there; the choice is logged once.
+    """Return the name of the fastest kernel that runs there; the choice is logged once.
 
-    The library's flash kernel takes half precision, Ampere or newer, and head dims that are multiples of 8.
+    Torch's flash kernel takes half precision, Ampere or newer, and head dims that are multiples of 8.
     """
     flash = (
         device.type == "cuda"
@@ -69,27 +69,26 @@ def attend(
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 
-    K/V of `references` have batch 1 or B. `kernel` is a name in `KERNELS`; None takes the fastest of the
-    device, or the differentiable one while gradients are recorded.
+    K/V of `references` have batch 1 or B. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or
+    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
     """
     if kernel is None:
         records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
     if kernel == "native":
         return _native(q_BSHD, k_BSHD, v_BSHD, references)
-    k_ref, v_ref = (None, None) if references is None else references.dense(v_BSHD.dtype)
-    return _PLAIN[kernel](q_BSHD, k_BSHD, v_BSHD, k_ref, v_ref)
+    return _PLAIN[kernel](q_BSHD, k_BSHD, v_BSHD, None if references is None else references.dense(v_BSHD.dtype))
 
 
 def _records(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> bool:
-    """Whether a gradient is wanted of any of them."""
+    """True if a gradient is recorded for any of them."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(references or ())))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
-    if k_ref is not None and v_ref is not None:
-        k = torch.cat([k_ref.expand(q.shape[0], -1, -1, -1), k], dim=1)
-        v = torch.cat([v_ref.expand(q.shape[0], -1, -1, -1), v], dim=1)
+def _dense(q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None) -> Tensor:
+    if references is not None:
+        k = torch.cat([references.k.expand(q.shape[0], -1, -1, -1), k], dim=1)
+        v = torch.cat([references.v.expand(q.shape[0], -1, -1, -1), v], dim=1)
     q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q_BHSD / math.sqrt(q.shape[-1])) @ k_BHSD.transpose(-1, -2)
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
@@ -111,40 +110,32 @@ def _native(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> T
             raise ValueError(f"references of batch {references.k.shape[0]} do not fit {q.shape[0]} images")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
-        kept = [] if references is None else [native.Segment(*(x[b if len(x) > 1 else 0] for x in references))]
-        native.attend(q[b], [*kept, native.Segment(k[b], v[b])], out[b])
+        cached = [] if references is None else [native.Segment(*(x[b if len(x) > 1 else 0] for x in references))]
+        native.attend(q[b], [*cached, native.Segment(k[b], v[b])], out[b])
     return out
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
-    return _in_chunks(q, k, v, k_ref, v_ref, dtype=q.dtype)
-
-
-def _chunked_float32(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
-    return _in_chunks(q, k, v, k_ref, v_ref, dtype=torch.float32)
-
-
-def _in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None, *, dtype: torch.dtype
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """For some heads and queries at a time: both products into one score buffer, softmax in place, both products out."""
+    """Some heads and queries at a time: scores in one buffer, softmax in place; products in `dtype`, None: that of q."""
+    dtype = dtype or q.dtype
     batch, num_q, heads, dim = q.shape
-    num_own = k.shape[1]
-    num_ref = 0 if k_ref is None else k_ref.shape[1]
+    num_own, num_ref = k.shape[1], 0 if references is None else references.num_tokens
     out_BSHD = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * (num_ref + num_own))))
     scores = q.new_empty(heads_at_once * min(_CHUNK, num_q) * (num_ref + num_own), dtype=dtype)
     ref: tuple[Tensor, Tensor] | None = None
     for b in range(batch):
-        if k_ref is not None and v_ref is not None and (b == 0 or k_ref.shape[0] == batch):
-            ref = _heads_first(k_ref[b], dtype), _heads_first(v_ref[b], dtype)
+        if references is not None and (b == 0 or references.k.shape[0] == batch):
+            ref = _heads_first(references.k[b], dtype), _heads_first(references.v[b], dtype)
         q_HSD, k_HSD, v_HSD = (_heads_first(x[b], dtype) for x in (q, k, v))
         q_HSD = q_HSD * (1 / math.sqrt(dim))
         for h in range(0, heads, heads_at_once):
             some = slice(h, h + heads_at_once)
             for start in range(0, num_q, _CHUNK):
                 q_HQD = q_HSD[some, start : start + _CHUNK]
-                # contiguous for the last chunk too: a softmax in place of anything else gives wrong numbers
+                # contiguous for the last chunk too: softmax in place is wrong for anything else
                 shape = (*q_HQD.shape[:2], num_ref + num_own)
                 weights = scores[: math.prod(shape)].view(shape)
                 if ref is not None:
@@ -159,16 +150,17 @@ def _in_chunks(
 
 
 def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, H, D) to (H, S, D) of a dtype: a view in float32, whose products take strides; else contiguous, in one pass."""
+    """(S, H, D) to (H, S, D): a view for float32, whose products take strides; otherwise contiguous, in one pass."""
     if x_SHD.dtype == dtype == torch.float32:
         return x_SHD.transpose(0, 1)
     return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None) -> Tensor:
     own, lse_own = _flash_with_lse(q, k, v)
-    if k_ref is None or v_ref is None:
+    if references is None:
         return own
+    k_ref, v_ref = references
     batch, num_own, heads, dim = q.shape
     if k_ref.shape[0] == batch:
         ref, lse_ref = _flash_with_lse(q, k_ref, v_ref)
@@ -180,7 +172,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | None, v_ref: Tensor 
 
 
 def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, S, H, D) and the log-sum-exp of its scores (B, S, H), float32."""
+    """Return attention (B, S, H, D) and the log-sum-exp of its scores (B, S, H), float32."""
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     if q.device.type == "cuda":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)[:2]
@@ -189,9 +181,9 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.float().transpose(1, 2)
 
 
-_PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
+_PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, LayerKV | None], Tensor]] = {
     "chunked": _chunked,
-    "chunked_float32": _chunked_float32,
+    "chunked_float32": partial(_chunked, dtype=torch.float32),
     "flash": _flash,
     "dense": _dense,
 }

@@ -1,8 +1,8 @@
 """Pixels to normalised latents and back, over diffusers' `AutoencoderKLFlux2`.
 
 Shapes: pixels (B, 3, height, width) in [-1, 1]; latents (B, 4 C, h, w), patchified and normalised by the running
-statistics of the checkpoint's BatchNorm: what the transformer reads and predicts. Large pictures go through in strips
-(`limner.model.strips`), with the same result to rounding. Knows no pictures and no files.
+statistics of the checkpoint's BatchNorm, as the transformer reads and predicts them. Large pictures are processed in
+strips (`limner.model.strips`), with the same result up to rounding. Knows no pictures and no files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(nn.Module):
-    """Wraps the network so that everybody else sees normalised, patchified latents only."""
+    """Wrap the network so that all other code sees normalised, patchified latents only."""
 
     whole_pixels: int = WHOLE_PIXELS
-    """Pictures of more pixels are decoded in strips. What is encoded in strips is the same for all: it is under the key."""
+    """Larger pictures are decoded in strips. For encoding `WHOLE_PIXELS` is fixed: its bits are part of the content key."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()

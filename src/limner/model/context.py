@@ -1,4 +1,4 @@
-"""How a transformer runs, and what the blocks of one pass have in common. Knows nothing of weights or steps."""
+"""How a transformer runs, and the context that all blocks of one pass share. Knows nothing of weights or steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class InPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a transformer runs, as far as its weights do not say."""
+    """How a transformer runs: all that its weights do not determine."""
 
     kernel: str | None = None
     """Attention kernel by name (`limner.model.attention.KERNELS`); None lets the device choose."""
@@ -43,7 +43,7 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockContext:
-    """What all blocks share in one pass over tokens: where the tokens stand, and how attention runs."""
+    """Shared by all blocks in one pass over tokens: the places of the tokens, and how attention runs."""
 
     rope: Rope
     """The rotary table of this process's tokens, in the order of `layout`."""

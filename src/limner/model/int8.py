@@ -1,10 +1,10 @@
-"""Matrix products in int8: signed weights with a scale for each output feature, unsigned activations with one a row.
+"""Matrix products in int8: signed weights with a scale per output feature, unsigned activations with a scale per row.
 
-Shapes: x (..., K), weight (N, K) int8, weight_scale (N,) float32, result (..., N) in the dtype of x. A weight is
-weight * weight_scale; a row of activations is (u - 128) * scale with u in [1, 255]. Where the CPU has int8 dot products
-(AVX-512 VNNI) oneDNN multiplies u8 x s8; elsewhere the weights are widened and multiplied as floating point numbers.
+Shapes: x (..., K), weight (N, K) int8, weight_scale (N,) float32, result (..., N) in the dtype of x. The weights stand for
+weight * weight_scale, a row of activations for (u - 128) * scale with u in [1, 255]. Where the CPU has int8 dot products
+(AVX-512 VNNI), oneDNN multiplies u8 x s8. Elsewhere the weights are widened and multiplied as floating point numbers.
 
-s8 x s8 falls into a reference kernel of oneDNN that is a hundred times slower, hence the unsigned activations.
+Activations are unsigned because oneDNN runs s8 x s8 in a reference kernel that is a hundred times slower.
 Knows nothing of blocks or files.
 """
 
@@ -31,7 +31,7 @@ _AT_ONCE = 1 << 20
 
 
 class QuantizedRows(NamedTuple):
-    """Activations (M, K) uint8 around 128 and the scale of each row (M, 1), with what they were made of (..., K)."""
+    """Activations (M, K) uint8 around 128, the scale of each row (M, 1), and the activations (..., K) before rounding."""
 
     values: Tensor
     scale: Tensor
@@ -48,7 +48,7 @@ class QuantizedRows(NamedTuple):
 
 @cache
 def has_int8_products() -> bool:
-    """Whether oneDNN multiplies u8 x s8 with the CPU's own instructions; logged once."""
+    """Return True if oneDNN multiplies u8 x s8 with instructions of this CPU; logged once."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -63,7 +63,8 @@ def has_int8_products() -> bool:
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) to int8 (N, K) and the scale (N,) float32 of each output feature; some rows at a time.
 
-    In one go the float32 copies of a 9B's largest matrix take 2.4 GB, and are slower to write than to compute.
+    All rows at once would make float32 copies, 2.4 GB for the largest matrix of a 9B, and writing them takes longer than
+    the arithmetic.
     """
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], device=weight.device)
@@ -77,19 +78,19 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
-    """Activations (..., K) for several products with the same input."""
+    """Quantize activations (..., K), for one product or several with the same input."""
     if native.runs_rows(x):
         return QuantizedRows(*native.quantize_rows(x), x)
     rows = x.reshape(-1, x.shape[-1])
-    # a scale of 8 bits, as bfloat16 has: multiplying the result by it rounds nothing more
+    # a scale of 8 bits is exact in bfloat16, the dtype in which products are multiplied by it
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _TOP).clamp(min=_TINY).bfloat16().float()
-    # bfloat16 may round the scale down by 1/256: 127.5 is clamped
+    # bfloat16 may round the scale down by 1/256, which gives 127.5: clamped
     values = torch.addcmul(torch.full((), _ZERO + 0.5), rows, scale.reciprocal()).clamp_(1, 255).to(torch.uint8)
     return QuantizedRows(values, scale, x)
 
 
 class _Packed(NamedTuple):
-    """A weight in oneDNN's layout, and what it was made of: the memory, held so that its address is not used again."""
+    """A weight in oneDNN's layout, and its source, held so that no other tensor gets the same address."""
 
     source: Tensor
     version: int
@@ -97,7 +98,7 @@ class _Packed(NamedTuple):
 
 
 class Int8Linear(nn.Module):
-    """A `Linear` whose weight is int8. Takes activations, or what `prepare` made of them."""
+    """A `Linear` whose weight is int8. Takes activations, or the result of `prepare`."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -111,7 +112,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:
-        """The quantized form of a matrix."""
+        """Quantize a matrix."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features)
         weight, scale = quantize_weight(linear.weight.detach())
@@ -119,11 +120,11 @@ class Int8Linear(nn.Module):
         return made
 
     def prepare(self, x: Tensor) -> Tensor | QuantizedRows:
-        """Activations for several matrices that read the same ones: quantized once."""
+        """Prepare activations that several matrices read: quantize them once."""
         return quantize_rows(x) if self._quantizes(x) else x
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
-        """`rows` asks for a part of the output features alone."""
+        """x weight^T; with `rows` only these output features."""
         if isinstance(input, Tensor) and not self._quantizes(input):
             weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
             return F.linear(input, (weight.float() * scale[:, None]).to(input.dtype))
@@ -148,20 +149,20 @@ class Int8Linear(nn.Module):
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
     def multiplies_int8(self) -> bool:
-        """Whether its products are u8 x s8; else weights are widened."""
+        """Return True if products are u8 x s8; else weights are widened."""
         return self.weight.device.type == "cpu" and has_int8_products()
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the copies in oneDNN's layout that were made so far."""
+        """Bytes of the copies in oneDNN's layout made so far."""
         return sum((stop - start) * self.in_features for start, stop in self._packed)
 
     def _quantizes(self, x: Tensor) -> bool:
-        """Not where a gradient is wanted: rounding has none, so the weights are widened."""
+        """False if a gradient of x is recorded: rounding has none, so the weights are widened."""
         return self.multiplies_int8() and not (torch.is_grad_enabled() and x.requires_grad)
 
     def _pack(self, start: int, stop: int) -> Tensor:
-        """The weight in oneDNN's layout, made when first used and again after a change or with other memory."""
+        """Return the weight in oneDNN's layout, packed at first use and again when it changed or was replaced."""
         source = self.weight.detach()
         version = -1 if source.is_inference() else source._version
         known = self._packed.get((start, stop))
@@ -171,7 +172,7 @@ class Int8Linear(nn.Module):
         return known.weight
 
     def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
-        """Moves, and keeps the scales in float32 whatever dtype is asked for."""
+        """As `nn.Module`, but the scales stay in float32 when the module is cast."""
         scale = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight_scale = scale.to(self.weight.device)
@@ -180,9 +181,9 @@ class Int8Linear(nn.Module):
 
 
 def quantize_blocks(transformer: nn.Module) -> None:
-    """Puts `Int8Linear` in place of every matrix of the blocks, one at a time.
+    """Replace every matrix of the blocks by an `Int8Linear`, one at a time.
 
-    Modulation, embedders, norms and the last layer keep their dtype: they are small, and errors there reach every token.
+    Modulation, embedders, norms and the last layer keep their dtype: they are small, and their errors reach every token.
     """
     for name, module in list(transformer.named_modules()):
         if isinstance(module, Linear) and "transformer_blocks." in name:

@@ -1,26 +1,25 @@
 """Keys and values of reference tokens: of one layer, plain or quantized, and of all layers.
 
-Shapes: k and v (1, S_ref, H, D), k after norm and rotation; scales (1, S_ref, H, 1) float32. A batch of B stands in place
-of 1 while training. Knows torch alone.
+Shapes: k and v (1, S_ref, H, D), k after norm and rotation; scales (1, S_ref, H, 1) float32. The batch is B instead of 1
+in training. Knows torch alone.
 
-Quantized K/V have one scale for each token and head, the largest absolute value over the range of the format, so that
-the error of a value is at most half a step of its own row: int8 1/254 of the row's largest value, fp8 (E4M3) 1/16 of the
-value itself. `model.attention` widens them where they are used.
+Quantized K/V have one scale per token and head: the largest absolute value divided by the range of the format. So the
+error of a value is at most 1/254 of the largest value of its row in int8, and 1/16 of the value itself in fp8 (E4M3).
+`model.attention` widens them where they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["KV_FORMATS", "AnyLayerKV", "LayerKV", "QuantizedLayerKV", "ReferenceKV", "quantize_layer", "staged"]
+__all__ = ["KV_FORMATS", "AnyLayerKV", "LayerKV", "QuantizedLayerKV", "ReferenceKV", "quantize_layer"]
 
 KV_FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-"""The formats in which K/V can be kept besides their own dtype, and the largest value of each."""
+"""The formats in which K/V can be cached besides their own dtype, and the largest value of each."""
 
 
 class LayerKV(NamedTuple):
@@ -30,7 +29,7 @@ class LayerKV(NamedTuple):
     v: Tensor
 
     def dense(self, dtype: torch.dtype) -> LayerKV:
-        """Itself."""
+        """Return itself."""
         return self
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> LayerKV:
@@ -50,7 +49,7 @@ class QuantizedLayerKV(NamedTuple):
     v_scale: Tensor
 
     def dense(self, dtype: torch.dtype) -> LayerKV:
-        """Widened to a dtype."""
+        """Return it widened to a dtype."""
         return LayerKV((self.k.float() * self.k_scale).to(dtype), (self.v.float() * self.v_scale).to(dtype))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> QuantizedLayerKV:
@@ -65,7 +64,7 @@ AnyLayerKV = LayerKV | QuantizedLayerKV
 
 
 def quantize_layer(layer: LayerKV, kind: str) -> QuantizedLayerKV:
-    """A layer in a format of `KV_FORMATS`."""
+    """Quantize a layer to a format of `KV_FORMATS`."""
     (k, k_scale), (v, v_scale) = (_quantize(x, kind) for x in layer)
     return QuantizedLayerKV(k, v, k_scale, v_scale)
 
@@ -73,7 +72,7 @@ def quantize_layer(layer: LayerKV, kind: str) -> QuantizedLayerKV:
 def _quantize(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     dtype, top = KV_FORMATS[kind]
     wide = x.float()
-    # the smallest scale keeps rows of zeros, and of values near the end of float32, finite
+    # a least scale, so that rows of zeros and of tiny values stay finite
     scale = (wide.abs().amax(dim=-1, keepdim=True) / top).clamp(min=1e-30)
     values = wide / scale
     return (values.round() if dtype == torch.int8 else values).to(dtype), scale
@@ -98,34 +97,3 @@ class ReferenceKV:
     @property
     def device(self) -> torch.device:
         return self.layers[0].k.device
-
-
-def staged(layers: Sequence[AnyLayerKV], device: torch.device) -> Iterator[AnyLayerKV]:
-    """The layers in order, on `device`; each is on its way while the one before it is computed with.
-
-    Where K/V live in host memory and the device is another, the copy of the next layer runs on a stream of its own
-    (from pinned memory without waiting), and two layers at most are on the device.
-    """
-    if not layers or layers[0].k.device == device:
-        yield from layers
-        return
-    if device.type != "cuda":
-        for layer in layers:
-            yield layer.to(device)
-        return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
-
-    def move(layer: AnyLayerKV) -> AnyLayerKV:
-        side.wait_stream(main)  # what the copy overwrites is free
-        with torch.cuda.stream(side):
-            return layer.to(device, non_blocking=True)
-
-    following = move(layers[0])
-    for i in range(len(layers)):
-        current = following
-        main.wait_stream(side)
-        for x in current:
-            x.record_stream(main)
-        if i + 1 < len(layers):
-            following = move(layers[i + 1])
-        yield current

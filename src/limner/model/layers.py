@@ -1,9 +1,9 @@
 """Blocks of the transformer: embedders, modulation, double-stream and single-stream blocks.
 
-Shapes: B batch, S sequence, C width, H heads, D head dimension. Module names are those of diffusers'
-`Flux2Transformer2DModel`, so its state dict needs no renaming. Each block has two passes that share its weights:
-`forward` for text and image tokens, and `prefill` for reference tokens, which attend to themselves only and see neither
-prompt nor noise. Knows nothing of sequences, steps or files.
+Shapes: B batch, S sequence, C width, M MLP width, H heads, D head dimension. Module names are those of diffusers'
+`Flux2Transformer2DModel`, so its state dict needs no renaming. Each block has two passes with the same weights: `forward`
+for text and image tokens, and `prefill` for reference tokens, which attend to themselves only and see neither prompt nor
+noise. Knows nothing of steps or files, nor of how a sequence is made (`limner.tokens`).
 """
 
 from __future__ import annotations
@@ -23,19 +23,26 @@ from limner.model.kv import AnyLayerKV, LayerKV
 from limner.model.rope import Rope, apply_rope
 from limner.native import kernels as native
 
-__all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
+__all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding", "gated_silu", "norm_rope"]
 
 
 class Shift(NamedTuple):
-    """One modulation, each (C,) where the batch shares it, else (B, 1, C)."""
+    """One modulation: each (C,) if the batch shares it, else (B, 1, C)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
+    def norm(self, x: Tensor, eps: float) -> Tensor:
+        return modulated_norm(x, self.shift, self.scale, eps=eps)
+
+    def add(self, x: Tensor, change: Tensor) -> Tensor:
+        """x + gate * change."""
+        return torch.addcmul(x, self.gate, change)
+
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift; one kernel where the batch shares the modulation."""
+    """LayerNorm(x) (1 + scale) + shift; one kernel of torch if the batch shares the modulation."""
     if scale.dim() == 1:
         return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=eps)
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
@@ -50,7 +57,7 @@ def gated_silu(x: Tensor) -> Tensor:
 
 
 def norm_rope(x_BSHD: Tensor, norm: nn.RMSNorm, rope: Rope) -> Tensor:
-    """RMSNorm of each head and rotation; one kernel in bfloat16 on a CPU that has it."""
+    """RMSNorm of each head, then rotation; one pass in bfloat16 on a CPU that has the native kernel."""
     if norm.eps is not None and native.runs_norm(x_BSHD, norm.weight):
         return native.norm_rope(x_BSHD, norm.weight, norm.eps, rope.cos_SP, rope.sin_SP)
     return apply_rope(norm(x_BSHD), rope)
@@ -69,7 +76,7 @@ class TimeEmbedding(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = (sigma.float() * 1000)[:, None] * torch.exp(-math.log(10000) * exponents)
         linear_1, linear_2 = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(_dtype(linear_1))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(linear_1.parameters()).dtype)
         embedding: Tensor = linear_2(F.silu(linear_1(waves)))
         return embedding
 
@@ -83,9 +90,7 @@ class Modulation(nn.Module):
         self.linear = Linear(width, 3 * num * width)
 
     def forward(self, embedding: Tensor) -> tuple[Shift, ...]:
-        values = self.linear(F.silu(embedding))
-        values = values[0] if values.shape[0] == 1 else values[:, None]
-        parts = values.chunk(3 * self.num, dim=-1)
+        parts = _conditioned(self.linear, embedding).chunk(3 * self.num, dim=-1)
         return tuple(Shift(*parts[3 * i : 3 * i + 3]) for i in range(self.num))
 
 
@@ -98,10 +103,14 @@ class FinalNorm(nn.Module):
         self.linear = Linear(width, 2 * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        values = self.linear(F.silu(embedding))
-        values = values[0] if values.shape[0] == 1 else values[:, None]
-        scale, shift = values.chunk(2, dim=-1)
+        scale, shift = _conditioned(self.linear, embedding).chunk(2, dim=-1)
         return modulated_norm(x, shift, scale, eps=self.eps)
+
+
+def _conditioned(linear: nn.Module, embedding: Tensor) -> Tensor:
+    """(B, C) to (N,) for a batch of 1, which all share, else to (B, 1, N)."""
+    values: Tensor = linear(F.silu(embedding))
+    return values[0] if values.shape[0] == 1 else values[:, None]
 
 
 class FeedForward(nn.Module):
@@ -116,7 +125,7 @@ class FeedForward(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Projections of a double-stream block: own ones for the image (and reference) stream and for the text stream."""
+    """Projections of a double-stream block: one set for the image (or reference) stream and one for the text stream."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -135,15 +144,15 @@ class JointAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
     def project_img(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k after norm and rotation, v: each (B, S, H, D)."""
+        """(B, S, C) to q and k after norm and rotation, and v: each (B, S, H, D)."""
         x = self.to_q.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.to_q, self.to_k, self.to_v))
         return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v
 
     def project_txt(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        linears = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        """As `project_img`, of the text stream."""
         x = self.add_q_proj.prepare(x)
-        q, k, v = (_heads(linear(x), self.head_dim) for linear in linears)
+        q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         return norm_rope(q, self.norm_added_q, rope), norm_rope(k, self.norm_added_k, rope), v
 
 
@@ -168,30 +177,27 @@ class DoubleBlock(nn.Module):
         references: AnyLayerKV | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S_img, C) and (B, S_txt, C) to the same; tokens attend to the K/V of `references` too."""
-        layout = context.layout
+        layout, eps = context.layout, self.eps
         rope_txt, rope_img = context.rope.split(layout.num_txt)
-        q_img, k_img, v_img = self.attn.project_img(self._norm(img, mod_img[0]), rope_img)
-        q_txt, k_txt, v_txt = self.attn.project_txt(self._norm(txt, mod_txt[0]), rope_txt)
+        q_img, k_img, v_img = self.attn.project_img(mod_img[0].norm(img, eps), rope_img)
+        q_txt, k_txt, v_txt = self.attn.project_txt(mod_txt[0].norm(txt, eps), rope_txt)
         k, v = context.slices.gather(layout.join(k_txt, k_img), layout.join(v_txt, v_img))
         out = attend(layout.join(q_txt, q_img), k, v, references=references, kernel=context.kernel).flatten(2)
         out_txt, out_img = layout.split(out)
-        img = torch.addcmul(img, mod_img[0].gate, self.attn.to_out[0](out_img))
-        txt = torch.addcmul(txt, mod_txt[0].gate, self.attn.to_add_out(out_txt))
-        img = torch.addcmul(img, mod_img[1].gate, self.ff(self._norm(img, mod_img[1])))
-        txt = torch.addcmul(txt, mod_txt[1].gate, self.ff_context(self._norm(txt, mod_txt[1])))
+        img = mod_img[0].add(img, self.attn.to_out[0](out_img))
+        txt = mod_txt[0].add(txt, self.attn.to_add_out(out_txt))
+        img = mod_img[1].add(img, self.ff(mod_img[1].norm(img, eps)))
+        txt = mod_txt[1].add(txt, self.ff_context(mod_txt[1].norm(txt, eps)))
         return img, txt
 
     def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], context: BlockContext) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same, and the K/V of this layer."""
-        q, k, v = self.attn.project_img(self._norm(ref, mod[0]), context.rope)
+        q, k, v = self.attn.project_img(mod[0].norm(ref, self.eps), context.rope)
         k, v = context.slices.gather(k, v)
         out = attend(q, k, v, kernel=context.kernel).flatten(2)
-        ref = torch.addcmul(ref, mod[0].gate, self.attn.to_out[0](out))
-        ref = torch.addcmul(ref, mod[1].gate, self.ff(self._norm(ref, mod[1])))
+        ref = mod[0].add(ref, self.attn.to_out[0](out))
+        ref = mod[1].add(ref, self.ff(mod[1].norm(ref, self.eps)))
         return ref, LayerKV(k, v)
-
-    def _norm(self, x: Tensor, mod: Shift) -> Tensor:
-        return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
 
 
 class ParallelAttention(nn.Module):
@@ -207,29 +213,30 @@ class ParallelAttention(nn.Module):
 
     @property
     def width(self) -> int:
-        """Features of the heads that are here: 3 C + 2 M outputs less twice the C + M inputs of the way back."""
+        """Features of the heads of this process: (3 C + 2 M) outputs less twice the (C + M) inputs of `to_out`."""
         return self.to_qkv_mlp_proj.out_features - 2 * self.to_out.in_features
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k after norm and rotation, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
+        """(B, S, C) to q and k after norm and rotation, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
         parts = [self.width] * 3 + [self.to_qkv_mlp_proj.out_features - 3 * self.width]
         q, k, v, mlp = self.to_qkv_mlp_proj(x).split(parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
         return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v, mlp
 
     def project_kv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """k after norm and rotation, and v alone, each (B, S, H, D)."""
+        """Only k after norm and rotation, and v, each (B, S, H, D)."""
         both = self.to_qkv_mlp_proj(x, slice(self.width, 3 * self.width))
         k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
         return norm_rope(k, self.norm_k, rope), v
 
     def project_q_mlp(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """q after norm and rotation, (B, S, H, D), and the MLP input (B, S, 2 M) alone."""
+        """Only q after norm and rotation, (B, S, H, D), and the MLP input (B, S, 2 M)."""
         x = self.to_qkv_mlp_proj.prepare(x)
         q = _heads(self.to_qkv_mlp_proj(x, slice(0, self.width)), self.head_dim)
         return norm_rope(q, self.norm_q, rope), self.to_qkv_mlp_proj(x, slice(3 * self.width, None))
 
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
+        """Attention's result (B, S, H, D) and the MLP input (B, S, 2 M) back to the stream, (B, S, C)."""
         if native.runs_gate(mlp) and native.runs_rows(attended):
             joined = attended.new_empty(*mlp.shape[:-1], self.width + mlp.shape[-1] // 2)
             joined[..., : self.width] = attended.flatten(2)
@@ -250,40 +257,34 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
         """(B, S, C) of [txt, img] to the same; tokens attend to the K/V of `references` too."""
-        q, k, v, mlp = self.attn.project(self._norm(x, mod), context.rope)
+        q, k, v, mlp = self.attn.project(mod.norm(x, self.eps), context.rope)
         k, v = context.slices.gather(k, v)
         out = attend(q, k, v, references=references, kernel=context.kernel)
-        return torch.addcmul(x, mod.gate, self.attn.merge(out, mlp))
+        return mod.add(x, self.attn.merge(out, mlp))
 
     def forward_last(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
-        """(B, S, C) of [txt, img] to (B, S_img, C): the last block skips text queries, whose output is unused."""
-        normed = self._norm(x, mod)
+        """(B, S, C) of [txt, img] to (B, S_img, C): the last block skips text queries; their output is unused."""
+        normed, layout = mod.norm(x, self.eps), context.layout
         k, v = context.slices.gather(*self.attn.project_kv(normed, context.rope))
-        _, rope_img = context.rope.split(context.layout.num_txt)
-        q, mlp = self.attn.project_q_mlp(normed[:, context.layout.img], rope_img)
+        _, rope_img = context.rope.split(layout.num_txt)
+        q, mlp = self.attn.project_q_mlp(normed[:, layout.img], rope_img)
         out = attend(q, k, v, references=references, kernel=context.kernel)
-        return torch.addcmul(x[:, context.layout.img], mod.gate, self.attn.merge(out, mlp))
+        return mod.add(x[:, layout.img], self.attn.merge(out, mlp))
 
     def prefill(self, ref: Tensor, *, mod: Shift, context: BlockContext) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same, and the K/V of this layer."""
-        q, k, v, mlp = self.attn.project(self._norm(ref, mod), context.rope)
+        q, k, v, mlp = self.attn.project(mod.norm(ref, self.eps), context.rope)
         k, v = context.slices.gather(k, v)
         out = attend(q, k, v, kernel=context.kernel)
         # v is a view of the whole projection; a copy keeps S_ref * C values alive instead of S_ref * (3 C + 2 M)
-        return torch.addcmul(ref, mod.gate, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
+        return mod.add(ref, self.attn.merge(out, mlp)), LayerKV(k, v.contiguous())
 
     def prefill_last(self, ref: Tensor, *, mod: Shift, context: BlockContext) -> LayerKV:
-        """The K/V alone: the last block skips reference queries, whose output is unused."""
-        k, v = context.slices.gather(*self.attn.project_kv(self._norm(ref, mod), context.rope))
+        """Only the K/V of this layer: the last block skips reference queries; their output is unused."""
+        k, v = context.slices.gather(*self.attn.project_kv(mod.norm(ref, self.eps), context.rope))
         return LayerKV(k, v.contiguous())
-
-    def _norm(self, x: Tensor, mod: Shift) -> Tensor:
-        return modulated_norm(x, mod.shift, mod.scale, eps=self.eps)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, S, H D) to (B, S, H, D)."""
     return x.reshape(*x.shape[:-1], -1, head_dim)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

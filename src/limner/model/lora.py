@@ -1,8 +1,8 @@
-"""What a LoRA adds to a matrix, and the two ways to add it: a branch beside the product, or a sum of weights.
+"""Updates that a LoRA adds to a matrix, and the two ways to add them: a branch alongside the product, or a sum of weights.
 
 Shapes: x (..., K), a matrix (N, K), its product (..., N); R ranks. A branch reads the same activations as its matrix and
-adds to the product, whatever the matrix is stored in; so it serves int8 weights too, to which small updates cannot be
-added. A sum of weights is made in float32 and rounded once. Knows nothing of files, names of adapters or pipelines.
+adds to the product, whatever the format of the matrix. So it also works with int8 weights, to which small updates cannot
+be added. A sum of weights is computed in float32 and rounded once. Knows nothing of files, names of adapters or pipelines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LowRank:
         return {"down": self.down, "up": self.up}
 
     def add_to(self, weight: Tensor, strength: float) -> None:
-        """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        """Add `strength` times itself to a float32 or float64 matrix (N, K), in place."""
         weight.addmm_(self.up.to(weight) * (strength * self.scale), self.down.to(weight))
 
 
@@ -46,7 +46,7 @@ class LowRank:
 class Kronecker:
     """scale * rows of kron(left, right), with left (L, M) and right (P, Q), hence (L P, M Q) in all (LoKr).
 
-    `num_rows` rows from `first_row` on, around the end: the part of a fused matrix that this one is.
+    The update has `num_rows` rows, from `first_row` on and around the end: its matrix may be a part of a fused one.
     """
 
     left: Tensor
@@ -64,7 +64,7 @@ class Kronecker:
         return {"left": self.left, "right": self.right}
 
     def add_to(self, weight: Tensor, strength: float) -> None:
-        """Adds `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        """Add `strength` times itself to a float32 or float64 matrix (N, K), in place."""
         whole = torch.kron(self.left.to(weight) * (strength * self.scale), self.right.to(weight))
         weight.add_(whole.roll(-self.first_row, 0)[: self.num_rows])
 
@@ -75,7 +75,7 @@ Terms = Sequence[tuple[Update, float]]
 
 
 def matrix_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """The matrices that updates can be for: name and (N, K)."""
+    """Return the matrices that can have updates: name and (N, K)."""
     return {
         name: (module.out_features, module.in_features)
         for name, module in transformer.named_modules()
@@ -85,7 +85,7 @@ def matrix_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def added_to(weight: Tensor, terms: Terms) -> Tensor:
-    """A new matrix (N, K): `weight` and its updates, summed in float32 (or wider) and rounded once."""
+    """Return a new matrix (N, K): `weight` plus its updates, summed in float32 (or wider) and rounded once."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for update, strength in terms:
         update.add_to(wide, strength)
@@ -93,7 +93,7 @@ def added_to(weight: Tensor, terms: Terms) -> Tensor:
 
 
 class _Branch:
-    """The updates of one matrix, ready to be added to its products: low ranks as one of all their ranks."""
+    """The updates of one matrix, prepared for its products: all low-rank updates are joined into one."""
 
     @torch.no_grad()
     def __init__(self, terms: Terms, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -102,7 +102,7 @@ class _Branch:
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self._down_t: Tensor | None = None
         if low:
-            # strength and scale go into one factor, multiplied in float32 or wider and rounded once
+            # one factor takes strength and scale; it is multiplied in float32 or wider and rounded once
             ups = [u.up.to(torch.promote_types(u.up.dtype, wide)) * (strength * u.scale) for u, strength in low]
             self._down_t = torch.cat([u.down.to(**place) for u, _ in low]).t()
             self._up_t = torch.cat([up.to(**place) for up in ups], dim=1).t()
@@ -117,19 +117,19 @@ class _Branch:
         ]
 
     def add(self, product: Tensor, x: Tensor, rows: slice) -> None:
-        """Adds to what a matrix just made of x, in place."""
+        """Add the updates to `product`, the rows `rows` of the matrix times x, in place."""
         x, out = x.reshape(-1, x.shape[-1]), product.view(-1, product.shape[-1])
         if self._down_t is not None:
             out.addmm_(x @ self._down_t, self._up_t[:, rows])
         for update, left, right in self._kronecker:
-            # kron(A, B) x = A X B^T for x laid out as X (M, Q): far fewer products than those of the whole matrix
+            # kron(A, B) x = A X B^T for x laid out as X (M, Q): far fewer operations than with the whole matrix
             both = left @ (x.reshape(-1, left.shape[1], right.shape[1]) @ right.t())
             whole = both.flatten(1).roll(-update.first_row, 1)[:, : update.num_rows]
             out.add_(whole[:, rows])
 
 
 class Branches:
-    """Updates that run beside the products of a transformer's matrices, until `remove`. They are in no state dict."""
+    """Updates that run alongside the products of a transformer's matrices, until `remove`. They are in no state dict."""
 
     def __init__(self, transformer: nn.Module, updates: Mapping[str, Terms], *, dtype: torch.dtype) -> None:
         self._modules = {name: transformer.get_submodule(name) for name in updates}
@@ -137,17 +137,18 @@ class Branches:
             name: _Branch(terms, device=_weight(self._modules[name]).device, dtype=dtype)
             for name, terms in updates.items()
         }
-        # hooks come last: a branch that finds no memory leaves the network as it was
+        # hooks come last: if memory runs out before, the network is unchanged
         self._handles = [_attach(self._modules[name], branch) for name, branch in made.items()]
 
     def are_in(self, transformer: nn.Module) -> bool:
-        """Whether the matrices are still those that the branches are beside; others could have taken their places."""
+        """False if another module has taken the place of a matrix that has a branch."""
         try:
             return all(transformer.get_submodule(name) is module for name, module in self._modules.items())
         except AttributeError:
             return False
 
     def remove(self) -> None:
+        """Detach all branches."""
         for handle in self._handles:
             handle.remove()
 
@@ -163,5 +164,5 @@ def _attach(module: nn.Module, branch: _Branch) -> RemovableHandle:
         rows = args[1] if len(args) > 1 else options.get("rows")
         branch.add(product, x, slice(None) if rows is None else rows)
 
-    # before the hook that sums parts of a product over processes (`limner.model.parallel`)
+    # before the hook that sums products over processes (`limner.model.shard_style`)
     return module.register_forward_hook(after, with_kwargs=True, prepend=True)

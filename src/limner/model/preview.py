@@ -1,6 +1,6 @@
-"""A quick look at latents while they are drawn: one linear map from a latent token to 2x2 pixels of a small picture.
+"""A quick preview of latents during denoising: one linear map from a latent token to 2x2 pixels of a small picture.
 
-The map is fitted by whoever makes a model (`recipes/`) and stored with it; a picture of height x width has a preview of
+The map is fitted when a model is made (`recipes/`) and stored with it. A picture of height x width has a preview of
 height/8 x width/8. Shapes: latents (B, C, h, w), normalised and patchified. Knows no files and no pipelines.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limner.tokens import unpatchify
+from limner.tokens import patchify, unpatchify
 
 __all__ = ["LatentPreview"]
 
@@ -20,7 +20,7 @@ _OUT = 12
 
 
 class LatentPreview:
-    """weight (12, C) and bias (12,) of the map; raises `ValueError` for other shapes and values that are not finite."""
+    """A map with weight (12, C) and bias (12,). Raises `ValueError` for other shapes and values that are not finite."""
 
     def __init__(self, weight: Sequence[Sequence[float]] | Tensor, bias: Sequence[float] | Tensor) -> None:
         self.weight = torch.as_tensor(weight, dtype=torch.float32)
@@ -34,9 +34,7 @@ class LatentPreview:
 
     @classmethod
     def fit(cls, latents: Tensor, pixels: Tensor) -> LatentPreview:
-        """Least squares over latents (B, C, h, w) and their pictures at an eighth, (B, 3, 2 h, 2 w) in [0, 1]."""
-        from limner.tokens import patchify
-
+        """Fit by least squares to latents (B, C, h, w) and their pictures at 1/8 size, (B, 3, 2 h, 2 w) in [0, 1]."""
         x = latents.double().movedim(1, -1).flatten(0, -2)
         y = patchify(pixels.double()).movedim(1, -1).flatten(0, -2)
         solution = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], dim=1), y).solution

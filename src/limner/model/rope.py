@@ -1,8 +1,8 @@
 """4-axis rotary position embedding.
 
 Shapes: B batch, S sequence, H heads, D head dimension, P = D / 2 rotated pairs. Pairs are neighbours (2 i, 2 i + 1); axis
-a of (t, h, w, l) owns `axes[a] / 2` consecutive pairs. Tables are made in float64 and kept in float32, as in diffusers
-0.42.1 (`get_1d_rotary_pos_embed`); rotation happens in float32.
+a of (t, h, w, l) owns `axes[a] / 2` consecutive pairs. Tables are computed in float64 and stored in float32, as in
+diffusers 0.42.1 (`get_1d_rotary_pos_embed`); rotation is in float32. Knows nothing of token order (`limner.tokens`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Rope(NamedTuple):
     sin_SP: Tensor
 
     def split(self, num: int) -> tuple[Rope, Rope]:
-        """The tables of the first `num` positions and of the rest."""
+        """Return the tables of the first `num` positions and of the rest."""
         return Rope(self.cos_SP[:num], self.sin_SP[:num]), Rope(self.cos_SP[num:], self.sin_SP[num:])
 
 
 def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:
-    """The table of positions `ids` (S, 4): angle = position * theta^(-2 i / axis) for pair i of an axis."""
+    """Return the table of positions `ids` (S, 4): angle = position * theta^(-2 i / axis) for pair i of an axis."""
     dtype = torch.float32 if ids.device.type == "mps" else torch.float64
     angles = []
     for axis, size in enumerate(axes):
@@ -39,8 +39,8 @@ def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:
 
 
 def apply_rope(x_BSHD: Tensor, rope: Rope) -> Tensor:
-    """Rotates each pair of x (B, S, H, D) by the angle of its position; the dtype stays."""
-    # unbind, not indexing: its gradient is one stack, that of two indexings two zero-filled tensors and a sum
+    """Rotate each pair of x (B, S, H, D) by the angle of its position; the dtype stays."""
+    # unbind, not indexing: its gradient is one stack; that of indexing is two zero-filled tensors and a sum
     even_BSHP, odd_BSHP = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
     cos_S1P, sin_S1P = rope.cos_SP[:, None], rope.sin_SP[:, None]
     rotated = torch.stack([even_BSHP * cos_S1P - odd_BSHP * sin_S1P, odd_BSHP * cos_S1P + even_BSHP * sin_S1P], dim=-1)

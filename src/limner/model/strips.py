@@ -1,13 +1,13 @@
-"""diffusers' autoencoder a strip of rows at a time: the numbers of the whole picture without its memory, and no seams.
+"""Run diffusers' autoencoder a strip of rows at a time: the result of the whole picture with less memory, and no seams.
 
-What would make tiles of a picture show is exact here. A convolution gets the rows above and below its strip. The statistics
-of a GroupNorm are those of the whole picture, gathered strip by strip (mean and variance of parts are merged, after Chan,
-Golub and LeVeque, in float64) before any strip is normalised. So the result is that of the plain network to rounding. Of a
-resolution no more than two feature maps are in memory, the stream and what a residual block has between its convolutions;
-the plain network holds four or more.
+Tiles usually show for two reasons, and both are exact here. A convolution reads the rows above and below its strip. The
+statistics of a GroupNorm are those of the whole picture, gathered strip by strip before any strip is normalised (mean and
+variance of parts are merged in float64, after Chan, Golub and LeVeque). So the result equals that of the plain network up
+to rounding. At each resolution at most two feature maps are in memory: the stream, and the one between the convolutions of
+a residual block. The plain network holds four or more.
 
 Shapes: feature maps (B, C, height, width). The middle blocks, at an eighth of the resolution, run whole. Knows torch and
-the names of diffusers' modules.
+the module names of diffusers; does not know when strips are used (`limner.model.autoencoder`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 __all__ = ["decode", "encode"]
 
 _PIXELS = 1 << 15
-"""Pixels of a strip: 32 rows of a picture that is 1024 wide."""
+"""Pixels of a strip: 32 rows of a picture 1024 wide."""
 _LEAST = 8
-"""Rows of a strip at least: the rows that strips share are computed with twice."""
+"""Fewest rows of a strip, since the border rows of strips are read twice."""
 
 Rows = Callable[[int, int], Tensor]
-"""The rows [start, stop) of a feature map."""
+"""A function that returns the rows [start, stop) of a feature map."""
 
 
 def encode(network: Any, pixels: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def decode(network: Any, latents: Tensor) -> Tensor:
 
 
 class _Moments:
-    """Mean and variance of each group of a GroupNorm over strips that come one after the other."""
+    """Running mean and variance of each group of a GroupNorm, over strips added one by one."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self._norm = norm
@@ -91,7 +91,7 @@ class _Moments:
         self._count = total
 
     def normaliser(self) -> Callable[[Tensor], Tensor]:
-        """The norm as a function of a strip: x scale + shift, in float32, rounded once."""
+        """Return the norm as a function of a strip: x scale + shift in float32, rounded once."""
         assert self._mean is not None
         assert self._squares is not None
         norm, batch = self._norm, self._mean.shape[0]
@@ -111,7 +111,7 @@ def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _conv_rows(conv: nn.Conv2d, read: Rows, height: int, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a convolution's result over a map of `height` rows; zeros stand above and below it."""
+    """Rows [start, stop) of a convolution's result over a map of `height` rows, with zeros above and below the map."""
     step, pad, size = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
     first, last = start * step - pad, (stop - 1) * step - pad + size
     x = read(max(first, 0), min(last, height))
@@ -130,7 +130,7 @@ def _convolved(conv: nn.Conv2d, read: Rows, shape: torch.Size) -> Tensor:
 
 
 def _resnet(block: Any, x: Tensor) -> Tensor:
-    """A residual block. The result takes the place of x, or of the map between its convolutions if widths differ."""
+    """A residual block. The result overwrites x, or the map between the convolutions if their widths differ."""
     height, width = x.shape[2:]
     norm, act = _Moments.of(block.norm1, x).normaliser(), block.nonlinearity
     hidden = x.new_empty(x.shape[0], block.conv1.out_channels, height, width)
@@ -148,7 +148,7 @@ def _resnet(block: Any, x: Tensor) -> Tensor:
             return act(norm2(rows))  # type: ignore[no-any-return]
 
         part = _conv_rows(block.conv2, read, height, start, stop)
-        above = hidden[:, :, stop - 1 : stop].clone()  # the next strip reads this row, and it may be written now
+        above = hidden[:, :, stop - 1 : stop].clone()  # the next strip reads this row, which may be overwritten below
         own = x[:, :, start:stop]
         part += own if block.conv_shortcut is None else block.conv_shortcut(own)
         out[:, :, start:stop] = part / block.output_scale_factor
@@ -156,7 +156,7 @@ def _resnet(block: Any, x: Tensor) -> Tensor:
 
 
 def _downsampled(down: Any, x: Tensor) -> Tensor:
-    """Half the size: a convolution with stride 2 and a row and column of zeros below and right of the map."""
+    """Half the size: a convolution with stride 2, with a row of zeros below the map and a column on its right."""
     height, width = x.shape[2:]
     conv, beyond = down.conv, 1 if down.padding == 0 else 0
     full = height + beyond + 2 * int(conv.padding[0])
@@ -169,7 +169,7 @@ def _downsampled(down: Any, x: Tensor) -> Tensor:
 
 
 def _upsampled(up: Any, x: Tensor) -> Tensor:
-    """Twice the size: each value four times, then a convolution."""
+    """Twice the size: each value repeated in 2x2, then a convolution."""
 
     def read(i: int, j: int) -> Tensor:
         first = i // 2

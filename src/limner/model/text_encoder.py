@@ -1,7 +1,7 @@
-"""Prompts to text tokens, over transformers' Qwen3, up to the last layer that is read.
+"""Prompts to text tokens, over transformers' Qwen3, up to the last layer that is used.
 
-The tokens are hidden states of layers (L/4, L/2, 3L/4), side by side on the feature axis; layers after the last one
-read, the final norm and the language model head do not exist here. Knows no files.
+The tokens are the hidden states after layers (L/4, L/2, 3L/4), concatenated on the feature axis. Later layers, the final
+norm and the language model head are not loaded. Knows no files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["TextEncoder", "TokenizedPrompt", "default_out_layers"]
 
 
 def default_out_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers that the family reads from an encoder of `num_layers`: 9, 18 and 27 of 36."""
+    """Return the layers that klein models use of an encoder with `num_layers`: 9, 18 and 27 of 36."""
     return num_layers // 4, num_layers // 2, 3 * num_layers // 4
 
 
@@ -56,17 +56,17 @@ class TextEncoder(nn.Module):
         return parameter
 
     def rebuild_rotary(self) -> None:
-        """Makes the rotary frequencies anew, in float32: no checkpoint holds them, and a cast of the module rounds them."""
+        """Compute the rotary frequencies again in float32: no checkpoint holds them, and casting the module rounds them."""
         with torch.device(self.device):
             self.network.rotary_emb = type(self.network.rotary_emb)(config=self.network.config)
 
     @property
     def max_length(self) -> int:
-        """The longest sequence of the tokenizer's own declaration."""
+        """The longest sequence, as the tokenizer declares it."""
         return int(self.tokenizer.model_max_length)
 
     def tokenize(self, prompt: str, *, max_sequence_length: int) -> TokenizedPrompt:
-        """One user turn of the chat template with thinking off, padded or cut to `max_sequence_length`."""
+        """Tokenize one user turn of the chat template, thinking off, padded or cut to `max_sequence_length`."""
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -82,12 +82,15 @@ class TextEncoder(nn.Module):
         )
 
     def _words(self, ids: list[int]) -> str:
-        """The words of a prompt's tail, without the template's end unless that is all there is."""
+        """Return the text of a prompt's tail, without the end of the template unless that is all."""
         text: str = self.tokenizer.decode(ids)
         return text.split(self.tokenizer.eos_token or "<|im_end|>")[0] or text
 
     def forward(self, prompts: Sequence[TokenizedPrompt], *, out_layers: Sequence[int] | None = None) -> Tensor:
-        """(B, S_txt, num out_layers * hidden). `out_layers` may name any layers that are loaded."""
+        """Return text tokens (B, S_txt, len(out_layers) * hidden). `out_layers` may name any loaded layers.
+
+        Raises `InvalidRequest` for other layers.
+        """
         layers = self.out_layers if out_layers is None else tuple(out_layers)
         loaded = len(self.network.layers)
         if not layers or not all(isinstance(i, int) and 0 <= i <= loaded for i in layers):

@@ -1,11 +1,11 @@
-"""Builds and loads `kernels.c` where the CPU and a C compiler allow it; gives its functions to tensors.
+"""Build and load `kernels.c` if the CPU and a C compiler allow it, and call its functions with tensors.
 
-The library is compiled once, when first used (2 seconds), into `$XDG_CACHE_HOME/limner` under a name that holds the
-digest of the source and the compiler, and shares the OpenMP threads of torch. A folder that others can write is not
-trusted: then, and where there is no folder to write, it is built for this process alone. Without a compiler, or with
-LIMNER_NATIVE=0, everything runs without it.
+The library is compiled at first use (2 seconds) into `$XDG_CACHE_HOME/limner`, under a name with the digest of source and
+compiler, and shares the OpenMP threads of torch. If others can write that folder, or this user cannot, the library is
+built for this process alone. Without a compiler, or with LIMNER_NATIVE=0, everything runs without it.
 
-None of the functions records gradients: `has_rows` and the callers' checks keep them out where those are wanted.
+No function records gradients; callers ask `runs_rows`, `runs_gate` or `runs_norm` first, which are False where a gradient
+is recorded. Knows tensors and the machine, nothing of blocks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 _logger = logging.getLogger("limner")
 _SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
-"""Read with this module, so that the two stay of one version where the files are replaced under a running process."""
+"""Read at import, so that source and module have the same version even if files are replaced under a running process."""
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
 _LANES = 16
@@ -71,12 +71,9 @@ class _Segment(ctypes.Structure):
     ]
 
 
-# building
-
-
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The library, built if need be; None where it cannot be, with the reason in the log."""
+    """Return the library, built if need be; None if it cannot be built or loaded, with the reason in the log."""
     try:
         reason = _missing()
         if reason is None:
@@ -90,7 +87,7 @@ def native_library() -> ctypes.CDLL | None:
 
 @cache
 def source_digest() -> str:
-    """What tells the bits of one version of the kernels from those of another."""
+    """Return a digest of the kernels' source, comments included. It is part of the content key of references."""
     return hashlib.sha256(_SOURCE).hexdigest()[:8]
 
 
@@ -112,11 +109,11 @@ def _compiler() -> list[str]:
 
 
 def _loaded() -> ctypes.CDLL:
-    """From the cache; built where it is not there or does not load (a machine that stopped while it was written)."""
+    """Load the library from the cache; build it if it is missing or does not load (a build was interrupted)."""
     folder = _cache_folder()
     if folder is None:
-        with tempfile.TemporaryDirectory() as own:
-            return _load(_build(Path(own) / "native.so"))
+        with tempfile.TemporaryDirectory() as private:
+            return _load(_build(Path(private) / "native.so"))
     version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(b"\0".join([_SOURCE, version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
     path = folder / f"native-{digest}.so"
@@ -125,13 +122,13 @@ def _loaded() -> ctypes.CDLL:
             return _load(path)
         except (OSError, AttributeError) as error:
             _logger.warning("%s is built again: %s", path, error)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        os.replace(_build(Path(beside) / path.name), path)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        os.replace(_build(Path(temporary) / path.name), path)
     return _load(path)
 
 
 def _cache_folder() -> Path | None:
-    """The folder of built libraries; None if it cannot be written, or if others can."""
+    """Return the folder of built libraries; None if this user cannot write it, or others can."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -141,7 +138,7 @@ def _cache_folder() -> Path | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file or folder is there, belongs to this user, and nobody else can write it."""
+    """Return True if a file or folder exists, belongs to this user, and nobody else can write it."""
     try:
         found = path.stat()
     except OSError:
@@ -190,41 +187,35 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-# what runs where
-
-
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel is for such heads, and is here."""
+    """Return True if the attention kernel is available and supports such heads."""
     fits = dtype == torch.bfloat16 and head_dim % _LANES == 0 and head_dim <= _MAX_DIM
     return fits and device.type == "cpu" and native_library() is not None
 
 
 def has_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the row kernels run there: bfloat16 on a CPU that has them."""
+    """Return True if the row kernels run there: bfloat16 on a CPU that has them."""
     return device.type == "cpu" and dtype == torch.bfloat16 and native_library() is not None
 
 
 def runs_rows(x: Tensor, *others: Tensor, width: int | None = None) -> bool:
-    """Whether the row kernels take rows of `width` values, that of x if not given: 16 at a time, and no gradient."""
+    """Return True if the row kernels take rows of `width` values, by default those of x: a multiple of 16, no gradient."""
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
     return (width or x.shape[-1]) % _LANES == 0 and not records and has_rows(x.device, x.dtype)
 
 
 def runs_gate(x: Tensor) -> bool:
-    """Whether `gated_silu` takes x."""
+    """Return True if `gated_silu` takes x."""
     return x.shape[-1] % 2 == 0 and runs_rows(x, width=x.shape[-1] // 2)
 
 
 def runs_norm(x_BSHD: Tensor, weight_D: Tensor) -> bool:
-    """Whether `norm_rope` takes x."""
+    """Return True if `norm_rope` takes x."""
     return x_BSHD.shape[-1] <= _MAX_DIM and runs_rows(x_BSHD, weight_D)
 
 
-# kernels
-
-
 def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
-    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are read where they are.
+    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are not copied.
 
     Raises `ValueError` for shapes, dtypes and devices that do not fit.
     """
@@ -268,7 +259,7 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
 
 
 def _checked(segment: Segment, heads: int, dim: int) -> Segment:
-    """The segment in a layout that the kernel reads."""
+    """Return the segment in a layout that the kernel reads. Raises `ValueError`."""
     k, v, k_scale, v_scale = segment
     scaled = k_scale is not None and v_scale is not None
     dtype = torch.int8 if scaled else torch.bfloat16
@@ -289,7 +280,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """RMSNorm of each head times `weight_D`, then rotation of neighbouring pairs, (B, S, H, D)."""
+    """RMSNorm of each head times `weight_D`, then rotation of neighbouring pairs, (B, S, H, D). Raises `ValueError`."""
     batch, num, heads, dim = x_BSHD.shape
     if cos_SP.shape != (num, dim // 2) or sin_SP.shape != (num, dim // 2) or weight_D.shape != (dim,):
         raise ValueError(f"{num} positions of {dim} values do not fit a rotary table {tuple(cos_SP.shape)}")
@@ -318,7 +309,10 @@ def norm_rope(x_BSHD: Tensor, weight_D: Tensor, eps: float, cos_SP: Tensor, sin_
 
 
 def gated_silu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(first half) * second half of the last axis, into `out` if given: its rows may be parts of longer ones."""
+    """silu(first half) * second half of the last axis, into `out` if given, whose rows may be parts of longer rows.
+
+    Raises `ValueError` if `out` does not fit.
+    """
     library = native_library()
     assert library is not None
     width = x.shape[-1] // 2
@@ -338,7 +332,7 @@ def gated_silu(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., K) to bytes around 128, (rows, K) uint8, and the scale of each, (rows, 1) float32."""
+    """Rows (..., K) to bytes around 128, (rows, K) uint8, and the scale of each row, (rows, 1) float32."""
     library = native_library()
     assert library is not None
     width = x.shape[-1]
@@ -353,7 +347,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """A tensor (..., K) whose rows lie at one distance, a copy if need be, and that distance."""
+    """Return x (..., K) with rows at a constant distance (a copy if need be), and that distance."""
     even = x.stride(-1) == 1 and all(
         x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)
     )

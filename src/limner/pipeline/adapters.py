@@ -1,11 +1,11 @@
-"""LoRAs of one transformer: which are loaded, which act and how strongly, and their part of the content key.
+"""LoRAs of one transformer: which are loaded, which are active and how strongly, and their part of the content key.
 
-An adapter that acts runs beside the products of the matrices it is for (`Branches`): nothing is copied, a strength changes
-at once, and weights of any format serve. Fusing puts a sum of weights in the place of a parameter and keeps the parameter
-itself, so unfusing gives back the very tensors that were there. Knows nothing of files and pictures.
+An active adapter runs alongside the products of its matrices (`Branches`): no weight is copied, a strength changes at once,
+and weights may have any format. Fusing replaces a parameter by a sum of weights and keeps the parameter, so unfusing
+restores the same tensors. Knows nothing of files and pictures.
 
-Adapters act in the order of their digests, so neither names nor the order in which they were loaded change a picture, and
-an adapter of strength 0 is not there at all.
+Adapters are applied in the order of their digests, so neither names nor the order of loading change a picture. An adapter
+of strength 0 is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _logger = logging.getLogger("limner")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppliedLora:
-    """A LoRA that acts: its name, the digest of what it holds, its strength, and whether it is fused."""
+    """A LoRA in effect: its name, the digest of its tensors, its strength, and if it is fused."""
 
     name: str
     digest: str
@@ -47,18 +47,20 @@ class AppliedLora:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class _Acting:
+class _Weighted:
+    """A loaded LoRA and its strength."""
+
     name: str
     lora: LoraWeights
     strength: float
 
 
 class Adapters:
-    """The LoRAs of a transformer, one for all who share it (`of`). Every change is made whole or not at all."""
+    """The LoRAs of a transformer, shared by all pipelines that use it (`of`). A change that fails leaves all as it was."""
 
     @classmethod
     def of(cls, transformer: Transformer, digests: WeightDigests) -> Adapters:
-        """Those that the transformer has, else none. `digests` remembers what fused weights are made of."""
+        """Return the adapters of a transformer, attaching new ones if it has none. `digests` records fused weights."""
         found = transformer.attached
         if not isinstance(found, cls) or found.transformer is not transformer:
             found = cls(transformer, digests)
@@ -71,7 +73,7 @@ class Adapters:
         self._loaded: dict[str, LoraWeights] = {}
         self._strengths: dict[str, float] = {}
         self._active: list[str] = []
-        self._fused: list[_Acting] = []
+        self._fused: list[_Weighted] = []
         self._base: dict[str, tuple[Linear, nn.Parameter]] = {}
         self._base_state: tuple[Fingerprint, str] | None = None
         self._branches: Branches | None = None
@@ -90,25 +92,25 @@ class Adapters:
 
     @property
     def applied(self) -> tuple[AppliedLora, ...]:
-        """What acts, with strengths other than 0: fused ones first."""
-        self._keep_up()
-        found = [(one, True) for one in self._fused if one.strength] + [(one, False) for one in self._beside()]
+        """The LoRAs in effect, with strengths other than 0, fused ones first."""
+        self._reattach_if_replaced()
+        found = [(one, True) for one in self._fused if one.strength] + [(one, False) for one in self._unfused()]
         return tuple(
             AppliedLora(name=one.name, digest=one.lora.digest, strength=one.strength, fused=fused)
             for one, fused in found
         )
 
     def weights_digest(self) -> str:
-        """The digest of what the transformer computes with: that of its tensors, and of what runs beside them."""
-        self._keep_up()
+        """Return the digest of the transformer's weights, and of the adapters that run alongside them."""
+        self._reattach_if_replaced()
         weights = self._digests.of(self.transformer)
-        beside = self._beside()
-        return _derived("beside", weights, beside) if beside else weights
+        unfused = self._unfused()
+        return _derived("beside", weights, unfused) if unfused else weights  # the word is part of stored keys
 
-    # what is loaded and active
+    # loading and activating
 
     def add(self, lora: LoraWeights, name: str | None) -> None:
-        """Loads an adapter under a new name and lets it act alone, with strength 1, as diffusers does."""
+        """Register an adapter under a new name and make it the only active one, with strength 1, as diffusers does."""
         if name is None:
             number = len(self._loaded)
             while (name := f"default_{number}") in self._loaded:
@@ -127,7 +129,7 @@ class Adapters:
             raise
 
     def set(self, names: Sequence[str] | str, strengths: object = None) -> None:
-        """Lets these adapters act, and no others; a strength for each, one for all, or None for 1."""
+        """Make these adapters active, and no others; `strengths` is one for each, one for all, or None for 1."""
         names = [names] if isinstance(names, str) else list(names)
         if len(set(names)) != len(names):
             raise InvalidRequest("adapter_names", f"{names} names an adapter twice; add up its strengths")
@@ -144,7 +146,7 @@ class Adapters:
         self._attach(names, self._strengths | given)
 
     def delete(self, names: Sequence[str] | str) -> None:
-        """Forgets adapters that are not fused."""
+        """Remove adapters that are not fused."""
         names = [names] if isinstance(names, str) else list(names)
         self._check_known(names)
         for name in names:
@@ -156,25 +158,25 @@ class Adapters:
             self._strengths.pop(name, None)
 
     def clear(self) -> None:
-        """Forgets all adapters; what is fused stays in the weights, as in diffusers, until `unfuse`."""
+        """Remove all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse`."""
         self._attach([])
         self._loaded.clear()
         self._strengths.clear()
         if self._fused:
             _logger.info("lora: %s stay fused; unfuse_lora() takes them out of the weights", self.fused)
 
-    # fused
+    # fusing
 
     def fuse(self, names: Sequence[str] | None, scale: float) -> None:
-        """Puts adapters, those that are active or `names`, into the weights, with their strength times `scale`.
+        """Add adapters, the active ones or `names`, to the weights, with their strength times `scale`.
 
-        Sums are made from the weights without any adapter, also when others are fused already.
+        Sums start from the weights without any adapter, even if others are fused already.
         """
         scale = check_strength(scale, field="lora_scale")
         chosen = self.active if names is None else [names] if isinstance(names, str) else list(names)
         self._check_known(chosen)
         new = [
-            _Acting(name=name, lora=self._loaded[name], strength=self._strengths.get(name, 1.0) * scale)
+            _Weighted(name=name, lora=self._loaded[name], strength=self._strengths.get(name, 1.0) * scale)
             for name in dict.fromkeys(chosen)
             if not self._is_fused(name)
         ]
@@ -182,7 +184,7 @@ class Adapters:
             self._fuse([*self._fused, *new])
 
     def unfuse(self) -> None:
-        """Gives back the tensors that were there before `fuse`, and lets active adapters act beside them."""
+        """Restore the tensors from before `fuse`; active adapters then run alongside them. Raises `CheckpointError`."""
         if self._fused:
             for name, (module, _) in self._base.items():
                 if _find(self.transformer, name) is not module:
@@ -196,7 +198,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def removed(self) -> Iterator[None]:
-        """Takes everything out of the transformer while its weights move to another device or dtype."""
+        """Detach and unfuse all adapters while the weights move to another device or dtype, and apply them again after."""
         fused, active = self._fused, self._active
         if not (fused or active):
             yield
@@ -211,7 +213,7 @@ class Adapters:
                 self._fuse(fused)
             self._attach(active)
 
-    def _fuse(self, fused: list[_Acting]) -> None:
+    def _fuse(self, fused: list[_Weighted]) -> None:
         before = self._base, self._base_state, self._fused
         weights = [(module, module.weight) for module, _ in self._base.values()]
         self._restore()
@@ -219,7 +221,7 @@ class Adapters:
             base = fingerprint(self.transformer), self._digests.of(self.transformer)
             updates = _by_matrix(_ordered(fused))
             originals = {name: _matrix(self.transformer, name) for name in updates}
-            # all sums are there before one is used, so that nothing is left half done
+            # all sums are computed before one is used, so that an error changes nothing
             sums = {name: added_to(weight, updates[name]) for name, (_, weight) in originals.items()}
             for name, value in sums.items():
                 if not torch.isfinite(value).all():
@@ -241,24 +243,24 @@ class Adapters:
             self._digests.remember(self.transformer, _derived("fused", base[1], _ordered(fused)))
 
     def _restore(self) -> None:
-        """Puts the parameters back that were there before anything was fused."""
+        """Put back the parameters from before anything was fused."""
         for module, weight in self._base.values():
             module.weight = weight
         if self._base_state is not None:
             state, digest = self._base_state
-            self._digests.remember(self.transformer, digest, at=state)  # unless they were changed meanwhile
+            self._digests.remember(self.transformer, digest, at=state)  # no effect if they changed meanwhile
         self._base, self._base_state = {}, None
 
-    # beside
+    # attaching
 
-    def _beside(self) -> list[_Acting]:
-        """Adapters that run beside the weights, in the order in which they act."""
-        return self._acting(self._active, self._strengths)
+    def _unfused(self) -> list[_Weighted]:
+        """Active adapters that run alongside the weights, in the order in which they are applied."""
+        return self._weighted(self._active, self._strengths)
 
-    def _acting(self, active: Sequence[str], strengths: Mapping[str, float]) -> list[_Acting]:
+    def _weighted(self, active: Sequence[str], strengths: Mapping[str, float]) -> list[_Weighted]:
         return _ordered(
             [
-                _Acting(name=name, lora=self._loaded[name], strength=strengths.get(name, 1.0))
+                _Weighted(name=name, lora=self._loaded[name], strength=strengths.get(name, 1.0))
                 for name in active
                 if not self._is_fused(name)
             ]
@@ -266,13 +268,13 @@ class Adapters:
 
     def _attach(self, active: Sequence[str], strengths: Mapping[str, float] | None = None) -> None:
         strengths = self._strengths if strengths is None else strengths
-        updates = _by_matrix(self._acting(active, strengths))
+        updates = _by_matrix(self._weighted(active, strengths))
         made = Branches(self.transformer, updates, dtype=self.transformer.dtype) if updates else None
         self._detach()
         self._branches, self._active, self._strengths = made, list(active), dict(strengths)
 
-    def _keep_up(self) -> None:
-        """Attaches again if other matrices were put in the places of those that branches are beside."""
+    def _reattach_if_replaced(self) -> None:
+        """Attach again if other modules have taken the places of matrices that have branches."""
         if self._branches is not None and not self._branches.are_in(self.transformer):
             self._attach(self._active)
 
@@ -291,7 +293,10 @@ class Adapters:
 
 
 def check_strength(value: object, *, field: str = "adapter_weights") -> float:
-    """A strength: a finite number, None for 1; a dict may name the one part that has LoRAs, as in diffusers."""
+    """Return a strength: a finite number, 1 for None, or that of "transformer" in a dict, as in diffusers.
+
+    Raises `InvalidRequest` with `field`.
+    """
     if isinstance(value, dict):
         if set(value) != {"transformer"}:
             raise InvalidRequest(field, f"{value!r}: only a weight of the transformer is known; give one number")
@@ -303,20 +308,20 @@ def check_strength(value: object, *, field: str = "adapter_weights") -> float:
     return float(value)
 
 
-def _ordered(acting: Sequence[_Acting]) -> list[_Acting]:
-    return sorted((one for one in acting if one.strength), key=lambda one: (one.lora.digest, one.strength))
+def _ordered(loras: Sequence[_Weighted]) -> list[_Weighted]:
+    return sorted((one for one in loras if one.strength), key=lambda one: (one.lora.digest, one.strength))
 
 
-def _by_matrix(acting: Sequence[_Acting]) -> dict[str, list[tuple[Update, float]]]:
+def _by_matrix(loras: Sequence[_Weighted]) -> dict[str, list[tuple[Update, float]]]:
     found: dict[str, list[tuple[Update, float]]] = {}
-    for one in acting:
+    for one in loras:
         for name, update in one.lora.updates.items():
             found.setdefault(name, []).append((update, one.strength))
     return found
 
 
-def _derived(how: str, weights: str, acting: Sequence[_Acting]) -> str:
-    parts = ["lora", how, weights, [[one.lora.digest, repr(one.strength)] for one in acting]]
+def _derived(how: str, weights: str, loras: Sequence[_Weighted]) -> str:
+    parts = ["lora", how, weights, [[one.lora.digest, repr(one.strength)] for one in loras]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.tiny import generators, make_transformer, picture, relative_error
+from tests.support.tiny import make_transformer, relative_error
 
-from limner import Pipeline
 from limner.config import TransformerConfig
 from limner.model import arithmetic
 from limner.model.arithmetic import Linear, fast_dtype
@@ -74,27 +73,3 @@ def test_both_arithmetics_agree_with_diffusers_in_bfloat16() -> None:
         errors[kernel] = relative_error(found, truth)
         assert ours.arithmetic.startswith(f"cpu/{kernel}/{str(dtype).removeprefix('torch.')}")
     assert errors["chunked_float32"] <= relative_error(expected, truth) * 1.2
-
-
-def test_narrowed_float32_has_another_name() -> None:
-    """torch.set_float32_matmul_precision lets float32 products be rounded to TF32 or bfloat16."""
-    transformer = Transformer(TransformerConfig.from_diffusers(make_transformer(16).config))
-    names = []
-    for precision in ("highest", "high", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        try:
-            names.append(transformer.arithmetic)
-        finally:
-            torch.set_float32_matmul_precision("highest")
-    assert len(set(names)) == 3
-    assert names[1].endswith("/tf32 products")
-
-
-def test_arithmetic_is_part_of_the_key(tiny_folder: object) -> None:
-    pipe = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)  # type: ignore[arg-type]
-    keys = set()
-    for dtype in (torch.bfloat16, torch.float32):
-        pipe.transformer.use_arithmetic(dtype)
-        keys.add(pipe.prefill(picture(64, 64)).key)
-    assert len(keys) == 2
-    assert pipe("a dog", image=picture(64, 64), generator=generators(1)[0]).images

@@ -81,19 +81,6 @@ def test_another_weight_is_packed_again(how: str) -> None:
     assert not torch.equal(before, expected)
 
 
-def test_the_name_of_the_arithmetic_is_that_of_the_device() -> None:
-    """int8 products run on CPUs alone: elsewhere weights are widened, and the key says so."""
-    config = TransformerConfig.from_diffusers(make_transformer(64, double=1, single=1).config)
-    transformer = Transformer(config)
-    quantize_blocks(transformer)
-    on_cpu = transformer.arithmetic
-    assert on_cpu.startswith("cpu/")
-    assert ("int8 dot products" in on_cpu) == int8.has_int8_products()
-    elsewhere = transformer.to("meta").arithmetic
-    assert elsewhere.startswith("meta/")
-    assert elsewhere.endswith("/int8 widened")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_velocity_with_int8(dtype: torch.dtype) -> None:
     """Relative error of one velocity, random weights, references included, against float32."""
