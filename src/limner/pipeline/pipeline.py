@@ -25,12 +25,11 @@ from limner.model.preview import LatentPreview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.pipeline import load
+from limner.pipeline import load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.check import ArgumentChecker, check_shared
 from limner.pipeline.denoise import denoise
-from limner.pipeline.lora import LoraSource, check_components, load_adapter
 from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
 from limner.pipeline.noise import draw_seeds
@@ -91,7 +90,7 @@ class Pipeline:
         self._interrupt = False  # diffusers' way to stop: a callback sets it, and the remaining steps are left out
         if residency is not None:
             transformer.use(staging=residency)
-        self._networks.adopt()
+        self.networks.adopt()
 
     @classmethod
     def from_pretrained(
@@ -196,14 +195,15 @@ class Pipeline:
             raise InvalidRequest(
                 "to", "a parallel model stays where it was loaded; give device and dtype to from_pretrained"
             )
-        self._networks.to(target if isinstance(target, torch.dtype) else load.check_device(target))
+        self.networks.to(target if isinstance(target, torch.dtype) else load.check_device(target))
         self._prompts.clear()
         return self
 
     # The objects that do the work, made of the attributes as they are now: these may be replaced between calls.
 
     @property
-    def _networks(self) -> Networks:
+    def networks(self) -> Networks:
+        """The networks with their LoRAs, digests and memory limit."""
         return Networks(
             transformer=self.transformer,
             autoencoder=self.autoencoder,
@@ -224,7 +224,7 @@ class Pipeline:
 
     @property
     def _admission(self) -> Admission:
-        return Admission(networks=self._networks, reference_pixels=self.reference_policy.pixels)
+        return Admission(networks=self.networks, reference_pixels=self.reference_policy.pixels)
 
     @property
     def _prefiller(self) -> Prefiller:
@@ -253,23 +253,23 @@ class Pipeline:
     @property
     def parallel(self) -> Ranks | None:
         """This process's place among those that the transformer is divided among; None if it is whole."""
-        ranks = self._networks.ranks
+        ranks = self.networks.ranks
         return None if ranks.alone else ranks
 
     @property
     def geometry(self) -> ModelGeometry:
         """Geometry of the three networks."""
-        return self._networks.geometry
+        return self.networks.geometry
 
     @property
     def formats(self) -> Formats:
         """The formats of weights, K/V and products, for `limner.memory`."""
-        return self._networks.formats
+        return self.networks.formats
 
     @property
     def arithmetic(self) -> str:
         """What decides the last bits of a result besides weights: device, attention kernel, dtype of matrix products."""
-        return self._networks.arithmetic
+        return self.networks.arithmetic
 
     kernel = arithmetic
     """An older name of `arithmetic`."""
@@ -278,77 +278,23 @@ class Pipeline:
     def reference_weights(self) -> str:
         """Digest of what K/V of references depend on: weights and geometry of transformer (with its LoRAs) and
         autoencoder."""
-        return self._networks.reference_weights()
+        return self.networks.reference_weights()
 
     @property
     def digest(self) -> str:
         """Digest of all weights."""
-        return self._networks.digest()
+        return self.networks.digest()
 
     # LoRAs, with diffusers' names and meanings
 
-    @typed_memory_errors
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: LoraSource,
-        adapter_name: str | None = None,
-        *,
-        weight_name: str | None = None,
-        strict: bool = True,
-    ) -> None:
-        """Load a LoRA of the transformer: a .safetensors file, a folder or hub id, or tensors by name.
-
-        It acts at once and alone, with strength 1; `set_adapters` lets several act. It runs alongside the weights, which
-        may be quantized. `adapter_name` left out is default_0, default_1, ...; `weight_name` is the file of a folder or hub
-        id. Tensors that are not for this transformer are an error that names them; `strict=False` logs them. References
-        that were prefilled with other LoRAs, or strengths, are refused. Raises `CheckpointError`, `InvalidRequest`.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        load_adapter(self._networks, source, adapter_name, weight_name=weight_name, strict=strict)
-
-    @typed_memory_errors
-    def set_adapters(
-        self, adapter_names: Sequence[str] | str, adapter_weights: float | Sequence[float] | None = None
-    ) -> None:
-        """Let these adapters act, and no others, each with its weight; one number is for all, None is 1."""
-        self._adapters.set(adapter_names, adapter_weights)
-
-    def get_active_adapters(self) -> list[str]:
-        """Return the names of the adapters that act."""
-        return self._adapters.active
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of the adapters that are loaded, by part."""
-        return {"transformer": self._adapters.names} if self._adapters.names else {}
-
-    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
-        """Forget adapters."""
-        self._adapters.delete(adapter_names)
-
-    def unload_lora_weights(self) -> None:
-        """Forget all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse_lora`."""
-        self._adapters.clear()
-
-    @typed_memory_errors
-    def fuse_lora(
-        self,
-        components: Sequence[str] = ("transformer",),
-        lora_scale: float = 1.0,
-        safe_fusing: bool = True,
-        adapter_names: Sequence[str] | None = None,
-    ) -> None:
-        """Add adapters, the active ones or `adapter_names`, times `lora_scale`, to the weights, in float32, rounded once.
-
-        Nothing runs alongside the weights then, and the weights are in memory twice: `unfuse_lora` needs the old ones.
-        Sums that are not finite are always refused (`safe_fusing`). Not for int8 weights.
-        """
-        check_components(components)
-        self._adapters.fuse(adapter_names, lora_scale)
-
-    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
-        """Put the tensors back that were there before `fuse_lora`; adapters act alongside them again."""
-        check_components(components)
-        self._adapters.unfuse()
+    load_lora_weights = lora.load_lora_weights
+    set_adapters = lora.set_adapters
+    get_active_adapters = lora.get_active_adapters
+    get_list_adapters = lora.get_list_adapters
+    delete_adapters = lora.delete_adapters
+    unload_lora_weights = lora.unload_lora_weights
+    fuse_lora = lora.fuse_lora
+    unfuse_lora = lora.unfuse_lora
 
     @property
     def fused_loras(self) -> set[str]:
@@ -386,11 +332,11 @@ class Pipeline:
 
     def kv_bytes(self, num_ref: int) -> int:
         """Return the bytes of the K/V of reference tokens in this process."""
-        return self._networks.kv_bytes(num_ref)
+        return self.networks.kv_bytes(num_ref)
 
     def new_seeds(self, num_images: int) -> tuple[int, ...]:
         """Return random seeds, the same in all processes of a parallel model."""
-        return tuple(draw_seeds(num_images, ranks=self._networks.ranks))
+        return tuple(draw_seeds(num_images, ranks=self.networks.ranks))
 
     # the call
 
@@ -485,7 +431,7 @@ class Pipeline:
             text_encoder_out_layers=text_encoder_out_layers,
             progress=progress,
         )
-        networks, clock = self._networks, Stopwatch(self.device)
+        networks, clock = self.networks, Stopwatch(self.device)
         # 2. Encode the prompts to text tokens (B, S_txt, text_width)
         txt, prompts = self._prompts.encode(request, networks)
         # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0

@@ -1,0 +1,183 @@
+"""Weights that leave by turns under a limit, with the same pictures bit for bit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.tiny import generators, picture
+
+from limner import CapacityError, InvalidRequest, Pipeline
+from limner.memory.pages import can_release, resident
+from limner.memory.residency import Residency
+from limner.model.int8 import Int8Linear
+from limner.pipeline.admission import Admission
+
+GIB = 2**30
+needs_release = pytest.mark.skipif(not can_release(), reason="the system cannot drop pages of mapped files")
+
+
+def call(pipe: Pipeline) -> torch.Tensor:
+    out = pipe("a dog", image=picture(96, 64), height=64, width=96, generator=generators(3)[0], output_type="pt")
+    found: torch.Tensor = out.images
+    return found
+
+
+class Watched(Residency):
+    """Says what left. With `room` each network has room for itself alone ("parts"), or not even that ("layers")."""
+
+    room: str | None = None
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.left: set[str] = set()
+
+    def _enter(self, network: torch.nn.Module, growth: int) -> None:
+        if self.room is not None:
+            own, sizes = self._bytes[network], [self._bytes[layer] for layer in self._networks[network]]
+            if self.room == "layers" and sizes:
+                own += 2 * max(sizes) + (sizes[0] if len(sizes) > 3 else 0) - sum(sizes)
+            unpacked = sum(
+                m.weight.nbytes - m.packed_bytes
+                for m in network.modules()
+                if isinstance(m, Int8Linear) and m.multiplies_int8()
+            )
+            self.limit, self._libraries = growth + unpacked + own, -resident()[1]
+        super()._enter(network, growth)
+
+    def release(self, network: torch.nn.Module) -> None:
+        self.left.add(type(network).__name__)
+        super().release(network)
+
+    def _after_layer(self, layer: torch.nn.Module, *_: object) -> None:
+        if self._resident is not None and layer not in self._resident:
+            self.left.add(type(layer).__name__)
+        super()._after_layer(layer)
+
+
+@needs_release
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_limit_changes_no_bit(
+    quantize: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Networks by turns, and layers by turns: the picture is that of the pipeline without a limit."""
+    from limner.weights.convert import convert
+
+    folder = tiny_folder
+    if quantize:
+        convert(tiny_folder, folder := tmp_path / "int8", to="int8")
+    expected = call(Pipeline.from_pretrained(folder))
+    monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
+    networks = {"Transformer", "Autoencoder", "TextEncoder"}
+    for room in (None, "parts", "layers"):
+        pipe = Pipeline.from_pretrained(folder, memory_limit="1TiB")
+        residency = pipe.residency
+        assert isinstance(residency, Watched)
+        assert pipe.formats.anonymous == frozenset()
+        residency.room = room
+        monkeypatch.setattr(Admission, "check_limit", lambda own, workload: None)
+        assert torch.equal(call(pipe), expected), room
+        packs = quantize is not None and pipe.formats.packed
+        if room is None and not packs:
+            assert residency.left == set()  # there is room for all
+        if room is not None:
+            assert networks <= residency.left
+            layers = {"Qwen3DecoderLayer", "DoubleBlock", "SingleBlock"}
+            assert residency.left - networks == (
+                layers if room == "layers" else {"DoubleBlock", "SingleBlock"} if packs else set()
+            )
+        assert torch.equal(call(pipe), expected), room
+
+
+@needs_release
+def test_layers_that_ran_leave(tmp_path: Path) -> None:
+    """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(6)}, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        network = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        network.load_state_dict({f"{i}.weight": file.get_tensor(f"{i}.weight") for i in range(6)}, assign=True)
+    size = 4 << 20
+    x = torch.ones(1, 1024)
+    with torch.no_grad():
+        expected = network(x)
+    residency = Residency(1 << 40)
+    residency.adopt(network, list(network))
+    residency.release(network)
+    base = resident()[0] - resident()[1]
+    residency._libraries, residency.limit = 0, resident()[1] + 4 * size + (1 << 20)
+    seen = []
+    with torch.no_grad(), residency.working(network, growth=0):
+        for layer in residency.visit(network):
+            x = layer(x)
+            seen.append(round((resident()[0] - resident()[1] - base) / size))
+    assert torch.equal(x, expected)
+    assert seen == [1, 2, 3, 3, 3, 3]
+    assert residency._resident is None
+
+
+@needs_release
+def test_a_limit_that_is_too_small_is_refused(tiny_folder: Path, pipe: Pipeline) -> None:
+    with pytest.raises(CapacityError, match=re.escape("memory_limit: 0.10 GiB are too little; the least is 0.6")):
+        Pipeline.from_pretrained(tiny_folder, memory_limit=107_374_182)
+    with pytest.raises(InvalidRequest, match="memory_limit: 'much' is not an amount"):
+        Pipeline.from_pretrained(tiny_folder, memory_limit="much")
+    limited = Pipeline.from_pretrained(tiny_folder, memory_limit="1GiB")
+    with pytest.raises(CapacityError, match=r"memory_limit: 1\.00 GiB .* while it does 'decode'"):
+        limited("a dog", width=4096, height=4096)
+    residency = limited.residency
+    assert residency is not None
+    refused = pytest.raises(CapacityError, match="too little for Transformer: .* missing beside 2.00 GiB")
+    with refused, residency.working(limited.transformer, growth=2 * GIB):
+        pass
+
+
+@needs_release
+def test_changed_weights_stay_changed_under_a_limit(tiny_folder: Path) -> None:
+    """A LoRA merged in place would be lost if its pages were dropped."""
+    pipe = Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB")
+    assert pipe.residency is not None
+    weight = pipe.transformer.single_transformer_blocks[0].attn.to_out.weight
+    before = pipe.reference_weights
+    weight.data.mul_(2)
+    kept = weight.clone()
+    pipe.residency._tight = True
+    assert pipe.reference_weights != before
+    pipe.residency.release(pipe.transformer)
+    assert torch.equal(weight, kept)
+    pipe.to(torch.bfloat16)
+    assert pipe.residency._bytes[pipe.transformer] == 0
+    assert "transformer" in pipe.formats.anonymous
+
+
+def test_limits_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    monkeypatch.setattr("limner.memory.residency.can_release", lambda: False)
+    with pytest.raises(InvalidRequest, match="memory_limit: needs Linux"):
+        Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB")
+    monkeypatch.setattr("limner.pipeline.load.check_device", lambda device: torch.device("cuda"))
+    with pytest.raises(InvalidRequest, match="memory_limit: is for the CPU"):
+        Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB", device="cuda")
+
+
+def test_without_a_limit_nothing_happens(pipe: Pipeline) -> None:
+    """No network is adopted, nothing is refused and no page leaves; a limited pipeline keeps its own staging."""
+    unlimited = Residency.unlimited()
+    assert pipe.residency is None
+    unlimited.adopt(pipe.transformer)
+    assert unlimited.mapped(pipe.transformer)
+    with unlimited.working(pipe.transformer, growth=1 << 60):
+        assert list(unlimited.visit(pipe.transformer.transformer_blocks)) == list(pipe.transformer.transformer_blocks)
+
+
+@needs_release
+def test_a_pipeline_without_a_limit_leaves_that_of_another(tiny_folder: Path) -> None:
+    """They share the transformer."""
+    limited = Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB")
+    parts = {"autoencoder": limited.autoencoder, "text_encoder": limited.text_encoder}
+    Pipeline(transformer=limited.transformer, **parts).to("cpu")
+    assert limited.transformer.execution.staging is limited.residency
