@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "limner"
 DOCUMENT = ROOT / "docs" / "architecture.md"
-WIDTH = 110
+WIDTH = 116
 """Lines of one package after another are joined up to this number of characters."""
 
 Graph = dict[str, set[str]]
@@ -248,13 +248,14 @@ def by_package(graph: Graph, prefer: Callable[[str], tuple[int, bool, str]]) -> 
         unit = min((unit for unit in left if not merged[unit] & left), key=prefer)
         left.remove(unit)
         own = {name for name in graph if joined.get(package_of(name), package_of(name)) == unit}
-        for line in layered({name: graph[name] & own for name in own}):
-            last = lines[-1] if lines else []
-            apart = not any(graph[name] & set(last) for name in line)
-            if last and apart and len(folded(last + line)) <= WIDTH:
-                last += line
+        for names in layered({name: graph[name] & own for name in own}):
+            needed = [number for number, line in enumerate(lines) if any(graph[name] & set(line) for name in names)]
+            fitting = range(max(needed, default=-1) + 1, len(lines))
+            line = next((lines[i] for i in fitting if len(folded(lines[i] + names)) <= WIDTH), None)
+            if line is None:
+                lines.append(names)
             else:
-                lines.append(line)
+                line += names
     return lines
 
 
@@ -272,8 +273,9 @@ def with_new_files(order: list[list[str]], graph: Graph) -> list[list[str]]:
             return []
         fitting = range(low + 1, high)
         same = [number for number in fitting if package_of(name) in map(package_of, order[number])]
-        if same:
-            order[same[0]].append(name)
+        room = [number for number in fitting if len(folded([*order[number], name])) <= WIDTH]
+        if same or room:
+            order[(same or room)[0]].append(name)
         else:
             order.insert(low + 1, [name])
     return order if not broken(order, graph) else []
@@ -312,7 +314,7 @@ def main() -> int:
     text = "".join(f"{folded(line)}\n" for line in order)
     print(text, end="")
     for name, other in broken(order, source.imports(types=True)):
-        print(f"for types alone: {name} imports {other}", file=sys.stderr)
+        print(f"for types alone, to be listed below the block: {name} imports {other}", file=sys.stderr)
     if options.write:
         whole = DOCUMENT.read_text()
         replaced, count = re.subn(
