@@ -18,9 +18,9 @@ from limner.config import ReferencePolicy
 from limner.deploy.cluster import this_node
 from limner.deploy.replica import Replica
 from limner.engine import EditRequest, Event, Failed, Finished, Prefilled, PrefillRequest, Progress, Started
-from limner.engine.model_options import ModelOptions
 from limner.errors import InvalidRequest
 from limner.images import prepare_reference
+from limner.options import ModelOptions
 
 REFERENCES = (prepare_reference(picture(64, 64), policy=ReferencePolicy()),)
 EDIT = EditRequest(prompt="a dog", seeds=(1,), references=REFERENCES)
