@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,7 +177,7 @@ def _draw(
         DrawProgress(num_inference_steps=args.steps, references=bool(prepared), silent=not process.writes)
     ) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
-        request = _request(args, prepared)
+        request = _request(args, prepared, pipe)
         out = pipe.draw(
             [request], references=references, output_type="pil" if process.writes else "latent", progress=progress
         )
@@ -190,30 +189,25 @@ def _draw(
         _print(args, pipe, out, files=files, names=images or [str(pack)] * len(out.references))
 
 
-def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...]) -> EditRequest:
+def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...], pipe: Pipeline) -> EditRequest:
     """Return what the command asks the model for."""
+    from limner.pipeline.noise import draw_seeds
     from limner.requests import EditRequest
 
     width, height = args.size or (None, None)
     first = args.seed
     return EditRequest(
         prompt=args.prompt,
-        seeds=_drawn_seeds(args.num_images) if first is None else tuple(range(first, first + args.num_images)),
+        seeds=tuple(
+            draw_seeds(args.num_images, ranks=pipe.networks.ranks)  # the same in every process of a parallel model
+            if first is None
+            else range(first, first + args.num_images)
+        ),
         references=references,
         width=width,
         height=height,
         num_inference_steps=args.steps,
     )
-
-
-def _drawn_seeds(number: int) -> tuple[int, ...]:
-    """Return random seeds, the same in every process that torchrun started."""
-    drawn = [secrets.randbelow(2**31) for _ in range(number)]
-    if ranks.started():
-        import torch.distributed
-
-        torch.distributed.broadcast_object_list(drawn, src=0)
-    return tuple(drawn)
 
 
 def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.grid import check_size, num_tokens
+from limner.grid import PIXELS, check_size, num_tokens
 from limner.memory import Workload
 from limner.pipeline.arguments import DrawRequest, StepHook
-from limner.pipeline.noise import NoiseSource, check_latents
-from limner.pipeline.prefill import Picture, Prefiller
+from limner.pipeline.noise import NoiseSource
+from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
 from limner.references import References
 from limner.requests import EditRequest, check_prompt
 from limner.schedule import Schedule
 
-__all__ = ["ArgumentChecker", "check_layers", "check_shared"]
+__all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
 
 _logger = logging.getLogger("limner")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -75,7 +75,7 @@ class ArgumentChecker:
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
         pictures = self.prefiller.prepare(image) if image is not None else ()
-        references = self.prefiller.check_given(references) if references is not None else None
+        references = check_given(references, self.prefiller) if references is not None else None
 
         config = networks.transformer.config
         num_txt = max_sequence_length
@@ -148,6 +148,64 @@ def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
         if [r.report.digest for r in request.references] != [r.report.digest for r in first.references]:
             raise InvalidRequest("references", "those of the requests differ; draw such requests one after another")
     return first
+
+
+def check_given(references: References, prefiller: Prefiller) -> References:
+    """Return References as this pipeline uses them: its part of the heads, on its device.
+
+    Raises `InvalidRequest` if they were made with other weights, in another dtype, or for other processes.
+    """
+    if not isinstance(references, References):
+        raise InvalidRequest("references", f"{type(references).__name__} is not limner.References; use pipe.prefill")
+    networks = prefiller.networks
+    config, shard, weights = networks.transformer.config, networks.ranks.shard, networks.reference_weights()
+    if references.weights != weights:
+        raise InvalidRequest(
+            "references",
+            f"they were made with weights {references.weights}, this pipeline has {weights}; prefill the pictures with "
+            "this pipeline",
+        )
+    if references.dtype != networks.dtype:
+        raise InvalidRequest(
+            "references",
+            f"their dtype is {references.dtype}, the pipeline's {networks.dtype}; prefill the pictures again",
+        )
+    if references.shard is None and shard is not None:
+        references = references.part(*shard)
+    if references.shard != shard:
+        raise InvalidRequest(
+            "references",
+            f"they are of part {references.shard} (rank, processes) of the heads, this pipeline has "
+            f"{shard or 'all of them'}; prefill the pictures with this pipeline",
+        )
+    num_heads = config.num_heads // (shard[1] if shard else 1)
+    shape, expected = tuple(references.layers[0].k.shape[2:]), (num_heads, config.head_dim)
+    if len(references.layers) != config.num_layers or shape != expected:
+        raise InvalidRequest(
+            "references",
+            f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
+            "prefill the pictures again",
+        )
+    return with_reports(prefiller.store.place(references, device=networks.device), references.reports)
+
+
+def check_latents(
+    latents: Tensor, *, channels: int, batch: int, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Return the (height, width) in pixels of given noise (B, channels, h, w). Raises `InvalidRequest`."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or not torch.isfinite(latents).all():
+        raise InvalidRequest("latents", "have to be a tensor of finite floating point numbers")
+    if latents.dim() != 4 or latents.shape[1] != channels:
+        raise InvalidRequest(
+            "latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)"
+        )
+    if latents.shape[0] != batch:
+        raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
+    found = (latents.shape[2] * PIXELS, latents.shape[3] * PIXELS)
+    for name, given, actual in (("height", height, found[0]), ("width", width, found[1])):
+        if given is not None and given != actual:
+            raise InvalidRequest("latents", f"are for {name} {actual}, {name}={given} was asked; leave {name} out")
+    return found
 
 
 def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:

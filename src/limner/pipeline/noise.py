@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.grid import PIXELS
 from limner.model.shards import Ranks
 
-__all__ = ["NoiseSource", "check_latents", "draw_seeds", "short_digest"]
+__all__ = ["NoiseSource", "draw_seeds", "short_digest"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -79,25 +78,6 @@ def draw_seeds(num_images: int, *, ranks: Ranks) -> list[int]:
     generator.seed()
     seeds: list[int] = torch.randint(0, 2**31, (num_images,), generator=generator).tolist()
     return ranks.broadcast(seeds)
-
-
-def check_latents(
-    latents: Tensor, *, channels: int, batch: int, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """Return the (height, width) in pixels of given noise (B, channels, h, w). Raises `InvalidRequest`."""
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or not torch.isfinite(latents).all():
-        raise InvalidRequest("latents", "have to be a tensor of finite floating point numbers")
-    if latents.dim() != 4 or latents.shape[1] != channels:
-        raise InvalidRequest(
-            "latents", f"have shape {list(latents.shape)}; allowed: (B, {channels}, height/16, width/16)"
-        )
-    if latents.shape[0] != batch:
-        raise InvalidRequest("latents", f"have batch {latents.shape[0]}, the prompts ask for {batch} images")
-    found = (latents.shape[2] * PIXELS, latents.shape[3] * PIXELS)
-    for name, given, actual in (("height", height, found[0]), ("width", width, found[1])):
-        if given is not None and given != actual:
-            raise InvalidRequest("latents", f"are for {name} {actual}, {name}={given} was asked; leave {name} out")
-    return found
 
 
 def short_digest(x: Tensor) -> str:

@@ -32,7 +32,6 @@ from limner.pipeline.check import ArgumentChecker, check_shared
 from limner.pipeline.denoise import denoise
 from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
-from limner.pipeline.noise import draw_seeds
 from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
@@ -240,8 +239,6 @@ class Pipeline:
             has_previews=self.latent_preview is not None,
         )
 
-    # properties
-
     @property
     def device(self) -> torch.device:
         return self.transformer.device
@@ -271,13 +268,11 @@ class Pipeline:
         """What decides the last bits of a result besides weights: device, attention kernel, dtype of matrix products."""
         return self.networks.arithmetic
 
-    kernel = arithmetic
-    """An older name of `arithmetic`."""
+    kernel = arithmetic  # its older name
 
     @property
     def reference_weights(self) -> str:
-        """Digest of what K/V of references depend on: weights and geometry of transformer (with its LoRAs) and
-        autoencoder."""
+        """Digest of what K/V depend on: weights and geometry of the transformer, with its LoRAs, and the autoencoder."""
         return self.networks.reference_weights()
 
     @property
@@ -323,20 +318,12 @@ class Pipeline:
         return self._prefiller.key_of(prepared)
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
-        """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
-
-        `num_ref` counts references to prefill: K/V that are cached are in memory already. `num_own` are the text and
-        output tokens of one image.
-        """
+        """Return the peak bytes of a call on top of the weights: tokens to prefill, text and output tokens of an image."""
         return self._admission.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
 
     def kv_bytes(self, num_ref: int) -> int:
         """Return the bytes of the K/V of reference tokens in this process."""
         return self.networks.kv_bytes(num_ref)
-
-    def new_seeds(self, num_images: int) -> tuple[int, ...]:
-        """Return random seeds, the same in all processes of a parallel model."""
-        return tuple(draw_seeds(num_images, ranks=self.networks.ranks))
 
     # the call
 

@@ -26,7 +26,7 @@ from limner.references import References, reference_key
 from limner.store import ReferenceStore, Source
 from limner.tokens import pack, reference_ids
 
-__all__ = ["CacheSource", "Picture", "Prefiller"]
+__all__ = ["CacheSource", "Picture", "Prefiller", "with_reports"]
 
 CacheSource = Literal["none", "miss", "memory", "disk", "remote", "given"]
 Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
@@ -80,7 +80,7 @@ class Prefiller:
             references, source = self.store.get(key, compute, device=self.networks.device)
         else:
             references, source = self._get_together(key, compute, prepared)
-        return _with_reports(references, tuple(p.report for p in prepared)), source
+        return with_reports(references, tuple(p.report for p in prepared)), source
 
     def get_for(self, request: DrawRequest) -> tuple[References | None, CacheSource]:
         """Return the References of a call and where they came from: those given, or of its pictures. Raises as `get`."""
@@ -90,46 +90,6 @@ class Prefiller:
         found = self.get(request.pictures, num_own=request.workload.num_own, batch=request.workload.batch)
         request.progress("references", 1, 1)
         return found
-
-    def check_given(self, references: References) -> References:
-        """Return References as this pipeline uses them: its part of the heads, on its device.
-
-        Raises `InvalidRequest` if they were made with other weights, in another dtype, or for other processes.
-        """
-        if not isinstance(references, References):
-            raise InvalidRequest(
-                "references", f"{type(references).__name__} is not limner.References; use pipe.prefill"
-            )
-        networks = self.networks
-        config, shard, weights = networks.transformer.config, networks.ranks.shard, networks.reference_weights()
-        if references.weights != weights:
-            raise InvalidRequest(
-                "references",
-                f"they were made with weights {references.weights}, this pipeline has {weights}; prefill the pictures with "
-                "this pipeline",
-            )
-        if references.dtype != networks.dtype:
-            raise InvalidRequest(
-                "references",
-                f"their dtype is {references.dtype}, the pipeline's {networks.dtype}; prefill the pictures again",
-            )
-        if references.shard is None and shard is not None:
-            references = references.part(*shard)
-        if references.shard != shard:
-            raise InvalidRequest(
-                "references",
-                f"they are of part {references.shard} (rank, processes) of the heads, this pipeline has "
-                f"{shard or 'all of them'}; prefill the pictures with this pipeline",
-            )
-        num_heads = config.num_heads // (shard[1] if shard else 1)
-        shape, expected = tuple(references.layers[0].k.shape[2:]), (num_heads, config.head_dim)
-        if len(references.layers) != config.num_layers or shape != expected:
-            raise InvalidRequest(
-                "references",
-                f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
-                "prefill the pictures again",
-            )
-        return _with_reports(self.store.place(references, device=networks.device), references.reports)
 
     def _key(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> str:
         return reference_key(
@@ -165,9 +125,7 @@ class Prefiller:
         with networks.working("encode references", workload):
             latents = [networks.autoencoder.encode(to_pixels(p.pixels)) for p in prepared]
         ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(networks.device, networks.dtype)
-        ref_tokens = networks.ranks.broadcast_tensor(
-            ref_tokens
-        )  # (1, S_ref, C), equal to the last bit in all processes
+        ref_tokens = networks.ranks.broadcast_tensor(ref_tokens)  # (1, S_ref, C), equal bit for bit in all processes
         with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
             kv = networks.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
         return References.make(
@@ -181,6 +139,6 @@ class Prefiller:
         )
 
 
-def _with_reports(references: References, reports: tuple[ReferenceReport, ...]) -> References:
+def with_reports(references: References, reports: tuple[ReferenceReport, ...]) -> References:
     """Replace the reports: an entry of the store may be of other pictures with the same processed pixels."""
     return references if references.reports == reports else replace(references, reports=reports)

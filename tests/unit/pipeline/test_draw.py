@@ -11,6 +11,7 @@ from tests.support.tiny import generators, picture
 
 from limner import InvalidRequest, Pipeline
 from limner.images import PreparedReference, prepare_reference
+from limner.pipeline.noise import draw_seeds
 from limner.requests import EditRequest
 
 
@@ -88,6 +89,7 @@ def test_refuses(change: dict[str, Any], message: str, pipe: Pipeline) -> None:
 
 
 def test_new_seeds_differ(pipe: Pipeline) -> None:
-    seeds = pipe.new_seeds(4)
-    assert len(set(seeds) | set(pipe.new_seeds(4))) == 8
+    ranks = pipe.networks.ranks
+    seeds = {*draw_seeds(4, ranks=ranks), *draw_seeds(4, ranks=ranks)}
+    assert len(seeds) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)

@@ -12,6 +12,7 @@ from tests.support.tiny import picture
 
 from limner import InvalidRequest, Pipeline, ReferencePolicy, ReferenceStore
 from limner.images import prepare_reference
+from limner.pipeline.check import check_given
 from limner.pipeline.networks import Networks
 
 RGBA = Image.new("RGBA", (64, 64), (255, 0, 0, 128))
@@ -40,7 +41,7 @@ def test_given_references_stay_where_the_store_leaves_them(pipe: Pipeline) -> No
     admission = replace(pipe._admission, networks=there)
     for budget, place in ((0, "cpu"), (refs.nbytes, "meta")):
         prefiller = replace(pipe._prefiller, store=ReferenceStore(device_bytes=budget), admission=admission)
-        assert prefiller.check_given(refs).device.type == place
+        assert check_given(refs, prefiller).device.type == place
 
 
 def test_background_flattens_transparency(tiny_folder: Any) -> None:
