@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limner import __version__
 from limner.config import TransformerConfig
 from limner.grid import PIXELS
 from limner.model.int8 import quantize_blocks
@@ -32,6 +31,7 @@ from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
 from limner.model.transformer import Transformer
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
+from limner.version import __version__
 
 __all__ = [
     "Bench",

@@ -13,6 +13,7 @@ from limner.errors import CheckpointError, InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 
 __all__ = [
+    "BUNDLED_MODEL",
     "KLEIN_4B",
     "KLEIN_9B",
     "MODELS",
@@ -25,6 +26,9 @@ __all__ = [
     "TextConfig",
     "TransformerConfig",
 ]
+
+BUNDLED_MODEL = "limner-stickers"
+"""The name of the bundled model, as services and results show it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

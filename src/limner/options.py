@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from limner.config import ReferencePolicy
+from limner.config import BUNDLED_MODEL, ReferencePolicy
 
 __all__ = [
     "Dtype",
@@ -186,7 +186,7 @@ class ModelOptions(ReferenceOptions):
     @property
     def model_name(self) -> str:
         """What the model is called in answers of the service."""
-        return "limner-stickers" if self.model is None else Path(self.model).name
+        return BUNDLED_MODEL if self.model is None else Path(self.model).name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from tests.support.tiny import picture
 
-from limner import cli
 from limner.cli import main
+from limner.cli.output import BatchProgress
 
 ROWS: list[dict[str, Any]] = [
     {"id": "one", "prompt": "make it blue", "references": ["a.png"], "seed": 5},
@@ -222,7 +222,7 @@ def test_what_stops_a_run_says_how_to_go_on(
 def test_progress_lines_where_there_is_no_terminal(
     folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli._BatchProgress, "SECONDS", 0.0)
+    monkeypatch.setattr(BatchProgress, "SECONDS", 0.0)
     assert batch(folder, tiny_folder) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"limner: {i} of 4 rows" for i in range(5)]

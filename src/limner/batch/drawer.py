@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from limner import __version__
 from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
@@ -21,6 +20,7 @@ from limner.images import FORMATS, encode, prepare_reference
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.references import References
 from limner.requests import EditRequest
+from limner.version import __version__
 
 __all__ = ["Drawer"]
 

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limner import __version__, ranks
+from limner import ranks
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
 from limner.cli.output import DrawProgress
 from limner.errors import InvalidRequest
 from limner.options import ModelOptions, StoreOptions
+from limner.version import __version__
 
 if TYPE_CHECKING:
     from limner.images import PreparedReference

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from limner import __version__, ranks
+from limner import ranks
 from limner.cli import batch, bench, draw, plan, refs, serve, verify, weights
 from limner.errors import InvalidRequest, LimnerError
+from limner.version import __version__
 
 __all__ = ["build_parser", "main"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from limner import __version__
 from limner.errors import InvalidRequest, MissingExtra, OutputError, RemoteError, first_line
+from limner.version import __version__
 
 __all__ = ["check_nodes", "connect", "nodes", "quiet", "this_node"]
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from limner.images import ReferenceReport
 from limner.pipeline import PromptReport, Timings
+from limner.store import Source
 
 __all__ = ["EditResult", "Event", "Failed", "Finished", "LastEvent", "Listener", "Prefilled", "Progress", "Started"]
 
@@ -27,7 +28,7 @@ class EditResult:
 
     images: tuple[Image.Image, ...]
     seeds: tuple[int, ...]
-    reference_cache: Literal["none", "miss", "memory", "disk", "remote"]
+    reference_cache: Literal["none"] | Source
     reference_key: str | None
     seconds_saved: float
     references: tuple[ReferenceReport, ...]
@@ -67,7 +68,7 @@ class Prefilled:
     key: str
     nbytes: int
     prefill_seconds: float
-    source: Literal["miss", "memory", "disk", "remote"]
+    source: Source
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -28,7 +28,7 @@ from limner.tokens import pack, reference_ids
 
 __all__ = ["CacheSource", "Picture", "Prefiller", "with_reports"]
 
-CacheSource = Literal["none", "miss", "memory", "disk", "remote", "given"]
+CacheSource = Literal["none", "given"] | Source
 Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
 
 

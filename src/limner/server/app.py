@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
-from limner import __version__
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
 from limner.server.access.keys import KeyRing
@@ -41,6 +40,7 @@ from limner.server.jobs.work import JobWork
 from limner.server.outbound.client import OutboundClient
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks
+from limner.version import __version__
 
 __all__ = ["create_app"]
 

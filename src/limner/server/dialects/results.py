@@ -9,13 +9,14 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from limner import __version__, grid
+from limner import grid
 from limner.errors import NotFound
+from limner.images import MEDIA_TYPES, SUFFIXES
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import picture_answer, reference_answer
-from limner.server.formats import MEDIA_TYPES, SUFFIXES
 from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
+from limner.version import __version__
 
 __all__ = ["routes"]
 
@@ -55,7 +56,7 @@ def routes(service: Service) -> APIRouter:
         service.urls.check(id, int(number), expires, signature)
         job = await service.offload.store(service.jobs.get, id)
         data = None
-        if job is not None and suffix == SUFFIXES[job.output_format]:
+        if job is not None and f".{suffix}" == SUFFIXES[job.output_format]:
             data = await service.offload.run(service.jobs.read_result, job, int(number))
         if job is None or data is None:
             raise NotFound("name: this result has expired, or never was")

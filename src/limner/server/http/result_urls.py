@@ -11,7 +11,7 @@ import time
 from urllib.parse import urlencode
 
 from limner.errors import AccessDenied, NotFound
-from limner.server.formats import SUFFIXES
+from limner.images import SUFFIXES
 from limner.server.jobs.records import Job
 
 __all__ = ["ResultUrls"]
@@ -29,7 +29,7 @@ class ResultUrls:
         urls = []
         for number in range(1, len(job.result.get("files", [])) + 1):
             query = urlencode({"expires": expires, "signature": self._signature(job.id, number, expires)})
-            urls.append(f"{base}/v1/results/{job.id}/{number}.{suffix}?{query}")
+            urls.append(f"{base}/v1/results/{job.id}/{number}{suffix}?{query}")
         return urls
 
     def check(self, id: str, number: int, expires: int, signature: str) -> None:

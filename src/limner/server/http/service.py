@@ -5,7 +5,6 @@ Knows no wire schema.
 
 from __future__ import annotations
 
-import re
 import secrets
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from starlette.requests import Request
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, NotFound
 from limner.images import PreparedReference
+from limner.references import CONTENT_KEY
 from limner.server.access.keys import KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.http.pictures import PictureReader
@@ -32,7 +32,6 @@ from limner.trust.safety import check_tolerance
 
 __all__ = ["KEYS", "Service"]
 
-_KEY = re.compile(r"[0-9a-f]{64}")
 
 KEYS = [
     Security(APIKeyHeader(name="x-key", scheme_name="key", auto_error=False)),
@@ -86,7 +85,7 @@ class Service:
 
     async def handle(self, owner: Owner, key: str) -> Handle:
         """Return references that this owner uploaded. Raises `NotFound`."""
-        found = await self.offload.store(self.jobs.handle, owner.id, key) if _KEY.fullmatch(key) else None
+        found = await self.offload.store(self.jobs.handle, owner.id, key) if CONTENT_KEY.fullmatch(key) else None
         if found is None:
             raise NotFound(f"references: {key[:80]!r} is not a handle of yours; POST /v1/references makes one")
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from limner.config import BUNDLED_MODEL
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
 from limner.server.outbound.policy import OutboundPolicy
@@ -35,4 +36,4 @@ class ServeSettings:
     outbound: OutboundPolicy = field(default_factory=OutboundPolicy)
     limits: LimitPolicy = field(default_factory=LimitPolicy)
     runner: RunnerSettings = field(default_factory=RunnerSettings)
-    model_name: str = "limner-stickers"
+    model_name: str = BUNDLED_MODEL

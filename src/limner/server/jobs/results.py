@@ -10,15 +10,16 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from limner import __version__, images
+from limner import images
 from limner.engine import EditResult
 from limner.engine.protocol import Backend
-from limner.server.formats import SUFFIXES
+from limner.images import SUFFIXES
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
 from limner.trust import provenance
 from limner.trust.provenance import Ingredient, Signer
+from limner.version import __version__
 
 __all__ = ["ResultWriter"]
 
@@ -36,7 +37,7 @@ class ResultWriter:
         """Encode and store the pictures of a job. Return what is stored and answered of the result, as JSON values."""
         started = time.perf_counter()
         files = await self._offload.with_retry(self._encode, job, result)
-        suffix = SUFFIXES[job.output_format]
+        suffix = SUFFIXES[job.output_format].removeprefix(".")
         names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
         return _report(result) | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
 
@@ -62,7 +63,7 @@ class ResultWriter:
         return provenance.sign(
             data,
             format=job.output_format,
-            title=f"{job.id}.{SUFFIXES[job.output_format]}",
+            title=f"{job.id}{SUFFIXES[job.output_format]}",
             action="edited" if used else "created",
             ingredients=used,
             metadata=metadata,

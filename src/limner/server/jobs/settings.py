@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from limner.options import ServiceOptions
 from limner.server.jobs.webhooks import Delivery
 
 __all__ = ["RunnerSettings"]
@@ -17,9 +18,9 @@ class RunnerSettings:
     `images_per_key`: images that an owner may have over all jobs in the store; None: any number.
     """
 
-    keep_results: float = 600.0
+    keep_results: float = ServiceOptions.keep_results
     keep_jobs: float = 86400.0
-    drain: float = 30.0
+    drain: float = ServiceOptions.drain
     clean_every: float = 60.0
     webhooks: Delivery = field(default_factory=Delivery)
-    images_per_key: int | None = None
+    images_per_key: int | None = ServiceOptions.images_per_key
