@@ -23,7 +23,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 
@@ -34,6 +33,7 @@ from limner.deploy.replica import Replica
 from limner.engine.load import check_model
 from limner.errors import InvalidRequest, OutputError, RemoteError, first_line
 from limner.memory import parse_bytes
+from limner.memory.free import free_bytes
 from limner.places import is_url
 from limner.server.application import check_options
 from limner.store import RemoteTier
@@ -67,7 +67,7 @@ def _replicas(options: DeployOptions) -> serve.Application:
     """The deployment of the replicas, bound to what they load."""
     on_gpu = options.device.startswith("cuda")
     threads = _threads(options)
-    share = psutil.virtual_memory().available // _replicas_here(options)  # the same for all, whichever loads first
+    share = free_bytes() // _replicas_here(options)  # the same for all, whichever loads first
     store_memory = parse_bytes(options.store_memory) if options.store_memory else share // 4
     router: dict[str, Any] = {"request_routing_stats_period_s": 2.0}
     if (path := _ROUTERS[options.router]) is not None:

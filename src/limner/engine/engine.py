@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import psutil
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +28,7 @@ from limner.engine.rows import Rows
 from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
+from limner.memory.free import free_bytes
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.requests import EditRequest, PrefillRequest
@@ -70,7 +69,7 @@ class Engine:
             model=self.model,
             max_waiting=max_waiting,
             max_batch=max_batch,
-            memory_bytes=_free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
+            memory_bytes=free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
         )
         self._previews = previews and self.model.previews
         self._clock = clock
@@ -317,9 +316,3 @@ def _result(
         batch=len(out.images),
         metadata=out.metadata,
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

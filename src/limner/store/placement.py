@@ -10,9 +10,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-import psutil
 import torch
 
+from limner.memory.free import free_bytes
 from limner.references import References
 from limner.store.memory_tier import MemoryTier
 from limner.store.tier import FAILURES, Refused
@@ -53,7 +53,7 @@ class Placement:
             return self._devices[device]
 
     def _new_tier(self, name: str, device: torch.device, budget: int | None) -> MemoryTier:
-        budget = _free_bytes(device) // _SHARE if budget is None else budget
+        budget = free_bytes(device) // _SHARE if budget is None else budget
         return MemoryTier(name, device, budget, pinned=self._pinned, on_evict=self._demote)
 
     def get(self, key: str, device: torch.device) -> tuple[str, References | None]:
@@ -115,9 +115,3 @@ def with_index(device: torch.device | str) -> torch.device:
     """Return a device under the name that its tensors give it."""
     device = torch.device(device)
     return torch.empty(0, device=device).device if device.index is None else device
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -17,10 +17,10 @@ from concurrent.futures import Future, wait
 from itertools import chain
 from pathlib import Path
 
-import psutil
 import torch
 
 from limner.errors import InvalidRequest, RemoteError
+from limner.memory.free import free_bytes
 from limner.places import check_store, is_url
 from limner.references import References
 from limner.store.bucket import Bucket
@@ -77,7 +77,7 @@ class ReferenceStore:
             self._backing.append(BackgroundWrites(disk, max_bytes=most, max_host_bytes=most))
         if remote is not None:
             bucket = Bucket(remote) if isinstance(remote, str) else remote
-            most_uploads = max(most, min(_UPLOAD_BYTES, psutil.virtual_memory().available // 4))
+            most_uploads = max(most, min(_UPLOAD_BYTES, free_bytes() // 4))
             tier = BucketTier(bucket, near=disk if disk is not None and disk.writable else None)
             self._backing.append(BackgroundWrites(tier, max_bytes=most, max_host_bytes=most_uploads))
 

@@ -116,7 +116,7 @@ def test_given_references_are_placed_by_the_rule_of_the_store() -> None:
 
 
 def test_budgets_that_are_not_given_come_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limner.store.placement.psutil.virtual_memory", lambda: SimpleNamespace(available=8 * ONE))
+    monkeypatch.setattr("limner.memory.free.psutil.virtual_memory", lambda: SimpleNamespace(available=8 * ONE))
     store = ReferenceStore()
     for number in range(4):
         store.get(references(number).key, lambda number=number: references(number))
