@@ -181,7 +181,10 @@ def test_killed_and_run_again(folder: Path, tiny_folder: Path) -> None:
     assert 5 <= done < 60
     recorded = [json.loads(line) for line in file.read_bytes().split(b"\n")[:done]]
     again = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert (again.returncode, again.stderr) == (0, "")
+    progress = [
+        line for line in again.stderr.splitlines() if " of 60 rows, " in line
+    ]  # on a machine that is slow today
+    assert (again.returncode, again.stderr.splitlines()) == (0, progress)
     summary = json.loads(again.stdout)
     assert (summary["rows"], summary["done_before"], summary["drawn"]) == (60, done, 60 - done)
     assert summary["prefills_in_all"] in (2, 3)  # one more where the kill came before its K/V were on disk

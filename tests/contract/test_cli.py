@@ -29,7 +29,7 @@ def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "limner", *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         **options,
     )  # type: ignore[call-overload]

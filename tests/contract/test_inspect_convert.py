@@ -293,7 +293,7 @@ def test_as_typed(files: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> 
         [sys.executable, "-m", "limner", "inspect", str(files["gguf"])],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -50,7 +50,7 @@ def test_commands(checkout: Path) -> None:
         words = shlex.split(command, comments=True)
         assert words[0] == "limner", command
         done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         for option, value in pairwise(words):
@@ -74,7 +74,7 @@ def test_python(checkout: Path) -> None:
     assert PYTHON
     for program in PYTHON:
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{program}\n{done.stderr}"
 
@@ -98,7 +98,7 @@ def test_what_needs_a_server(checkout: Path, tmp_path: Path) -> None:
                 command = (
                     ["bash", "-e", "-c", typed] if kind == "bash" else [sys.executable, "-W", "ignore", "-c", typed]
                 )
-                done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+                done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300, check=False)
                 assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
                 if kind == "py":
                     assert done.stdout.split() == ["image_generation.partial_image"] * 2 + [

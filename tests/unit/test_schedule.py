@@ -21,7 +21,7 @@ def test_published_levels_of_klein() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [16, 64, 1024, 4096, 4300, 4301, 16384])
-@pytest.mark.parametrize("num_steps", [1, 4, 50])
+@pytest.mark.parametrize("num_inference_steps", [1, 4, 50])
 @pytest.mark.parametrize("static", [False, True])
 def test_same_bits_as_diffusers(num_tokens: int, num_inference_steps: int, static: bool) -> None:
     config = {"use_dynamic_shifting": not static, "shift": 3.0}

@@ -109,7 +109,7 @@ def test_a_store_that_goes_away_costs_prefills_and_no_rows(
         with caplog.at_level(logging.WARNING, "limner"):
             batch.draw(pipe, batch.plan(pipe))
         assert batch.finish().failed == 0
-    assert "not written to disk" in caplog.text
+    assert "not written to the disk tier" in caplog.text
     with pytest.raises(InvalidRequest, match="kept cannot be made"):
         run(folder, pipe, store=folder / "kept")
 
