@@ -46,7 +46,7 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], *, where: str = "scheduler_config.json") -> Schedule:
-        """Read a `FlowMatchEulerDiscreteScheduler` configuration. `CheckpointError`: no klein model uses an option."""
+        """Read a `FlowMatchEulerDiscreteScheduler` configuration. Raises `CheckpointError` for what no klein model uses."""
         allowed: dict[str, Any] = {
             "num_train_timesteps": 1000,
             "time_shift_type": "exponential",
@@ -72,8 +72,8 @@ class Schedule:
     def sigmas(self, num_tokens: int, *, num_inference_steps: int, custom: Sequence[float] | None = None) -> Tensor:
         """Return the noise levels of a run, float32, shape (steps + 1,), from 1 (or the first custom level) down to 0.
 
-        `custom` replaces linspace(1, 1 / N, N), N = num_inference_steps, before the shift, as in diffusers; mu depends on
-        N still. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
+        `custom` replaces linspace(1, 1 / N, N), N = num_inference_steps, before the shift, as in diffusers; mu is
+        still computed from N. Raises `InvalidRequest` unless the levels fall strictly within (0, 1].
         """
         if not 1 <= num_inference_steps <= MAX_STEPS:
             raise InvalidRequest(

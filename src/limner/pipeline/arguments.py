@@ -55,8 +55,8 @@ class DrawRequest:
     def shared(self, ranks: Ranks, *, prompt_embeds: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the text tokens and the noise of process 0. Raises `InvalidRequest` unless all processes got the same.
 
-        Texts and the states of generators are compared, not what was computed from them: that may differ in its last bits
-        where machines do.
+        Texts and the states of generators are compared. What is computed from them may differ in its last bits between
+        machines.
         """
         if ranks.alone:
             return prompt_embeds, noise  # no digests: those of tensors take a while

@@ -19,8 +19,8 @@ __all__ = ["NoiseSource", "draw_seeds", "short_digest"]
 class NoiseSource:
     """Given `latents`, or a generator for each image, or one for the batch.
 
-    `seeds` has the seed of each image that makes it alone, or None where there is none. `digests` are equal where the
-    noise is equal; noise itself, computed on different machines, may not be. They are made for several processes only.
+    `seeds` has for each image the seed that reproduces it by itself, or None where there is none. `digests` are equal
+    where the noise is equal; noise itself may differ between machines. They are made for several processes only.
     """
 
     latents: Tensor | None

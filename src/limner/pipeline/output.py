@@ -29,8 +29,8 @@ class PipelineOutput:
     """What a call returns.
 
     `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
-    latents, as `output_type` says. `seeds` has one entry an image: the seed that makes it alone, or None where there is
-    none (given latents, a generator used before, the later images of a batch that shares one generator).
+    latents, as `output_type` says. `seeds` has one entry an image: the seed that reproduces it by itself, or None if
+    there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
     them took when that was not done again; `references` say what happened to each picture.
     """

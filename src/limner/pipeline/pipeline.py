@@ -387,7 +387,7 @@ class Pipeline:
 
         `image` is one picture or an ordered list; `references` is what `prefill` returned instead. Height and width are
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
-        `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt stand side by side.
+        `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt are adjacent.
         `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
         `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
         (B, S_img, C), and may return changed latents and prompt_embeds, and rows, the list of those images of the

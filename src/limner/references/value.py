@@ -1,6 +1,6 @@
 """References: the K/V of an ordered list of reference pictures, as an immutable value with an identity.
 
-Owns the agreement of layers, reports and key. Knows nothing of prompts, pipelines or stores; the bytes of a file are
+Checks that layers, reports and key match. Knows nothing of prompts, pipelines or stores; the bytes of a file are
 `pack`'s.
 """
 

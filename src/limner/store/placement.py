@@ -1,6 +1,6 @@
 """Where References are in memory: one tier for each device, one for the host, and the moves between them.
 
-A device's tier demotes to the host's, and that to whatever the store puts below it. Copying to a device keeps the host
+What a device evicts goes to host memory, and from there to disk or the bucket. Copying to a device keeps the host
 copy, which ages by LRU, so that evicting from the device needs no copy back. Knows no files.
 """
 

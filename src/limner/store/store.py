@@ -45,8 +45,8 @@ class _Missing(Exception):
 class ReferenceStore:
     """Tiers of References with byte budgets. Safe to share by threads; its folder, by processes.
 
-    `device_bytes` is the budget on each device that has memory of its own, `memory_bytes` that of host memory (on the CPU
-    the only one of the two); None takes a quarter of what is free when the store or the device is first used.
+    `device_bytes` is the budget on each device that has memory of its own, `memory_bytes` that of host memory; on a
+    CPU only `memory_bytes` counts. None takes a quarter of what is free when the store or the device is first used.
     `disk_bytes` is the budget of the folder `disk_path`, if one is given; None never removes an entry there. `remote` is a
     URL of fsspec, as `s3://bucket/prefix`, which machines share and where nothing is evicted; or a `RemoteTier` with times
     of its own. Raises `InvalidRequest`, and `RemoteError` where it cannot be reached.
@@ -150,7 +150,7 @@ class ReferenceStore:
                 del self._flights[key]
 
     def find(self, key: str, *, device: torch.device | str = "cpu") -> tuple[References, Source] | None:
-        """Return what `get` does for a key that is in a tier and whole there; None for others."""
+        """Do as `get`, but return None if no tier has an undamaged entry."""
 
         def missing() -> References:
             raise _Missing
@@ -185,7 +185,7 @@ class ReferenceStore:
     # caching
 
     def put(self, references: References) -> None:
-        """Cache References that were made elsewhere, such as a pack; in files whatever reading them back costs.
+        """Cache References made elsewhere, such as a pack; in files too, even if reading is slower than a prefill.
 
         They are uploaded in the background, even while a failing remote tier is paused; `upload_error` tells if that fails.
         """
@@ -208,7 +208,7 @@ class ReferenceStore:
 
     def _warn_of_budgets(self, references: References, device: torch.device) -> None:
         """Warn once if an entry is over the budget of every tier: it will be computed each time."""
-        tiers: list[Tier] = [self._placement.tier(device), self._placement.host, *self._files]
+        tiers: list[Tier] = [self._placement.tier(device), self._placement.host, *self._backing_tiers]
         if self._warned_of_budgets or any(t.budget is None or t.budget >= references.nbytes for t in tiers):
             return
         self._warned_of_budgets = True
@@ -232,7 +232,7 @@ class ReferenceStore:
         The remote tier evicts nothing, and is asked only about an entry that no other tier has. Raises `InvalidRequest`,
         `OutputError` and `RemoteError`.
         """
-        if key not in self and not any(tier.holds(key) for tier in self._files):
+        if key not in self and not any(tier.holds(key) for tier in self._backing_tiers):
             raise InvalidRequest("key", f"{key} is not in the store; prefill its references first")
         for tier in self._tiers:
             tier.pin(key)
@@ -257,19 +257,19 @@ class ReferenceStore:
 
         Raises `RemoteError`.
         """
-        return any(tier.holds(key) for tier in self._files[-1:])
+        return any(tier.holds(key) for tier in self._backing_tiers[-1:])
 
     def keys(self) -> list[str]:
         """Return the keys in the remote tier, and on disk. Lists the remote tier. Raises `RemoteError`."""
-        return list(dict.fromkeys(chain.from_iterable(tier.keys() for tier in reversed(self._files))))
+        return list(dict.fromkeys(chain.from_iterable(tier.keys() for tier in reversed(self._backing_tiers))))
 
     def upload_error(self, key: str) -> RemoteError | None:
         """Return why an entry that was `put` is not in the remote tier, if its upload failed."""
-        return next((error for tier in self._files if (error := tier.upload_error(key)) is not None), None)
+        return next((error for tier in self._backing_tiers if (error := tier.upload_error(key)) is not None), None)
 
     def file(self, key: str) -> Path | None:
         """Return the file of an entry in the disk tier, if there is one."""
-        return next((file for tier in self._files if (file := tier.file(key)) is not None), None)
+        return next((file for tier in self._backing_tiers if (file := tier.file(key)) is not None), None)
 
     def entries(self) -> Iterator[StoreEntry]:
         """Yield every entry of every tier, the least recently used of a tier first; damaged files as such.
@@ -328,13 +328,13 @@ class ReferenceStore:
         return any(tier.knows(key) for tier in self._tiers)
 
     @property
-    def _files(self) -> list[BackingTier]:
+    def _backing_tiers(self) -> list[BackingTier]:
         return [writes.tier for writes in self._backing]
 
     @property
     def _tiers(self) -> list[Tier]:
         """All tiers, the fastest first."""
-        return [*self._placement.tiers, *self._files]
+        return [*self._placement.tiers, *self._backing_tiers]
 
 
 def _make(key: str, make: Callable[[], References]) -> References:

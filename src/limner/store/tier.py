@@ -51,8 +51,8 @@ class Tier(Protocol):
     def put(self, references: References, *, explicit: bool = False, queued_at: float = 0.0) -> None:
         """Cache an entry, in place of the least recently used ones.
 
-        `explicit`: a caller asked for it, so that it is written whatever reading it back costs. `queued_at`: when it was
-        queued for this tier, on the clock of `time.monotonic`. Raises `Refused`, and one of `FAILURES`.
+        `explicit`: a caller asked for it, so it is written even if reading it back is slower than a prefill.
+        `queued_at`: when it was queued for this tier (`time.monotonic`). Raises `Refused`, and one of `FAILURES`.
         """
 
     def drop(self, key: str) -> bool:

@@ -1,6 +1,6 @@
 """Who calls: API keys, their file, and the check of a key.
 
-Owns the key file and the two headers that carry a key. Knows nothing else of HTTP, and nothing of limits.
+Owns the reading of the key file and the two headers that carry a key. Knows nothing else of HTTP, and nothing of limits.
 
 Keys are stored as SHA-256, without salt and without a slow hash. Those protect what people invent: a leaked hash of a
 password is attacked by guessing. A key made here is 256 random bits, which nobody guesses at any speed, and a slow hash

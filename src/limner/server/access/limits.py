@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from limner.errors import InvalidRequest, RateLimited
+from limner.options import ServiceOptions
 from limner.server.access.keys import Owner
 
 __all__ = ["LimitPolicy", "Limiter", "Slot"]
@@ -26,9 +27,9 @@ _TOKEN = 1 - 1e-9  # fractions of a token, added one by one, sum to a little les
 class LimitPolicy:
     """Limits of one owner: requests a minute in the long run, `burst` requests at once, `concurrent` unfinished jobs."""
 
-    requests_per_minute: float = 120.0
-    burst: int = 30
-    concurrent: int = 24
+    requests_per_minute: float = ServiceOptions.requests_per_minute
+    burst: int = round(ServiceOptions.requests_per_minute)
+    concurrent: int = ServiceOptions.concurrent
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.requests_per_minute) and self.requests_per_minute > 0):
