@@ -24,7 +24,7 @@ from limner.server.dialects.openai_answers import Answer
 from limner.server.dialects.openai_schemas import EDIT_FORM, Generation, Images, ModelEntry, Models
 from limner.server.http.errors import OPENAI_ERRORS
 from limner.server.http.service import KEYS, Service
-from limner.server.http.wire import SafeJSON, StrictRoute, check_form
+from limner.server.http.wire import SafeJSON, StrictRoute, read_form
 from limner.server.jobs.records import JobRequest
 
 __all__ = ["routes"]
@@ -141,11 +141,10 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 
 async def _read_form(service: Service, request: Request) -> _Inputs:
-    check_form(request)
     values: dict[str, str] = {}
     files: dict[str, bytes] = {}
     limit = service.settings.max_picture_bytes
-    async with request.form(max_files=20, max_fields=60, max_part_size=limit + 1024) as form:
+    async with read_form(request, max_fields=60, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name == "mask":
