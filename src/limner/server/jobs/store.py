@@ -29,6 +29,8 @@ from limner.server.jobs.storage import Connection, Row, Value
 
 __all__ = ["JobStore"]
 
+_DUE_OF_OWNER, _MAX_DUE = 64, 512
+"""How many due webhooks are looked at, of one owner and in all."""
 _REFUSED = ("request_moderated", "content_moderated")
 
 
@@ -197,9 +199,13 @@ class JobStore:
     # webhooks
 
     def due_webhooks(self) -> list[Job]:
-        """Return ended jobs whose webhook is due now."""
-        rows = self._rows("SELECT * FROM jobs WHERE webhook_due <= ? ORDER BY webhook_due LIMIT 100", self._clock())
-        return [read_job(row) for row in rows]
+        """Return ended jobs whose webhook is due now: for each owner those due longest, so that none crowds out others."""
+        query = (
+            "SELECT jobs.* FROM jobs JOIN (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY webhook_due, id) "
+            "AS place FROM jobs WHERE webhook_due <= ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
+            "ORDER BY due.place, jobs.webhook_due LIMIT ?"
+        )
+        return [read_job(row) for row in self._rows(query, self._clock(), _DUE_OF_OWNER, _MAX_DUE)]
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
         """Note an attempt, and when to try again; None: delivered, or given up."""
