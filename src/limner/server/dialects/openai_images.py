@@ -14,7 +14,7 @@ from typing import Literal
 from fastapi import APIRouter, Depends, Header, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from limner.errors import InvalidRequest, NotFound
 from limner.images import PreparedReference
@@ -86,6 +86,8 @@ async def _answer(
 ) -> Response:
     fields = inputs.fields
     job_request = _job_request(service, inputs, idempotency)
+    if fields.stream:  # before there is a job
+        service.streams.check(owner)
     try:
         job, _ = await service.accept(owner, job_request)
     except InvalidRequest as error:
@@ -97,8 +99,7 @@ async def _answer(
         service=service, request=request, fields=fields, kind=inputs.kind, job=job, cancel=idempotency is None
     )
     if fields.stream:
-        headers = {"cache-control": "no-store"}
-        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
+        return service.event_stream(owner, answer.events())
     return SafeJSON(await answer.body())
 
 

@@ -10,17 +10,18 @@ __all__ = ["Places"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Limits:
-    total: int = 64
+    """Most places for an owner, for a receiver, and for an owner at a receiver: so nobody blocks a receiver for others."""
+
     owner: int = 8
     receiver: int = 8
     pair: int = 4
-    """For one owner at one receiver: under `receiver`, so that an owner cannot block a receiver for others."""
 
 
 class Places:
     """Places that are taken. Owners with fewer places come first."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, total: int) -> None:
+        self._total = total
         self._limits = _Limits()
         self._owners: Counter[str] = Counter()
         self._receivers: Counter[str] = Counter()
@@ -50,7 +51,7 @@ class Places:
     def _take(self, owner: str, receiver: str) -> bool:
         limits = self._limits
         if (
-            len(self) >= limits.total
+            len(self) >= self._total
             or self._owners[owner] >= limits.owner
             or self._receivers[receiver] >= limits.receiver
             or self._pairs[owner, receiver] >= limits.pair

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from limner.errors import LimnerError
+from limner.server.descriptors import reserved
 from limner.server.jobs.offload import LONGEST_PAUSE, Offload
 from limner.server.jobs.places import Places
 from limner.server.jobs.records import Job
@@ -29,6 +30,7 @@ from limner.server.outbound.client import OutboundClient
 __all__ = ["WebhookSender"]
 
 _logger = logging.getLogger("limner.server")
+_MAX_CONCURRENT = 64
 _POLL_SECONDS = 1.0
 
 
@@ -54,7 +56,7 @@ class WebhookSender:
         self._describe = describe
         self._due = asyncio.Event()
         self._tasks = Tasks()
-        self._places = Places()
+        self._places = Places(total=max(8, min(_MAX_CONCURRENT, reserved() // 3)))
         self._under_way: set[str] = set()
         self._paused: dict[str, float] = {}  # attempts that could not be noted, until when, by the loop's clock
 

@@ -152,7 +152,7 @@ def test_a_retry_holds_no_place(on_disk: JobStore, clock: Clock) -> None:
 
 
 def test_places_go_to_those_who_have_fewest() -> None:
-    places = Places()
+    places = Places(total=64)
     waiting = [("alice", f"host{i}") for i in range(100)] + [(f"owner{i}", "x") for i in range(9)]
     taken = [waiting[index] for index in places.take(waiting)]
     assert sum(owner == "alice" for owner, _ in taken) == 8
