@@ -23,6 +23,8 @@ from limner.engine.protocol import Backend
 from limner.errors import LimnerError
 from limner.server.access.keys import KeyRing
 from limner.server.access.limits import Limiter
+from limner.server.access.streams import Streams
+from limner.server.descriptors import max_streams
 from limner.server.dialects import bfl, openai_images, page, references, results
 from limner.server.dialects import jobs as job_routes
 from limner.server.dialects.job_view import as_result
@@ -97,6 +99,7 @@ def create_app(
         limiter=limiter,
         settings=settings,
         outbound=outbound,
+        streams=Streams(total=max_streams()),
     )
 
     @contextlib.asynccontextmanager
@@ -163,9 +166,11 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         else:
             try:
                 await service.offload.store(service.jobs.counts)
+                await service.offload.store(service.jobs.check_writable)
             except LimnerError as error:
                 _logger.warning("not ready: %s", error)
-                problem = "the job store fails"
+                reason = getattr(error.__cause__, "strerror", None)  # the message names the folder
+                problem = f"the job store fails: {reason}" if reason else "the job store fails"
             if service.engine.stats().waiting >= service.engine.max_waiting:
                 problem = "the queue is full"
         return SafeJSON({"status": problem or "ready"}, status_code=503 if problem else 200)

@@ -20,6 +20,7 @@ from limner.engine.load import load_in_thread
 from limner.errors import OutputError
 from limner.options import ServeOptions
 from limner.pipeline import Pipeline
+from limner.server import descriptors
 from limner.server.access.keys import check_bind
 from limner.server.application import build_app, keyring, needs_extra
 from limner.server.jobs.storage import StorageInUse, StorageUnavailable
@@ -44,6 +45,9 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     loaded first, so that it takes over soon.
     """
     check_bind(options.host, keyring(options))
+    if not options.standby:  # on standby, whoever has the jobs may have the port as well
+        _check_port(options.host, options.port)
+    descriptors.raise_limit()
     log_everything(options.log)
     jobs = None if options.standby else open_jobs(options)
     pipe = load_in_thread(load)
@@ -67,6 +71,21 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
         server.run()
     if not server.started:
         raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise `OutputError` if the port cannot be listened at, before a model is loaded for nothing."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise OutputError(
+            f"port: {host}:{port} cannot be used ({error.strerror or error}); give another --port, or stop who uses it"
+        ) from error
 
 
 def open_jobs(options: ServeOptions) -> JobStore:
@@ -103,6 +122,9 @@ def make_server(
 
     from limner.server.http.connection import HastyProtocol
 
+    class Protocol(HastyProtocol):
+        max_connections = descriptors.max_connections()
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.service.refuse()  # before it waits for callers whose jobs run
@@ -113,7 +135,8 @@ def make_server(
             app,
             host=host,
             port=port,
-            http=HastyProtocol,
+            http=Protocol,
+            backlog=max(16, min(512, descriptors.reserved() // 2)),  # so many are accepted before one is counted
             loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,

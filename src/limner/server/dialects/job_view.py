@@ -18,6 +18,10 @@ STATUSES = {
     "request_moderated": "Request Moderated",
     "content_moderated": "Content Moderated",
 }
+_SET_ASIDE = {
+    "state": "set aside",
+    "reason": "another version of the server wrote this job, which this one cannot read; it goes on when that one runs",
+}
 _REPORTED = (
     "reference_cache",
     "reference_key",
@@ -42,6 +46,8 @@ def as_result(job: Job, urls: list[str], update: Update | None) -> dict[str, Any
         "details": None,
         "preview": None,
     }
+    if job.set_aside:
+        return answer | {"details": _SET_ASIDE}
     if job.status == "pending":
         return answer | _pending(update)
     answer["progress"] = 1.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from limner.server.access.keys import Owner
 from limner.server.dialects.job_view import as_result
@@ -79,8 +79,7 @@ def routes(service: Service) -> APIRouter:
     )
     async def watch_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> Response:
         job = await service.job(owner, id)
-        stream = _events(service, request, job)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return service.event_stream(owner, _events(service, request, job))
 
     return router
 

@@ -14,7 +14,7 @@ from typing import Literal
 from fastapi import APIRouter, Depends, Header, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from limner.errors import InvalidRequest, NotFound
 from limner.images import PreparedReference
@@ -24,7 +24,7 @@ from limner.server.dialects.openai_answers import Answer
 from limner.server.dialects.openai_schemas import EDIT_FORM, Generation, Images, ModelEntry, Models
 from limner.server.http.errors import OPENAI_ERRORS
 from limner.server.http.service import KEYS, Service
-from limner.server.http.wire import SafeJSON, StrictRoute, check_form
+from limner.server.http.wire import SafeJSON, StrictRoute, read_form
 from limner.server.jobs.records import JobRequest
 
 __all__ = ["routes"]
@@ -86,6 +86,8 @@ async def _answer(
 ) -> Response:
     fields = inputs.fields
     job_request = _job_request(service, inputs, idempotency)
+    if fields.stream:  # before there is a job
+        service.streams.check(owner)
     try:
         job, _ = await service.accept(owner, job_request)
     except InvalidRequest as error:
@@ -97,8 +99,7 @@ async def _answer(
         service=service, request=request, fields=fields, kind=inputs.kind, job=job, cancel=idempotency is None
     )
     if fields.stream:
-        headers = {"cache-control": "no-store"}
-        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
+        return service.event_stream(owner, answer.events())
     return SafeJSON(await answer.body())
 
 
@@ -141,11 +142,10 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 
 async def _read_form(service: Service, request: Request) -> _Inputs:
-    check_form(request)
     values: dict[str, str] = {}
     files: dict[str, bytes] = {}
     limit = service.settings.max_picture_bytes
-    async with request.form(max_files=20, max_fields=60, max_part_size=limit + 1024) as form:
+    async with read_form(request, max_fields=60, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name == "mask":

@@ -24,7 +24,7 @@ from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
 from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
-from limner.server.http.wire import StrictRoute, check_form
+from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
 
 __all__ = ["routes"]
@@ -154,9 +154,8 @@ async def _read(service: Service, request: Request) -> _Upload:
 
 
 async def _read_form(service: Service, request: Request) -> _Upload:
-    check_form(request)
     limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
-    async with request.form(max_files=20, max_fields=20, max_part_size=limit + 1024) as form:
+    async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
                 files.append(await value.read(limit + 1))

@@ -24,6 +24,9 @@ __all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
 ErrorBody = Callable[[str, int, str], Mapping[str, object]]
 """(path, status, message) to the body of an error in the dialect of that path."""
 
+_SMALL = 1 << 20
+"""More bytes are joined in a thread, which lets all others go on."""
+
 
 class BodyLimits:
     """Check the key, then read the body.
@@ -81,7 +84,7 @@ class BodyLimits:
                         chunks.append(chunk)
             except TimeoutError:
                 raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
-            body = b"".join(chunks)
+            body = b"".join(chunks) if taken <= _SMALL else await asyncio.to_thread(b"".join, chunks)
             chunks.clear()  # so that it is not in memory twice while the route works
             await self._app(scope, _replay(body, receive), send)
         except AccessDenied as error:

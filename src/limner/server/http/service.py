@@ -6,11 +6,14 @@ Knows no wire schema.
 from __future__ import annotations
 
 import secrets
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, NotFound
@@ -18,6 +21,7 @@ from limner.images import PreparedReference
 from limner.references import CONTENT_KEY
 from limner.server.access.keys import KeyRing, Owner
 from limner.server.access.limits import Limiter
+from limner.server.access.streams import Streams
 from limner.server.http.pictures import PictureReader
 from limner.server.http.result_urls import ResultUrls
 from limner.server.http.settings import ServeSettings
@@ -40,6 +44,20 @@ KEYS = [
 """For the OpenAPI document: the two ways to send a key. `Service.owner` reads and checks it."""
 
 
+class _EventStream(StreamingResponse):
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
+        super().__init__(events, headers={"cache-control": "no-store"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
 @dataclass(kw_only=True, eq=False, slots=True)
 class Service:
     """The parts of a running server. `ready`: requests are taken."""
@@ -56,6 +74,7 @@ class Service:
     limiter: Limiter
     settings: ServeSettings
     outbound: OutboundClient | None
+    streams: Streams
     ready: bool = False
 
     def refuse(self) -> None:
@@ -80,6 +99,10 @@ class Service:
     def base_url(self, request: Request) -> str:
         """Return the address that callers use, without a slash at its end."""
         return (self.settings.public_url or str(request.base_url)).rstrip("/")
+
+    def event_stream(self, owner: Owner, events: AsyncIterator[str]) -> Response:
+        """Return events as an answer that is counted until it ends. Raises `RateLimited` if too many are open."""
+        return _EventStream(events, close=self.streams.open(owner))
 
     # what is stored for an owner
 

@@ -1,23 +1,37 @@
-"""Bodies on the wire: strict JSON and forms in, safe JSON out. Knows no schema."""
+"""Bodies on the wire: strict JSON and forms in, safe JSON out. Knows no schema.
+
+Large bodies are read in threads, so that no body holds up the event loop and with it all other callers.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from limner.errors import InvalidRequest
+from limner.server.http.json_body import read_json
 
-__all__ = ["SafeJSON", "StrictRoute", "check_form"]
+__all__ = ["SafeJSON", "StrictRoute", "read_form"]
 
-_MAX_PARTS = 100_000
-"""Most brackets, braces and commas in a JSON body. Pictures have none, a prompt of 32,000 characters has few."""
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_SMALL = 64 << 10
+"""Bodies of fewer bytes are read in the event loop: it takes less than going to a thread and back."""
+_SLICE = 64 << 10
+_readers = ThreadPoolExecutor(2, thread_name_prefix="limner-bodies")
 
 
 class SafeJSON(JSONResponse):
@@ -40,36 +54,70 @@ class StrictRoute(APIRoute):
 
 
 class _StrictRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            chunks = [chunk async for chunk in self.stream() if chunk]
+            self._body = b"".join(chunks)  # which copies nothing if there is one
+        return self._body
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             body = await self.body()
-            parts = sum(map(body.count, (b"[", b"{", b",")))
-            if parts > _MAX_PARTS:  # a parsed part takes many times its size in memory
-                raise HTTPException(400, f"body: has {parts} lists, objects and values; {_MAX_PARTS} are allowed")
+            max_text = 2 * self.app.state.service.settings.max_picture_bytes  # base64, line breaks, escaped slashes
             try:
-                self._json = json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_number)
-            except json.JSONDecodeError:
-                raise
-            except RecursionError:
-                raise HTTPException(400, "body: is nested too deeply") from None
-            except ValueError as error:
-                raise HTTPException(400, f"body: {error}") from None
+                self._json = await _read(len(body), read_json, body, max_text=max_text)
+            except InvalidRequest as error:
+                raise HTTPException(400, str(error)) from None
         return self._json
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:i]))
-        raise ValueError(f"the name {twice[:80]!r} is there twice; give it once")
-    return found
+@contextlib.asynccontextmanager
+async def read_form(request: Request, *, max_fields: int, max_part: int) -> AsyncIterator[FormData]:
+    """Read a form in UTF-8 of at most 20 files, `max_fields` fields and `max_part` bytes in a part, for the block.
+
+    Raises `InvalidRequest` for other bodies.
+    """
+    _check_form(request)
+    body = await request.body()
+    try:
+        form = await _read(len(body), _parse_form, request.headers, body, max_fields, max_part)
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON; give a number")
+async def _read(num_bytes: int, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Make a call that takes as long as a body is large."""
+    if num_bytes <= _SMALL:
+        return call(*args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_readers, functools.partial(call, *args, **kwargs))
 
 
-def check_form(request: Request) -> None:
+class _InMemory(MultiPartParser):
+    spool_max_size = 1 << 40  # in memory, as the body is: no file, so no lack of files, room or folder
+
+
+def _parse_form(headers: Headers, body: bytes, max_fields: int, max_part: int) -> FormData:
+    """Parse a form to its end. The parser waits for nothing but the body, which is here."""
+    parser = _InMemory(headers, _slices(body), max_files=20, max_fields=max_fields, max_part_size=max_part)
+    steps = parser.parse()
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        form: FormData = end.value
+        return form
+    raise AssertionError("the parser waits for something")
+
+
+async def _slices(body: bytes) -> AsyncGenerator[bytes, None]:
+    for at in range(0, len(body), _SLICE):
+        yield body[at : at + _SLICE]
+
+
+def _check_form(request: Request) -> None:
     """Raise `InvalidRequest` unless the body is a form in UTF-8; other codecs may fail, or compute for long."""
     kind, options = parse_options_header(request.headers.get("content-type", "").encode("latin-1"))
     if kind != b"multipart/form-data":

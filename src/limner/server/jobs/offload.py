@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from limner.server.jobs.storage import StorageUnavailable
+from limner.server.jobs.storage import StorageUnavailable, may_pass
 
 __all__ = ["LONGEST_PAUSE", "Offload", "pauses"]
 
@@ -41,11 +41,16 @@ class Offload:
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
 
     async def with_retry(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Do work on stored files, again and again while their storage does not answer, so that no picture is lost."""
+        """Do work on stored files, again and again while it lacks what may come back, so that no picture is lost.
+
+        That is a storage that does not answer, room on the disk, or file descriptors.
+        """
         for pause in pauses():
             try:
                 return await self.run(call, *args, **kwargs)
-            except StorageUnavailable as error:
+            except (StorageUnavailable, OSError) as error:
+                if isinstance(error, OSError) and not may_pass(error):
+                    raise
                 _logger.warning("%s; tried again in %g s", error, pause)
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")

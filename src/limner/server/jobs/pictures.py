@@ -17,7 +17,7 @@ from PIL import Image
 
 from limner.errors import LimnerError
 from limner.images import PreparedReference, ReferenceReport
-from limner.server.jobs.storage import Connection, Storage, StorageUnavailable
+from limner.server.jobs.storage import Connection, Storage, StorageFull, StorageUnavailable
 
 __all__ = ["PictureFiles"]
 
@@ -47,10 +47,10 @@ class PictureFiles:
                     new.append(digest)
                 self._cache.put(digest, picture.data)
             yield
-        except StorageUnavailable:  # the block may have succeeded; `remove_unused` removes what nobody uses
-            raise
-        except BaseException:
-            self.remove(new)
+        except BaseException as error:
+            # where the storage did not answer the block may have succeeded; `remove_unused` removes what nobody uses
+            if not isinstance(error, StorageUnavailable) or isinstance(error, StorageFull):
+                self.remove(new)
             raise
 
     def use(self, db: Connection, reports: Iterable[ReferenceReport], *, user: str) -> None:

@@ -287,6 +287,9 @@ class PostgresStorage:
             except LimnerError as error:
                 _logger.warning("%d files of %s are not removed now: %s", len(found), folder, error)
 
+    def check_writable(self) -> None:
+        self.rows("SELECT 1")  # connections are to a primary, which can be written
+
     def files(self, folder: str) -> list[tuple[str, float]]:
         query = "SELECT name, extract(epoch FROM now() - written)::float8 FROM files WHERE folder = ?"
         return [(name, seconds) for name, seconds in self.rows(query, (folder,))]

@@ -70,7 +70,8 @@ class Job:
     """One job. `references` report, in order, which pictures it uses and how this caller's were processed.
 
     `drawn_seeds`: the server drew the seeds. `result` depends on the status: `files` and a report of the drawing,
-    `finding`, or `error` and `type`. Times are seconds since the epoch.
+    `finding`, or `error` and `type`. Times are seconds since the epoch. `set_aside`: this version cannot read what another
+    version wrote of the job, and leaves it as it is.
     """
 
     owner: str
@@ -97,6 +98,7 @@ class Job:
     result: dict[str, Any] = field(default_factory=dict)
     webhook_attempts: int = 0
     webhook_first: float | None = None
+    set_aside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

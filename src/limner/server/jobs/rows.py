@@ -6,17 +6,20 @@ Knows nothing of connections and files.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from limner.images import ReferenceReport
-from limner.server.jobs.records import Handle, Job, JobOptions, Webhook
+from limner.server.jobs.records import Handle, Job, JobOptions, Status, Webhook
 
 __all__ = ["SCHEMA", "VERSION", "fingerprint", "handle_row", "job_row", "read_handle", "read_job"]
 
+_logger = logging.getLogger("limner.server")
 VERSION = 1
 SCHEMA = """
 CREATE TABLE jobs (
@@ -52,10 +55,55 @@ def job_row(job: Job) -> tuple[Any, ...]:
     )
 
 
+_COLUMNS = 14
+"""Columns of the table `jobs`. A newer version may have added others after them."""
+_STATUSES = frozenset(get_args(Status))
+_NAMES = frozenset(
+    {
+        "prompt",
+        "seeds",
+        "drawn_seeds",
+        "width",
+        "height",
+        "num_steps",
+        "priority",
+        "timeout",
+        "tolerance",
+        "output_format",
+        "quality",
+        "options",
+        "references",
+    }
+)
+"""Names of what `_request` writes."""
+_OPTIONS = frozenset({"base_url", "handle", "references_checked"})
+
+
 def read_job(row: tuple[Any, ...]) -> Job:
-    """Return the job of a whole row of the table `jobs`."""
-    (id_, owner, created, status, request, ended, expires, result, idempotency, _, webhook, _, attempts, first) = row
+    """Return the job of a whole row of the table `jobs`: set aside where this version cannot read it."""
+    try:
+        return _read_job(row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        id_, owner, created, *_ = row
+        _report_once(id_, f"{type(error).__name__}: {error}")
+        return Job(id=id_, owner=owner, created=created, prompt="", seeds=(), set_aside=True)
+
+
+@functools.lru_cache(1000)
+def _report_once(id: str, problem: str) -> None:
+    _logger.error("job %s is set aside, since it cannot be read (%s); the version that wrote it can", id, problem)
+
+
+def _read_job(row: tuple[Any, ...]) -> Job:
+    (id_, owner, created, status, request, ended, expires, result, idempotency, _, webhook, _, attempts, first) = row[
+        :_COLUMNS
+    ]
     values = json.loads(request)
+    if status not in _STATUSES:
+        raise ValueError(f"its status is {status!r}")
+    unknown = {*(values.keys() - _NAMES), *(values["options"].keys() - _OPTIONS)}
+    if status == "pending" and unknown:  # it asks for something that would not be done
+        raise ValueError(f"it has {', '.join(sorted(unknown))}")
     return Job(
         id=id_,
         owner=owner,

@@ -13,9 +13,18 @@ from pathlib import Path
 
 from limner.errors import OutputError
 from limner.files import write_file
-from limner.server.jobs.storage import Connection, Row, StorageInUse, Value
+from limner.server.jobs.storage import Connection, Row, StorageFull, StorageInUse, Value, may_pass
 
 __all__ = ["FolderStorage"]
+
+_PASSING = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+)
+_PROBE_BYTES = 64 << 10
 
 
 class FolderStorage:
@@ -60,7 +69,7 @@ class FolderStorage:
             try:
                 return self._db.execute(query, values).fetchall()
             except sqlite3.Error as error:
-                raise OutputError(f"data: {self.folder} cannot be read ({error})") from error
+                raise _problem(f"data: {self.folder} cannot be read ({error})", error) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -74,7 +83,7 @@ class FolderStorage:
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    raise OutputError(f"data: {self.folder} cannot be written ({error})") from error
+                    raise _problem(f"data: {self.folder} cannot be written ({error})", error) from error
                 raise
 
     def write_file(self, name: str, data: bytes, *, private: bool = False) -> None:
@@ -82,8 +91,11 @@ class FolderStorage:
         try:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(f"data: {path.parent} cannot be made ({error.strerror or error})") from error
-        write_file(path, data, mode=0o600 if private else None)
+            raise _problem(f"data: {path.parent} cannot be made ({error.strerror or error})", error) from error
+        try:
+            write_file(path, data, mode=0o600 if private else None)
+        except OutputError as error:
+            raise _problem(str(error), error.__cause__) from error.__cause__
 
     def read_file(self, name: str) -> bytes:
         try:
@@ -91,7 +103,8 @@ class FolderStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise OutputError(f"data: {self.folder / name} cannot be read ({error.strerror or error})") from error
+            message = f"data: {self.folder / name} cannot be read ({error.strerror or error})"
+            raise _problem(message, error) from error
 
     def has_file(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -108,6 +121,17 @@ class FolderStorage:
                 found.append((path.name, time.time() - path.stat().st_mtime))
         return found
 
+    def check_writable(self) -> None:
+        self.write_file("probe", bytes(_PROBE_BYTES))
+        self.remove_files(["probe"])
+
     def close(self) -> None:
         with self.lock:
             self._opened.close()
+
+
+def _problem(message: str, error: BaseException | None) -> OutputError:
+    """Return an error of the storage: a `StorageFull` if the same call may succeed later."""
+    code = getattr(error, "sqlite_errorcode", None)  # its lowest byte is the kind
+    passing = may_pass(error) or (code is not None and code & 0xFF in _PASSING)
+    return StorageFull(message) if passing else OutputError(message)

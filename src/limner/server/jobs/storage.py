@@ -5,6 +5,7 @@ Knows no job and no database.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,17 @@ from typing import Any, Protocol
 
 from limner.errors import OutputError
 
-__all__ = ["Connection", "Row", "Rows", "Storage", "StorageInUse", "StorageUnavailable", "Value"]
+__all__ = [
+    "Connection",
+    "Row",
+    "Rows",
+    "Storage",
+    "StorageFull",
+    "StorageInUse",
+    "StorageUnavailable",
+    "Value",
+    "may_pass",
+]
 
 Value = str | float | bytes | None | list[str]
 """A value in a statement; lists are for PostgreSQL alone."""
@@ -26,6 +37,20 @@ class StorageInUse(OutputError):
 
 class StorageUnavailable(OutputError):
     """The storage does not answer; it may later. The operation was done wholly or not at all."""
+
+
+class StorageFull(StorageUnavailable):
+    """The machine lacks something: room, file descriptors, memory. The operation was not done."""
+
+
+_PASSING = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EROFS, errno.EAGAIN}
+)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether an error of the operating system may be gone later, without any change to the data."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 class Rows(Protocol):
@@ -84,6 +109,9 @@ class Storage(Protocol):
     def files(self, folder: str) -> list[tuple[str, float]]:
         """Return the names in a folder, each with the seconds since it was written."""
         ...
+
+    def check_writable(self) -> None:
+        """Raise `OutputError` if nothing can be written now."""
 
     def close(self) -> None:
         """Release the storage for another process. A second call does nothing."""

@@ -29,6 +29,10 @@ from limner.server.jobs.storage import Connection, Row, Value
 
 __all__ = ["JobStore"]
 
+_DUE_OF_OWNER, _MAX_DUE = 64, 512
+"""How many due webhooks are looked at, of one owner and in all."""
+_CHECK_SECONDS = 1.0
+_FINGERPRINT = 9  # the column
 _REFUSED = ("request_moderated", "content_moderated")
 
 
@@ -43,12 +47,26 @@ class JobStore:
         self._storage = open_storage(data)
         self._lock = self._storage.lock
         self._pictures = PictureFiles(self._storage)
+        self._check_again = 0.0
+        self._unwritable: OutputError | None = None
         try:
             self._storage.prepare(SCHEMA, version=VERSION)
             self.secret = self._read_secret()
         except BaseException:
             self._storage.close()
             raise
+
+    def check_writable(self) -> None:
+        """Raise `OutputError` if no job could be written now. What was found holds for a second."""
+        if time.monotonic() >= self._check_again:
+            self._unwritable = None
+            try:
+                self._storage.check_writable()
+            except OutputError as error:
+                self._unwritable = error
+            self._check_again = time.monotonic() + _CHECK_SECONDS
+        if self._unwritable is not None:
+            raise self._unwritable
 
     @property
     def name(self) -> str:
@@ -109,7 +127,8 @@ class JobStore:
         if not rows:
             return None
         known = read_job(rows[0])
-        if fingerprint(known) != fingerprint(job):
+        found = rows[0][_FINGERPRINT] if known.set_aside else fingerprint(known)
+        if found != fingerprint(job):
             raise Conflict(f"idempotency_key: {job.idempotency!r} was used for another request; use a new one")
         return known
 
@@ -138,8 +157,9 @@ class JobStore:
         return job if job and owner in (None, job.owner) else None
 
     def pending(self) -> list[Job]:
-        """Return the jobs that have not ended, oldest first."""
-        return [read_job(row) for row in self._rows("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id")]
+        """Return the jobs that have not ended, oldest first, without those that this version cannot read."""
+        rows = self._rows("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id")
+        return [job for job in map(read_job, rows) if not job.set_aside]
 
     def of_owner(self, owner: str, *, limit: int = 50) -> list[Job]:
         """Return an owner's jobs, newest first."""
@@ -197,9 +217,14 @@ class JobStore:
     # webhooks
 
     def due_webhooks(self) -> list[Job]:
-        """Return ended jobs whose webhook is due now."""
-        rows = self._rows("SELECT * FROM jobs WHERE webhook_due <= ? ORDER BY webhook_due LIMIT 100", self._clock())
-        return [read_job(row) for row in rows]
+        """Return ended jobs whose webhook is due now: for each owner those due longest, so that none crowds out others."""
+        query = (
+            "SELECT jobs.* FROM jobs JOIN (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY webhook_due, id) "
+            "AS place FROM jobs WHERE webhook_due <= ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
+            "ORDER BY due.place, jobs.webhook_due LIMIT ?"
+        )
+        due = map(read_job, self._rows(query, self._clock(), _DUE_OF_OWNER, _MAX_DUE))
+        return [job for job in due if not job.set_aside]
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
         """Note an attempt, and when to try again; None: delivered, or given up."""

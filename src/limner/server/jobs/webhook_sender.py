@@ -1,6 +1,7 @@
 """Sends the webhooks that are due, and notes each attempt in the job store.
 
-Works in one event loop. What a webhook says of a job is given; how one attempt is made is in `webhooks`.
+Works in one event loop. What a webhook says of a job is given; how one attempt is made is in `webhooks`. Places are
+shared: neither an owner nor a receiver whose webhooks hang keeps those of others waiting.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import random
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from limner.errors import LimnerError
+from limner.server.descriptors import reserved
 from limner.server.jobs.offload import LONGEST_PAUSE, Offload
+from limner.server.jobs.places import Places
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.tasks import Tasks
@@ -26,7 +30,7 @@ from limner.server.outbound.client import OutboundClient
 __all__ = ["WebhookSender"]
 
 _logger = logging.getLogger("limner.server")
-_MAX_CONCURRENT = 16
+_MAX_CONCURRENT = 64
 _POLL_SECONDS = 1.0
 
 
@@ -52,7 +56,9 @@ class WebhookSender:
         self._describe = describe
         self._due = asyncio.Event()
         self._tasks = Tasks()
+        self._places = Places(total=max(8, min(_MAX_CONCURRENT, reserved() // 3)))
         self._under_way: set[str] = set()
+        self._paused: dict[str, float] = {}  # attempts that could not be noted, until when, by the loop's clock
 
     def start(self) -> None:
         self._tasks.spawn(self._send_due())
@@ -66,7 +72,7 @@ class WebhookSender:
         self._due.set()
 
     async def _send_due(self) -> None:
-        """Send several at once, so that a slow receiver delays the others little."""
+        """Send many at once, in places that owners and receivers share."""
         due: list[Job] | None = []
         while True:
             self._due.clear()
@@ -77,15 +83,22 @@ class WebhookSender:
                 due = None
                 if before is not None:  # once an outage
                     _logger.error("webhooks that are due cannot be read, and wait: %s", error)
-            for job in due or ():
-                if job.id not in self._under_way and len(self._under_way) < _MAX_CONCURRENT:
-                    self._under_way.add(job.id)
-                    self._tasks.spawn(self._send(job)).add_done_callback(functools.partial(self._sent, job.id))
+            self._begin(due or [])
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._due.wait(), _POLL_SECONDS)
 
-    def _sent(self, id: str, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(id)
+    def _begin(self, due: list[Job]) -> None:
+        now = asyncio.get_running_loop().time()
+        self._paused = {id: until for id, until in self._paused.items() if until > now}
+        waiting = [job for job in due if job.id not in self._under_way and job.id not in self._paused]
+        for index in self._places.take([(job.owner, _receiver(job)) for job in waiting]):
+            job = waiting[index]
+            self._under_way.add(job.id)
+            self._tasks.spawn(self._send(job)).add_done_callback(functools.partial(self._sent, job))
+
+    def _sent(self, job: Job, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(job.id)
+        self._places.give_back(job.owner, _receiver(job))
         self._due.set()
 
     async def _send(self, job: Job) -> None:
@@ -95,7 +108,7 @@ class WebhookSender:
             await self._offload.store(self._jobs.webhook_attempted, job.id, again=again)
         except LimnerError:  # it stays due; pause, so that the receiver is not called again and again for our fault
             _logger.exception("the attempt at the webhook of %s cannot be noted", job.id)
-            await asyncio.sleep(LONGEST_PAUSE)
+            self._paused[job.id] = asyncio.get_running_loop().time() + LONGEST_PAUSE
 
     async def _attempt(self, job: Job) -> float | None:
         """Return when to try again; None: delivered, or given up."""
@@ -115,3 +128,9 @@ class WebhookSender:
         if result.outcome is not Outcome.DELIVERED:
             _logger.warning("webhook of %s: %s%s", job.id, result.problem, "" if again else "; given up")
         return again
+
+
+def _receiver(job: Job) -> str:
+    """Return the host that a webhook goes to."""
+    assert job.webhook is not None
+    return urlsplit(job.webhook.url).netloc.rpartition("@")[2].lower()

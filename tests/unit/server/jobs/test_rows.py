@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 from tests.support.jobs import sqlite
 
+from limner.errors import Conflict
 from limner.images import ReferenceReport
+from limner.server.dialects.job_view import as_result
 from limner.server.jobs.records import Handle, Job, JobOptions, Webhook
 from limner.server.jobs.rows import fingerprint
 from limner.server.jobs.store import JobStore
@@ -132,3 +134,57 @@ def test_rows_are_written_as_an_earlier_version_wrote_them(on_disk: JobStore, mo
     assert sqlite(on_disk).execute("SELECT * FROM handles ORDER BY key").fetchall() == OLD_HANDLES
     assert fingerprint(FULL) == OLD_FULL[9]
     assert json.loads(OLD_FULL[4])["num_steps"] == FULL.num_inference_steps
+
+
+NEWER: dict[str, dict[str, object]] = {
+    "another field": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "negative_prompt": "a dog"})},
+    "another option": {"request": OLD_PLAIN[4].replace('"options": {}', '"options": {"lora": "x"}')},
+    "a field less": {"request": OLD_PLAIN[4].replace('"num_steps"', '"steps"')},
+    "another format": {"request": "\x01not JSON"},
+    "another kind": {"request": "[]"},
+    "another webhook": {"webhook": '{"url": "https://h/x", "headers": {}}'},
+    "another status": {"status": "paused"},
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_row_of_a_newer_version_is_set_aside(on_disk: JobStore, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """Rolling back: the service starts, the other jobs run, and the row is there for the newer version."""
+    id_ = f"newer {name}"
+    columns = "id owner created status request ended expires result idempotency fingerprint webhook webhook_due"
+    row = dict(zip(columns.split(), OLD_PLAIN, strict=False)) | {"id": id_} | NEWER[name]
+    del row["webhook_due"]
+    sqlite(on_disk).execute("ALTER TABLE jobs ADD COLUMN added TEXT")  # as a newer version may
+    sqlite(on_disk).execute(
+        f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values())
+    )
+    kept, _ = on_disk.add(Job(owner="anna", prompt="b", seeds=(1,)))
+    assert on_disk.pending() == [kept]
+    assert [(job.id, job.set_aside) for job in on_disk.of_owner("anna")] == [(kept.id, False), (id_, True)]
+    assert on_disk.pending() == [kept]
+    assert [id_ in record.getMessage() for record in caplog.records] == [True]  # once
+    found = on_disk.get(id_, owner="anna")
+    assert found is not None
+    shown = as_result(found, [], None)
+    assert (shown["status"], shown["details"]["state"]) == ("Pending", "set aside")
+    assert on_disk.get(id_, owner="bob") is None
+    on_disk.clean(forget_seconds=0)
+    (left,) = sqlite(on_disk).execute("SELECT request FROM jobs WHERE id = ?", (id_,)).fetchone()
+    assert left == row["request"]
+
+
+def test_an_ended_job_with_fields_of_a_newer_version_is_shown(on_disk: JobStore) -> None:
+    row = list(OLD_FULL)
+    row[4] = json.dumps({**json.loads(row[4]), "negative_prompt": "a dog"})
+    sqlite(on_disk).execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(row))})", row)
+    assert on_disk.get(FULL.id) == FULL
+
+
+def test_a_request_again_whose_job_is_set_aside(on_disk: JobStore) -> None:
+    asked = Job(owner="anna", prompt="a", seeds=(1,), idempotency="k")
+    kept, _ = on_disk.add(asked)
+    sqlite(on_disk).execute("UPDATE jobs SET request = '{}'")
+    again, new = on_disk.add(replace(asked, id="again"))
+    assert (again.id, again.set_aside, new) == (kept.id, True, False)
+    with pytest.raises(Conflict):
+        on_disk.add(replace(asked, id="again", prompt="b"))

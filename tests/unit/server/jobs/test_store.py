@@ -232,3 +232,17 @@ def test_the_database_refuses_what_is_not_of_its_kind(store: JobStore) -> None:
     with pytest.raises(OutputError), store._storage.transaction() as db:
         db.execute("INSERT INTO spent VALUES ('a', 'many')")
     assert store.spent("a") == 0
+
+
+def test_due_webhooks_of_one_owner_do_not_crowd_out_others(
+    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limner.server.jobs.store._DUE_OF_OWNER", 3)
+    monkeypatch.setattr("limner.server.jobs.store._MAX_DUE", 4)
+    for owner in "aaaaabb":
+        added, _ = store.add(job(owner=owner, webhook=Webhook(url="u")))
+        store.end(added.id, "ready", result={}, keep_seconds=60)
+        clock.now += 1
+    assert [due.owner for due in store.due_webhooks()] == ["a", "b", "a", "b"]
+    monkeypatch.setattr("limner.server.jobs.store._MAX_DUE", 9)
+    assert [due.owner for due in store.due_webhooks()] == ["a", "b", "a", "b", "a"]

@@ -1,0 +1,95 @@
+"""No body that a caller sends holds up the event loop, and with it all others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.support.serving import ANNA, KEYS, Served, text
+
+from limner import Pipeline
+from limner.server.access.limits import LimitPolicy
+
+
+@pytest.fixture(scope="module")
+def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    limits = LimitPolicy(requests_per_minute=1e9, burst=10**6)
+    folder = tmp_path_factory.mktemp("loop")
+    with Served(Pipeline.from_pretrained(tiny_folder), folder / "data", keys=KEYS, limits=limits) as served:
+        yield served
+
+
+def longest_pause(served: Served, send: Callable[[], None]) -> float:
+    """Return the longest time that the server's loop was held while `send` ran."""
+    loop, longest, ended = served.service.runner._loop, 0.0, threading.Event()
+
+    async def tick() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not ended.is_set():
+            await asyncio.sleep(0.002)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    ticking = asyncio.run_coroutine_threadsafe(tick(), loop)
+    try:
+        send()
+    finally:
+        ended.set()
+        ticking.result(60)
+    return longest
+
+
+def names(number: int) -> bytes:
+    return ("{" + ",".join(f'"k{i}":0' for i in [*range(number), number - 1]) + "}").encode()
+
+
+def pictures(size: int, *, number: int = 8) -> bytes:
+    """Base64 of `size` bytes in each picture, which are no pictures but have to be decoded to see that."""
+    fields = ("input_image", *(f"input_image_{i}" for i in range(2, number + 1)))
+    return json.dumps({"prompt": "a", **dict.fromkeys(fields, text(bytes(size)))}).encode()
+
+
+BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
+    "40,000 names, one twice": (lambda: names(40_000), 400),
+    "1,000,000 unknown fields": (lambda: names(1_000_000), 400),
+    "900 unknown fields": (lambda: json.dumps({f"k{i}": 0 for i in range(900)}).encode(), 422),
+    "long unknown fields": (lambda: json.dumps({f"{i:0900}": "a" * 1000 for i in range(900)}).encode(), 422),
+    "100 MB of pictures": (lambda: pictures(10_000_000), 422),
+    "pictures with escapes": (lambda: pictures(1_000_000).replace(b"A", b"\\u0041"), 422),
+    "one text of 100 MB": (lambda: json.dumps({"prompt": "a" * 100_000_000}).encode(), 400),
+    "a prompt of 30 MB": (lambda: json.dumps({"prompt": "a" * 30_000_000}).encode(), 422),
+    "100 MB of spaces": (lambda: b'{"prompt": "a"' + b" " * 100_000_000 + b"}", 400),
+    "100 MB of digits": (lambda: b'{"seed": ' + b"1" * 100_000_000 + b"}", 400),
+    "100 MB of quotes": (lambda: b'"' * 100_000_000, 400),
+    "100 MB of escapes": (lambda: b'{"prompt": "' + b"\\n" * 50_000_000 + b'"}', 400),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_no_json_holds_the_loop(served: Served, name: str) -> None:
+    make, status = BODIES[name]
+    body, answers = make(), []
+    url, headers = f"{served.url}/v1/edit", {"content-type": "application/json", "x-key": ANNA}
+    pause = longest_pause(served, lambda: answers.append(httpx.post(url, content=body, headers=headers, timeout=60)))
+    assert answers[0].status_code == status, answers[0].text[:300]
+    assert pause < 1.0  # under 0.1 where nothing else runs
+
+
+@pytest.mark.parametrize("inside", [b"a", b"\r\n", b"\r\n--", b"--B"], ids=["plain", "lines", "near", "boundary"])
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/references"])
+def test_no_form_holds_the_loop(served: Served, path: str, inside: bytes) -> None:
+    head = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    body = head + inside * (15_000_000 // len(inside)) + b"\r\n"
+    body, answers = body * 5 + b"--B--\r\n", []
+    headers = {"content-type": "multipart/form-data; boundary=B", "x-key": ANNA}
+    url = f"{served.url}{path}"
+    pause = longest_pause(served, lambda: answers.append(httpx.post(url, content=body, headers=headers, timeout=60)))
+    assert answers[0].status_code in (400, 422), answers[0].text[:300]
+    assert pause < 1.0
