@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from limner.errors import OutputError
 
-__all__ = ["atomic_write", "printable", "write_file"]
+__all__ = ["atomic_write", "open_regular", "printable", "write_file"]
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file for reading if it is a regular one: a pipe or a device would make the reader wait. Raises `OSError`."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return open(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
 
 
 def write_file(path: Path, data: bytes, *, mode: int | None = None) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
 
-__all__ = ["MAX_STEPS", "EditRequest", "PrefillRequest", "check_prompt"]
+__all__ = ["MAX_PROMPT_CHARACTERS", "MAX_STEPS", "EditRequest", "PrefillRequest", "check_prompt"]
 
 MAX_STEPS = 100
+MAX_PROMPT_CHARACTERS = 32_000
+"""Longer prompts are refused: the text encoder reads some hundred words, and tokenizing megabytes takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,10 @@ def check_prompt(text: object) -> None:
     """Raises `InvalidRequest` where a prompt is no text to draw from."""
     if not isinstance(text, str):
         raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(
+            "prompt", f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
+        )
     if not text.strip():
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
     try:

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limner.errors import InvalidRequest
+from limner.errors import CheckpointError, InvalidRequest
 
 __all__ = ["TextEncoder", "TokenizedPrompt", "default_out_layers"]
+
+_MAX_REPEATS = 2
+"""How often a chat template may repeat the prompt."""
+_MAX_TEMPLATE = 1 << 15
+"""Characters that it may add."""
 
 
 def default_out_layers(num_layers: int) -> tuple[int, int, int]:
@@ -70,6 +75,11 @@ class TextEncoder(nn.Module):
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
+        if len(text) > _MAX_REPEATS * len(prompt) + _MAX_TEMPLATE:
+            raise CheckpointError(
+                f"tokenizer: the chat template makes {len(text)} characters of a prompt of {len(prompt)}; take the "
+                "template of Qwen3, which adds under 100"
+            )
         ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
         padded = self.tokenizer(
             text, return_tensors="pt", padding="max_length", truncation=True, max_length=max_sequence_length

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from limner.references.key import CONTENT_KEY, check_key, reference_key
-from limner.references.pack import DamagedPack, PackIdentity, parse_identity, read_identity
+from limner.references.pack import LONGEST_HEADER, DamagedPack, PackIdentity, parse_identity, read_identity
 from limner.references.value import References
 
 __all__ = [
     "CONTENT_KEY",
+    "LONGEST_HEADER",
     "DamagedPack",
     "PackIdentity",
     "References",

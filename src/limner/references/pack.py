@@ -1,10 +1,11 @@
 """The pack: a file that holds the tensors of References and their identity.
 
 A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of the
-layers. Its header holds the identity, with a SHA-256 of each tensor, and a SHA-256 of the identity. Reading copies each
-tensor out of the file and checks the copy, so that later changes of the file do not matter.
+layers. Its header holds the identity, with a SHA-256 of each tensor, and a SHA-256 of the identity. The header alone says
+whether the tensors are those of the identity and fill the file, which is checked before memory is taken for them. Reading
+copies each tensor out of the file and checks the copy, so that later changes of the file do not matter.
 
-Owns the file format. Does not know which tensors make up a layer, or whether the key is that of the contents.
+Owns the file format. Does not know whether the key is that of the contents.
 """
 
 from __future__ import annotations
@@ -23,16 +24,32 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from limner.errors import InvalidRequest
+from limner.errors import CapacityError, InvalidRequest
+from limner.files import open_regular
 from limner.grid import num_tokens
 from limner.images import ReferenceReport
-from limner.model.kv import KV_FORMATS
+from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV
 from limner.references.key import FORMAT
 
-__all__ = ["MALFORMED", "DamagedPack", "PackIdentity", "parse_identity", "read_identity", "read_pack", "write_pack"]
+__all__ = [
+    "LONGEST_HEADER",
+    "MALFORMED",
+    "DamagedPack",
+    "PackIdentity",
+    "parse_identity",
+    "read_identity",
+    "read_pack",
+    "write_pack",
+]
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 """Exceptions that values of a malformed header raise."""
+LONGEST_HEADER = 512 << 10
+"""Bytes of the longest header that is read; those of klein-9b have 40 kB. Parsed JSON takes 25 times the text at worst."""
+_LARGEST_COUNT = 2**40
+_LONGEST_PREFILL = 1e6
+"""Seconds; no prefill takes eleven days."""
+_LONGEST_PROBLEM = 300
 _HEADER = "limner.references"
 _HEADER_DIGEST = "limner.references.sha256"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -54,7 +71,9 @@ class DamagedPack(InvalidRequest):
     """
 
     def __init__(self, path: object, problem: object) -> None:
-        super().__init__("references", f"{path} {problem}; make the pack again")
+        text = str(problem).encode("utf-8", "replace").decode()
+        short = text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]}..."
+        super().__init__("references", f"{path} {short}; make the pack again")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +144,11 @@ def _to_json(identity: PackIdentity) -> str:
 def read_pack(path: str | os.PathLike[str]) -> tuple[PackIdentity, dict[str, Tensor]]:
     """Return the identity and the tensors of a pack, in host memory, every byte checked.
 
-    Raises `InvalidRequest` for a file that cannot be read, and its subclass `DamagedPack`.
+    Raises `InvalidRequest` for a file that cannot be read, its subclass `DamagedPack`, and `CapacityError` for a sound pack
+    that does not fit in memory.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             header = _read_header(file, where=path)
             identity = header.identity(where=path)
             return identity, _read_tensors(file, header, identity, where=path)
@@ -139,7 +159,7 @@ def read_pack(path: str | os.PathLike[str]) -> tuple[PackIdentity, dict[str, Ten
 def read_identity(path: str | os.PathLike[str]) -> PackIdentity:
     """Return the identity of a pack without reading its tensors. Raises as `read_pack` does."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return _read_header(file, where=path).identity(where=path)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -192,6 +212,8 @@ def _parse_header(file: BinaryIO, *, size: int, where: object) -> _Header:
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
         raise DamagedPack(where, "is damaged or no safetensors file (its header ends after the file)")
+    if length > LONGEST_HEADER:
+        raise DamagedPack(where, f"is damaged or no pack (its header has {length} bytes, at most {LONGEST_HEADER})")
     try:
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
@@ -200,35 +222,92 @@ def _parse_header(file: BinaryIO, *, size: int, where: object) -> _Header:
         raise DamagedPack(where, f"is damaged or no safetensors file ({error})") from error
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies in the file, in bytes after the header, and what it is."""
+
+    start: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 def _read_tensors(
     file: io.BufferedReader, header: _Header, identity: PackIdentity, *, where: object
 ) -> dict[str, Tensor]:
     """Copy each tensor out of the file and check the digest of the copy. Raises `DamagedPack` and `OSError`."""
-    size = os.fstat(file.fileno()).st_size - header.start
     tensors: dict[str, Tensor] = {}
     try:
-        if header.tensors.keys() != identity.digests.keys():
-            raise ValueError("its tensors are not those of its identity")
-        if max(_count(entry["data_offsets"][1]) for entry in header.tensors.values()) != size:
-            raise ValueError("the file does not end with its last tensor")
+        places = _places(header, identity, size=os.fstat(file.fileno()).st_size - header.start)
+        file.seek(header.start)
         with ThreadPoolExecutor() as pool:
             tasks = {}
-            for name, entry in header.tensors.items():
-                start, end = (_count(x) for x in entry["data_offsets"])
-                dtype, shape = _CODES[entry["dtype"]], [_count(x) for x in entry["shape"]]
-                if not end - start == math.prod(shape) * dtype.itemsize or end > size:
-                    raise ValueError(f"{name} is not within the file")
-                tensors[name] = torch.empty(shape, dtype=dtype)
-                file.seek(header.start + start)
-                if file.readinto(_bytes(tensors[name])) != end - start:
+            for place in places:
+                tensor = tensors[place.name] = _empty(place, where=where)
+                if file.readinto(_bytes(tensor)) != place.end - place.start:
                     raise ValueError("the file ends early")
-                tasks[name] = _digest_in(pool, tensors[name])
+                tasks[place.name] = _digest_in(pool, tensor)
             wrong = [name for name, task in tasks.items() if task.result() != identity.digests[name]]
         if wrong:
             raise ValueError(f"the bytes of {', '.join(sorted(wrong)[:3])} are not those that were written")
     except MALFORMED as error:
         raise DamagedPack(where, f"is damaged or edited ({error})") from error
     return tensors
+
+
+def _places(header: _Header, identity: PackIdentity, *, size: int) -> list[_Place]:
+    """Return where the tensors lie, in their order in the file of `size` bytes after the header.
+
+    They have to be those of the identity, one after the other without gaps, and to fill the file. Nothing is allocated.
+    Raises one of `MALFORMED`.
+    """
+    fields = (LayerKV if identity.quantization is None else QuantizedLayerKV)._fields
+    if not identity.num_layers or not identity.num_tokens:
+        raise ValueError("it holds no references")
+    if len(header.tensors) != identity.num_layers * len(fields):
+        raise ValueError(f"{len(header.tensors)} tensors are not those of {identity.num_layers} layers")
+    names = {f"{i}.{name}" for i in range(identity.num_layers) for name in fields}
+    if header.tensors.keys() != names or identity.digests.keys() != names:
+        raise ValueError("its tensors are not those of its identity")
+    places = sorted((_place(name, entry) for name, entry in header.tensors.items()), key=lambda place: place.start)
+    stored = identity.dtype if identity.quantization is None else KV_FORMATS[identity.quantization][0]
+    heads, head_dim = next(place.shape[2:] for place in places if place.name == "0.k")
+    end = 0
+    for place in places:
+        is_scale = place.name.endswith("_scale")
+        dtype = torch.float32 if is_scale else stored
+        shape = (1, identity.num_tokens, heads, 1 if is_scale else head_dim)
+        if place.shape != shape or place.dtype != dtype:
+            raise ValueError(
+                f"{place.name} has shape {list(place.shape)} in {place.dtype}, not {list(shape)} in {dtype}"
+            )
+        if place.start != end or place.end - place.start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{place.name} does not begin where the one before ends, or has another size than its shape"
+            )
+        end = place.end
+    if end != size:
+        raise ValueError("the file does not end with its last tensor")
+    return places
+
+
+def _place(name: str, entry: dict[str, Any]) -> _Place:
+    start, end = (_count(x) for x in entry["data_offsets"])
+    shape = tuple(_count(x) for x in entry["shape"])
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"{name} has shape {list(shape)}; keys and values have four sides of at least 1")
+    return _Place(start, end, name, _CODES[entry["dtype"]], shape)
+
+
+def _empty(place: _Place, *, where: object) -> Tensor:
+    """Return memory for a tensor. Raises `CapacityError`."""
+    try:
+        return torch.empty(place.shape, dtype=place.dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise CapacityError(
+            f"references: {where} needs {place.end - place.start} bytes for {place.name}, and memory has no room for them; "
+            "free some, or give fewer references"
+        ) from error
 
 
 # values of the header: a wrong type, or a number that is not finite, raises one of `MALFORMED`
@@ -238,7 +317,7 @@ def _identity(values: dict[str, Any]) -> PackIdentity:
     if values["quantization"] not in (None, *KV_FORMATS):
         raise ValueError(f"quantization={values['quantization']!r}")
     seconds = values["prefill_seconds"]
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < 0:
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds <= _LONGEST_PREFILL:
         raise ValueError(f"prefill_seconds={seconds!r}")
     return PackIdentity(
         key=_text(values["key"]),
@@ -283,8 +362,8 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_COUNT:
+        raise ValueError(f"{str(value)[:40]} is not a count")
     return value
 
 

@@ -138,14 +138,12 @@ class References(ReferenceKV):
     def load(cls, path: str | os.PathLike[str]) -> References:
         """Read a pack and check every byte. Whether a pipeline has the same weights is checked where they are used.
 
-        Raises `InvalidRequest` for a file that cannot be read, and `DamagedPack`, a subclass, for one that is damaged or
-        no pack.
+        Raises `InvalidRequest` for a file that cannot be read, `DamagedPack`, a subclass, for one that is damaged or no
+        pack, and `CapacityError` for a sound one that does not fit in memory.
         """
         identity, tensors = read_pack(path)
         try:
             kind = LayerKV if identity.quantization is None else QuantizedLayerKV
-            if len(tensors) != identity.num_layers * len(kind._fields):
-                raise ValueError(f"{len(tensors)} tensors are not those of {identity.num_layers} layers")
             references = cls(
                 layers=tuple(
                     kind(**{name: tensors[f"{i}.{name}"] for name in kind._fields}) for i in range(identity.num_layers)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.references import CONTENT_KEY, PackIdentity, check_key, parse_identity, read_identity
+from limner.references import CONTENT_KEY, LONGEST_HEADER, PackIdentity, check_key, parse_identity, read_identity
 from limner.store.filesystems import check_url, has_folders, modified_at, stopper
 from limner.store.guard import CallGuard, WriteDenied
 
@@ -43,7 +43,6 @@ _TORN_SECONDS = 86400.0
 """A temporary object that was not renamed for so long is of a writer that was killed."""
 _HEAD = 1 << 16
 """The header of most packs is within so many bytes."""
-_LONGEST_HEADER = 100 << 20
 _UNKNOWN_PREFILL = 60.0
 """Seconds that a prefill is assumed to take where the pack does not say."""
 
@@ -194,7 +193,7 @@ class Bucket:
             path = _object(root, item.key)
             data: bytes = fs.cat_file(path, start=0, end=min(_HEAD, item.nbytes))
             length = 8 + int.from_bytes(data[:8], "little")
-            if len(data) < length <= min(_LONGEST_HEADER, item.nbytes):
+            if len(data) < length <= min(8 + LONGEST_HEADER, item.nbytes):
                 data = fs.cat_file(path, start=0, end=length)
             return data
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from limner.errors import InvalidRequest, OutputError
+from limner.errors import CapacityError, InvalidRequest, OutputError
 from limner.files import atomic_write
 from limner.references import CONTENT_KEY, DamagedPack, PackIdentity, References, check_key, read_identity
 from limner.store.entries import Source, StoreEntry
@@ -123,7 +123,7 @@ class DiskTier:
             try:
                 self._load(path)
                 found[path.stem] = None
-            except InvalidRequest as error:
+            except (InvalidRequest, CapacityError) as error:
                 found[path.stem] = str(error)
         return found
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from limner.errors import InvalidRequest, OutputError, RemoteError
+from limner.errors import CapacityError, InvalidRequest, OutputError, RemoteError
 from limner.references import DamagedPack, PackIdentity, References
 from limner.store.bucket import Bucket, RemoteObject
 from limner.store.entries import Source, StoreEntry
@@ -160,7 +160,7 @@ class BucketTier:
             try:
                 with self._temporary_folder() as folder:
                     self._read(key, folder / "pack", explicit=True)
-            except InvalidRequest as error:
+            except (InvalidRequest, CapacityError) as error:
                 found[key] = str(error)
         return found
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from limner.config import QWEN3_4B, QWEN3_8B, TransformerConfig
 from limner.errors import CheckpointError
+from limner.weights.bounds import check_json
 from limner.weights.checkpoint import Checkpoint
 from limner.weights.files import TensorFile, read_json
 from limner.weights.geometry import geometry_of
@@ -50,6 +51,7 @@ def _candidates(file: TensorFile, part: str, like: Path | None) -> list[tuple[Pa
     if CONFIG_KEY in file.metadata:
         try:
             own = json.loads(file.metadata[CONFIG_KEY])
+            check_json(own, where=file.path)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file.path}: {CONFIG_KEY} in its header is not JSON ({error})") from error
         if isinstance(own, dict):

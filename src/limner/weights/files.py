@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from limner.errors import CheckpointError
+from limner.files import open_regular
+from limner.weights.bounds import check_json
 
 __all__ = [
     "DTYPES",
@@ -33,6 +35,7 @@ __all__ = [
     "TensorInfo",
     "check_regular",
     "dtype_name",
+    "is_pickle",
     "open_folder",
     "read_json",
     "some_names",
@@ -65,6 +68,8 @@ _open: Callable[..., Any] = safe_open  # its methods have no types
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """Suffixes of files that hold pickles."""
 _ZIP = b"PK\x03\x04"
+_MAX_JSON = 4 << 20
+"""Bytes of a configuration or an index of shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,30 +159,48 @@ def open_folder(folder: Path, stem: str) -> TensorFile:
 def check_regular(path: Path) -> None:
     """Refuse anything but a readable file, and pickles under any name. Raises `CheckpointError`."""
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
+        pickled = is_pickle(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the name") from error
-    # A pickle of protocol 2 or later starts with 0x80 and the protocol, torch's newer ones are zip archives. The length of
-    # a small safetensors header may start with the same two bytes, but zeros follow.
-    pickled = start[:1] == b"\x80" and start[1:2] < b"\x10" and start[2:] != bytes(6)
-    if path.suffix.lower() in PICKLES or start.startswith(_ZIP) or pickled:
+    if pickled:
         raise CheckpointError(
             f"{path}: is a pickle, which can run code when it is read, and is not read; use the .safetensors file of the "
             "same weights, or convert it with a tool that you trust"
         )
 
 
+def is_pickle(path: Path) -> bool:
+    """Return True for a pickle, by suffix or by content. Raises `OSError`, also for anything but a regular file.
+
+    A pickle of protocol 2 or later starts with 0x80 and the protocol, torch's newer ones are zip archives. The length of a
+    safetensors header may start with the same bytes; then the header is within the file and starts with a brace.
+    """
+    with open_regular(path) as file:
+        start, size = file.read(9), os.fstat(file.fileno()).st_size
+    if path.suffix.lower() in PICKLES:
+        return True
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return False
+    return start.startswith(_ZIP) or (start[:1] == b"\x80" and start[1:2] < b"\x10")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises `CheckpointError`."""
+    """Return the JSON object in a file. Raises `CheckpointError`, also where a key names code to run."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(_MAX_JSON + 1)
+        if len(data) > _MAX_JSON:
+            raise CheckpointError(
+                f"{path}: has over {_MAX_JSON} bytes, too many for a configuration; download it again"
+            )
+        value = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is the checkpoint complete?") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: has to hold a JSON object, not {type(value).__name__}")
+    check_json(value, where=path)
     return value
 
 

@@ -14,6 +14,7 @@ from limner.errors import CheckpointError, first_line
 from limner.model.int8 import quantize_blocks
 from limner.model.text_encoder import default_out_layers
 from limner.model.transformer import Transformer
+from limner.weights.bounds import MAX_LAYERS, check_autoencoder, check_text_encoder, check_transformer
 
 __all__ = ["QUANT_METHOD", "empty_autoencoder", "empty_text_network", "empty_transformer", "text_layers", "text_unread"]
 
@@ -23,6 +24,7 @@ QUANT_METHOD = "limner_int8"
 
 def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | str) -> Transformer:
     """Build the transformer; with `int8` its blocks have `Int8Linear`. Raises `CheckpointError`."""
+    check_transformer(config, where=where)
     if config.out_channels != config.in_channels:
         raise CheckpointError(f"{where}: out_channels={config.out_channels} has to be in_channels={config.in_channels}")
     with torch.device("meta"):
@@ -36,6 +38,7 @@ def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
     """Build diffusers' autoencoder. Raises `CheckpointError`."""
     from diffusers import AutoencoderKLFlux2
 
+    check_autoencoder(config, where=where)
     return _build(lambda: AutoencoderKLFlux2.from_config(dict(config)), where=where)
 
 
@@ -46,8 +49,10 @@ def text_layers(
     if config.get("model_type") != "qwen3":
         raise CheckpointError(f"{where}: model_type={config.get('model_type')!r} is not supported; allowed: qwen3")
     depth = config.get("num_hidden_layers")
-    if not isinstance(depth, int) or depth < 4:
-        raise CheckpointError(f"{where}: num_hidden_layers={depth!r} has to be a whole number of at least 4")
+    if not isinstance(depth, int) or not 4 <= depth <= MAX_LAYERS:
+        raise CheckpointError(
+            f"{where}: num_hidden_layers={depth!r} has to be a whole number of at least 4, and at most {MAX_LAYERS}"
+        )
     layers = out_layers or default_out_layers(depth)
     if not layers or max(layers) > depth or min(layers) < 0:
         raise CheckpointError(f"text_encoder_out_layers={list(layers)} has to name layers 0 to {depth} of {where}")
@@ -57,6 +62,8 @@ def text_layers(
 def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, where: Path | str) -> Any:
     """Build a Qwen3 base model of the first `used` of `depth` layers, with its final norm only if that is all of them."""
     from transformers import Qwen3Config, Qwen3Model
+
+    check_text_encoder(config, where=where)
 
     def make() -> nn.Module:
         values = dict(config) | {"num_hidden_layers": used, "layer_types": None}

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.support.tiny import picture
 
-from limner import InvalidRequest, OutputError, Pipeline, References
-from limner.references import DamagedPack, read_identity
+from limner import CapacityError, InvalidRequest, OutputError, Pipeline, References
+from limner.references import DamagedPack, pack, read_identity
+from limner.store import ReferenceStore
 
 
 def test_other_files_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
@@ -120,7 +123,7 @@ def test_damaged_headers_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     tensors = rewrite(file, {}, sealed=True)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    save_file(tensors | {"1.k": torch.zeros(1, 3, 2, 16)}, file, metadata=metadata)
+    save_file(tensors | {"1.k": torch.zeros_like(tensors["1.k"])}, file, metadata=metadata)
     with pytest.raises(DamagedPack, match=r"the bytes of 1\.k are not those that were written"):
         References.load(file)
     save_file(tensors, file, metadata=metadata | {"limner.references": "{"})
@@ -179,3 +182,137 @@ def test_bytes_after_the_last_tensor_are_damage(pipe: Pipeline, tmp_path: Path) 
     path.write_bytes(path.read_bytes() + b"xx")
     with pytest.raises(DamagedPack, match="does not end with its last tensor"):
         References.load(path)
+
+
+def change_header(file: Path, change: Callable[[dict[str, Any]], None], *, data: bytes | None = None) -> None:
+    """Edits the header of a pack as it stands in the file; the identity keeps its own digest."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + (raw[start:] if data is None else data))
+
+
+def set_entry(name: str, **values: object) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header[name].update(values)
+
+
+MALFORMED_HEADERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "zero and huge sides": set_entry("0.k", shape=[0, 2**62, 2**62], data_offsets=[0, 0]),
+    "huge sides": set_entry("0.k", shape=[1, 2**40, 2**40, 2**40]),
+    "sides of thousands of digits": set_entry("0.k", shape=[1, 10**4000, 1, 1]),
+    "negative side": set_entry("0.k", shape=[1, -16, -2, 16]),
+    "sides of true": set_entry("0.k", shape=[True, True, True, True]),
+    "no sides": set_entry("0.k", shape=[]),
+    "thousands of sides": set_entry("0.k", shape=[1] * 10_000),
+    "shape of text": set_entry("0.k", shape="abcd"),
+    "other heads than the rest": set_entry("0.k", shape=[1, 16, 1, 32]),
+    "other tokens": set_entry("0.k", shape=[1, 8, 4, 16]),
+    "dtype": set_entry("0.k", dtype="F64"),
+    "unknown dtype": set_entry("0.k", dtype="F4"),
+    "dtype of list": set_entry("0.k", dtype=[]),
+    "offsets beyond the file": set_entry("0.k", data_offsets=[0, 2**62]),
+    "reversed offsets": set_entry("0.k", data_offsets=[2048, 0]),
+    "three offsets": set_entry("0.k", data_offsets=[0, 1, 2]),
+    "overlap": lambda header: header["1.k"].update(data_offsets=header["0.k"]["data_offsets"]),
+    "every tensor the same bytes": lambda header: [
+        header[name].update(data_offsets=header["0.k"]["data_offsets"]) for name in header if name != "__metadata__"
+    ],
+    "no entry": lambda header: header.update({"0.k": None}),
+    "a tensor too many": lambda header: header.update({"5.k": header["0.k"]}),
+    "a tensor too few": lambda header: header.pop("4.v"),
+    "another name": lambda header: header.update({"05.v": header.pop("4.v")}),
+    "metadata of text": lambda header: header.update(__metadata__="x"),
+    "metadata of list": lambda header: header.update(__metadata__=[1]),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED_HEADERS.values(), ids=MALFORMED_HEADERS.keys())
+def test_the_structure_is_checked_before_memory_is_taken(
+    change: Callable[[dict[str, Any]], None], pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pack.safetensors"
+    pipe.prefill(picture(64, 64)).save(file)
+    change_header(file, change)
+
+    def empty(*args: object, **options: object) -> None:
+        raise AssertionError("memory was taken")
+
+    monkeypatch.setattr(pack.torch, "empty", empty)
+    with pytest.raises(DamagedPack) as caught:
+        References.load(file)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 2**40},
+        {"num_layers": 10**4000},
+        {"prefill_seconds": 1e300},
+        {"prefill_seconds": 10**4000},
+        {"reports": [REPORT | {"processed_size": [10**4000, 10**4000], "digest": "0" * 64}]},
+        {"reports": [REPORT | {"processed_size": [2**40, 2**40], "digest": "0" * 64}]},
+        {"reports": {"a": 1}},
+        {"kernel": "\ud800"},
+        {"shard": [1, 1]},
+        {"format": "x" * 10_000},
+    ],
+    ids=lambda change: f"{change}"[:60],
+)
+def test_huge_numbers_of_the_identity_are_damage(change: dict[str, object], pipe: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "pack.safetensors"
+    pipe.prefill(picture(64, 64)).save(file)
+    rewrite(file, change, sealed=True)
+    with pytest.raises(DamagedPack) as caught:
+        References.load(file)
+    str(caught.value).encode()
+
+
+def test_a_long_header_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 MiB of empty objects would be half a gigabyte of dicts."""
+    file = tmp_path / "pack.safetensors"
+    text = b"[" + b"{}," * (16 << 20 >> 2) + b"{}]"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    monkeypatch.setattr(pack.json, "loads", lambda text: pytest.fail("the header was parsed"))
+    for read in (References.load, read_identity):
+        with pytest.raises(DamagedPack, match=f"its header has {len(text)} bytes, at most {pack.LONGEST_HEADER}"):
+            read(file)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pack.safetensors")
+    for read in (References.load, read_identity):
+        with pytest.raises(InvalidRequest, match="no regular file"):
+            read(tmp_path / "pack.safetensors")
+
+
+def test_a_sound_pack_that_does_not_fit_in_memory_is_no_damage(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ReferenceStore(disk_path=tmp_path)
+    refs = pipe.prefill(picture(64, 64))
+    refs.save(file := tmp_path / f"{refs.key}.safetensors")
+
+    def empty(*args: object, **options: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pack.torch, "empty", empty)
+    with pytest.raises(CapacityError, match=r"needs \d+ bytes for 0\.k"):
+        References.load(file)
+    assert "memory has no room" in (store.verify()[refs.key] or "")
+    assert file.exists()
+
+
+def test_a_malformed_pack_is_dropped_and_made_again(pipe: Pipeline, tmp_path: Path) -> None:
+    refs = pipe.prefill(picture(64, 64))
+    refs.save(file := tmp_path / f"{refs.key}.safetensors")
+    change_header(file, MALFORMED_HEADERS["zero and huge sides"])
+    store = ReferenceStore(disk_path=tmp_path)
+    assert "is not a count" in (store.verify()[refs.key] or "")
+    assert store.find(refs.key) is None
+    assert not file.exists()
+    store.put(refs)
+    store.flush()
+    assert store.verify() == {refs.key: None}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tests.support.checkpoints import tensors_of
 
-from limner.weights.files import TensorInfo, dtype_name
+from limner import CheckpointError
+from limner.weights.files import SafetensorsFile, TensorInfo, check_regular, dtype_name
+from limner.weights.lora.source import resolve_lora
 
 
 def test_save_file_is_the_library(tmp_path: Path) -> None:
@@ -28,3 +33,33 @@ def test_save_file_is_the_library(tmp_path: Path) -> None:
     assert start % 64 == 0
     end = sum(value.nbytes for value in tensors.values())
     assert (tmp_path / "a").read_bytes()[start:] == (tmp_path / "b").read_bytes()[-end:]
+
+
+def safetensors_with_header(path: Path, length: int) -> Path:
+    """Writes a valid file whose header has exactly so many bytes."""
+    entry = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(length.to_bytes(8, "little") + entry.ljust(length) + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x480, 0x580, 0x10280, 0x10580, 0x20480, 0x4034B50])
+def test_safetensors_are_taken_for_no_pickle_whatever_their_header_measures(length: int, tmp_path: Path) -> None:
+    """The length comes first in the file, and may be the first bytes of a pickle or of a zip archive."""
+    path = safetensors_with_header(tmp_path / "a.safetensors", length)
+    check_regular(path)
+    assert resolve_lora(path) == path
+    if length < 1 << 20:
+        assert SafetensorsFile(path).read("a").tolist() == [0]
+
+
+def test_pickles_are_refused_by_content(tmp_path: Path) -> None:
+    contents = [
+        pickle.dumps({"a": list(range(n))}, protocol=protocol) for n in (0, 9, 9999) for protocol in range(2, 6)
+    ]
+    torch.save({"a": torch.zeros(2)}, tmp_path / "new")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    for data in [*contents, (tmp_path / "new").read_bytes(), (tmp_path / "old").read_bytes()]:
+        (tmp_path / "a.safetensors").write_bytes(data)
+        for read in (check_regular, resolve_lora):
+            with pytest.raises(CheckpointError, match="is a pickle"):
+                read(tmp_path / "a.safetensors")

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from limner.errors import InvalidRequest
+from limner.requests import MAX_PROMPT_CHARACTERS
 from limner.server.access.keys import Owner
 from limner.server.dialects.job_view import STATUSES, as_result
 from limner.server.dialects.model_names import ENDPOINTS
@@ -34,7 +35,7 @@ class Inputs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=32000)
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     input_image: Picture = None
     input_image_2: Picture = None
     input_image_3: Picture = None

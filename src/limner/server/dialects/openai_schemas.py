@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from limner.requests import MAX_PROMPT_CHARACTERS
+
 __all__ = ["EDIT_FORM", "Generation", "ImageData", "Images", "ModelEntry", "Models"]
 
 MAX_IMAGES = 10
@@ -17,7 +19,7 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(min_length=1, max_length=32000)
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(None, max_length=200)
     n: int | None = Field(1, ge=1, le=MAX_IMAGES)
     size: str | None = Field("auto", max_length=20, description='"auto" or WIDTHxHEIGHT, multiples of 16')

@@ -23,6 +23,7 @@ from limner.weights.checkpoint import Checkpoint
 from limner.weights.digest import digest_tensors
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
 from limner.weights.parts import open_part
+from limner.weights.tokenizer import load_tokenizer
 
 __all__ = ["load_autoencoder", "load_text_encoder", "load_transformer", "transformer_digest"]
 
@@ -104,8 +105,7 @@ def load_text_encoder(
 
     Raises `CheckpointError`, also for a tokenizer that does not fit.
     """
-    from transformers import AutoTokenizer
-
+    tokenizer = load_tokenizer(tokenizer_folder)
     checkpoint = open_part("text_encoder", source, like=like)
     depth, layers = text_layers(checkpoint.config, out_layers, where=source)
     used = max(layers)
@@ -113,7 +113,6 @@ def load_text_encoder(
     network = empty_text_network(checkpoint.config, used=used, depth=depth, where=where)
     _assign(network, checkpoint, dtype=dtype, device=device, used=used, depth=depth, after=after)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         encoder = TextEncoder(network, tokenizer, out_layers=layers)
         encoder.rebuild_rotary()
         largest = int(encoder.tokenize("a", max_sequence_length=8).ids.max())

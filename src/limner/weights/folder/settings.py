@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_settings(folder: Path) -> FolderSettings:
     """Check `model_index.json` and read `limner.json`. Raises `CheckpointError`."""
     _check_index(folder)
     file = folder / "limner.json"
-    own = read_json(file) if file.is_file() else {}
+    own = read_json(file) if os.path.lexists(file) else {}
     default_size, sizes = _read_sizes(own, file)
     dtype = own.get("default_dtype")
     if dtype is not None and dtype not in _DTYPES:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from limner.errors import CheckpointError, InvalidRequest
-from limner.weights.files import PICKLES, read_json
+from limner.weights.bounds import check_json
+from limner.weights.files import PICKLES, is_pickle, read_json
 from limner.weights.hub import download_failures, downloading, is_hub_id, local_path
 
 __all__ = ["copy_tensors", "read_lora", "resolve_lora"]
@@ -65,13 +66,14 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if text := header.get("lora_adapter_metadata"):  # written by diffusers
         try:
             config = json.loads(text)
+            check_json(config, where=f"lora: {path}")
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"lora: {path}: lora_adapter_metadata in its header is not JSON ({error})") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"lora: {path}: lora_adapter_metadata in its header is not a JSON object")
         return tensors, {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     peft = path.with_name(_PEFT_CONFIG)
-    if any(name.startswith("base_model.model.") for name in tensors) and peft.is_file():
+    if any(name.startswith("base_model.model.") for name in tensors) and peft.exists():
         return tensors, read_json(peft)
     return tensors, None
 
@@ -119,15 +121,11 @@ def _download(hub_id: str, weight_name: str | None) -> Path:
 
 def _refuse_pickle(path: Path) -> None:
     """Raise `CheckpointError` for a pickle, by suffix or first bytes."""
-    start = b""
-    if path.is_file():
-        try:
-            with path.open("rb") as file:
-                start = file.read(4)
-        except OSError as error:
-            raise CheckpointError(f"lora: {path} cannot be read ({error.strerror})") from error
-    # torch.save writes a zip file, or, as pickle does, the byte 0x80 and the protocol
-    if path.suffix in PICKLES or start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+    try:
+        pickled = is_pickle(path) if path.is_file() else path.suffix.lower() in PICKLES
+    except OSError as error:
+        raise CheckpointError(f"lora: {path} cannot be read ({error.strerror})") from error
+    if pickled:
         raise CheckpointError(
             f"lora: {path} is a pickle and is never opened: reading one runs any program in it; use the .safetensors file"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.support.lora_files import PAIRS, make_pairs, original, write
+from tests.support.lora_files import PAIRS, make_pairs, original, peft, write
 
 from limner import CheckpointError, InvalidRequest, Pipeline
 from limner.model.lora import matrix_shapes
@@ -77,3 +79,19 @@ def test_pickles_are_never_opened(name: str, save: Any, tmp_path: Path, pipe: Pi
         with pytest.raises(CheckpointError, match=f"{name} is a pickle and is never opened"):
             pipe.load_lora_weights(source)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_configurations_that_name_code_are_refused(tmp_path: Path, pipe: Pipeline) -> None:
+    file = write(tmp_path, peft(PAIRS), "adapter_model.safetensors")
+    code: dict[str, object] = {"auto_mapping": {"base_model_class": "Model", "parent_library": "evil"}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4} | code))
+    with pytest.raises(CheckpointError, match="auto_mapping=.* names code to run"):
+        pipe.load_lora_weights(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        pipe.load_lora_weights(tmp_path)
+    file.unlink()
+    header = write(tmp_path, original(PAIRS), lora_adapter_metadata=json.dumps({"transformer.r": 4} | code))
+    with pytest.raises(CheckpointError, match="auto_mapping=.* names code to run"):
+        pipe.load_lora_weights(header)
