@@ -123,6 +123,44 @@ def animated(format: str) -> bytes:  # noqa: A002
     return buffer.getvalue()
 
 
+def many_scans(more: int, *, side: int) -> bytes:
+    """A progressive JPEG with its last scan so many times more: some bytes each, and a pass over all pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "JPEG", progressive=True, quality=1)
+    data = buffer.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * more + data[-2:]
+
+
+def webp(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A WebP file of 96x80 with these chunks."""
+    header = (b"VP8X", b"\x0e\0\0\0" + struct.pack("<I", 95)[:3] + struct.pack("<I", 79)[:3])
+    parts = [kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for kind, data in (header, *chunks)]
+    body = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def structures() -> dict[str, bytes]:
+    """Small files whose structure makes a decoder work long: scans, segments, chunks, frames and metadata."""
+    jpeg, whole = picture(format="JPEG"), picture()
+    pixels = (b"VP8 ", picture(format="WEBP")[20:])
+    exif = b"\xff\xe1\x00\x0aExif\0\0MM"
+    return {
+        "jpeg of 300 scans": many_scans(300, side=128),
+        "jpeg of 64 megapixels and 310 scans": many_scans(300, side=8000),
+        "jpeg of 5000 comments": jpeg[:2] + b"\xff\xfe\x00\x02" * 5000 + jpeg[2:],
+        "jpeg of 100000 EXIF segments": jpeg[:2] + exif * 100_000 + jpeg[2:],
+        "png of 5000 texts": whole[:33] + chunk(b"tEXt", b"k\0v") * 5000 + whole[33:],
+        "png of 200000 pixel chunks": whole[:33] + chunk(b"IDAT", b"") * 200_000 + whole[33:],
+        "png of 100 profiles": whole[:33] + chunk(b"iCCP", b"k\0\0" + deflated(1 << 20)) * 100 + whole[33:],
+        "png with EXIF of 2 MiB": whole[:33] + chunk(b"eXIf", bytes(2 << 20)) + whole[33:],
+        "png of 5000 frames": whole[:33] + chunk(b"acTL", struct.pack(">II", 5000, 0)) + whole[33:],
+        "webp of 5000 chunks": webp(pixels, *[(b"ABCD", b"")] * 5000),
+        "webp of 900 frames": webp(*[(b"ANMF", bytes(16))] * 900),
+        "webp with EXIF of 2 MiB": webp(pixels, (b"EXIF", bytes(2 << 20))),
+    }
+
+
 def exif_of(data: bytes) -> dict[str, Any]:
     return {"exif": b"Exif\0\0" + data}
 
@@ -197,6 +235,7 @@ def pictures() -> dict[str, bytes]:
         "one pixel": picture(1, 1),
         "too small": picture(63, 80),
         "too long": picture(1024, 64),
+        **structures(),
     }
     palette = Image.new("P", (96, 80))
     buffer = io.BytesIO()

@@ -1,9 +1,10 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
-from limner.images.decode import MAX_DECODED_PIXELS, MAX_FILE_BYTES, decode
+from limner.images.decode import decode
 from limner.images.encode import check_output, encode, save
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
+from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
 from limner.images.metadata import picture_metadata, read_metadata
 from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
 from limner.images.tensors import to_pil, to_pixels

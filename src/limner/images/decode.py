@@ -1,6 +1,6 @@
 """Decode picture files, with limits that are checked before any pixel is decoded.
 
-Owns the limits and the checks of a file's header. Knows nothing of references.
+Owns the checks of a file's header; those of its structure are in `limits`. Knows nothing of references.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from limner.errors import InvalidRequest
 from limner.files import printable
 from limner.images.formats import PIL_FORMATS
+from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES, check_animation, check_size, check_structure
 
-__all__ = ["MAX_DECODED_PIXELS", "MAX_FILE_BYTES", "check_header", "decode", "describe_source", "read_file"]
-
-MAX_FILE_BYTES = 256 << 20
-"""Larger files are not read."""
-MAX_DECODED_PIXELS = 64 * 1000 * 1000
-"""Pictures with more pixels are refused before they are decoded."""
+__all__ = ["check_header", "decode", "describe_source", "read_file"]
 
 
 def read_file(path: str | os.PathLike[str], *, field: str, too_large: str = "; scale it down") -> bytes:
@@ -54,6 +50,7 @@ def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> I
     """
     shown = describe_source(source)
     data = source if isinstance(source, bytes) else read_file(source, field=field)
+    check_structure(data, field=f"{field} {shown}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower, and an error
@@ -77,12 +74,9 @@ def check_header(image: Image.Image, data: bytes, *, field: str) -> None:
 
     Nothing is decoded for this. `data` are the bytes of the file, or none for a picture in memory.
     """
-    width, height = image.size
-    if width * height > MAX_DECODED_PIXELS:
-        raise InvalidRequest(field, f"{width}x{height} is over {MAX_DECODED_PIXELS} pixels; scale it down")
-    frames = getattr(image, "n_frames", 1)
-    if image.format != "MPO" and frames > 1:  # an MPO is a JPEG followed by previews
-        raise InvalidRequest(field, f"it is animated ({frames} frames); save one frame")
+    check_size(*image.size, field=field)
+    if image.format != "MPO":  # a JPEG followed by previews
+        check_animation(getattr(image, "n_frames", 1), field=field)
     if image.format == "PNG" and len(data) > 24 and data[24] == 16:
         raise InvalidRequest(field, "it has 16 bits a channel; save it with 8")
 

@@ -30,6 +30,7 @@ from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.check import ArgumentChecker, check_shared
 from limner.pipeline.denoise import denoise
+from limner.pipeline.interruption import InterruptFlag, Interruption
 from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
 from limner.pipeline.output import PipelineOutput, decode, make_output
@@ -52,6 +53,8 @@ StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[st
 
 class Pipeline:
     """Text to image and editing with any number of references, whose K/V are computed once and cached in `store`."""
+
+    _interrupt = InterruptFlag()
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class Pipeline:
         self._digests = WeightDigests(after=residency.after_read if residency else None)
         self._last_adapters = Adapters.of(transformer, self._digests)
         self._prompts = PromptEncoder()
-        self._interrupt = False  # diffusers' way to stop: a callback sets it, and the remaining steps are left out
+        self._interruption = Interruption()
         if residency is not None:
             transformer.use(staging=residency)
         self.networks.adopt()
@@ -393,52 +396,52 @@ class Pipeline:
         (B, S_img, C), and may return changed latents and prompt_embeds, and rows, the list of those images of the
         batch that go on (the others are dropped, also from the output); it may also ask for denoised, the clean tokens
         that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
-        raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps. `progress(part, done, of)`
-        is called for every part. With a parallel model callbacks run in every process and have to do the same. Raises
-        `InvalidRequest`, `CapacityError` and `NumericalError`.
+        raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part,
+        done, of)` is called for every part. With a parallel model callbacks run in every process and have to do the same.
+        Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
-        self._interrupt = False
-        # 1. Check the arguments: what can be refused is refused before any work is done
-        request = self._checker.check(
-            prompt=prompt,
-            image=image,
-            references=references,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            output_type=output_type,
-            callback=functools.partial(callback_on_step_end, self) if callback_on_step_end else None,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            text_encoder_out_layers=text_encoder_out_layers,
-            progress=progress,
-        )
-        networks, clock = self.networks, Stopwatch(self.device)
-        # 2. Encode the prompts to text tokens (B, S_txt, text_width)
-        txt, prompts = self._prompts.encode(request, networks)
-        # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
-        noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
-        txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
-        request.progress("text", 1, 1)
-        text_seconds = clock.lap()
-        # 4. Get the References: those given, or from the store, or computed
-        refs, source = self._prefiller.get_for(request)
-        reference_seconds = clock.lap()
-        # 5. Denoise
-        batch = denoise(
-            networks,
-            request,
-            noise=noise,
-            prompt_embeds=txt,
-            references=refs,
-            preview=self.latent_preview,
-            interrupted=lambda: self._interrupt,
-        )
+        with self._interruption.call() as call:
+            # 1. Check the arguments: what can be refused is refused before any work is done
+            request = self._checker.check(
+                prompt=prompt,
+                image=image,
+                references=references,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                output_type=output_type,
+                callback=functools.partial(callback_on_step_end, self) if callback_on_step_end else None,
+                callback_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+                text_encoder_out_layers=text_encoder_out_layers,
+                progress=progress,
+            )
+            networks, clock = self.networks, Stopwatch(self.device)
+            # 2. Encode the prompts to text tokens (B, S_txt, text_width)
+            txt, prompts = self._prompts.encode(request, networks)
+            # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
+            noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
+            txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+            request.progress("text", 1, 1)
+            text_seconds = clock.lap()
+            # 4. Get the References: those given, or from the store, or computed
+            refs, source = self._prefiller.get_for(request)
+            reference_seconds = clock.lap()
+            # 5. Denoise
+            batch = denoise(
+                networks,
+                request,
+                noise=noise,
+                prompt_embeds=txt,
+                references=refs,
+                preview=self.latent_preview,
+                interrupted=lambda: call.interrupted,
+            )
         # 6. Decode
         pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
         timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from limner.grid import PIXELS
 from limner.memory import Workload
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
+from limner.pipeline.recent import Recent
 from limner.weights.digest import Fingerprint, fingerprint
 
 __all__ = ["PromptEncoder", "PromptReport"]
@@ -40,7 +40,7 @@ class PromptEncoder:
     """
 
     def __init__(self) -> None:
-        self._cache: OrderedDict[_Key, tuple[Tensor, PromptReport]] = OrderedDict()
+        self._cache: Recent[_Key, tuple[Tensor, PromptReport]] = Recent(_CACHE_SIZE)
 
     def clear(self) -> None:
         """Forget all tokens, as when the text encoder moves."""
@@ -78,12 +78,10 @@ class PromptEncoder:
     def _encode(self, key: _Key, networks: Networks) -> tuple[Tensor, PromptReport]:
         """Return the tokens (1, S_txt, text_width) of one prompt, from the cache or computed."""
         prompt, limit, layers, _ = key
-        if key not in self._cache:
+        found = self._cache.find(key)
+        if found is None:
             tokenized = networks.text_encoder.tokenize(prompt, max_sequence_length=limit)
             report = PromptReport(num_tokens=tokenized.num_tokens, limit=limit, cut=tokenized.cut)
             with networks.working("encode text", Workload(size=(PIXELS, PIXELS), num_text=limit)):
-                self._cache[key] = networks.text_encoder([tokenized], out_layers=layers), report
-            if len(self._cache) > _CACHE_SIZE:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+                found = self._cache.keep(key, (networks.text_encoder([tokenized], out_layers=layers), report))
+        return found

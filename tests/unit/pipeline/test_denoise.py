@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -58,6 +60,47 @@ def test_diffusers_way_to_stop(pipe: Pipeline) -> None:
     assert len(pipe("a dog", height=64, width=64, callback_on_step_end=callback).timings.steps) == 2
     assert steps == [0, 1]
     assert len(pipe("a dog", height=64, width=64).timings.steps) == 4
+
+
+def test_a_call_is_stopped_by_its_own_callback_alone(pipe: Pipeline) -> None:
+    """One call is inside its second step while another, in another thread, begins, stops itself and ends."""
+    inside, other_ended = threading.Event(), threading.Event()
+
+    def wait(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if i == 1:
+            inside.set()
+            assert other_ended.wait(60)
+            assert not owner._interrupt
+
+    def stop(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        owner._interrupt = True
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(pipe, "a dog", height=64, width=64, callback_on_step_end=wait)
+        assert inside.wait(60)
+        try:
+            assert len(pipe("a cat", height=64, width=64, callback_on_step_end=stop).timings.steps) == 1
+            assert pipe._interrupt  # of this thread's last call, as with diffusers
+        finally:
+            other_ended.set()
+        assert len(waiting.result().timings.steps) == 4
+
+
+def test_a_call_begins_without_stopping_or_being_started_again_by_another(pipe: Pipeline) -> None:
+    def call_again(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        owner._interrupt = True
+        assert len(owner("a cat", height=64, width=64).timings.steps) == 4
+
+    assert len(pipe("a dog", height=64, width=64, callback_on_step_end=call_again).timings.steps) == 1
+
+
+def test_a_thread_that_does_not_draw_stops_what_runs(pipe: Pipeline) -> None:
+    def press(owner: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if i == 1:
+            with ThreadPoolExecutor(1) as threads:  # a stop button's thread
+                threads.submit(setattr, owner, "_interrupt", True).result()
+
+    assert len(pipe("a dog", height=64, width=64, callback_on_step_end=press).timings.steps) == 2
 
 
 def test_refuses_what_a_callback_gives_back(pipe: Pipeline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from limner import images
@@ -37,7 +38,8 @@ class PictureReader:
         for name, text in texts.items():
             limit = self._settings.max_picture_bytes
             if ":" not in text[:64] or text[:5].lower() == "data:":  # in a thread: decoding megabytes takes a while
-                data = await self._offload.run(decode_picture, text, max_bytes=limit, field=name)
+                read = functools.partial(decode_picture, text, max_bytes=limit, field=name)
+                data = await self._offload.decode(read, field=name)
             else:
                 data = await read_picture(text, client=self._outbound, max_bytes=limit, field=name)
             found.append(await self._prepare(data, name=name))
@@ -48,7 +50,8 @@ class PictureReader:
         if len(data) > limit:
             raise InvalidRequest(name, f"the file has {len(data)} bytes; at most {limit} are allowed")
         policy = self._engine.model.reference_policy
-        return await self._offload.run(images.prepare_reference, data, policy=policy, field=name)
+        prepare = functools.partial(images.prepare_reference, data, policy=policy, field=name)
+        return await self._offload.decode(prepare, field=name)
 
     def _check_number(self, pictures: tuple[PreparedReference, ...]) -> tuple[PreparedReference, ...]:
         limit = self._settings.max_references

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from limner.server.jobs.decoders import Decoders
 from limner.server.jobs.storage import StorageUnavailable, may_pass
 
 __all__ = ["LONGEST_PAUSE", "Offload", "pauses"]
@@ -23,9 +24,10 @@ _FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 class Offload:
-    """One thread for the job store, four for files, pictures and checks. Use it in one event loop."""
+    """One thread for the job store, four for files, results and checks, and the decoders. Use it in one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoders: Decoders | None = None) -> None:
+        self._decoders = decoders or Decoders()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="limner-files")
         # one, since SQLite writes one at a time anyway
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="limner-jobs")
@@ -36,9 +38,13 @@ class Offload:
         return await loop.run_in_executor(self._store_thread, functools.partial(call, *args, **kwargs))
 
     async def run(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Do work on files and pictures."""
+        """Do work on stored files, results and checks."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
+
+    async def decode(self, call: Callable[[], _R], *, field: str) -> _R:
+        """Decode what a caller sent as `field`, in threads that no other work waits for; see `Decoders.run`."""
+        return await self._decoders.run(call, field=field)
 
     async def with_retry(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Do work on stored files, again and again while it lacks what may come back, so that no picture is lost.
@@ -56,7 +62,10 @@ class Offload:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Wait for the work that runs; work that has not begun is dropped, except calls of the job store."""
+        """Wait for the work that runs; work that has not begun is dropped, except calls of the job store.
+
+        Decoding is not waited for.
+        """
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._store_thread.shutdown(wait=True)
 

@@ -1,0 +1,89 @@
+"""Decoding in threads of its own: what takes too long is left, and nothing else waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from limner.errors import InvalidRequest, QueueFull
+from limner.server.jobs.decoders import Decoders
+from limner.server.jobs.offload import Offload
+
+
+def test_returns_and_raises_what_the_call_does() -> None:
+    def refuse() -> None:
+        raise TimeoutError("of the call itself")
+
+    async def run() -> None:
+        decoders = Decoders()
+        assert await decoders.run(lambda: 7, field="image 1") == 7
+        assert (await decoders.run(threading.current_thread, field="image 1")).daemon  # keeps no process from ending
+        with pytest.raises(TimeoutError, match="of the call itself"):
+            await decoders.run(refuse, field="image 1")
+
+    asyncio.run(run())
+
+
+def test_what_takes_too_long_is_refused_and_few_of_it_may_be_left() -> None:
+    released = threading.Event()
+
+    async def run() -> None:
+        decoders = Decoders(threads=4, seconds=0.05, max_left=2)
+        for number in (1, 2):
+            with pytest.raises(
+                InvalidRequest, match=rf"image {number}: decoding took over 0.05 s, the limit; scale it"
+            ):
+                await decoders.run(released.wait, field=f"image {number}")
+        with pytest.raises(
+            QueueFull, match=r"image 3: 2 pictures are still being decoded after their 0.05 s; at most 2"
+        ):
+            await decoders.run(lambda: 7, field="image 3")
+        released.set()
+        while True:  # those that were left have ended
+            try:
+                assert await decoders.run(lambda: 7, field="image 4") == 7
+                break
+            except QueueFull:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_one_whose_caller_leaves_keeps_its_place_until_it_ends() -> None:
+    """So callers who leave can neither start any number of threads nor make others be refused."""
+    released = threading.Event()
+
+    async def run() -> None:
+        decoders = Decoders(threads=1, seconds=60, max_left=1)
+        caller = asyncio.create_task(decoders.run(released.wait, field="image 1"))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        other = asyncio.create_task(decoders.run(lambda: 7, field="image 2"))
+        await asyncio.sleep(0.05)
+        assert not other.done()
+        released.set()
+        assert await other == 7
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_other_work_does_not_wait_for_decoding() -> None:
+    released = threading.Event()
+
+    async def run() -> None:
+        offload = Offload(Decoders(threads=4, seconds=60))
+        decoding = [asyncio.create_task(offload.decode(released.wait, field=f"image {i}")) for i in range(8)]
+        await asyncio.sleep(0.01)
+        try:
+            assert await offload.run(max, 3, 7) == 7
+            assert not any(task.done() for task in decoding)
+        finally:
+            released.set()
+            await asyncio.gather(*decoding)
+            offload.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
