@@ -85,7 +85,8 @@ class WebhookSender:
                     _logger.error("webhooks that are due cannot be read, and wait: %s", error)
             self._begin(due or [])
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), _POLL_SECONDS)
+                async with asyncio.timeout(_POLL_SECONDS):  # `wait_for` of Python 3.11 may forget a cancellation
+                    await self._due.wait()
 
     def _begin(self, due: list[Job]) -> None:
         now = asyncio.get_running_loop().time()

@@ -167,3 +167,29 @@ def test_places_go_to_those_who_have_fewest() -> None:
     many = [(f"owner{i % 50}", f"host{i}") for i in range(1000)]
     assert len({many[index][0] for index in places.take(many)}) == 50
     assert len(places) == 64
+
+
+def test_stopping_is_not_lost_where_something_is_due_at_that_moment(on_disk: JobStore) -> None:
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that meets the end of what it waits for."""
+
+    async def run(turns: int) -> None:
+        offload = Offload()
+        sender = WebhookSender(
+            jobs=on_disk,
+            offload=offload,
+            client=Receivers(),  # type: ignore[arg-type]
+            policy=Delivery(),
+            describe=lambda job: {"id": job.id},
+        )
+        sender.start()
+        await asyncio.sleep(0.05)  # it waits for the next webhook
+        sender.wake()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        stopping = asyncio.ensure_future(sender.stop())
+        done, _ = await asyncio.wait([stopping], timeout=10)
+        assert done, f"{turns} turns of the loop after it was woken"
+        offload.close()
+
+    for turns in range(6):
+        asyncio.run(run(turns))
