@@ -21,6 +21,7 @@ from limner.server.access.limits import Limiter
 from limner.server.http.pictures import PictureReader
 from limner.server.http.result_urls import ResultUrls
 from limner.server.http.settings import ServeSettings
+from limner.server.jobs.known_references import KnownReferences
 from limner.server.jobs.moderation import Moderation
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.prefills import Prefills
@@ -48,6 +49,7 @@ class Service:
     jobs: JobStore
     runner: JobRunner
     prefills: Prefills
+    known: KnownReferences
     moderation: Moderation
     offload: Offload
     pictures: PictureReader
