@@ -253,6 +253,9 @@ class ServiceOptions:
         None, help="what callers reach the server under, for URLs in answers", metavar="URL", group="reach"
     )
     fetch_urls: bool = option(False, help="fetch pictures that are named by https URL", group="reach")
+    shared_references: bool = option(
+        False, help="with keys: tell each of hits on references that only others used", group="reach"
+    )
     allow_origins: tuple[str, ...] = option(
         (),
         help="an origin that webhooks and fetches may reach although it is not public, as http://127.0.0.1:9000; "

@@ -15,6 +15,7 @@ from tests.support.serving import ANNA, BOB, KEYS, Served, Words, opened, png, t
 from limner import Pipeline, ReferenceStore
 from limner.errors import RemoteError
 from limner.images import prepare_reference
+from limner.server.access.keys import OPERATOR, KeyRing
 from limner.trust.safety import Checks
 
 BOBS = {"x-key": BOB}
@@ -28,8 +29,9 @@ def served(pipe: Pipeline, tmp_path: Path) -> Iterator[Served]:
         yield served
 
 
-def upload(served: Served, *seeds: int, **options: Any) -> dict[str, Any]:
-    answer = served.http.post("/v1/references", json={"images": [text(png(96, 64, seed=s)) for s in seeds]}, **options)
+def upload(served: Served, *seeds: int, headers: Any = None, **fields: Any) -> dict[str, Any]:
+    body = {"images": [text(png(96, 64, seed=s)) for s in seeds], **fields}
+    answer = served.http.post("/v1/references", json=body, headers=headers)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
 
@@ -65,7 +67,7 @@ def test_a_store_that_machines_share(tiny_folder: Path, tmp_path: Path) -> None:
     store.put(Pipeline.from_pretrained(tiny_folder).prefill(opened(image)))
     store.flush()
     pipe = Pipeline.from_pretrained(tiny_folder, store=ReferenceStore(remote=url))
-    with Served(pipe, tmp_path / "data", keys=KEYS) as served:
+    with Served(pipe, tmp_path / "data", keys=KEYS, shared_references=True) as served:
         made = upload(served, 1)
         assert (made["cache"], [made["id"]]) == ("remote", store.keys())
         assert made["seconds_saved"] > 0
@@ -74,6 +76,80 @@ def test_a_store_that_machines_share(tiny_folder: Path, tmp_path: Path) -> None:
         assert 'limner_references_bytes{tier="remote"}' not in told
         assert served.http.delete(f"/v1/references/{made['id']}").json()["deleted"]
     assert store.keys() == []
+
+
+def test_an_owner_is_told_of_no_hit_that_is_due_to_another(served: Served) -> None:
+    """The first use of pictures is told as the miss that it is for somebody who is alone."""
+    annas, pictures = upload(served, 1), {"images": [text(png(96, 64, seed=1))]}
+    assert annas["cache"] == "miss"
+
+    def ask(path: str) -> dict[str, Any]:
+        answer = httpx.get(f"{served.url}{path}", headers=BOBS)
+        assert answer.status_code == 200
+        return dict(answer.json())
+
+    # left to the first job: that the K/V are there is not told
+    bobs = upload(served, 1, headers=BOBS, prefill=False)
+    assert (bobs["id"], bobs["cache"], bobs["prefill_seconds"]) == (annas["id"], None, None)
+    assert ask(f"/v1/references/{bobs['id']}")["cache"] is None
+    # computed at the upload: the same
+    bobs = upload(served, 1, headers=BOBS)
+    assert (bobs["cache"], bobs["seconds_saved"]) == ("miss", 0.0)
+    assert bobs["prefill_seconds"] > 0
+    assert served.http.get("/v1/references").json()["data"][0]["prefill_seconds"] == annas["prefill_seconds"]
+    # from now on they are his as well
+    assert ask(f"/v1/references/{bobs['id']}")["cache"] == "memory"
+    again = upload(served, 1, headers=BOBS)
+    assert (again["cache"], again["seconds_saved"], again["prefill_seconds"]) == (
+        "memory",
+        bobs["prefill_seconds"],
+        bobs["prefill_seconds"],
+    )
+    # once he has deleted them, they are another's again
+    assert httpx.delete(f"{served.url}/v1/references/{bobs['id']}", headers=BOBS).status_code == 200
+    assert upload(served, 1, headers=BOBS)["cache"] == "miss"
+    assert served.http.get(f"/v1/references/{annas['id']}").json()["cache"] == "memory"
+    assert httpx.post(f"{served.url}/v1/references", json=pictures, headers=BOBS).json()["cache"] == "memory"
+
+
+def test_a_job_tells_of_no_hit_that_is_due_to_another(served: Served) -> None:
+    picture = {"input_image": text(png(96, 64, seed=1)), "seed": 3}
+
+    def told(headers: Any = None) -> dict[str, Any]:
+        drawn = served.poll(served.submit(**picture, headers=headers)["id"], headers=headers)
+        return dict(drawn["result"]["limner"])
+
+    first, second = told(), told()
+    assert (first["reference_cache"], first["seconds_saved"]) == ("miss", 0.0)
+    assert second["reference_cache"] == "memory"
+    bobs, again = told(BOBS), told(BOBS)
+    assert bobs.keys() == first.keys()
+    assert (bobs["reference_cache"], bobs["seconds_saved"], bobs["batch"]) == ("miss", 0.0, 1)
+    assert bobs["timings"]["references"] > 0.8 * second["seconds_saved"]  # what a prefill takes, and not a look-up
+    parts = bobs["timings"]
+    assert parts["total"] == pytest.approx(parts["text"] + parts["references"] + sum(parts["steps"]) + parts["decode"])
+    assert bobs["ran"] >= parts["references"]
+    assert (again["reference_cache"], again["seconds_saved"]) == ("memory", round(parts["references"], 4))
+    assert told()["seconds_saved"] == second["seconds_saved"]
+
+
+def test_metrics_of_references_are_for_the_operator(pipe: Pipeline, tmp_path: Path) -> None:
+    keys = KeyRing.from_environment(f"anna:{ANNA},{OPERATOR}:{BOB}")
+    with Served(pipe, tmp_path / "data", keys=keys) as served:
+        upload(served, 1)
+        annas, all_ = (httpx.get(f"{served.url}/metrics", headers={"x-key": key}).text for key in (ANNA, BOB))
+        for name in ("limner_references_misses", "limner_prefill_seconds", "limner_engine_prefills"):
+            assert name not in annas
+            assert name in all_
+        assert "limner_engine_batches_total" in annas
+
+
+def test_references_may_be_shared(pipe: Pipeline, tmp_path: Path) -> None:
+    with Served(pipe, tmp_path / "data", keys=KEYS, shared_references=True) as served:
+        made = upload(served, 1)
+        bobs = upload(served, 1, headers=BOBS)
+        assert (bobs["cache"], bobs["seconds_saved"]) == ("memory", made["prefill_seconds"])
+        assert "limner_references_hits" in httpx.get(f"{served.url}/metrics", headers=BOBS).text
 
 
 def test_one_upload_serves_both_dialects(served: Served) -> None:

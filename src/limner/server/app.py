@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
-from limner.server.access.keys import KeyRing
+from limner.server.access.keys import OPERATOR, KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
 from limner.server.descriptors import max_streams
@@ -85,12 +85,14 @@ def create_app(
         webhook_client=webhook_client if settings.webhooks else None,
         describe=describe,
         settings=settings.runner,
+        shared_references=settings.shared_references or keyring.is_open,
     )
     service = Service(
         engine=engine,
         jobs=jobs,
         runner=work.runner,
         prefills=work.prefills,
+        known=work.known,
         moderation=work.moderation,
         offload=work.offload,
         pictures=PictureReader(engine=engine, offload=work.offload, settings=settings, outbound=outbound),
@@ -180,11 +182,12 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
         tags=["health"],
         responses={**ERRORS, 200: {"content": {"text/plain": {}}, "description": "Prometheus text"}},
         response_class=Response,
-        dependencies=[*KEYS, Depends(service.owner)],
+        dependencies=KEYS,
         summary="Prometheus metrics",
     )
-    async def read_metrics() -> Response:
-        body, kind = await asyncio.to_thread(metrics.text)
+    async def read_metrics(owner: Owner = Depends(service.owner)) -> Response:
+        with_references = service.known.is_shared or owner.name == OPERATOR
+        body, kind = await asyncio.to_thread(metrics.text, with_references=with_references)
         return Response(body, headers={"content-type": kind})
 
 

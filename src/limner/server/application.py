@@ -61,6 +61,7 @@ def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs
             data=options.storage,
             public_url=options.public_url,
             fetch_urls=options.fetch_urls,
+            shared_references=options.shared_references,
             outbound=OutboundPolicy(allowed=_allowed_origins(options)),
             limits=LimitPolicy(
                 requests_per_minute=options.requests_per_minute,

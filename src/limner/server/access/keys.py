@@ -23,7 +23,7 @@ from pathlib import Path
 
 from limner.errors import AccessDenied, InvalidRequest
 
-__all__ = ["KeyRing", "Owner", "check_bind", "new_key"]
+__all__ = ["OPERATOR", "KeyRing", "Owner", "check_bind", "new_key"]
 
 MIN_KEY_CHARACTERS = 16
 """Shorter keys, chosen by hand, can be guessed."""
@@ -50,6 +50,8 @@ class Owner:
         return cls(name=name, id=hashlib.sha256(name.encode()).hexdigest()[:16])
 
 
+OPERATOR = "operator"
+"""The name of the key whose holder reads all metrics; those of references tell of all tenants together."""
 LOCAL = Owner.named("local")
 """Every caller of a service without keys."""
 

@@ -109,7 +109,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/references/{id}", response_model=Reference, responses=ERRORS, summary="One of your references")
     async def get_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         handle = await service.handle(owner, id)
-        return {**_reference(handle), "cache": "memory" if service.engine.holds(id) else None}
+        return {**_reference(handle), "cache": await _held(service, owner, id)}
 
     @router.get(
         "/v1/references/{id}/{number}.png",
@@ -125,6 +125,7 @@ def routes(service: Service) -> APIRouter:
     async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
         await _delete(service, owner, id)
+        await service.known.forget(owner.id, id)
         return {"id": id, "deleted": True}
 
     return router
@@ -185,11 +186,12 @@ async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any
         with service.limiter.hold(owner):
             service.engine.check_room()
             made = await service.prefills.compute(pictures, owner=owner.id, id=f"prefill-{uuid.uuid4()}")
-        key, nbytes, seconds = made.key, made.nbytes, round(made.prefill_seconds, 4)
-        now: dict[str, Any] = {"cache": made.source, "seconds_saved": 0.0 if made.source == "miss" else seconds}
+        told = await service.known.tell(owner.id, made.key, source=made.source, seconds=made.prefill_seconds)
+        key, nbytes, seconds = made.key, made.nbytes, round(told.seconds, 4)
+        now: dict[str, Any] = {"cache": told.source, "seconds_saved": round(told.saved, 4)}
     else:
         key = await service.offload.run(service.engine.key_of, pictures)
-        now = {"cache": "memory" if service.engine.holds(key) else None}
+        now = {"cache": await _held(service, owner, key)}
     handle = Handle(
         owner=owner.id,
         key=key,
@@ -203,6 +205,11 @@ async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any
         service.jobs.add_handle, handle, pictures, max_handles=service.settings.max_handles
     )
     return {**_reference(stored), **now}
+
+
+async def _held(service: Service, owner: Owner, key: str) -> str | None:
+    """Return "memory" if K/V are there and the owner may be told so, else None."""
+    return "memory" if service.engine.holds(key) and await service.known.has(owner.id, key) else None
 
 
 async def _delete(service: Service, owner: Owner, key: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -28,6 +28,17 @@ _ENGINE_COUNTERS = (
     "busy_seconds",
     "waited_seconds",
 )
+_OF_REFERENCES = ("limner_references_", "limner_prefill_", "limner_engine_prefills")
+
+
+class _Found(Collector):
+    """Metrics that were collected."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 class Metrics(Collector):
@@ -51,9 +62,10 @@ class Metrics(Collector):
         """Count one HTTP request."""
         self._requests.labels(method, route, str(status)).observe(seconds)
 
-    def text(self) -> tuple[bytes, str]:
-        """Return the Prometheus text and its content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+    def text(self, *, with_references: bool) -> tuple[bytes, str]:
+        """Return the Prometheus text and its content type; those of references tell whether any caller's were cached."""
+        found = [m for m in self._registry.collect() if with_references or not m.name.startswith(_OF_REFERENCES)]
+        return generate_latest(_Found(found)), CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Metric]:
         engine, store = self._engine.stats(), self._engine.store_stats()

@@ -25,6 +25,7 @@ from limner.server.access.streams import Streams
 from limner.server.http.pictures import PictureReader
 from limner.server.http.result_urls import ResultUrls
 from limner.server.http.settings import ServeSettings
+from limner.server.jobs.known_references import KnownReferences
 from limner.server.jobs.moderation import Moderation
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.prefills import Prefills
@@ -66,6 +67,7 @@ class Service:
     jobs: JobStore
     runner: JobRunner
     prefills: Prefills
+    known: KnownReferences
     moderation: Moderation
     offload: Offload
     pictures: PictureReader

@@ -19,7 +19,8 @@ class ServeSettings:
 
     `public_url` is the address for callers, if it is not the one their requests name. `fetch_urls`: requests may name
     pictures by URL. `webhooks`: jobs may name a URL that their end is reported to. `max_references` limits one job,
-    `max_handles` the uploads that are stored for one key.
+    `max_handles` the uploads that are stored for one key. `shared_references`: with keys, an owner is told of K/V that only
+    others used.
     """
 
     data: str | Path
@@ -33,6 +34,7 @@ class ServeSettings:
     max_output_pixels: int = 4 << 20
     fetch_urls: bool = False
     webhooks: bool = True
+    shared_references: bool = False
     outbound: OutboundPolicy = field(default_factory=OutboundPolicy)
     limits: LimitPolicy = field(default_factory=LimitPolicy)
     runner: RunnerSettings = field(default_factory=RunnerSettings)

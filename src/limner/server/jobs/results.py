@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from limner import images
 from limner.engine import EditResult
 from limner.engine.protocol import Backend
 from limner.images import SUFFIXES
+from limner.server.jobs.known_references import KnownReferences
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
@@ -27,10 +28,13 @@ __all__ = ["ResultWriter"]
 class ResultWriter:
     """Write the pictures that an engine drew."""
 
-    def __init__(self, *, engine: Backend, jobs: JobStore, offload: Offload, signer: Signer | None) -> None:
+    def __init__(
+        self, *, engine: Backend, jobs: JobStore, offload: Offload, known: KnownReferences, signer: Signer | None
+    ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._offload = offload
+        self._known = known
         self._signer = signer
 
     async def write(self, job: Job, result: EditResult) -> dict[str, Any]:
@@ -39,7 +43,24 @@ class ResultWriter:
         files = await self._offload.with_retry(self._encode, job, result)
         suffix = SUFFIXES[job.output_format].removeprefix(".")
         names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
-        return _report(result) | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
+        report = _report(await self._for_owner(job.owner, result))
+        return report | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
+
+    async def _for_owner(self, owner: str, result: EditResult) -> EditResult:
+        """Return a result as its owner may be told of it: see `KnownReferences`."""
+        key = result.reference_key
+        if key is None or self._known.is_shared:
+            return result
+        timings = result.timings
+        seconds = timings.references if result.reference_cache == "miss" else result.seconds_saved
+        told = await self._known.tell(owner, key, source=result.reference_cache, seconds=seconds)
+        result = replace(
+            result, seconds_saved=told.saved, batch=len(result.images)
+        )  # others of a batch have the same K/V
+        if not told.is_changed:
+            return result
+        ran = result.ran - timings.references + told.seconds
+        return replace(result, reference_cache="miss", timings=replace(timings, references=told.seconds), ran=ran)
 
     def _encode(self, job: Job, result: EditResult) -> list[bytes]:
         files = []

@@ -9,6 +9,7 @@ from typing import Any, Self
 from limner.engine.protocol import Backend
 from limner.server.access.limits import Limiter
 from limner.server.jobs.cleaner import Cleaner
+from limner.server.jobs.known_references import KnownReferences
 from limner.server.jobs.moderation import Moderation
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.prefills import Prefills
@@ -32,6 +33,7 @@ class JobWork:
     offload: Offload
     moderation: Moderation
     prefills: Prefills
+    known: KnownReferences
     webhooks: WebhookSender
     runner: JobRunner
     cleaner: Cleaner
@@ -48,9 +50,14 @@ class JobWork:
         webhook_client: OutboundClient | None,
         describe: Callable[[Job], dict[str, Any]],
         settings: RunnerSettings,
+        shared_references: bool,
     ) -> Self:
-        """Build the parts. `describe` gives the body of a job's webhook; without `webhook_client` none is sent."""
+        """Build the parts. `describe` gives the body of a job's webhook; without `webhook_client` none is sent.
+
+        `shared_references`: every owner is told of all K/V, as `KnownReferences` says.
+        """
         offload = Offload()
+        known = KnownReferences(jobs, offload=offload, is_shared=shared_references)
         moderation = Moderation(checks, offload=offload)
         webhooks = WebhookSender(
             jobs=jobs, offload=offload, client=webhook_client, policy=settings.webhooks, describe=describe
@@ -61,7 +68,7 @@ class JobWork:
             limiter=limiter,
             offload=offload,
             moderation=moderation,
-            results=ResultWriter(engine=engine, jobs=jobs, offload=offload, signer=signer),
+            results=ResultWriter(engine=engine, jobs=jobs, offload=offload, known=known, signer=signer),
             webhooks=webhooks,
             settings=settings,
         )
@@ -76,6 +83,7 @@ class JobWork:
             offload=offload,
             moderation=moderation,
             prefills=Prefills(engine),
+            known=known,
             webhooks=webhooks,
             runner=runner,
             cleaner=cleaner,
