@@ -19,6 +19,7 @@ from limner.batch import Batch, BatchOptions, BatchSummary
 from limner.cli import main
 from limner.deploy.cluster import this_node
 from limner.deploy.ray_batch import Cluster
+from limner.engine.load import load_pipeline
 from limner.errors import InvalidRequest, RemoteError
 from limner.options import ModelOptions
 
@@ -60,7 +61,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def run(folder: Path, model: ModelOptions, cluster: Cluster | None, out: str = "out") -> BatchSummary:
     with Batch(BatchOptions(manifest=folder / "rows.jsonl", folder=folder / out)) as batch:
-        pipe = model.load(store=batch.store)
+        pipe = load_pipeline(model, store=batch.store)
         groups = batch.plan(pipe)
         if cluster is None:
             batch.draw(pipe, groups)
@@ -114,7 +115,7 @@ def test_a_worker_that_dies_is_replaced_and_no_row_is_lost(folder: Path, model: 
     rows = [{**ROWS[0], "id": f"row-{i}", "seed": i} for i in range(60)]
     write(folder, rows)
     with Batch(BatchOptions(manifest=folder / "rows.jsonl", folder=folder / "out")) as batch:
-        groups = batch.plan(model.load(store=batch.store))
+        groups = batch.plan(load_pipeline(model, store=batch.store))
         killer = threading.Thread(target=_kill_worker, args=(folder / "out",), daemon=True)
         killer.start()
         cluster.draw(batch, groups, model)
@@ -143,7 +144,7 @@ def _kill_worker(out: Path) -> None:
 
 def test_weights_that_differ_on_a_worker_end_the_run(folder: Path, model: ModelOptions, cluster: Cluster) -> None:
     with Batch(BatchOptions(manifest=folder / "rows.jsonl", folder=folder / "out")) as batch:
-        groups = batch.plan(model.load(store=batch.store))
+        groups = batch.plan(load_pipeline(model, store=batch.store))
         batch.model = "0" * 64
         with pytest.raises(RemoteError, match="cannot go on: --model: weights .* are not the driver's 0000"):
             cluster.draw(batch, groups, model)
