@@ -14,6 +14,7 @@ from limner.images import PreparedReference
 __all__ = ["MAX_PROMPT_CHARACTERS", "MAX_STEPS", "EditRequest", "PrefillRequest", "check_prompt"]
 
 MAX_STEPS = 100
+"""Of one request to an engine, which others wait for; `limner.schedule.MAX_STEPS` is that of any call."""
 MAX_PROMPT_CHARACTERS = 32_000
 """Longer prompts are refused: the text encoder reads some hundred words, and tokenizing megabytes takes seconds."""
 

@@ -28,8 +28,8 @@ def test_latents_and_keys(name: str, drawn: dict[str, Any]) -> None:
     latents, key = drawn[name]
     shape, values = KEPT["latents"][name]
     assert list(latents.shape) == shape
-    # float32 on another CPU: sums in another order, through four steps; another picture is off by 0.1 and more
-    assert latents.flatten()[::7].tolist() == pytest.approx(values, abs=2e-3)
+    # Six digits are kept, and sums have another order on another CPU: at most 9e-5 was seen, from SSE to AMX.
+    assert latents.flatten()[::7].tolist() == pytest.approx(values, abs=3e-4)
     assert key == KEPT["keys"][name]
 
 

@@ -16,12 +16,12 @@ from typing import Any
 from limner.errors import InvalidRequest
 from limner.grid import check_size
 from limner.requests import check_prompt
+from limner.schedule import MAX_STEPS
 
-__all__ = ["MAX_MANIFEST_BYTES", "MAX_STEPS", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
+__all__ = ["MAX_MANIFEST_BYTES", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
 
 MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
-MAX_STEPS = 1000
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _FIELDS = ("id", "prompt", "references", "seed", "size", "steps")
