@@ -46,7 +46,7 @@ class Job:
             self.key = self.id
         else:
             digests = tuple(r.report.digest for r in self.request.references)
-            self.key = (digests, self.size, self.request.num_inference_steps)
+            self.key = (digests, self.size, self.request.num_inference_steps, self.request.guidance_scale)
 
     @property
     def num_images(self) -> int:
