@@ -74,6 +74,6 @@ def hinted_kind(name: str) -> ModelKind | None:
     A name is a hint and proves nothing.
     """
     words = name.lower().replace("_", "-").replace(".", "-").replace(" ", "-").split("-")
-    if "klein" not in words:
+    if "klein" not in words or not {"4b", "9b"} & set(words):
         return None
     return ModelKind(references="isolated" if "kv" in words else "joint", distilled="base" not in words)

@@ -32,7 +32,7 @@ MAX_PROMPT_CHARACTERS = 32_000
 class EditRequest:
     """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice.
 
-    Steps and guidance None: what the model was trained for (`limner.kinds`).
+    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse` as of `Pipeline.__call__`.
     """
 
     prompt: str
@@ -43,6 +43,7 @@ class EditRequest:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    reuse: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

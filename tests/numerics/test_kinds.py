@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture, relative_error
 
-from limner import InvalidRequest, Pipeline, ReferenceStore, References
+from limner import InvalidRequest, Pipeline, References, ReferenceStore
 from limner.kinds import ModelKind
 from limner.tokens import image_ids, reference_ids, text_ids
 

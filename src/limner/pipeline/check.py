@@ -202,7 +202,7 @@ def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
     for request in requests:
         if not request.seeds:
             raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in ("width", "height", "num_inference_steps", "guidance_scale"):
+        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
             if getattr(request, field) != getattr(first, field):
                 raise InvalidRequest(
                     field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"

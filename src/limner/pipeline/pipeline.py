@@ -29,6 +29,7 @@ from limner.model.transformer import Transformer
 from limner.pipeline import load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
+from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.check import ArgumentChecker, check_shared
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
@@ -371,6 +372,7 @@ class Pipeline:
             height=first.height,
             num_inference_steps=first.num_inference_steps,
             guidance_scale=first.guidance_scale,
+            reuse=first.reuse,
             negative_prompt=[request.negative_prompt or "" for request in requests for _ in request.seeds],
             generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
             callback_on_step_end=callback_on_step_end,
@@ -451,33 +453,38 @@ class Pipeline:
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
             )
-            networks, clock = self.networks, Stopwatch(self.device)
-            # 2. Encode the prompts to text tokens (B, S_txt, text_width)
-            txt, prompts = self._prompts.encode(request, networks)
-            negative = self._prompts.encode_negative(request, networks)
-            # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
-            noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
-            txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
-            request.progress("text", 1, 1)
-            text_seconds = clock.lap()
-            # 4. Get the References: those given, or from the store, or computed
-            refs, source = self._prefiller.get_for(request)
-            reference_seconds = clock.lap()
-            # 5. Denoise
-            batch = denoise(
-                networks,
-                request,
-                noise=noise,
-                prompt_embeds=txt,
-                negative_embeds=negative,
-                references=refs,
-                preview=self.latent_preview,
-                interrupted=lambda: call.interrupted,
-            )
+            output = self._draw(request, interrupted=lambda: call.interrupted)
+        return output if return_dict else (output.images,)
+
+    def _draw(self, request: DrawRequest, *, interrupted: Callable[[], bool]) -> PipelineOutput:
+        """Draw a checked call; after a step for which `interrupted()` is true the others are left out."""
+        networks, clock = self.networks, Stopwatch(self.device)
+        # 2. Encode the prompts to text tokens (B, S_txt, text_width)
+        txt, prompts = self._prompts.encode(request, networks)
+        negative = self._prompts.encode_negative(request, networks)
+        # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
+        noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
+        txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+        request.progress("text", 1, 1)
+        text_seconds = clock.lap()
+        # 4. Get the References: those given, or from the store, or computed
+        refs, source = self._prefiller.get_for(request)
+        reference_seconds = clock.lap()
+        # 5. Denoise
+        batch = denoise(
+            networks,
+            request,
+            noise=noise,
+            prompt_embeds=txt,
+            negative_embeds=negative,
+            references=refs,
+            preview=self.latent_preview,
+            interrupted=interrupted,
+        )
         # 6. Decode
         pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
         timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)
-        output = make_output(
+        return make_output(
             request,
             pictures,
             rows=batch.rows,
@@ -488,4 +495,3 @@ class Pipeline:
             dtype=self.dtype,
             kind=self.kind,
         )
-        return output if return_dict else (output.images,)

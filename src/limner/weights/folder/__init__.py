@@ -1,7 +1,7 @@
 """The diffusers folder of a model: find it and its parts, read its settings, load its networks strictly."""
 
 from limner.weights.files import read_json
-from limner.weights.folder.kind import FoundKind, chosen_kind, find_kind, kind_of_index
+from limner.weights.folder.kind import FoundKind, chosen_kind, find_kind, kind_of_index, kind_of_transformer
 from limner.weights.folder.load import load_autoencoder, load_text_encoder, load_transformer, transformer_digest
 from limner.weights.folder.location import PARTS, bundled_model, resolve_model, resolve_part
 from limner.weights.folder.settings import FolderSettings, read_settings
@@ -14,6 +14,7 @@ __all__ = [
     "chosen_kind",
     "find_kind",
     "kind_of_index",
+    "kind_of_transformer",
     "load_autoencoder",
     "load_text_encoder",
     "load_transformer",

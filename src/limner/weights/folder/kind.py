@@ -11,16 +11,27 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from limner.errors import CheckpointError, InvalidRequest
 from limner.kinds import DIFFUSERS_KINDS, ISOLATED, ModelKind, ReferencesAttention, check_attention, hinted_kind
 from limner.weights.files import read_json
 from limner.weights.layouts import open_file
 
-__all__ = ["DEFAULT", "FoundKind", "chosen_kind", "find_kind", "kind_of_index"]
+__all__ = [
+    "DEFAULT",
+    "HEADER_KEY",
+    "FoundKind",
+    "chosen_kind",
+    "find_kind",
+    "kind_of_index",
+    "kind_of_transformer",
+    "to_header",
+]
 
 _logger = logging.getLogger("limner")
+HEADER_KEY = "limner.kind"
+"""Where a safetensors header that `limner convert` wrote says the kind, as "joint distilled"."""
 _HEADER_NAMES = ("modelspec.architecture", "modelspec.title", "general.name", "general.basename", "general.finetune")
 """Where safetensors (modelspec) and GGUF headers say what a model is called."""
 
@@ -30,12 +41,14 @@ class FoundKind:
     """What files say of a model's kind, and which of them; `stated` False: nothing does, and `kind` is the default.
 
     `says_distilled` is True where `is_distilled` stands in the file, and was not filled in with diffusers' default.
+    `name` is that of a transformer's file that says nothing itself.
     """
 
     kind: ModelKind
     source: str
     stated: bool = True
     says_distilled: bool = True
+    name: str | None = None
 
 
 DEFAULT = FoundKind(kind=ISOLATED, source="default", stated=False)
@@ -47,21 +60,9 @@ def find_kind(folder: Path, *, transformer: Path | None = None) -> FoundKind:
     of_folder = _of_folder(folder)
     if transformer is None or transformer == folder / "transformer":
         return of_folder
-    found = _of_transformer(transformer)
+    found = kind_of_transformer(transformer)
     if found is None:
-        hinted = hinted_kind(transformer.name)
-        if hinted is not None and hinted != of_folder.kind:
-            _logger.warning(
-                "%s is named as one of %s, and nothing in it says so; it is drawn with %s (%s). If the name is right, give "
-                "references=%r (--references-attention %s)",
-                transformer.name,
-                hinted,
-                of_folder.kind,
-                of_folder.source,
-                hinted.references,
-                hinted.references,
-            )
-        return replace(of_folder, stated=False) if of_folder.stated else of_folder
+        return replace(of_folder, stated=False, name=transformer.name)
     return found
 
 
@@ -93,6 +94,17 @@ def chosen_kind(
                 found.source,
             )
         kind = kind.with_references(asked)
+    hinted = hinted_kind(found.name) if found.name is not None else None
+    if hinted is not None and hinted != kind:
+        _logger.warning(
+            "%s is named as one of %s, and nothing in it says so; it is drawn with %s. If the name is right, give "
+            "references=%r (--references-attention %s)",
+            found.name,
+            hinted,
+            kind,
+            hinted.references,
+            hinted.references,
+        )
     if not found.stated:
         _logger.info(
             "model kind: nothing in the files says it; drawn with %s (%s)", kind, by if asked else found.source
@@ -139,16 +151,37 @@ def _of_folder(folder: Path) -> FoundKind:
     )
 
 
-def _of_transformer(source: Path) -> FoundKind | None:
-    """What a transformer from elsewhere says of itself; None: nothing."""
+def kind_of_transformer(source: Path) -> FoundKind | None:
+    """Return what a transformer's file or folder says of itself; None: nothing. Raises `CheckpointError`."""
     if source.is_dir():
         for folder in (source, source.parent):
             if (folder / "model_index.json").is_file():
                 return _of_folder(folder)
         return None
     metadata = open_file(source).metadata
+    if HEADER_KEY in metadata:
+        return _of_header(metadata[HEADER_KEY], where=source)
     for name in _HEADER_NAMES:
         kind = hinted_kind(str(metadata.get(name, "")))
         if kind is not None:
             return FoundKind(kind=kind, source=f"{name} in the header of {source.name}")
     return None
+
+
+def to_header(kind: ModelKind) -> str:
+    """Return the kind as the header of a file says it."""
+    return f"{kind.references} {'distilled' if kind.distilled else 'base'}"
+
+
+def _of_header(text: str, *, where: Path) -> FoundKind:
+    kinds = {
+        to_header(ModelKind(references=r, distilled=d)): (r, d)
+        for r in get_args(ReferencesAttention)
+        for d in (True, False)
+    }
+    if text not in kinds:
+        raise CheckpointError(f"{where}: {HEADER_KEY}={text[:40]!r} in its header is not one of {', '.join(kinds)}")
+    references, distilled = kinds[text]
+    return FoundKind(
+        kind=ModelKind(references=references, distilled=distilled), source=f"{HEADER_KEY} in the header of {where.name}"
+    )
