@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support.parallel_work import lora
 from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture, relative_error
 
-from limner import InvalidRequest, Pipeline, References, ReferenceStore
+from limner import EditRequest, Engine, InvalidRequest, Pipeline, References, ReferenceStore
 from limner.kinds import ModelKind
 from limner.tokens import image_ids, reference_ids, text_ids
 
@@ -420,3 +422,77 @@ def test_other_arithmetic(how: dict[str, Any], standard_folder: Path) -> None:
     arguments = {"prompt": "a dog", "image": REFERENCES[:2], "height": 64, "width": 64, "output_type": "latent"}
     a, b = (pipe(**arguments, generator=generators(1)[0]).images.float() for pipe in (exact, other))
     assert 0 < relative_error(b, a) < 0.15
+
+
+def test_loras_leave_kept_tokens_as_they_are(standard_folder: Path) -> None:
+    """Tokens do not depend on the transformer: a LoRA changes the picture, and no reference is encoded again."""
+    pipe = Pipeline.from_pretrained(standard_folder)
+    arguments = {"prompt": "a dog", "image": REFERENCES[:1], "height": 64, "width": 64, "output_type": "np"}
+    before = pipe(**arguments, generator=generators(1)[0])
+    pipe.load_lora_weights(lora(pipe.transformer))
+    after = pipe(**arguments, generator=generators(1)[0])
+    assert after.reference_cache == "memory"
+    assert after.reference_key == before.reference_key
+    assert np.abs(after.images - before.images).mean() > 100 * TOLERANCE
+    fresh = Pipeline.from_pretrained(standard_folder)
+    fresh.load_lora_weights(lora(fresh.transformer))
+    assert np.array_equal(fresh(**arguments, generator=generators(1)[0]).images, after.images)
+    assert pipe.digest != Pipeline.from_pretrained(standard_folder).digest
+    with torch.no_grad():
+        next(pipe.autoencoder.parameters()).mul_(1.01)
+    assert pipe(**arguments, generator=generators(1)[0]).reference_cache == "miss"
+
+
+def test_requests_of_an_engine(base_folder: Path) -> None:
+    """Requests of equal guidance are drawn together, each with its negative prompt; others by themselves."""
+    pipe = Pipeline.from_pretrained(base_folder)
+    picture = pipe._prefiller.prepare(REFERENCES[:1])
+    requests = [
+        EditRequest(
+            prompt=prompt,
+            seeds=(seed,),
+            references=picture,
+            width=64,
+            height=64,
+            num_inference_steps=2,
+            negative_prompt=negative,
+            guidance_scale=scale,
+        )
+        for prompt, seed, negative, scale in (
+            ("a dog", 1, "rain", 3.0),
+            ("a fox", 2, None, 3.0),
+            ("a cat", 3, None, 1.0),
+        )
+    ]
+    out = pipe.draw(requests[:2], output_type="np")
+    for image, request in zip(out.images, requests, strict=False):
+        assert np.abs(pipe.draw([request], output_type="np").images[0] - image).mean() <= TOLERANCE
+    with pytest.raises(InvalidRequest, match=r"guidance_scale: .* cannot be drawn together"):
+        pipe.draw(requests)
+    engine = Engine(pipe)
+    try:
+        for request in requests:
+            engine.check(request)
+        with pytest.raises(InvalidRequest, match="guidance_scale: -1 is not a number of at least 0"):
+            engine.check(replace(requests[0], guidance_scale=-1))
+    finally:
+        engine.close()
+
+
+def test_memory_of_a_call(standard_folder: Path) -> None:
+    """Joint references are tokens of every image of a batch; what is kept of them is small."""
+    joint, isolated = (
+        Pipeline.from_pretrained(standard_folder),
+        Pipeline.from_pretrained(standard_folder, references="isolated"),
+    )
+    tokens = {"num_ref": 4096, "num_own": 4608, "batch": 4}
+    assert joint.kv_bytes(1000) * 10 < isolated.kv_bytes(1000)
+    assert joint.memory_needed(**tokens) > isolated.memory_needed(**tokens) - isolated.kv_bytes(4096)
+    assert joint.memory_needed(**tokens | {"num_ref": 0}) < joint.memory_needed(**tokens)
+
+
+def test_memory_limit_changes_no_bit(standard_folder: Path) -> None:
+    arguments = {"prompt": "a dog", "image": REFERENCES[:2], "height": 64, "width": 64, "output_type": "np"}
+    limited = Pipeline.from_pretrained(standard_folder, memory_limit="64GiB")
+    expected = Pipeline.from_pretrained(standard_folder)(**arguments, generator=generators(1)[0]).images
+    assert np.array_equal(limited(**arguments, generator=generators(1)[0]).images, expected)
