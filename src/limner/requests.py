@@ -32,7 +32,8 @@ MAX_PROMPT_CHARACTERS = 32_000
 class EditRequest:
     """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice.
 
-    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse` as of `Pipeline.__call__`.
+    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse`, weights and guidance of
+    references as of `Pipeline.__call__`.
     """
 
     prompt: str
@@ -44,6 +45,8 @@ class EditRequest:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     reuse: str | None = None
+    reference_weights: tuple[float, ...] | None = None
+    reference_guidance: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

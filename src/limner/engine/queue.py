@@ -47,7 +47,8 @@ class Job:
         else:
             digests = tuple(r.report.digest for r in self.request.references)
             one = self.request
-            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse)
+            of_references = (one.reuse, one.reference_weights, one.reference_guidance)
+            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, of_references)
 
     @property
     def num_images(self) -> int:

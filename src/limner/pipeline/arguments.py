@@ -17,7 +17,7 @@ from limner.pipeline.noise import NoiseSource, short_digest
 from limner.pipeline.progress import Progress
 from limner.references import References
 
-__all__ = ["DrawRequest", "Guidance", "StepHook"]
+__all__ = ["CanvasPart", "DrawRequest", "Guidance", "StepHook"]
 
 StepHook = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
 """A step callback with its pipeline bound: (step, timestep, tensors) to what it changed."""
@@ -38,11 +38,26 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class CanvasPart:
+    """What is repainted: a picture of the output's size, and where.
+
+    `mask` (1 or B, S_img, 1) is 1 where it is repainted and 0 where the picture stays. `strength` in (0, 1] is the share of
+    the steps that are drawn; 1: all, from noise alone.
+    """
+
+    picture: PreparedReference
+    mask: Tensor
+    strength: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
     `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
-    `guidance` None: there is none. `reuse` "step0": K/V that joint references have in the first step serve the others.
+    `guidance` None: there is none. `reference_weights` are those of each reference, for each step or once for all;
+    None: all are 1. `reference_guidance` 1: none. `canvas` is the picture that is repainted. `reuse` "step0": K/V that
+    joint references have in the first step serve the others.
     """
 
     prompts: tuple[str, ...] | None
@@ -57,6 +72,9 @@ class DrawRequest:
     noise: NoiseSource
     guidance: Guidance | None
     reuse: str | None
+    reference_weights: tuple[tuple[float, ...], ...] | None
+    reference_guidance: float
+    canvas: CanvasPart | None
     loras: tuple[AppliedLora, ...]
     output_type: str
     callback: StepHook | None
@@ -89,6 +107,10 @@ class DrawRequest:
             "guidance_scale": self.guidance and self.guidance.scale,
             "negative_prompt": self.guidance and list(self.guidance.prompts or ()),
             "reuse": self.reuse,
+            "reference_weights": self.reference_weights,
+            "reference_guidance": self.reference_guidance,
+            "mask_image": self.canvas and short_digest(self.canvas.mask),
+            "canvas": self.canvas and self.canvas.picture.report.digest,
         }
         ranks.check_same(values)
         return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

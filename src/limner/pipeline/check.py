@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _logger = logging.getLogger("limner")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised", "preview")
 _MAX_SEQUENCE_LENGTH = 512
+_MAX_WEIGHT = 10.0
+"""Of a reference, and of reference guidance; pictures fall apart long before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,8 @@ class ArgumentChecker:
         negative_prompt: str | Sequence[str] | None,
         negative_prompt_embeds: Tensor | None,
         reuse: str | None,
+        reference_weights: Sequence[float] | Sequence[Sequence[float]] | None,
+        reference_guidance: float,
         num_images_per_prompt: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
@@ -97,6 +102,7 @@ class ArgumentChecker:
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_reuse(reuse)
+        weights = self._check_weights(reference_weights, num_references=len(sizes))
         num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
         self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch)
         self.prefiller.admission.check_limit(workload)
@@ -128,6 +134,9 @@ class ArgumentChecker:
             noise=noise,
             guidance=guidance,
             reuse=reuse if workload.references else None,
+            reference_weights=weights,
+            reference_guidance=_check_reference_guidance(reference_guidance, num_references=len(sizes)),
+            canvas=None,
             loras=loras,
             output_type=output_type,
             callback=callback,
@@ -176,6 +185,30 @@ class ArgumentChecker:
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
 
+    def _check_weights(
+        self, weights: Sequence[float] | Sequence[Sequence[float]] | None, *, num_references: int
+    ) -> tuple[tuple[float, ...], ...] | None:
+        """Return the weights of all references for each step, or once for all steps."""
+        if weights is None:
+            return None
+        rows = weights if isinstance(weights, (list, tuple)) and weights else [weights]
+        per_step: list[Any] = list(rows) if all(isinstance(row, (list, tuple)) for row in rows) else [rows]
+        for row in per_step:
+            if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w <= _MAX_WEIGHT for w in row):
+                raise InvalidRequest(
+                    "reference_weights", f"{weights!r} are not numbers of 0 to {_MAX_WEIGHT}, one for each reference"
+                )
+            if len(row) != num_references:
+                raise InvalidRequest(
+                    "reference_weights", f"there are {len(row)} for {num_references} references; give one for each"
+                )
+        networks = self.prefiller.networks
+        if networks.kind.joint and networks.ranks.mode == "sequence":
+            raise InvalidRequest(
+                "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
+            )
+        return tuple(tuple(float(w) for w in row) for row in per_step)
+
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
         if unknown:
@@ -202,7 +235,15 @@ def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
     for request in requests:
         if not request.seeds:
             raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
+        for field in (
+            "width",
+            "height",
+            "num_inference_steps",
+            "guidance_scale",
+            "reuse",
+            "reference_weights",
+            "reference_guidance",
+        ):
             if getattr(request, field) != getattr(first, field):
                 raise InvalidRequest(
                     field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
@@ -334,6 +375,17 @@ def _check_embeds(embeds: Tensor | None, *, text_width: int, field: str = "promp
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:
     width = check_size("width", default[0] if width is None else width)
     return width, check_size("height", default[1] if height is None else height)
+
+
+def _check_reference_guidance(scale: float, *, num_references: int) -> float:
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not (is_number and 0 <= scale <= _MAX_WEIGHT):
+        raise InvalidRequest(
+            "reference_guidance", f"{scale!r} is not a number of 0 to {_MAX_WEIGHT}; 1 is none, people use about 1.5"
+        )
+    if scale != 1 and not num_references:
+        raise InvalidRequest("reference_guidance", "needs references; leave it out for text to image")
+    return float(scale)
 
 
 def _check_count(name: str, value: int) -> None:

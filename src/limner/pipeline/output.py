@@ -97,6 +97,10 @@ def make_output(
     }
     if request.guidance is not None:
         metadata["guidance_scale"] = request.guidance.scale
+    if request.reference_weights is not None:
+        metadata["reference_weights"] = [list(row) for row in request.reference_weights]
+    if request.reference_guidance != 1:
+        metadata["reference_guidance"] = request.reference_guidance
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:

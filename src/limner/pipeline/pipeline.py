@@ -373,6 +373,8 @@ class Pipeline:
             num_inference_steps=first.num_inference_steps,
             guidance_scale=first.guidance_scale,
             reuse=first.reuse,
+            reference_weights=first.reference_weights,
+            reference_guidance=first.reference_guidance,
             negative_prompt=[request.negative_prompt or "" for request in requests for _ in request.seeds],
             generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
             callback_on_step_end=callback_on_step_end,
@@ -399,6 +401,8 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         reuse: str | None = None,
+        reference_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        reference_guidance: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -417,16 +421,19 @@ class Pipeline:
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
         Steps and guidance left out are those that the model was trained for (`pipe.kind`): 4 steps; for base models 50
         and a `guidance_scale` of 4, away from `negative_prompt` (left out: an empty one). `reuse` "step0" is for joint
-        references, and approximate: the K/V that they have in the first step serve the others. `latents` are noise (B,
-        4 C, height/16, width/16). `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left
-        out is 512, or what the tokenizer declares if that is less. With `latents` given, `generator` has nothing to
-        draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may
-        return changed latents and prompt_embeds, and rows, the list of those images of the batch that go on (the others
-        are dropped, also from the output); it may also ask for denoised, the clean tokens that this step predicts, and
-        preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run,
-        `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part, done, of)` is called for
-        every part. With a parallel model callbacks run in every process and have to do the same. Raises
-        `InvalidRequest`, `CapacityError` and `NumericalError`.
+        references, and approximate: the K/V that they have in the first step serve the others. `reference_weights`, one
+        for each reference (or a list of them for each step), multiply what it counts in attention, from the same K/V: 1
+        changes no bit, 0 leaves it out. `reference_guidance` r over 1 holds a likeness: away from what is drawn without
+        references, with a second forward in every step. `latents` are noise (B, 4 C, height/16, width/16).
+        `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left out is 512, or what the
+        tokenizer declares if that is less. With `latents` given, `generator` has nothing to draw. The callback gets
+        (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may return changed latents and
+        prompt_embeds, and rows, the list of those images of the batch that go on (the others are dropped, also from the
+        output); it may also ask for denoised, the clean tokens that this step predicts, and preview, these as small
+        pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run, `pipe._interrupt = True`
+        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. With a
+        parallel model callbacks run in every process and have to do the same. Raises `InvalidRequest`, `CapacityError`
+        and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
@@ -442,6 +449,8 @@ class Pipeline:
                 negative_prompt=negative_prompt,
                 negative_prompt_embeds=negative_prompt_embeds,
                 reuse=reuse,
+                reference_weights=reference_weights,
+                reference_guidance=reference_guidance,
                 num_images_per_prompt=num_images_per_prompt,
                 generator=generator,
                 latents=latents,
@@ -478,6 +487,7 @@ class Pipeline:
             prompt_embeds=txt,
             negative_embeds=negative,
             references=refs,
+            canvas=None,
             preview=self.latent_preview,
             interrupted=interrupted,
         )

@@ -1,4 +1,4 @@
-"""The velocity of all images of a batch at a step: with isolated or joint references, and with guidance.
+"""The velocity of all images of a batch at a step: with isolated or joint references, their weights, and guidance.
 
 Owns what is computed once for all steps: rotary tables, tokens of joint references, and K/V that are used again. Does not
 know prompts, pictures or the Euler step.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limner.grid import PIXELS
+from limner.grid import PIXELS, num_tokens
 from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
 from limner.pipeline.arguments import DrawRequest
@@ -27,11 +27,15 @@ class Velocity:
 
     def __init__(self, networks: Networks, request: DrawRequest, references: References | None) -> None:
         self._networks, self._guidance = networks, request.guidance
+        self._reference_guidance = request.reference_guidance if references is not None else 1.0
+        self._weights = request.reference_weights if references is not None else None
+        self._step = -1
         self._img_ids = image_ids(request.grid)
         tokens = references.tokens if references is not None else None
         self._isolated = references if tokens is None else None
         self._ref_tokens = None if tokens is None else tokens.to(networks.device, networks.dtype)
         sizes = references.sizes if references is not None else ()
+        self._num_tokens = [num_tokens(size) for size in sizes]
         self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
         self._reuses = request.reuse == "step0" and tokens is not None
         self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
@@ -42,28 +46,47 @@ class Velocity:
     ) -> Tensor:
         """Return the velocity (B, S_img, C) of latents (B, S_img, C) at noise level `sigma`, in float32 with guidance.
 
-        With guidance s it is v_neg + s (v - v_neg) (Ho and Salimans, "Classifier-Free Diffusion Guidance"; written as in
-        diffusers). `negative_embeds` (B, S, text_width) are for that. `rows` are the numbers of these images in the batch
-        that the call began with.
+        It is called once a step. With reference guidance r, v is v_without + r (v_with - v_without): a second forward
+        without references. With guidance s it is v_neg + s (v - v_neg) (Ho and Salimans, "Classifier-Free Diffusion
+        Guidance"; written as in diffusers). `negative_embeds` (B, S, text_width) are for that. `rows` are the numbers
+        of these images in the batch that the call began with.
         """
         device, dtype = self._networks.device, self._networks.dtype
+        self._step += 1
         latents, prompt_embeds = latents.to(dtype), prompt_embeds.to(device, dtype)
         if self._guidance is None or negative_embeds is None:
-            return self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+            return self._guided(latents, prompt_embeds, sigma, rows=rows)
         negative_embeds = negative_embeds.to(device, dtype)
-        if self._guidance.together and negative_embeds.shape == prompt_embeds.shape:
+        alike = negative_embeds.shape == prompt_embeds.shape and self._reference_guidance == 1
+        if self._guidance.together and alike:
             both = torch.cat([negative_embeds, prompt_embeds])
             negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
         else:
-            positive = self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+            positive = self._guided(latents, prompt_embeds, sigma, rows=rows)
             negative = self._forward(latents, negative_embeds, sigma, rows=rows, side="negative")
         return negative.float() + self._guidance.scale * (positive.float() - negative.float())
 
+    def _guided(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int]) -> Tensor:
+        """The velocity for the prompts, away from what it is without references where that is asked for."""
+        velocity = self._forward(latents, txt, sigma, rows=rows, side="prompt")
+        if self._reference_guidance == 1:
+            return velocity
+        without = self._forward(latents, txt, sigma, rows=rows, side="without").float()
+        return without + self._reference_guidance * (velocity.float() - without)
+
+    def _reference_weights(self) -> list[tuple[int, float]] | None:
+        """(tokens, weight) of each reference in this step; None where all are 1."""
+        if self._weights is None:
+            return None
+        weights = self._weights[min(self._step, len(self._weights) - 1)]
+        return None if set(weights) == {1.0} else list(zip(self._num_tokens, weights, strict=True))
+
     def _forward(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int], side: str) -> Tensor:
-        """`side` says which prompts `txt` are of: K/V that are used again belong to one."""
+        """`side` says which prompts `txt` are of ("without": no references): K/V that are used again belong to one."""
         transformer, num_txt = self._networks.transformer, txt.shape[1]
+        uses = side != "without"
         again = self._again(rows, side)
-        as_tokens = self._ref_tokens is not None and again is None
+        as_tokens = uses and self._ref_tokens is not None and again is None
         kept: list[LayerKV] | None = [] if as_tokens and self._reuses else None
         velocity: Tensor = transformer(
             latents,
@@ -71,7 +94,8 @@ class Velocity:
             sigma,
             img_ids=self._img_ids,
             txt_ids=text_ids(num_txt),
-            references=self._isolated or again,
+            references=(self._isolated or again) if uses else None,
+            ref_weights=self._reference_weights() if uses else None,
             ref_tokens=self._ref_tokens if as_tokens else None,
             ref_ids=self._ref_ids if as_tokens else None,
             rope=self._rope(num_txt, with_references=as_tokens),
