@@ -70,7 +70,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 def _has_amx() -> bool:
     """Whether this CPU has matrix tiles for bfloat16 (AMX) that torch and oneDNN use."""
     check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, so it may go
-    return bool(check and check()) and torch.backends.mkldnn.enabled is True
+    return bool(check and check() and torch.backends.mkldnn.enabled)
 
 
 def attend(
