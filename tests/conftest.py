@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -108,3 +109,24 @@ def pipe(tiny_folder: Path) -> Pipeline:
 def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny folder to damage."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def _as_kind(folder: Path, copy: Path, name: str, **index: object) -> Path:
+    """Copy a model's folder, as one of another class of diffusers."""
+    shutil.copytree(folder, copy)
+    file = copy / "model_index.json"
+    found = {key: value for key, value in json.loads(file.read_text()).items() if key != "is_distilled"}
+    file.write_text(json.dumps(found | {"_class_name": name} | index))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def standard_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a standard klein: joint references, distilled."""
+    return _as_kind(tiny_folder, tmp_path_factory.mktemp("standard") / "m", "Flux2KleinPipeline", is_distilled=True)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a base klein, which needs guidance; nothing says `is_distilled`."""
+    return _as_kind(tiny_folder, tmp_path_factory.mktemp("base") / "m", "Flux2KleinPipeline")

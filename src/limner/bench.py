@@ -282,12 +282,39 @@ class Bench:
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
         return latents
 
+    @torch.no_grad()
+    def limner_joint(
+        self, case: BenchCase, given: dict[str, Tensor], *, quantize: bool = False, reuse: bool = False
+    ) -> Tensor:
+        """Limner's loop with references as tokens of every step; with `reuse` their K/V of the first step serve others."""
+        model = self.int8() if quantize else self.ours
+        latents, kept = given["noise"].float(), None
+        txt = given["txt"].expand(case.batch, -1, -1)
+        for i in range(case.num_inference_steps):
+            found: list[LayerKV] = []
+            joint = kept is None
+            velocity = model(
+                latents.to(self.dtype),
+                txt,
+                given["sigmas"][i].to(self.dtype),
+                img_ids=given["img_ids"],
+                txt_ids=given["txt_ids"],
+                references=kept,
+                ref_tokens=given["ref"] if joint else None,
+                ref_ids=given["ref_ids"] if joint else None,
+                kept=found if reuse and joint else None,
+            )
+            kept = ReferenceKV(layers=tuple(found)) if found else kept
+            latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
+        return latents
+
     def run(
         self, case: BenchCase, *, rounds: int, engines: Sequence[str], progress: Callable[[str], None] = print
     ) -> dict[str, Any]:
         """Return medians of all engines in turn, ratios, memory of each call, and by what the results differ.
 
-        Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv. Without references only standard,
+        Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv; joint, int8_joint, and reuse,
+        int8_reuse, which are approximate. Without references only standard,
         cold and int8_cold mean something; the others are left out.
         """
         if not case.num_references:
@@ -339,6 +366,10 @@ class Bench:
             "int8_cold": lambda: self.limner(case, given, quantize=True),
             "int8_warm": lambda: self.limner(case, given, cached=cached.get(True), quantize=True),
             "warm_int8_kv": lambda: self.limner(case, given, cached=narrow),
+            "joint": lambda: self.limner_joint(case, given),
+            "int8_joint": lambda: self.limner_joint(case, given, quantize=True),
+            "reuse": lambda: self.limner_joint(case, given, reuse=True),
+            "int8_reuse": lambda: self.limner_joint(case, given, quantize=True, reuse=True),
         }
 
     def _rates(self, case: BenchCase, seconds: dict[str, float], *, num_ref: int) -> dict[str, float]:
@@ -376,6 +407,10 @@ class Bench:
         return time.perf_counter()
 
 
+_JOINT = ("joint", "int8_joint", "reuse", "int8_reuse")
+"""Engines whose references are joint, as those of diffusers' standard pipeline."""
+
+
 def _comparison(seconds: dict[str, float], results: dict[str, Tensor]) -> dict[str, Any]:
     """Return how many times as fast as diffusers each engine is, and how far its result is from that of diffusers."""
     found: dict[str, Any] = {}
@@ -383,18 +418,21 @@ def _comparison(seconds: dict[str, float], results: dict[str, Tensor]) -> dict[s
         if base not in seconds:
             continue
         found[f"times_{base}"] = {name: round(seconds[base] / value, 3) for name, value in seconds.items()}
-        if base == "diffusers_kv":
-            expected = results[base].float()
-            found["relative_difference"] = {
-                name: round(((value.float() - expected).norm() / expected.norm()).item(), 8)
-                for name, value in results.items()
-                if name not in ("standard", base)
-            }
+        expected = results[base].float()
+        alike = {name: value for name, value in results.items() if (name in _JOINT) == (base == "standard")}
+        found["relative_difference"] = found.get("relative_difference", {}) | {
+            name: round(((value.float() - expected).norm() / expected.norm()).item(), 8)
+            for name, value in alike.items()
+            if name not in ("standard", base)
+        }
     return found
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """Return the table of a report: seconds, and how many times as fast as diffusers with its K/V cache."""
+    """Return the table of a report: seconds, and how many times as fast as diffusers with its K/V cache.
+
+    Engines with joint references are compared with its standard pipeline.
+    """
     names = {
         "standard": "diffusers, references in every step",
         "diffusers_kv": "diffusers with its K/V cache",
@@ -403,6 +441,10 @@ def as_markdown(report: dict[str, Any]) -> str:
         "warm_int8_kv": "Limner, references kept in int8",
         "int8_cold": "Limner int8, references new",
         "int8_warm": "Limner int8, references kept",
+        "joint": "Limner, references in every step",
+        "int8_joint": "Limner int8, references in every step",
+        "reuse": "Limner, K/V of the first step again (approximate)",
+        "int8_reuse": "Limner int8, K/V of the first step again (approximate)",
     }
     cases = report["cases"]
     heads = []
@@ -417,7 +459,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             if name not in found["seconds"]:
                 cells.append("")
                 continue
-            times = found.get("times_diffusers_kv", {}).get(name)
+            base = "standard" if name in _JOINT else "diffusers_kv"
+            times = found.get(f"times_{base}", {}).get(name)
             cells.append(f"{found['seconds'][name]:.1f} s" + (f" ({times:.2f}x)" if times else ""))
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from limner.config import BUNDLED_MODEL, ReferencePolicy
+from limner.kinds import ReferencesAttention
 
 __all__ = [
     "Dtype",
@@ -177,6 +178,12 @@ class ModelOptions(ReferenceOptions):
         None,
         help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
         metavar="SIZE",
+        group="model",
+    )
+    references_attention: ReferencesAttention | None = option(
+        None,
+        help="what references attend to: isolated (K/V are kept) or joint (standard and base klein); default: what the "
+        "model's files say",
         group="model",
     )
     kv_cache_dtype: KVCacheDtype | None = option(

@@ -6,12 +6,21 @@ Knows nothing of pipelines, queues or HTTP.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
 
-__all__ = ["MAX_PROMPT_CHARACTERS", "MAX_STEPS", "EditRequest", "PrefillRequest", "check_prompt"]
+__all__ = [
+    "MAX_PROMPT_CHARACTERS",
+    "MAX_STEPS",
+    "EditRequest",
+    "PrefillRequest",
+    "check_guidance",
+    "check_length",
+    "check_prompt",
+]
 
 MAX_STEPS = 100
 """Of one request to an engine, which others wait for; `limner.schedule.MAX_STEPS` is that of any call."""
@@ -21,14 +30,20 @@ MAX_PROMPT_CHARACTERS = 32_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditRequest:
-    """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice."""
+    """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice.
+
+    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse` as of `Pipeline.__call__`.
+    """
 
     prompt: str
     seeds: tuple[int, ...]
     references: tuple[PreparedReference, ...] = ()
     width: int | None = None
     height: int | None = None
-    num_inference_steps: int = 4
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    reuse: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +53,26 @@ class PrefillRequest:
     references: tuple[PreparedReference, ...]
 
 
+def check_length(field: str, text: str) -> None:
+    """Raises `InvalidRequest` where a prompt or negative prompt is too long to be read."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(
+            field, f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
+        )
+
+
+def check_guidance(scale: float | None) -> None:
+    """Raises `InvalidRequest` unless a guidance scale is None or a number of at least 0."""
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and 0 <= scale < math.inf):
+        raise InvalidRequest("guidance_scale", f"{scale!r} is not a number of at least 0; base models take about 4")
+
+
 def check_prompt(text: object) -> None:
     """Raises `InvalidRequest` where a prompt is no text to draw from."""
     if not isinstance(text, str):
         raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequest(
-            "prompt", f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
-        )
+    check_length("prompt", text)
     if not text.strip():
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
     try:

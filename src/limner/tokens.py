@@ -1,8 +1,9 @@
 """The only owner of token order: patches, packing, position ids, and the places of text and image in a sequence.
 
-Shapes: latents (B, C, h, w) on the latent grid; tokens (B, S, C); ids (S, 4) with axes (t, h, w, l). Sequences are
-[txt, ref, img]. A denoising sequence is [txt, img]: references are present only as cached keys and values, and attention
-does not depend on the order of keys. Knows nothing of models or pixels.
+Shapes: latents (B, C, h, w) on the latent grid; tokens (B, S, C); ids (S, 4) with axes (t, h, w, l). Diffusers
+orders them [txt, ref, img] where references are isolated: here these are present only as cached keys and values, and a
+denoising sequence is [txt, img]; attention does not depend on the order of keys. Joint references are tokens of the
+sequence, [txt, img, ref]. Knows nothing of models or pixels.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ REFERENCE_STRIDE = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLayout:
-    """The places of text and image tokens in a denoising sequence [txt, img]."""
+    """The places of tokens in a denoising sequence [txt, img, ref]; `num_ref` is 0 unless references are joint."""
 
     num_txt: int
     num_img: int
+    num_ref: int = 0
 
     @property
     def txt(self) -> slice:
@@ -47,14 +49,19 @@ class TokenLayout:
     def img(self) -> slice:
         return slice(self.num_txt, self.num_txt + self.num_img)
 
+    @property
+    def ref(self) -> slice:
+        start = self.num_txt + self.num_img
+        return slice(start, start + self.num_ref)
+
     @staticmethod
     def join(txt: Tensor, img: Tensor) -> Tensor:
-        """(B, S_txt, ...) and (B, S_img, ...) to the sequence (B, S_txt + S_img, ...)."""
+        """(B, S_txt, ...) and the picture's tokens (B, S_img + S_ref, ...) to the sequence."""
         return torch.cat([txt, img], dim=1)
 
     def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """The sequence (B, S_txt + S_img, ...) to (B, S_txt, ...) and (B, S_img, ...)."""
-        txt, img = torch.split(sequence, [self.num_txt, self.num_img], dim=1)
+        """The sequence to (B, S_txt, ...) and (B, S_img + S_ref, ...); the inverse of `join`."""
+        txt, img = torch.split(sequence, [self.num_txt, self.num_img + self.num_ref], dim=1)
         return txt, img
 
 

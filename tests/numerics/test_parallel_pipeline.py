@@ -133,3 +133,17 @@ def test_loras_and_int8(mode: str, tiny_folder: Path, found: list[dict[Any, Any]
         assert nbytes * (2 if mode == "tensor" else 1) == narrow.prefill(pictures(1)).nbytes
         assert relative_error(images, plain) <= 2 * rounded
         assert all(held == used for held, used in found[rank][mode, "cast"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_joint_references(mode: str, tiny_folder: Path, found: list[dict[Any, Any]]) -> None:
+    """Tokens of joint references are whole in every process, and drawn as by one."""
+    one = Pipeline.from_pretrained(tiny_folder, references="joint")
+    expected, reused = edit(one, 2).images, edit(one, 2, reuse="step0").images
+    assert relative_error(reused, expected) > 10 * TOLERANCE
+    for rank in range(2):
+        images, shard = found[rank][mode, "joint"]
+        assert shard is None
+        assert relative_error(images, expected) <= TOLERANCE
+        if mode == "tensor":
+            assert relative_error(found[rank][mode, "reuse"], reused) <= TOLERANCE

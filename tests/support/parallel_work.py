@@ -135,7 +135,7 @@ def pictures(number: int) -> list[Any]:
     return [picture(64 + 16 * i, 80, seed=i) for i in range(number)]
 
 
-def edit(pipe: Pipeline, number: int) -> PipelineOutput:
+def edit(pipe: Pipeline, number: int, **how: Any) -> PipelineOutput:
     """Two prompts over so many references."""
     made = pipe(
         ["a hat", "two hats and a scarf"],
@@ -146,6 +146,7 @@ def edit(pipe: Pipeline, number: int) -> PipelineOutput:
         generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)],
         max_sequence_length=40,
         num_inference_steps=2,
+        **how,
     )
     assert isinstance(made, PipelineOutput)
     return made
@@ -252,6 +253,13 @@ def pipelines(rank: int, size: int, model: Path, folder: Path, adapter: dict[str
         found[mode, "cast"] += [
             (x.untyped_storage().nbytes(), x.nbytes) for x in narrow.transformer.state_dict().values()
         ]
+        joint = Pipeline.from_pretrained(model, parallel=mode, references="joint", store=ReferenceStore())
+        found[mode, "joint"] = edit(joint, 2).images, joint.prefill(pictures(2)).shard
+        if mode == "tensor":
+            found[mode, "reuse"] = edit(joint, 2, reuse="step0").images
+        else:
+            with pytest.raises(InvalidRequest, match="reuse: is not offered for a model divided by sequence"):
+                edit(joint, 2, reuse="step0")
     with pytest.raises(InvalidRequest, match="'data' is not one of None, 'tensor', 'sequence'"):
         load("data")
     with pytest.raises(InvalidRequest, match="mps cannot be that of each process"):

@@ -18,8 +18,8 @@ SOURCE = ROOT / "src" / "limner"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 FILE_LINES = 700
 FUNCTION_LINES = 100
-CORE_LINES = 3000
-DOCUMENT_LINES = 160
+CORE_LINES = 3500
+DOCUMENT_LINES = 180
 
 
 def program() -> ModuleType:

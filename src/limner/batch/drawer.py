@@ -107,6 +107,7 @@ class Drawer:
             "seed": task.seed,
             "size": f"{task.width}x{task.height}",
             "steps": task.num_inference_steps,
+            **({"guidance": task.guidance} if task.guidance is not None else {}),
             "prompt_cut": out.prompts[number].cut,
             "references": list(task.references),
             "reference_cache": source,
@@ -131,6 +132,8 @@ def _request(task: Task) -> EditRequest:
         width=task.width,
         height=task.height,
         num_inference_steps=task.num_inference_steps,
+        guidance_scale=task.guidance,
+        negative_prompt=task.negative_prompt,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from limner.errors import InvalidRequest
 from limner.grid import check_size
-from limner.requests import check_prompt
+from limner.requests import check_guidance, check_length, check_prompt
 from limner.schedule import MAX_STEPS
 
 __all__ = ["MAX_MANIFEST_BYTES", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
@@ -24,7 +24,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_FIELDS = ("id", "prompt", "references", "seed", "size", "steps")
+_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,9 @@ class Row:
     references: tuple[str, ...] = ()
     seed: int
     size: tuple[int, int] | None = None
-    steps: int = 4
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +98,9 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
             references=_files(values.get("references", [])),
             seed=seed_of(id) if seed is None else check_number("seed", seed, low=0, high=2**63 - 1),
             size=_size(values.get("size")),
-            steps=check_number("steps", values.get("steps", 4), low=1, high=MAX_STEPS),
+            steps=_optional_steps(values.get("steps")),
+            guidance=_guidance(values.get("guidance")),
+            negative_prompt=_negative(values.get("negative_prompt")),
         )
     except InvalidRequest as error:
         return BrokenRow(line=line, id=id, error=error)
@@ -146,6 +150,27 @@ def _size(value: object) -> tuple[int, int] | None:
     if match is None:
         raise InvalidRequest("size", f'{_short(value)} is not "WIDTHxHEIGHT", as "512x512"')
     return check_size("width", int(match[1])), check_size("height", int(match[2]))
+
+
+def _optional_steps(value: object) -> int | None:
+    return None if value is None else check_number("steps", value, low=1, high=MAX_STEPS)
+
+
+def _guidance(value: Any) -> float | None:
+    try:
+        check_guidance(value)
+    except InvalidRequest as error:
+        raise InvalidRequest("guidance", str(error).removeprefix("guidance_scale: ")) from None
+    return None if value is None else float(value)
+
+
+def _negative(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidRequest("negative_prompt", f"{_short(value)} is not a text")
+    check_length("negative_prompt", value)
+    return value
 
 
 def check_number(name: str, value: object, *, low: int, high: int) -> int:

@@ -78,14 +78,16 @@ class Task:
     width: int
     height: int
     num_inference_steps: int
+    guidance: float | None
+    negative_prompt: str | None
     file: str
     fingerprint: str
     references: tuple[dict[str, Any], ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """What tasks that are drawn together have in common: width, height and steps."""
-        return self.width, self.height, self.num_inference_steps
+    def shape(self) -> tuple[int, int, int, float | None]:
+        """What tasks that are drawn together have in common: width, height, steps and guidance."""
+        return self.width, self.height, self.num_inference_steps, self.guidance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,16 +110,20 @@ def make_task(
     file = row.id + ENDINGS[options.format]
     if (options.folder / file).is_dir():
         raise InvalidRequest("id", f"{options.folder / file} is a folder; move it away")
+    steps = row.steps or pipe.kind.num_inference_steps
     parts = {
         "prompt": row.prompt,
         "seed": row.seed,
         "size": [width, height],
-        "steps": row.steps,
+        "steps": steps,
         "file": file,
         "references": [report.digest for report in reports],
         "model": model,
         "dtype": str(pipe.dtype),
         "kv_cache_dtype": pipe.kv_cache_dtype,
+        **({"guidance": row.guidance} if row.guidance is not None else {}),
+        **({"negative_prompt": row.negative_prompt} if row.negative_prompt is not None else {}),
+        **({"references_attention": pipe.kind.references} if pipe.kind.joint else {}),
     }
     named = zip(row.references, reports, strict=True)
     return Task(
@@ -127,7 +133,9 @@ def make_task(
         seed=row.seed,
         width=width,
         height=height,
-        num_inference_steps=row.steps,
+        num_inference_steps=steps,
+        guidance=row.guidance,
+        negative_prompt=row.negative_prompt,
         file=file,
         fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
         references=tuple({"file": name, **asdict(report)} for name, report in named),

@@ -17,7 +17,8 @@ from limner.grid import PIXELS
 
 __all__ = ["add_commands", "bench"]
 
-_ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm", "warm_int8_kv")
+_ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm")
+_MORE_ENGINES = ("warm_int8_kv", "joint", "int8_joint", "reuse", "int8_reuse")
 
 
 def add_commands(commands: Commands) -> None:
@@ -40,7 +41,11 @@ def add_commands(commands: Commands) -> None:
         "--rounds", type=int, default=3, metavar="N", help="rounds; medians are taken (default: %(default)s)"
     )
     parser.add_argument(
-        "--engines", nargs="+", choices=_ENGINES, default=list(_ENGINES[:-1]), help="what to measure (all but the last)"
+        "--engines",
+        nargs="+",
+        choices=(*_ENGINES, *_MORE_ENGINES),
+        default=list(_ENGINES),
+        help="what to measure (the first six)",
     )
     parser.add_argument(
         "--geometry",

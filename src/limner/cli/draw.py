@@ -17,6 +17,7 @@ from limner import ranks
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
 from limner.cli.output import DrawProgress
 from limner.errors import InvalidRequest
+from limner.kinds import ISOLATED
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
@@ -38,6 +39,11 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
     parser.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
     parser.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
+    parser.add_argument(
+        "--reuse",
+        choices=("step0",),
+        help="approximate, for joint references: the K/V that they have in the first step serve the others",
+    )
     _add_drawing(parser)
     add_options(parser, ModelOptions, StoreOptions)
     parser.set_defaults(run=edit, under_torchrun=True)
@@ -57,7 +63,11 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn"
     )
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="number of steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of steps; default: 4, of base models 50")
+    parser.add_argument(
+        "--guidance", type=float, metavar="X", help="guidance scale of base models (default: 4; 1 is none)"
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance goes away from (base models)")
     parser.add_argument(
         "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
     )
@@ -124,7 +134,7 @@ def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
     from limner.requests import check_prompt
 
     files = _output_files(args.output, args.num_images) if process.writes else []
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
     check_prompt(args.prompt)
     return files
@@ -175,7 +185,11 @@ def _draw(
     references = References.load(pack) if pack else None
     store = open_optional_store(from_args(StoreOptions, args))
     with contextlib.closing(
-        DrawProgress(num_inference_steps=args.steps, references=bool(prepared), silent=not process.writes)
+        DrawProgress(
+            num_inference_steps=args.steps or ISOLATED.num_inference_steps,
+            references=bool(prepared),
+            silent=not process.writes,
+        )
     ) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
         request = _request(args, prepared, pipe)
@@ -208,6 +222,9 @@ def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...]
         width=width,
         height=height,
         num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative_prompt,
+        reuse=getattr(args, "reuse", None),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from limner.cli.options import DTYPES, Commands, add_json, add_options, check_at_least, size
 from limner.cli.output import print_result
 from limner.grid import check_size
+from limner.kinds import ISOLATED, ModelKind
 from limner.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: %(default)s)")
     parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
-    add_options(parser, ModelOptions, only=("kv_cache_dtype",))
+    add_options(parser, ModelOptions, only=("kv_cache_dtype", "references_attention"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: %(default)s)")
     parser.add_argument(
         "--memory", metavar="SIZE", help="what there is, as 24GiB: finds the cheapest setting that fits"
@@ -62,10 +63,15 @@ def plan(args: argparse.Namespace) -> None:
         for side in sides:
             check_size(flag, side)
     limit = None if args.memory is None else parse_bytes(args.memory, field="--memory")
-    geometry, is_int8 = _geometry(args.model)
+    geometry, is_int8, kind = _geometry(args.model)
+    kind = kind.with_references(args.references_attention)
     formats = _formats(args, is_int8=is_int8)
     request = Request(
-        size=args.size, references=(args.reference_size,) * args.references, batch=args.num_images, num_text=args.text
+        size=args.size,
+        references=(args.reference_size,) * args.references,
+        batch=args.num_images,
+        num_text=args.text,
+        joint=kind.joint,
     )
     if limit is not None:
         made = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
@@ -76,17 +82,23 @@ def plan(args: argparse.Namespace) -> None:
         how: make_plan(geometry, request, formats=made.formats, device=args.device, staging=how, limit=0).peak
         for how in stagings
     }
-    found = {"model": args.model or "bundled", **made.as_json(), "peaks": peaks, "options": _options(args, made)}
+    found = {
+        "model": args.model or "bundled",
+        "references_attention": kind.references,
+        **made.as_json(),
+        "peaks": peaks,
+        "options": _options(args, made),
+    }
     print_result(args, found, "\n".join(_lines(found)))
 
 
-def _geometry(model: str | None) -> tuple[ModelGeometry, bool]:
-    """Return a geometry by name or from a folder's configurations, and whether its transformer is int8."""
+def _geometry(model: str | None) -> tuple[ModelGeometry, bool, ModelKind]:
+    """Return a geometry by name or from a folder's configurations, whether its transformer is int8, and the kind."""
     from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
 
     if model is not None and model.lower() in MODELS:
-        return MODELS[model.lower()], False
-    from limner.weights.folder import read_json, resolve_model
+        return MODELS[model.lower()], False, ISOLATED
+    from limner.weights.folder import find_kind, read_json, resolve_model
 
     folder = resolve_model(model)
     configs = {part: read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae")}
@@ -95,7 +107,7 @@ def _geometry(model: str | None) -> tuple[ModelGeometry, bool]:
         text_encoder=TextConfig.from_transformers(configs["text_encoder"]),
         autoencoder=AutoencoderConfig.from_diffusers(configs["vae"]),
     )
-    return geometry, "quantization_config" in configs["transformer"]
+    return geometry, "quantization_config" in configs["transformer"], find_kind(folder).kind
 
 
 def _formats(args: argparse.Namespace, *, is_int8: bool) -> Formats:
@@ -130,7 +142,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     def gib(number: int) -> str:
         return f"{number / 2**30:9.2f}"
 
-    lines = [f"{found['model']} on {found['device']}, GiB", ""]
+    lines = [f"{found['model']} on {found['device']}, {found['references_attention']} references, GiB", ""]
     lines += [f"{name:38} {gib(nbytes)}" for name, nbytes in found["components"].items()]
     lines += ["", f"{'phase':20} {'anonymous':>9} {'files':>9} {'total':>9}"]
     lines += [

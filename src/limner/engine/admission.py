@@ -14,7 +14,7 @@ from limner.errors import InvalidRequest, QueueFull
 from limner.grid import check_size, num_tokens
 from limner.images import PreparedReference
 from limner.pipeline import check_fits
-from limner.requests import MAX_STEPS, EditRequest, PrefillRequest, check_prompt
+from limner.requests import MAX_STEPS, EditRequest, PrefillRequest, check_guidance, check_length, check_prompt
 
 __all__ = ["Admission"]
 
@@ -62,8 +62,11 @@ class Admission:
         if len(request.seeds) > self.max_batch:
             raise InvalidRequest("num_images", f"{len(request.seeds)} images are over the {self.max_batch} of a batch")
         steps = request.num_inference_steps
-        if not 1 <= steps <= MAX_STEPS:
+        if steps is not None and not 1 <= steps <= MAX_STEPS:
             raise InvalidRequest("num_inference_steps", f"{steps} is not within 1 to {MAX_STEPS}")
+        check_guidance(request.guidance_scale)
+        if request.negative_prompt is not None:
+            check_length("negative_prompt", request.negative_prompt)
         sizes = [r.report.processed_size for r in request.references] or [self.model.default_size]
         width = check_size("width", sizes[0][0] if request.width is None else request.width)
         height = check_size("height", sizes[0][1] if request.height is None else request.height)

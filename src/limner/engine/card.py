@@ -13,6 +13,7 @@ import torch
 from limner.config import ModelGeometry, ReferencePolicy
 from limner.grid import PIXELS
 from limner.images import PreparedReference
+from limner.kinds import ModelKind
 from limner.memory import Formats, call_bytes
 from limner.pipeline import Pipeline
 from limner.references import reference_key
@@ -33,6 +34,10 @@ class PipelineView:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         return self._pipe.sizes
+
+    @property
+    def kind(self) -> ModelKind:
+        return self._pipe.kind
 
     @property
     def reference_policy(self) -> ReferencePolicy:
@@ -66,6 +71,7 @@ class ModelCard:
     reference_weights: str
     dtype: str
     arithmetic: str
+    kind: ModelKind
     kv_cache_dtype: str | None
     reference_policy: ReferencePolicy
     default_size: tuple[int, int]
@@ -85,6 +91,7 @@ class ModelCard:
             reference_weights=pipe.reference_weights,
             dtype=str(pipe.dtype).removeprefix("torch."),
             arithmetic=pipe.kernel,
+            kind=pipe.kind,
             kv_cache_dtype=pipe.kv_cache_dtype,
             reference_policy=pipe.reference_policy,
             default_size=pipe.default_size,
@@ -108,6 +115,7 @@ class ModelCard:
             formats=self.formats,
             whole_pixels=self.whole_pixels,
             reference_pixels=min(num_ref * PIXELS**2, self.reference_policy.pixels),
+            joint=self.kind.joint,
         )
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
@@ -117,5 +125,6 @@ class ModelCard:
             dtype=getattr(torch, self.dtype),
             arithmetic=self.arithmetic,
             digests=[p.report.digest for p in prepared],
-            quantization=self.kv_cache_dtype,
+            quantization=None if self.kind.joint else self.kv_cache_dtype,
+            joint=self.kind.joint,
         )

@@ -242,7 +242,8 @@ class Engine:
 
     def _draw(self, batch: list[Job], requests: list[EditRequest], start: float) -> None:
         """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
-        rows, num_inference_steps = Rows(batch), requests[0].num_inference_steps
+        rows = Rows(batch)
+        num_inference_steps = requests[0].num_inference_steps or self.pipe.kind.num_inference_steps
 
         def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             stay = self._drop_stopped(rows)

@@ -42,6 +42,7 @@ def load_pipeline(
         text_encoder=options.text_encoder,
         torch_dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
+        references=options.references_attention,
         store=store,
         reference_policy=options.policy,
         quantize=options.quantize,

@@ -13,6 +13,7 @@ from limner.config import ReferencePolicy
 from limner.engine.events import Listener
 from limner.engine.stats import EngineStats
 from limner.images import PreparedReference
+from limner.kinds import ModelKind
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -29,6 +30,10 @@ class ModelView(Protocol):
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The sizes that the model has learned to draw; none: any."""
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the model was trained for."""
 
     @property
     def reference_policy(self) -> ReferencePolicy: ...

@@ -46,7 +46,8 @@ class Job:
             self.key = self.id
         else:
             digests = tuple(r.report.digest for r in self.request.references)
-            self.key = (digests, self.size, self.request.num_inference_steps)
+            one = self.request
+            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse)
 
     @property
     def num_images(self) -> int:

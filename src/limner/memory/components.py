@@ -39,12 +39,16 @@ _STRIP_SCRATCH = (1 << 15) * 4 * 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """The sizes of one call: (width, height) in pixels, of references after their processing."""
+    """The sizes of one call: (width, height) in pixels, of references after their processing.
+
+    `joint`: references are tokens of every step (`limner.kinds`), not K/V that are kept.
+    """
 
     size: tuple[int, int]
     references: tuple[tuple[int, int], ...] = ()
     batch: int = 1
     num_text: int = 512
+    joint: bool = False
 
     @property
     def num_ref(self) -> int:
@@ -152,8 +156,13 @@ def least_resident(geometry: ModelGeometry, formats: Formats, part: str) -> int:
     return min(whole, whole - num_matrix_weights(config) * of_matrix + (1 if packed else 2) * largest)
 
 
-def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str | None) -> int:
-    """Return the bytes of K/V of `num_ref` tokens in every layer; `kv` is "int8", "fp8" or None (not quantized)."""
+def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str | None, joint: bool = False) -> int:
+    """Return the bytes of K/V of `num_ref` tokens in every layer; `kv` is "int8", "fp8" or None (not quantized).
+
+    Of a joint model, those of the tokens, which are kept instead.
+    """
+    if joint:
+        return num_ref * config.in_channels * itemsize
     row = config.width * itemsize if kv is None else config.width + 4 * config.num_heads
     return num_ref * config.num_layers * 2 * row
 
@@ -188,19 +197,22 @@ def call_bytes(
     whole_pixels: int = WHOLE_PIXELS,
     pixels: int | None = None,
     reference_pixels: int | None = None,
+    joint: bool = False,
 ) -> int:
     """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
 
-    `num_ref` counts references to prefill; K/V that are cached are in memory already. `pixels` is the size of the output,
+    `num_ref` counts references to prefill; K/V that are cached are in memory already. Joint references are counted
+    always: they are tokens of every image. `pixels` is the size of the output,
     `reference_pixels` that of the largest reference; None: all tokens are those of one picture.
     """
     size = formats.itemsize
-    cached = kv_bytes(transformer, num_ref, itemsize=size, kv=formats.kv)
-    if formats.kv is not None:  # computed in full width, then quantized
+    cached = kv_bytes(transformer, num_ref, itemsize=size, kv=formats.kv, joint=joint)
+    if formats.kv is not None and not joint:  # computed in full width, then quantized
         cached += kv_bytes(transformer, num_ref, itemsize=size, kv=None)
     pixels = num_own * PIXELS**2 if pixels is None else pixels
     reference_pixels = num_ref * PIXELS**2 if reference_pixels is None else reference_pixels
-    blocks = _block_activations(transformer, max(num_ref, batch * num_own), size)
+    tokens = batch * (num_own + num_ref) if joint else max(num_ref, batch * num_own)
+    blocks = _block_activations(transformer, tokens, size)
     encode = _autoencoder_activations(
         autoencoder.encoder_channels, reference_pixels, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
     )
@@ -226,8 +238,10 @@ def activations(
         found["encode references"] = _autoencoder_activations(
             networks.encoder_channels, largest, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
         )
-        found["prefill"] = _block_activations(config, workload.num_ref, size) + wide
-    found["denoise"] = _block_activations(config, workload.batch * workload.num_own, size)
+        if not workload.joint:
+            found["prefill"] = _block_activations(config, workload.num_ref, size) + wide
+    own = workload.num_own + (workload.num_ref if workload.joint else 0)
+    found["denoise"] = _block_activations(config, workload.batch * own, size)
     if formats.quantize is not None and not formats.packed:  # the largest matrix, widened for its product
         widened = config.width * (3 * config.width + 2 * config.mlp_width) * (8 + size)
         for name in {"prefill", "denoise"} & found.keys():

@@ -114,7 +114,7 @@ def make_plan(
         "autoencoder": autoencoder_bytes(geometry.autoencoder, itemsize=size),
     }
     packed = num_matrix_weights(config) if formats.quantize and formats.packed and device == "cpu" else 0
-    kept_kv = kv_bytes(config, workload.num_ref, itemsize=size, kv=formats.kv)
+    kept_kv = kv_bytes(config, workload.num_ref, itemsize=size, kv=formats.kv, joint=workload.joint)
     embeds = workload.batch * workload.num_text * config.text_width * size
     working = activations(geometry, workload, formats=formats, whole_pixels=whole_pixels)
     owner = {"encode text": "text_encoder", "encode references": "autoencoder", "decode": "autoencoder"}

@@ -1,4 +1,4 @@
-"""Keys and values of reference tokens: of one layer, plain or quantized, and of all layers.
+"""What is kept of references: keys and values of each layer, plain or quantized; or, of a joint model, the tokens.
 
 Shapes: k and v (1, S_ref, H, D), k after norm and rotation; scales (1, S_ref, H, 1) float32. The batch is B instead of 1
 in training. Knows torch alone.
@@ -16,7 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["KV_FORMATS", "AnyLayerKV", "LayerKV", "QuantizedLayerKV", "ReferenceKV", "quantize_layer"]
+__all__ = [
+    "KV_FORMATS",
+    "AnyLayerKV",
+    "LayerKV",
+    "QuantizedLayerKV",
+    "ReferenceKV",
+    "ReferenceTokens",
+    "quantize_layer",
+]
 
 KV_FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The formats in which K/V can be cached besides their own dtype, and the largest value of each."""
@@ -63,6 +71,19 @@ class QuantizedLayerKV(NamedTuple):
 AnyLayerKV = LayerKV | QuantizedLayerKV
 
 
+class ReferenceTokens(NamedTuple):
+    """The reference tokens themselves, (1, S_ref, in_channels): all that can be kept where they attend to everything."""
+
+    tokens: Tensor
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> ReferenceTokens:
+        return ReferenceTokens(self.tokens.to(device, non_blocking=non_blocking))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[1]
+
+
 def quantize_layer(layer: LayerKV, kind: str) -> QuantizedLayerKV:
     """Quantize a layer to a format of `KV_FORMATS`."""
     (k, k_scale), (v, v_scale) = (_quantize(x, kind) for x in layer)
@@ -80,9 +101,23 @@ def _quantize(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceKV:
-    """The keys and values of reference tokens in every layer, double-stream blocks first. Immutable by contract."""
+    """What is kept of reference tokens. Immutable by contract.
 
-    layers: tuple[AnyLayerKV, ...]
+    `layers` are the keys and values of every layer, double-stream blocks first; of a joint model the tokens alone.
+    """
+
+    layers: tuple[AnyLayerKV, ...] | tuple[ReferenceTokens]
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The tokens (1, S_ref, in_channels) of a joint model's references; None where K/V are kept."""
+        first = self.layers[0]
+        return first.tokens if isinstance(first, ReferenceTokens) else None
+
+    @property
+    def kv(self) -> tuple[AnyLayerKV, ...]:
+        """The keys and values of every layer; none where tokens are kept."""
+        return tuple(layer for layer in self.layers if not isinstance(layer, ReferenceTokens))
 
     @property
     def num_tokens(self) -> int:
@@ -91,9 +126,9 @@ class ReferenceKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, scales included."""
+        """Bytes of all that is kept, scales included."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].k.device
+        return self.layers[0][0].device

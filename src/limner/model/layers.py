@@ -176,7 +176,10 @@ class DoubleBlock(nn.Module):
         context: BlockContext,
         references: AnyLayerKV | None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, S_img, C) and (B, S_txt, C) to the same; tokens attend to the K/V of `references` too."""
+        """(B, S_img, C) and (B, S_txt, C) to the same; tokens attend to the K/V of `references` too.
+
+        Joint references are further tokens of `img`.
+        """
         layout, eps = context.layout, self.eps
         rope_txt, rope_img = context.rope.split(layout.num_txt)
         q_img, k_img, v_img = self.attn.project_img(mod_img[0].norm(img, eps), rope_img)
@@ -256,18 +259,17 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(config)
 
     def forward(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
-        """(B, S, C) of [txt, img] to the same; tokens attend to the K/V of `references` too."""
+        """(B, S, C) of the sequence to the same; tokens attend to the K/V of `references` too."""
         q, k, v, mlp = self.attn.project(mod.norm(x, self.eps), context.rope)
         k, v = context.slices.gather(k, v)
         out = attend(q, k, v, references=references, kernel=context.kernel)
         return mod.add(x, self.attn.merge(out, mlp))
 
     def forward_last(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
-        """(B, S, C) of [txt, img] to (B, S_img, C): the last block skips text queries; their output is unused."""
+        """(B, S, C) to (B, S_img, C): the last block computes image queries only; other outputs are unused."""
         normed, layout = mod.norm(x, self.eps), context.layout
         k, v = context.slices.gather(*self.attn.project_kv(normed, context.rope))
-        _, rope_img = context.rope.split(layout.num_txt)
-        q, mlp = self.attn.project_q_mlp(normed[:, layout.img], rope_img)
+        q, mlp = self.attn.project_q_mlp(normed[:, layout.img], context.rope.at(layout.img))
         out = attend(q, k, v, references=references, kernel=context.kernel)
         return mod.add(x[:, layout.img], self.attn.merge(out, mlp))
 

@@ -24,7 +24,11 @@ class Rope(NamedTuple):
 
     def split(self, num: int) -> tuple[Rope, Rope]:
         """Return the tables of the first `num` positions and of the rest."""
-        return Rope(self.cos_SP[:num], self.sin_SP[:num]), Rope(self.cos_SP[num:], self.sin_SP[num:])
+        return self.at(slice(num)), self.at(slice(num, None))
+
+    def at(self, places: slice) -> Rope:
+        """Return the tables of some positions."""
+        return Rope(self.cos_SP[places], self.sin_SP[places])
 
 
 def rope_table(ids: Tensor, *, axes: Sequence[int], theta: float) -> Rope:

@@ -1,8 +1,8 @@
 """This process's place among those that run one model, what they send each other, and which part each of them has.
 
-Two ways to divide a model (`MODES`) are described in `limner.model.divide`. `Ranks` and `TokenSlices` are null objects for
-a model in one process: they return their arguments unchanged. `RankGroup` and `SlicedTokens` are for several processes.
-All processes make the same calls in the same order.
+Two ways to divide a model (`MODES`) are described in `limner.model.divide`. `Ranks` and `TokenSlices` are null objects
+for a model in one process: they return their arguments unchanged. `RankGroup` and `SlicedTokens` are for several
+processes. All processes make the same calls in the same order.
 
 Shapes: B batch, S sequence, C width, H heads, D head dimension. Knows torch and torch.distributed. Does not know the
 transformer, nor who starts processes (`limner.ranks`). Records no gradients.
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from limner.errors import InvalidRequest, RemoteError, first_line
+from limner.model.kv import LayerKV
 from limner.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "MatrixShard",
     "RankGroup",
     "Ranks",
+    "RecordedTokens",
     "SlicedTokens",
     "TokenSlices",
     "check_mode",
@@ -154,11 +156,23 @@ class TokenSlices:
         return x
 
 
+class RecordedTokens(TokenSlices):
+    """The tokens of a process that has all of them; `kept` gets the K/V of those at `places`, layer after layer."""
+
+    def __init__(self, places: slice, kept: list[LayerKV]) -> None:
+        self._places, self._kept = places, kept
+
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # copies: k and v are views of the projections of all tokens
+        self._kept.append(LayerKV(k[:, self._places].clone(), v[:, self._places].clone()))
+        return k, v
+
+
 class SlicedTokens(TokenSlices):
     """Each process has one contiguous piece of every stream; the first ranks have one token more where it is uneven.
 
-    `lengths` are those of the streams in their order in the sequence: (txt, img), or (ref,). Raises `InvalidRequest` for
-    a stream with fewer tokens than processes.
+    `lengths` are those of the streams in their order in the sequence: (txt, img), (txt, img, ref), or (ref,). Raises
+    `InvalidRequest` for a stream with fewer tokens than processes.
     """
 
     def __init__(self, ranks: RankGroup, lengths: Sequence[int]) -> None:

@@ -16,9 +16,9 @@ def layer_kv(references: ReferenceKV | None, num_layers: int, *, device: torch.d
     """Yield the K/V of each of `num_layers` layers on a device; None for each without references. Raises `ValueError`."""
     if references is None:
         return repeat(None, num_layers)
-    if len(references.layers) != num_layers:
-        raise ValueError(f"references have {len(references.layers)} layers, the model {num_layers}")
-    return on_device(references.layers, device)
+    if len(references.kv) != num_layers:
+        raise ValueError(f"references have {len(references.kv)} layers of K/V, the model {num_layers}")
+    return on_device(references.kv, device)
 
 
 def on_device(layers: Sequence[AnyLayerKV], device: torch.device) -> Iterator[AnyLayerKV]:

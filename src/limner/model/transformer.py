@@ -22,7 +22,7 @@ from limner.model.int8 import Int8Linear
 from limner.model.kv import LayerKV, ReferenceKV
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
-from limner.model.shards import Ranks
+from limner.model.shards import Ranks, RecordedTokens
 from limner.model.transfer import layer_kv
 from limner.tokens import TokenLayout
 
@@ -145,17 +145,30 @@ class Transformer(nn.Module):
         img_ids: Tensor,
         txt_ids: Tensor,
         references: ReferenceKV | None = None,
+        ref_tokens: Tensor | None = None,
+        ref_ids: Tensor | None = None,
         rope: Rope | None = None,
+        kept: list[LayerKV] | None = None,
     ) -> Tensor:
         """Return the velocity (B, S_img, out_channels) of image tokens at noise level `sigma`, a number or (B,).
 
-        `references` are shared by the batch. `rope`, if given, is `self.rope([txt_ids, img_ids])`, computed once for all
-        steps. Raises `ValueError` for references of another number of layers.
+        `references` are the K/V of isolated references, shared by the batch. Joint ones are `ref_tokens` (1 or B, S_ref,
+        in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `rope`, if given, is the table of
+        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` gets the K/V (B, S_ref, H, D) that joint
+        references have at this noise level, layer by layer. Raises `ValueError` for references of another number of
+        layers.
         """
-        rope = rope or self.rope(torch.cat([txt_ids, img_ids]))
-        slices = self.execution.ranks.token_slices(txt_tokens.shape[1], img_tokens.shape[1])
-        txt_tokens, img_tokens = slices.own(txt_tokens, 0), slices.own(img_tokens, 1)
-        layout = TokenLayout(num_txt=txt_tokens.shape[1], num_img=img_tokens.shape[1])
+        if ref_tokens is None:
+            ref_tokens, ref_ids = img_tokens[:, :0], img_ids[:0]
+        assert ref_ids is not None
+        rope = rope or self.rope(torch.cat([txt_ids, img_ids, ref_ids]))
+        streams = [txt_tokens, img_tokens, ref_tokens.expand(len(img_tokens), -1, -1)]
+        slices = self.execution.ranks.token_slices(*(x.shape[1] for x in streams if x.shape[1]))
+        streams = [slices.own(x, i) if x.shape[1] else x for i, x in enumerate(streams)]
+        num_txt, num_img, num_ref = (x.shape[1] for x in streams)
+        layout = TokenLayout(num_txt=num_txt, num_img=num_img, num_ref=num_ref)
+        if kept is not None:
+            slices = RecordedTokens(layout.ref, kept)
         context = BlockContext(rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)
@@ -165,7 +178,7 @@ class Transformer(nn.Module):
 
         kv = layer_kv(references, self.config.num_layers, device=self.device)
         *single, last = self.single_transformer_blocks
-        img, txt = self.x_embedder(img_tokens), self.context_embedder(txt_tokens)
+        txt, img = self.context_embedder(streams[0]), self.x_embedder(torch.cat(streams[1:], dim=1))
         for block in self._staged(DoubleBlock, self.transformer_blocks):
             img, txt = block(img, txt, mod_img=mod_img, mod_txt=mod_txt, context=context, references=next(kv))
         x = layout.join(txt, img)

@@ -24,12 +24,13 @@ class Admission:
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """Return the peak bytes of a call on top of the weights. Counts are of tokens of 16x16 pixels.
 
-        `num_ref` counts references to prefill: K/V that are cached are in memory already. `num_own` are the text and
-        output tokens of one image.
+        `num_ref` counts references to prefill: K/V that are cached are in memory already; those of a joint model are
+        counted always. `num_own` are the text and output tokens of one image.
         """
         networks = self.networks
         config = networks.transformer.config
-        whole = kv_bytes(config, num_ref, itemsize=networks.dtype.itemsize, kv=networks.kv_cache_dtype)
+        joint, size = networks.kind.joint, networks.dtype.itemsize
+        whole = kv_bytes(config, num_ref, itemsize=size, kv=networks.kv_cache_dtype, joint=joint)
         in_other_processes = whole - networks.kv_bytes(num_ref)
         return (
             call_bytes(
@@ -41,6 +42,7 @@ class Admission:
                 formats=networks.formats,
                 whole_pixels=networks.autoencoder.whole_pixels,
                 reference_pixels=min(num_ref * PIXELS**2, self.reference_pixels),
+                joint=joint,
             )
             - in_other_processes
         )
@@ -49,6 +51,13 @@ class Admission:
         """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
         needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
         check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def is_free(self, workload: Workload) -> bool:
+        """Whether a call fits in free memory now, its references kept already; False where memory is limited."""
+        needed = self.memory_needed(
+            num_ref=workload.num_ref if workload.joint else 0, num_own=workload.num_own, batch=workload.batch
+        )
+        return self.networks.residency.limit is None and needed <= free_bytes(self.networks.device)
 
     def check_limit(self, workload: Workload) -> None:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""

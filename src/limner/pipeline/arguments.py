@@ -17,10 +17,24 @@ from limner.pipeline.noise import NoiseSource, short_digest
 from limner.pipeline.progress import Progress
 from limner.references import References
 
-__all__ = ["DrawRequest", "StepHook"]
+__all__ = ["DrawRequest", "Guidance", "StepHook"]
 
 StepHook = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
 """A step callback with its pipeline bound: (step, timestep, tensors) to what it changed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Guidance:
+    """How far to go from what negative prompts give to what prompts give: v_neg + scale (v - v_neg).
+
+    One of `prompts` and `prompt_embeds` (B, S, text_width) is given, one for each prompt. `together`: both run as one
+    batch.
+    """
+
+    scale: float
+    prompts: tuple[str, ...] | None
+    prompt_embeds: Tensor | None
+    together: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -28,6 +42,7 @@ class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
     `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
+    `guidance` None: there is none. `reuse` "step0": K/V that joint references have in the first step serve the others.
     """
 
     prompts: tuple[str, ...] | None
@@ -40,6 +55,8 @@ class DrawRequest:
     workload: Workload
     sigmas: Tensor
     noise: NoiseSource
+    guidance: Guidance | None
+    reuse: str | None
     loras: tuple[AppliedLora, ...]
     output_type: str
     callback: StepHook | None
@@ -69,6 +86,9 @@ class DrawRequest:
             "references": given and [report.digest for report in given.reports],
             "image": [p.report.digest for p in self.pictures],
             "lora": [asdict(lora) for lora in self.loras],
+            "guidance_scale": self.guidance and self.guidance.scale,
+            "negative_prompt": self.guidance and list(self.guidance.prompts or ()),
+            "reuse": self.reuse,
         }
         ranks.check_same(values)
         return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

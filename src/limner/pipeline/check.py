@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from torch import Tensor
 from limner.errors import InvalidRequest
 from limner.grid import PIXELS, check_size, num_tokens
 from limner.memory import Workload
-from limner.pipeline.arguments import DrawRequest, StepHook
+from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
 from limner.references import References
-from limner.requests import EditRequest, check_prompt
+from limner.requests import EditRequest, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
 
 __all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
@@ -47,8 +47,12 @@ class ArgumentChecker:
         references: References | None,
         height: int | None,
         width: int | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         sigmas: Sequence[float] | None,
+        guidance_scale: float | None,
+        negative_prompt: str | Sequence[str] | None,
+        negative_prompt_embeds: Tensor | None,
+        reuse: str | None,
         num_images_per_prompt: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
@@ -66,6 +70,9 @@ class ArgumentChecker:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
         _check_count("num_images_per_prompt", num_images_per_prompt)
+        kind = networks.kind
+        if num_inference_steps is None:
+            num_inference_steps = kind.num_inference_steps
         _check_count("num_inference_steps", num_inference_steps)
         if max_sequence_length is None:
             max_sequence_length = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
@@ -87,12 +94,24 @@ class ArgumentChecker:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
-        workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt)
+        workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
-        self.prefiller.admission.check_free(num_ref=0, num_own=workload.num_own, batch=batch)
+        self._check_reuse(reuse)
+        num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
+        self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch)
         self.prefiller.admission.check_limit(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
+        guidance = self._check_guidance(
+            guidance_scale,
+            negative_prompt,
+            negative_prompt_embeds,
+            num_prompts=num_prompts,
+            text_width=config.text_width,
+        )
+        if guidance is not None and reuse is None:  # K/V that are used again belong to one side
+            both = self.prefiller.admission.is_free(replace(workload, batch=2 * batch))
+            guidance = replace(guidance, together=both)
         if self.sizes and size not in self.sizes:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
@@ -107,12 +126,55 @@ class ArgumentChecker:
             workload=workload,
             sigmas=levels,
             noise=noise,
+            guidance=guidance,
+            reuse=reuse if workload.references else None,
             loras=loras,
             output_type=output_type,
             callback=callback,
             callback_inputs=tuple(callback_inputs),
             progress=progress or silent,
         )
+
+    def _check_guidance(
+        self,
+        scale: float | None,
+        negative: str | Sequence[str] | None,
+        embeds: Tensor | None,
+        *,
+        num_prompts: int,
+        text_width: int,
+    ) -> Guidance | None:
+        """Return the guidance of a call: none for distilled models, and for scales of at most 1, as in diffusers."""
+        kind = self.prefiller.networks.kind
+        if scale is None:
+            scale = kind.guidance_scale
+        check_guidance(scale)
+        if negative is not None and embeds is not None:
+            raise InvalidRequest("negative_prompt", "give negative_prompt or negative_prompt_embeds, not both")
+        prompts = None if embeds is not None else _check_negative(negative, num_prompts=num_prompts)
+        if embeds is not None:
+            found, _ = _check_embeds(embeds, text_width=text_width, field="negative_prompt_embeds")
+            if found not in (1, num_prompts):
+                raise InvalidRequest("negative_prompt_embeds", f"are of {found} prompts, prompt has {num_prompts}")
+            embeds = embeds.expand(num_prompts, -1, -1)
+        if kind.distilled:
+            if scale > 1 or negative or embeds is not None:
+                _logger.warning(
+                    "guidance_scale and negative prompts have no effect: this model is distilled to draw without them"
+                )
+            return None
+        if scale <= 1:
+            return None
+        return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=False)
+
+    def _check_reuse(self, reuse: str | None) -> None:
+        networks = self.prefiller.networks
+        if reuse not in (None, "step0"):
+            raise InvalidRequest("reuse", f"{reuse!r} is not one of None, 'step0'")
+        if reuse is not None and not networks.kind.joint:
+            raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
+        if reuse is not None and networks.ranks.mode == "sequence":
+            raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -140,7 +202,7 @@ def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
     for request in requests:
         if not request.seeds:
             raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in ("width", "height", "num_inference_steps"):
+        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
             if getattr(request, field) != getattr(first, field):
                 raise InvalidRequest(
                     field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
@@ -158,7 +220,14 @@ def check_given(references: References, prefiller: Prefiller) -> References:
     if not isinstance(references, References):
         raise InvalidRequest("references", f"{type(references).__name__} is not limner.References; use pipe.prefill")
     networks = prefiller.networks
-    config, shard, weights = networks.transformer.config, networks.ranks.shard, networks.reference_weights()
+    config, shard, weights = networks.transformer.config, networks.reference_shard, networks.reference_weights()
+    if (references.tokens is not None) != networks.kind.joint:
+        held = "tokens" if references.tokens is not None else "K/V"
+        raise InvalidRequest(
+            "references",
+            f"they hold {held}, and this model has {networks.kind.references} references; prefill the pictures with this "
+            "pipeline",
+        )
     if references.weights != weights:
         raise InvalidRequest(
             "references",
@@ -179,11 +248,14 @@ def check_given(references: References, prefiller: Prefiller) -> References:
             f"{shard or 'all of them'}; prefill the pictures with this pipeline",
         )
     num_heads = config.num_heads // (shard[1] if shard else 1)
-    shape, expected = tuple(references.layers[0].k.shape[2:]), (num_heads, config.head_dim)
-    if len(references.layers) != config.num_layers or shape != expected:
+    num_layers, expected = (
+        (1, (config.in_channels,)) if networks.kind.joint else (config.num_layers, (num_heads, config.head_dim))
+    )
+    shape = tuple(references.layers[0][0].shape[2:])
+    if len(references.layers) != num_layers or shape != expected:
         raise InvalidRequest(
             "references",
-            f"they have {len(references.layers)} layers of {shape}, the model {config.num_layers} of {expected}; "
+            f"they have {len(references.layers)} layers of {shape}, the model {num_layers} of {expected}; "
             "prefill the pictures again",
         )
     return with_reports(prefiller.store.place(references, device=networks.device), references.reports)
@@ -232,17 +304,31 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
     return prompts
 
 
-def _check_embeds(prompt_embeds: Tensor | None, *, text_width: int) -> tuple[int, int]:
-    """Return (B, S_txt) of given text tokens."""
-    if not isinstance(prompt_embeds, Tensor) or not prompt_embeds.is_floating_point():
-        raise InvalidRequest("prompt_embeds", "have to be a tensor of floating point numbers")
-    if prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != text_width or 0 in prompt_embeds.shape:
+def _check_negative(negative: str | Sequence[str] | None, *, num_prompts: int) -> tuple[str, ...]:
+    """Return a negative prompt for each prompt; None is an empty one, as in diffusers."""
+    texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(
-            "prompt_embeds", f"have shape {list(prompt_embeds.shape)}; allowed: (B, S_txt, {text_width})"
+            "negative_prompt", f"{type(negative).__name__} is not a text; give a string or a list of them"
         )
-    if not torch.isfinite(prompt_embeds).all():
-        raise InvalidRequest("prompt_embeds", "hold values that are not finite; encode the prompt again")
-    return prompt_embeds.shape[0], prompt_embeds.shape[1]
+    if len(texts) not in (1, num_prompts):
+        raise InvalidRequest(
+            "negative_prompt", f"there are {len(texts)} for {num_prompts} prompts; give one, or as many"
+        )
+    for text in texts:
+        check_length("negative_prompt", text)
+    return tuple(texts) * (num_prompts if len(texts) == 1 else 1)
+
+
+def _check_embeds(embeds: Tensor | None, *, text_width: int, field: str = "prompt_embeds") -> tuple[int, int]:
+    """Return (B, S_txt) of given text tokens."""
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise InvalidRequest(field, "have to be a tensor of floating point numbers")
+    if embeds.dim() != 3 or embeds.shape[-1] != text_width or 0 in embeds.shape:
+        raise InvalidRequest(field, f"have shape {list(embeds.shape)}; allowed: (B, S_txt, {text_width})")
+    if not torch.isfinite(embeds).all():
+        raise InvalidRequest(field, "hold values that are not finite; encode the prompt again")
+    return embeds.shape[0], embeds.shape[1]
 
 
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:

@@ -16,9 +16,10 @@ from limner.model.preview import LatentPreview
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
+from limner.pipeline.velocity import Velocity
 from limner.references import References
 from limner.schedule import euler_step
-from limner.tokens import image_ids, pack, text_ids, unpack
+from limner.tokens import pack, unpack
 
 __all__ = ["Batch", "denoise"]
 
@@ -27,11 +28,13 @@ __all__ = ["Batch", "denoise"]
 class Batch:
     """The images that are being drawn: tokens (B, S_img, C) in float32, and text tokens (B, S_txt, text_width).
 
+    `negative_embeds` are the text tokens of negative prompts, None without guidance.
     `rows` are the numbers of these images in the batch that the call began with. `seconds` are those of the steps done.
     """
 
     latents: Tensor
     prompt_embeds: Tensor
+    negative_embeds: Tensor | None
     rows: list[int]
     seconds: tuple[float, ...] = ()
 
@@ -42,6 +45,7 @@ def denoise(
     *,
     noise: Tensor,
     prompt_embeds: Tensor,
+    negative_embeds: Tensor | None,
     references: References | None,
     preview: LatentPreview | None,
     interrupted: Callable[[], bool],
@@ -50,23 +54,21 @@ def denoise(
 
     Raises `InvalidRequest` for what a callback returns, and `NumericalError` if the result is not finite.
     """
-    transformer, device = networks.transformer, networks.device
-    batch = Batch(latents=pack(noise), prompt_embeds=prompt_embeds, rows=list(range(len(noise))))
-    img_ids, txt_ids = image_ids(request.grid), text_ids(prompt_embeds.shape[1])
-    rope = transformer.rope(torch.cat([txt_ids, img_ids]))
+    device, velocity_of = networks.device, Velocity(networks, request, references)
+    batch = Batch(
+        latents=pack(noise), prompt_embeds=prompt_embeds, negative_embeds=negative_embeds, rows=list(range(len(noise)))
+    )
     timesteps, sigmas = (request.sigmas[:-1] * 1000).to(device), request.sigmas.to(device)
     with networks.working("denoise", request.workload):
         for i, timestep in enumerate(timesteps):
             request.progress("step", i, len(timesteps))
             clock = Stopwatch(device)
-            velocity = transformer(
-                batch.latents.to(networks.dtype),
-                batch.prompt_embeds.to(device, networks.dtype),
+            velocity = velocity_of(
+                batch.latents,
                 timestep / 1000,  # with the roundings of diffusers, which multiplies by 1000 and divides again
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                references=references,
-                rope=rope,
+                prompt_embeds=batch.prompt_embeds,
+                negative_embeds=batch.negative_embeds,
+                rows=batch.rows,
             )
             before = batch.latents
             batch.latents = euler_step(before, velocity, sigma=sigmas[i], next_sigma=sigmas[i + 1])
@@ -75,7 +77,7 @@ def denoise(
                 if {"denoised", "preview"} & {*request.callback_inputs}:
                     clean = euler_step(before, velocity, sigma=sigmas[i], next_sigma=torch.zeros_like(sigmas[i]))
                 _call_back(request, batch, i, timestep, clean=clean, preview=preview)
-                if references is not None and networks.adapters.applied != request.loras:
+                if references is not None and references.kv and networks.adapters.applied != request.loras:
                     raise InvalidRequest(
                         "callback_on_step_end",
                         "changed the LoRAs, and the K/V of the references were made with those before; change them between "
@@ -129,3 +131,4 @@ def _call_back(
             )
         batch.rows = [batch.rows[i] for i in rows]
         batch.latents, batch.prompt_embeds = batch.latents[rows], batch.prompt_embeds[rows]
+        batch.negative_embeds = None if batch.negative_embeds is None else batch.negative_embeds[rows]

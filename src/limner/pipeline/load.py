@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from limner.config import ReferencePolicy
 from limner.errors import CheckpointError, InvalidRequest
 from limner.grid import PIXELS
+from limner.kinds import DIFFUSERS_KINDS, ISOLATED, ModelKind
 from limner.memory import parse_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
@@ -28,6 +29,9 @@ from limner.ranks import join
 from limner.schedule import Schedule
 from limner.weights.digest import FileStamp, WeightDigests, file_stamp
 from limner.weights.folder import (
+    chosen_kind,
+    find_kind,
+    kind_of_index,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
@@ -66,6 +70,7 @@ class Loaded:
     default_size: tuple[int, int]
     sizes: Sequence[tuple[int, int]]
     reference_policy: ReferencePolicy | None
+    kind: ModelKind = ISOLATED
     latent_preview: LatentPreview | None = None
     residency: Residency | None = None
     origins: tuple[_Origin, ...] = field(default=())
@@ -82,6 +87,8 @@ def load(
     replaced: dict[str, str | os.PathLike[str] | None],
     dtype: torch.dtype | None,
     device: torch.device | str,
+    references: str | None,
+    called: str | None,
     reference_policy: ReferencePolicy | None,
     quantize: str | None,
     memory_limit: str | int | None,
@@ -89,7 +96,10 @@ def load(
     parallel: str | None,
     progress: Progress | None,
 ) -> Loaded:
-    """Load a model; arguments as of `Pipeline.from_pretrained`, with `replaced` the sources of parts. Raises as it does."""
+    """Load a model; arguments as of `Pipeline.from_pretrained`, with `replaced` the sources of parts. Raises as it does.
+
+    `called` is the name of the diffusers class that the caller used, if it is one.
+    """
     if quantize not in (None, "int8"):
         raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
     device = check_device(device)
@@ -100,6 +110,7 @@ def load(
     folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None])
     settings = read_settings(folder)
     sources = {part: resolve_part(part, source, model=folder) for part, source in replaced.items()}
+    kind = chosen_kind(find_kind(folder, transformer=sources["transformer"]), given=references, called=called)
     dtype = dtype or settings.default_dtype
     if dtype not in _DTYPES:
         raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
@@ -145,6 +156,7 @@ def load(
         default_size=settings.default_size,
         sizes=settings.sizes,
         reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
+        kind=kind,
         latent_preview=settings.preview,
         residency=residency,
         origins=tuple(
@@ -165,16 +177,18 @@ def take_over(
     *,
     default_size: tuple[int, int],
     sizes: Sequence[tuple[int, int]],
+    references: str | None,
+    called: str | None,
     reference_policy: ReferencePolicy | None,
     text_encoder_out_layers: Sequence[int] | None,
 ) -> Loaded:
     """Share the networks of a klein pipeline of diffusers; arguments and errors as of `Pipeline.from_diffusers`."""
-    kind = type(pipeline).__name__
+    name = type(pipeline).__name__
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    if not kind.startswith("Flux2Klein") or not all(hasattr(pipeline, part) for part in parts):
-        raise CheckpointError(f"pipeline: is a {kind}; allowed: the klein pipelines of diffusers (Flux2Klein...)")
-    if pipeline.config.get("is_distilled") is False:
-        raise CheckpointError("pipeline: is_distilled is false; base models need guidance, which is not supported")
+    if name not in DIFFUSERS_KINDS or not all(hasattr(pipeline, part) for part in parts):
+        raise CheckpointError(f"pipeline: is a {name}; allowed: those of diffusers, {', '.join(DIFFUSERS_KINDS)}")
+    found = kind_of_index({**pipeline.config, "_class_name": name}, where="pipeline")
+    kind = chosen_kind(replace(found, source=name), given=references, called=called)
     transformer = share_transformer(pipeline.transformer)
     autoencoder = share_autoencoder(pipeline.vae)
     text_encoder = share_text_encoder(
@@ -188,6 +202,7 @@ def take_over(
         schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
         default_size=default_size,
         sizes=sizes,
+        kind=kind,
         reference_policy=reference_policy,
     )
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from limner.config import AutoencoderConfig, ModelGeometry, TextConfig
 from limner.grid import PIXELS
+from limner.kinds import ModelKind
 from limner.memory import Formats, Workload, activations, kv_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
@@ -32,7 +33,8 @@ __all__ = ["Networks"]
 class Networks:
     """The networks of a pipeline at one moment, with their LoRAs, digests and memory limit.
 
-    `kv_cache_dtype` is the format of cached K/V: "int8", "fp8", or None for the dtype of the arithmetic.
+    `kind` is what the weights were trained for. `kv_cache_dtype` is the format of cached K/V: "int8", "fp8", or None for
+    the dtype of the arithmetic; the tokens of joint references have the latter.
     """
 
     transformer: Transformer
@@ -42,6 +44,7 @@ class Networks:
     digests: WeightDigests
     residency: Residency
     kv_cache_dtype: str | None
+    kind: ModelKind
 
     @property
     def device(self) -> torch.device:
@@ -66,10 +69,30 @@ class Networks:
         width, height = workload.size
         return workload.batch, self.transformer.config.in_channels, height // PIXELS, width // PIXELS
 
+    @property
+    def reference_shard(self) -> tuple[int, int] | None:
+        """(rank, size) of the heads of cached K/V in this process, or None for all; tokens are whole everywhere."""
+        return None if self.kind.joint else self.ranks.shard
+
     # identity
 
     def reference_weights(self) -> str:
-        """Return the digest of what K/V of references depend on, apart from arithmetic and pictures.
+        """Return the digest of what K/V of references, or a joint model's tokens, depend on, apart from arithmetic and
+        pictures.
+
+        Tokens depend on the autoencoder alone, so LoRAs leave them as they are.
+        """
+        return self._autoencoder_digest() if self.kind.joint else self._drawing_weights()
+
+    def _autoencoder_digest(self) -> str:
+        return _joined_digest(self.digests.of(self.autoencoder), self._autoencoder_geometry(), "tokens")
+
+    def _autoencoder_geometry(self) -> str:
+        network = {name: value for name, value in self.autoencoder.network.config.items() if not name.startswith("_")}
+        return json.dumps(network, sort_keys=True, default=str)
+
+    def _drawing_weights(self) -> str:
+        """Return the digest of transformer and autoencoder.
 
         It covers the weights of transformer (LoRAs and their strengths included) and autoencoder, and their geometry:
         rotary base and axes, the epsilons and groups of norms are in no tensor.
@@ -80,7 +103,7 @@ class Networks:
 
     def digest(self) -> str:
         """Return the digest of all weights."""
-        return _joined_digest(self.reference_weights(), self.digests.of(self.text_encoder))
+        return _joined_digest(self._drawing_weights(), self.digests.of(self.text_encoder))
 
     # memory
 
@@ -107,9 +130,10 @@ class Networks:
         )
 
     def kv_bytes(self, num_ref: int) -> int:
-        """Return the bytes of the K/V of `num_ref` reference tokens in this process."""
-        whole = kv_bytes(self.transformer.config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype)
-        return whole // (self.ranks.shard[1] if self.ranks.shard else 1)
+        """Return the bytes of what is kept of `num_ref` reference tokens in this process."""
+        config, joint = self.transformer.config, self.kind.joint
+        whole = kv_bytes(config, num_ref, itemsize=self.dtype.itemsize, kv=self.kv_cache_dtype, joint=joint)
+        return whole // (self.reference_shard[1] if self.reference_shard else 1)
 
     def working(self, phase: str, workload: Workload, *, cached: int = 0) -> AbstractContextManager[None]:
         """Keep the weights of a phase's network in memory. `cached` bytes stay allocated after the phase."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limner.images import ReferenceReport, to_pil
+from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
@@ -80,6 +81,7 @@ def make_output(
     source: CacheSource,
     timings: Timings,
     dtype: torch.dtype,
+    kind: ModelKind,
 ) -> PipelineOutput:
     """Say how pictures came to be, which are `rows` of the batch; `dtype` is that of the transformer."""
     width, height = request.workload.size
@@ -90,8 +92,13 @@ def make_output(
         "num_inference_steps": len(request.sigmas) - 1,
         "sigmas": [round(sigma, 6) for sigma in request.sigmas.tolist()],
         "references": [report.digest for report in reports],
+        "references_attention": kind.references,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if request.guidance is not None:
+        metadata["guidance_scale"] = request.guidance.scale
+    if request.reuse is not None:
+        metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(

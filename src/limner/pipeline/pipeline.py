@@ -1,7 +1,7 @@
 """One call: encode, prefill, denoise, decode; one batch, synchronous.
 
-Owns the order of work, and the names, defaults and meanings of arguments, which are diffusers'. Each step is in a file of
-its own. Knows nothing of queues, HTTP or the command line.
+Owns the order of work, and the names, defaults and meanings of arguments, which are diffusers'. Each step is in a file
+of its own. Knows nothing of queues, HTTP or the command line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from limner.config import ModelGeometry, ReferencePolicy
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
+from limner.kinds import ISOLATED, ModelKind
 from limner.memory import Formats, Workload
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
@@ -28,6 +29,7 @@ from limner.model.transformer import Transformer
 from limner.pipeline import load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
+from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.check import ArgumentChecker, check_shared
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
@@ -55,6 +57,8 @@ class Pipeline:
     """Text to image and editing with any number of references, whose K/V are computed once and cached in `store`."""
 
     _interrupt = InterruptFlag()
+    _diffusers_class: ClassVar[str | None] = None
+    """The class of diffusers that a subclass stands in for, which decides the kind of a model."""
 
     def __init__(
         self,
@@ -68,12 +72,14 @@ class Pipeline:
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
+        kind: ModelKind = ISOLATED,
         latent_preview: LatentPreview | None = None,
         residency: Residency | None = None,
     ) -> None:
         """`sizes` are the (width, height) that the model has learned; others are drawn with a warning; none: any.
 
-        `residency` is the memory limit of the networks; None: all weights stay where they are.
+        `kind` is what the weights were trained for. `residency` is the memory limit of the networks; None: all weights
+        stay where they are.
         """
         self.transformer = transformer
         self.autoencoder = autoencoder
@@ -84,6 +90,7 @@ class Pipeline:
         self.store = store if store is not None else ReferenceStore()
         self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
         self.kv_cache_dtype = load.check_kv_cache_dtype(kv_cache_dtype)
+        self.kind = kind
         self.latent_preview = latent_preview
         self.residency = residency
         self._digests = WeightDigests(after=residency.after_read if residency else None)
@@ -105,6 +112,7 @@ class Pipeline:
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        references: str | None = None,
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         quantize: str | None = None,
@@ -119,14 +127,16 @@ class Pipeline:
         `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
         GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
         `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
-        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
-        weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so).
-        `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes of
-        bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files included:
-        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on a
-        CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by heads
-        and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same results
-        (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `references` says
+        what references attend to, "isolated" (K/V are kept) or "joint" (standard and base klein); None: what the files
+        say (`model_index.json`, `limner.json`, the header of a file), and isolated where nothing does. `quantize`
+        "int8" makes weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them
+        so). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes
+        of bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files included:
+        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on
+        a CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by
+        heads and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same
+        results (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -136,6 +146,8 @@ class Pipeline:
             replaced={"transformer": transformer, "vae": vae, "text_encoder": text_encoder},
             dtype=dtype or torch_dtype,
             device=device,
+            references=references,
+            called=cls._diffusers_class,
             reference_policy=reference_policy,
             quantize=quantize,
             memory_limit=memory_limit,
@@ -152,6 +164,7 @@ class Pipeline:
         *,
         default_size: tuple[int, int] = (1024, 1024),
         sizes: Sequence[tuple[int, int]] = (),
+        references: str | None = None,
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
@@ -161,12 +174,15 @@ class Pipeline:
 
         It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out.
         In-place weight changes (training) affect both pipelines, and References made before them are refused.
-        Raises `CheckpointError` for base models and for parts with LoRA layers or quantized or offloaded weights.
+        `references` is that of `from_pretrained`; None: as that class of diffusers draws. Raises `CheckpointError` for
+        parts with LoRA layers or quantized or offloaded weights.
         """
         loaded = load.take_over(
             pipeline,
             default_size=default_size,
             sizes=sizes,
+            references=references,
+            called=cls._diffusers_class,
             reference_policy=reference_policy,
             text_encoder_out_layers=text_encoder_out_layers,
         )
@@ -184,6 +200,7 @@ class Pipeline:
             store=store,
             reference_policy=loaded.reference_policy,
             kv_cache_dtype=kv_cache_dtype,
+            kind=loaded.kind,
             latent_preview=loaded.latent_preview,
             residency=loaded.residency,
         )
@@ -214,6 +231,7 @@ class Pipeline:
             digests=self._digests,
             residency=self.residency or Residency.unlimited(),
             kv_cache_dtype=self.kv_cache_dtype,
+            kind=self.kind,
         )
 
     @property
@@ -342,8 +360,8 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw requests that share references, size and number of steps as one batch: an image for each seed, in order.
 
-        `references`, for requests without pictures, is what `prefill` returned. Other arguments and errors are those of a
-        call.
+        `references`, for requests without pictures, is what `prefill` returned. Other arguments and errors are those of
+        a call.
         """
         first = check_shared(requests)
         out = self(
@@ -353,6 +371,9 @@ class Pipeline:
             width=first.width,
             height=first.height,
             num_inference_steps=first.num_inference_steps,
+            guidance_scale=first.guidance_scale,
+            reuse=first.reuse,
+            negative_prompt=[request.negative_prompt or "" for request in requests for _ in request.seeds],
             generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -372,8 +393,12 @@ class Pipeline:
         references: References | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 4,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        reuse: str | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -390,15 +415,18 @@ class Pipeline:
 
         `image` is one picture or an ordered list; `references` is what `prefill` returned instead. Height and width are
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
-        `latents` are noise (B, 4 C, height/16, width/16). `num_images_per_prompt` images of a prompt are adjacent.
-        `max_sequence_length` left out is 512, or what the tokenizer declares if that is less. With `latents` given,
-        `generator` has nothing to draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens
-        (B, S_img, C), and may return changed latents and prompt_embeds, and rows, the list of those images of the
-        batch that go on (the others are dropped, also from the output); it may also ask for denoised, the clean tokens
-        that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
-        raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part,
-        done, of)` is called for every part. With a parallel model callbacks run in every process and have to do the same.
-        Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
+        Steps and guidance left out are those that the model was trained for (`pipe.kind`): 4 steps; for base models 50
+        and a `guidance_scale` of 4, away from `negative_prompt` (left out: an empty one). `reuse` "step0" is for joint
+        references, and approximate: the K/V that they have in the first step serve the others. `latents` are noise (B,
+        4 C, height/16, width/16). `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left
+        out is 512, or what the tokenizer declares if that is less. With `latents` given, `generator` has nothing to
+        draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may
+        return changed latents and prompt_embeds, and rows, the list of those images of the batch that go on (the others
+        are dropped, also from the output); it may also ask for denoised, the clean tokens that this step predicts, and
+        preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run,
+        `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part, done, of)` is called for
+        every part. With a parallel model callbacks run in every process and have to do the same. Raises
+        `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
@@ -410,6 +438,10 @@ class Pipeline:
                 width=width,
                 num_inference_steps=num_inference_steps,
                 sigmas=sigmas,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                negative_prompt_embeds=negative_prompt_embeds,
+                reuse=reuse,
                 num_images_per_prompt=num_images_per_prompt,
                 generator=generator,
                 latents=latents,
@@ -421,31 +453,38 @@ class Pipeline:
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
             )
-            networks, clock = self.networks, Stopwatch(self.device)
-            # 2. Encode the prompts to text tokens (B, S_txt, text_width)
-            txt, prompts = self._prompts.encode(request, networks)
-            # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
-            noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
-            txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
-            request.progress("text", 1, 1)
-            text_seconds = clock.lap()
-            # 4. Get the References: those given, or from the store, or computed
-            refs, source = self._prefiller.get_for(request)
-            reference_seconds = clock.lap()
-            # 5. Denoise
-            batch = denoise(
-                networks,
-                request,
-                noise=noise,
-                prompt_embeds=txt,
-                references=refs,
-                preview=self.latent_preview,
-                interrupted=lambda: call.interrupted,
-            )
+            output = self._draw(request, interrupted=lambda: call.interrupted)
+        return output if return_dict else (output.images,)
+
+    def _draw(self, request: DrawRequest, *, interrupted: Callable[[], bool]) -> PipelineOutput:
+        """Draw a checked call; after a step for which `interrupted()` is true the others are left out."""
+        networks, clock = self.networks, Stopwatch(self.device)
+        # 2. Encode the prompts to text tokens (B, S_txt, text_width)
+        txt, prompts = self._prompts.encode(request, networks)
+        negative = self._prompts.encode_negative(request, networks)
+        # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
+        noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
+        txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+        request.progress("text", 1, 1)
+        text_seconds = clock.lap()
+        # 4. Get the References: those given, or from the store, or computed
+        refs, source = self._prefiller.get_for(request)
+        reference_seconds = clock.lap()
+        # 5. Denoise
+        batch = denoise(
+            networks,
+            request,
+            noise=noise,
+            prompt_embeds=txt,
+            negative_embeds=negative,
+            references=refs,
+            preview=self.latent_preview,
+            interrupted=interrupted,
+        )
         # 6. Decode
         pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
         timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)
-        output = make_output(
+        return make_output(
             request,
             pictures,
             rows=batch.rows,
@@ -454,5 +493,5 @@ class Pipeline:
             source=source,
             timings=timings,
             dtype=self.dtype,
+            kind=self.kind,
         )
-        return output if return_dict else (output.images,)

@@ -18,6 +18,7 @@ from limner.errors import InvalidRequest
 from limner.grid import PIXELS, num_tokens
 from limner.images import PreparedReference, ReferenceReport, prepare_reference, to_pixels
 from limner.memory import Workload
+from limner.model.kv import ReferenceKV, ReferenceTokens
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
@@ -97,8 +98,9 @@ class Prefiller:
             dtype=self.networks.dtype,
             arithmetic=arithmetic,
             digests=[p.report.digest for p in prepared],
-            quantization=self.networks.kv_cache_dtype,
-            shard=self.networks.ranks.shard,
+            quantization=None if self.networks.kind.joint else self.networks.kv_cache_dtype,
+            shard=self.networks.reference_shard,
+            joint=self.networks.kind.joint,
         )
 
     def _get_together(
@@ -121,21 +123,26 @@ class Prefiller:
         clock = Stopwatch(networks.device)
         clock.lap()  # work that was queued before is not counted
         sizes = tuple(p.report.processed_size for p in prepared)
-        workload = Workload(size=(PIXELS, PIXELS), references=sizes)
+        joint = networks.kind.joint
+        workload = Workload(size=(PIXELS, PIXELS), references=sizes, joint=joint)
         with networks.working("encode references", workload):
             latents = [networks.autoencoder.encode(to_pixels(p.pixels)) for p in prepared]
         ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(networks.device, networks.dtype)
         ref_tokens = networks.ranks.broadcast_tensor(ref_tokens)  # (1, S_ref, C), equal bit for bit in all processes
-        with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
-            kv = networks.transformer.prefill(ref_tokens, reference_ids([(x.shape[2], x.shape[3]) for x in latents]))
+        if joint:
+            kv = ReferenceKV(layers=(ReferenceTokens(ref_tokens),))
+        else:
+            ids = reference_ids([(x.shape[2], x.shape[3]) for x in latents])
+            with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
+                kv = networks.transformer.prefill(ref_tokens, ids)
         return References.make(
             kv,
             weights=weights,
             kernel=arithmetic,
-            quantization=networks.kv_cache_dtype,
+            quantization=None if joint else networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
             prefill_seconds=clock.lap(),
-            shard=networks.ranks.shard,
+            shard=networks.reference_shard,
         )
 
 

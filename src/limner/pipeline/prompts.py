@@ -59,6 +59,17 @@ class PromptEncoder:
         assert tokens is not None
         return tokens.to(networks.device).repeat_interleave(request.num_images_per_prompt, dim=0), reports
 
+    def encode_negative(self, request: DrawRequest, networks: Networks) -> Tensor | None:
+        """Return the text tokens (B, S, text_width) of negative prompts; None without guidance. Raises as `encode`."""
+        guidance = request.guidance
+        if guidance is None:
+            return None
+        tokens = guidance.prompt_embeds
+        if guidance.prompts is not None:
+            tokens, _ = self._encode_all(guidance.prompts, request, networks)
+        assert tokens is not None
+        return tokens.to(networks.device).repeat_interleave(request.num_images_per_prompt, dim=0)
+
     def _encode_all(
         self, prompts: Sequence[str], request: DrawRequest, networks: Networks
     ) -> tuple[Tensor, tuple[PromptReport, ...]]:

@@ -1,8 +1,9 @@
 """The content key of References.
 
-K/V depend on the weights, on the ordered list of processed reference pixels and on the arithmetic (device, attention
-kernel and accumulation, as `Transformer.arithmetic` names them). The key covers these, the format and, for K/V of a part of
-the heads, which part it is. Knows nothing of tensors, files or stores.
+Tokens, which are kept of a joint model's references, depend on the autoencoder instead of the transformer. K/V depend
+on the weights, on the ordered list of processed reference pixels and on the arithmetic (device, attention kernel and
+accumulation, as `Transformer.arithmetic` names them). The key covers these, the format and, for K/V of a part of the
+heads, which part it is. Knows nothing of tensors, files or stores.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def reference_key(
     digests: Sequence[str],
     quantization: str | None = None,
     shard: tuple[int, int] | None = None,
+    joint: bool = False,
 ) -> str:
-    """Return the content key: a SHA-256 in hex of everything that K/V depend on.
+    """Return the content key: a SHA-256 in hex of everything that K/V, or tokens (`joint`), depend on.
 
-    `digests` are those of the processed references, in their order. `shard` is (rank, size) for K/V of a part of the heads,
-    None for all heads.
+    `digests` are those of the processed references, in their order. `shard` is (rank, size) for K/V of a part of the
+    heads, None for all heads.
     """
     parts = {
         "format": FORMAT,
@@ -52,5 +54,6 @@ def reference_key(
         "quantization": quantization,
         "references": list(digests),
         **({"shard": list(shard)} if shard else {}),
+        **({"holds": "tokens"} if joint else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

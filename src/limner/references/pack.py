@@ -1,9 +1,10 @@
 """The pack: a file that holds the tensors of References and their identity.
 
-A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of the
-layers. Its header holds the identity, with a SHA-256 of each tensor, and a SHA-256 of the identity. The header alone says
-whether the tensors are those of the identity and fill the file, which is checked before memory is taken for them. Reading
-copies each tensor out of the file and checks the copy, so that later changes of the file do not matter.
+A pack is a safetensors file: tensors `0.k`, `0.v` (quantized ones with `0.k_scale`, `0.v_scale`), ... in the order of
+the layers; of a joint model `0.tokens` alone. Its header holds the identity, with a SHA-256 of each tensor, and a
+SHA-256 of the identity. The header alone says whether the tensors are those of the identity and fill the file, which is
+checked before memory is taken for them. Reading copies each tensor out of the file and checks the copy, so that later
+changes of the file do not matter.
 
 Owns the file format. Does not know whether the key is that of the contents.
 """
@@ -28,7 +29,7 @@ from limner.errors import CapacityError, InvalidRequest
 from limner.files import open_regular
 from limner.grid import num_tokens
 from limner.images import ReferenceReport
-from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV
+from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceTokens
 from limner.references.key import FORMAT
 
 __all__ = [
@@ -89,8 +90,16 @@ class PackIdentity:
     reports: tuple[ReferenceReport, ...]
     prefill_seconds: float
     shard: tuple[int, int] | None = None
+    joint: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 in hex of each tensor, by name. `write_pack` computes them."""
+
+    @property
+    def kind(self) -> type[LayerKV | QuantizedLayerKV | ReferenceTokens]:
+        """What the pack holds of each layer; of a joint model, tokens as one layer."""
+        if self.joint:
+            return ReferenceTokens
+        return LayerKV if self.quantization is None else QuantizedLayerKV
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +143,7 @@ def _to_json(identity: PackIdentity) -> str:
         "digests": identity.digests,
         "prefill_seconds": identity.prefill_seconds,
         **({"shard": list(identity.shard)} if identity.shard else {}),
+        **({"holds": "tokens"} if identity.joint else {}),
     }
     return json.dumps(values, sort_keys=True)
 
@@ -144,8 +154,8 @@ def _to_json(identity: PackIdentity) -> str:
 def read_pack(path: str | os.PathLike[str]) -> tuple[PackIdentity, dict[str, Tensor]]:
     """Return the identity and the tensors of a pack, in host memory, every byte checked.
 
-    Raises `InvalidRequest` for a file that cannot be read, its subclass `DamagedPack`, and `CapacityError` for a sound pack
-    that does not fit in memory.
+    Raises `InvalidRequest` for a file that cannot be read, its subclass `DamagedPack`, and `CapacityError` for a sound
+    pack that does not fit in memory.
     """
     try:
         with open_regular(path) as file:
@@ -261,7 +271,7 @@ def _places(header: _Header, identity: PackIdentity, *, size: int) -> list[_Plac
     They have to be those of the identity, one after the other without gaps, and to fill the file. Nothing is allocated.
     Raises one of `MALFORMED`.
     """
-    fields = (LayerKV if identity.quantization is None else QuantizedLayerKV)._fields
+    fields = identity.kind._fields
     if not identity.num_layers or not identity.num_tokens:
         raise ValueError("it holds no references")
     if len(header.tensors) != identity.num_layers * len(fields):
@@ -271,12 +281,12 @@ def _places(header: _Header, identity: PackIdentity, *, size: int) -> list[_Plac
         raise ValueError("its tensors are not those of its identity")
     places = sorted((_place(name, entry) for name, entry in header.tensors.items()), key=lambda place: place.start)
     stored = identity.dtype if identity.quantization is None else KV_FORMATS[identity.quantization][0]
-    heads, head_dim = next(place.shape[2:] for place in places if place.name == "0.k")
+    heads = next(place.shape[2:] for place in places if place.name == f"0.{fields[0]}")  # (H, D), or (C,) of tokens
     end = 0
     for place in places:
         is_scale = place.name.endswith("_scale")
         dtype = torch.float32 if is_scale else stored
-        shape = (1, identity.num_tokens, heads, 1 if is_scale else head_dim)
+        shape = (1, identity.num_tokens, *((*heads[:-1], 1) if is_scale else heads))
         if place.shape != shape or place.dtype != dtype:
             raise ValueError(
                 f"{place.name} has shape {list(place.shape)} in {place.dtype}, not {list(shape)} in {dtype}"
@@ -294,8 +304,9 @@ def _places(header: _Header, identity: PackIdentity, *, size: int) -> list[_Plac
 def _place(name: str, entry: dict[str, Any]) -> _Place:
     start, end = (_count(x) for x in entry["data_offsets"])
     shape = tuple(_count(x) for x in entry["shape"])
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"{name} has shape {list(shape)}; keys and values have four sides of at least 1")
+    sides = 3 if name.endswith(".tokens") else 4
+    if len(shape) != sides or 0 in shape:
+        raise ValueError(f"{name} has shape {list(shape)}; it has {sides} sides of at least 1")
     return _Place(start, end, name, _CODES[entry["dtype"]], shape)
 
 
@@ -330,7 +341,18 @@ def _identity(values: dict[str, Any]) -> PackIdentity:
         digests={_text(name): _text(digest) for name, digest in values["digests"].items()},
         prefill_seconds=float(seconds),
         shard=_shard(values.get("shard")),
+        joint=_is_joint(values),
     )
+
+
+def _is_joint(values: dict[str, Any]) -> bool:
+    holds = values.get("holds", "kv")
+    if holds not in ("kv", "tokens"):
+        raise ValueError(f"holds={holds!r}")
+    joint: bool = holds == "tokens"
+    if joint and (values["num_layers"] != 1 or values["quantization"] is not None or values.get("shard") is not None):
+        raise ValueError("tokens are one tensor, of the dtype of the arithmetic, and whole")
+    return joint
 
 
 def _shard(value: Any) -> tuple[int, int] | None:

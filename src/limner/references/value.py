@@ -1,4 +1,4 @@
-"""References: the K/V of an ordered list of reference pictures, as an immutable value with an identity.
+"""References: what is kept of an ordered list of reference pictures, as an immutable value with an identity.
 
 Checks that layers, reports and key match. Knows nothing of prompts, pipelines or stores; the bytes of a file are
 `pack`'s.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from limner.errors import InvalidRequest
 from limner.files import atomic_write
 from limner.grid import num_tokens
 from limner.images import ReferenceReport
-from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceKV, quantize_layer
+from limner.model.kv import KV_FORMATS, LayerKV, ReferenceKV, quantize_layer
 from limner.references.key import reference_key
 from limner.references.pack import MALFORMED, DamagedPack, PackIdentity, read_pack, write_pack
 
@@ -27,12 +29,13 @@ __all__ = ["References"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References(ReferenceKV):
-    """The K/V of an ordered list of references, with their identity. Never changed after they were made.
+    """The K/V, or a joint model's tokens, of an ordered list of references, with their identity. Never changed.
 
-    `key` is the content key. `weights` is the digest of the transformer and autoencoder that made it, `kernel` names the
-    arithmetic and `dtype` its dtype. `quantization` is None, "int8" or "fp8". `reports` say for each reference how it was
-    processed. `prefill_seconds` is the time that the prefill took. `shard` is None for all heads; (rank, size) for one of
-    `size` equal parts of them, in their order, as a process of a tensor parallel model holds it.
+    `key` is the content key. `weights` is the digest of the transformer and autoencoder that made it (of tokens: of the
+    autoencoder), `kernel` names the arithmetic and `dtype` its dtype. `quantization` is None, "int8" or "fp8".
+    `reports` say for each reference how it was processed. `prefill_seconds` is the time that the prefill took. `shard`
+    is None for all heads; (rank, size) for one of `size` equal parts of them, in their order, as a process of a tensor
+    parallel model holds it.
     """
 
     key: str
@@ -60,10 +63,10 @@ class References(ReferenceKV):
 
         `kernel` names the arithmetic that computed `kv`.
         """
-        dtype = kv.layers[0].k.dtype
+        dtype = kv.layers[0][0].dtype
         layers = kv.layers
         if quantization is not None:
-            layers = tuple(quantize_layer(layer, quantization) for layer in kv.layers if isinstance(layer, LayerKV))
+            layers = tuple(quantize_layer(layer, quantization) for layer in kv.kv if isinstance(layer, LayerKV))
         made = cls(
             layers=layers,
             key="",
@@ -89,13 +92,15 @@ class References(ReferenceKV):
 
     def part(self, rank: int, size: int) -> References:
         """Return copies of part `rank` of `size` of the heads, under a key of its own. Raises `InvalidRequest`."""
-        num_heads = self.layers[0].k.shape[2]
+        if self.tokens is not None:
+            raise InvalidRequest("references", "tokens of a joint model have no heads; every process needs all of them")
+        num_heads = self.kv[0].k.shape[2]
         if self.shard is not None or num_heads % size:
             held = "all" if self.shard is None else f"part {self.shard[0]} of {self.shard[1]}"
             raise InvalidRequest(
                 "references", f"{num_heads} heads ({held}) cannot be cut into {size} parts; prefill the pictures again"
             )
-        layers = tuple(type(layer)(*(x.chunk(size, dim=2)[rank].contiguous() for x in layer)) for layer in self.layers)
+        layers = tuple(type(layer)(*(x.chunk(size, dim=2)[rank].contiguous() for x in layer)) for layer in self.kv)
         return dataclasses.replace(self, layers=layers, shard=(rank, size), key=self._key((rank, size)))
 
     def to(self, device: torch.device | str) -> References:
@@ -103,7 +108,7 @@ class References(ReferenceKV):
         device = torch.device(device)
         if device == self.device:
             return self
-        return dataclasses.replace(self, layers=tuple(layer.to(device) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(layer.to(device) for layer in self.layers))
 
     def to_host(self, *, page_locked: bool) -> References:
         """Return a copy in host memory; from page-locked memory a CUDA device copies without waiting."""
@@ -111,7 +116,11 @@ class References(ReferenceKV):
         def copy(x: Tensor) -> Tensor:
             return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x)
 
-        return dataclasses.replace(self, layers=tuple(type(layer)(*map(copy, layer)) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(type(layer)(*map(copy, layer)) for layer in self.layers))
+
+    @staticmethod
+    def _layers(layers: Iterable[Any]) -> Any:
+        return tuple(layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a pack, whole or not at all. Raises `OutputError`."""
@@ -130,6 +139,7 @@ class References(ReferenceKV):
             reports=self.reports,
             prefill_seconds=self.prefill_seconds,
             shard=self.shard,
+            joint=self.tokens is not None,
         )
         tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer._asdict().items()}
         write_pack(path, identity, tensors)
@@ -143,9 +153,9 @@ class References(ReferenceKV):
         """
         identity, tensors = read_pack(path)
         try:
-            kind = LayerKV if identity.quantization is None else QuantizedLayerKV
+            kind = identity.kind
             references = cls(
-                layers=tuple(
+                layers=cls._layers(
                     kind(**{name: tensors[f"{i}.{name}"] for name in kind._fields}) for i in range(identity.num_layers)
                 ),
                 key=identity.key,
@@ -168,8 +178,10 @@ class References(ReferenceKV):
         if not self.layers or not length:
             raise ValueError("it holds no references")
         stored = self.dtype if self.quantization is None else KV_FORMATS[self.quantization][0]
-        heads, head_dim = self.layers[0].k.shape[2:]
-        for layer in self.layers:
+        if self.tokens is not None and (self.tokens.shape[:2] != (1, length) or self.tokens.dtype != self.dtype):
+            raise ValueError(f"tokens of shape {list(self.tokens.shape)} in {self.tokens.dtype}, not [1, {length}, C]")
+        heads, head_dim = self.kv[0].k.shape[2:] if self.kv else (0, 0)
+        for layer in self.kv:
             for name, x in layer._asdict().items():
                 is_scale = name.endswith("_scale")
                 shape = (1, length, heads, 1 if is_scale else head_dim)
@@ -190,4 +202,5 @@ class References(ReferenceKV):
             digests=[report.digest for report in self.reports],
             quantization=self.quantization,
             shard=shard,
+            joint=self.tokens is not None,
         )

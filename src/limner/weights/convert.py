@@ -25,6 +25,7 @@ from limner.model.transformer import Transformer
 from limner.weights.checkpoint import Checkpoint
 from limner.weights.configuration import CONFIG_KEY
 from limner.weights.files import TensorInfo, dtype_name, write_tensors
+from limner.weights.folder.kind import HEADER_KEY, find_kind, kind_of_transformer, to_header
 from limner.weights.layouts import PARTS
 from limner.weights.names import Names, Rule, autoencoder_names, transformer_names
 from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
@@ -124,10 +125,19 @@ def convert(
         for output in outputs:
             if to == "original":
                 file = temporary / _ORIGINAL_FILES[output.part] if whole else temporary
-                _write(output, file, {CONFIG_KEY: json.dumps(dict(output.config))}, progress)
+                header = {CONFIG_KEY: json.dumps(dict(output.config)), **_kind_header(output.part, source)}
+                _write(output, file, header, progress)
             else:
                 _write_folder(output, temporary / output.part if whole else temporary, progress)
     return sum(output.nbytes for output in outputs)
+
+
+def _kind_header(part: str, source: Path) -> dict[str, str]:
+    """Return the entry of a transformer's header that says its kind, if the source does."""
+    if part != "transformer":
+        return {}
+    found = find_kind(source) if is_model_folder(source) else kind_of_transformer(source)
+    return {} if found is None else {HEADER_KEY: to_header(found.kind)}
 
 
 def save_quantized(transformer: Transformer, source: Path, target: Path) -> None:

@@ -40,6 +40,10 @@ class GgufFile(TensorFile):
             self._reader = _open(path)
             field = self._reader.get_field("general.architecture")
             self.architecture = str(field.contents()) if field is not None else ""
+            named = {
+                name: field.contents() for name, field in self._reader.fields.items() if name.startswith("general.")
+            }
+            self.metadata = {name: value for name, value in named.items() if isinstance(value, str)}
         except Exception as error:  # numpy and the reader raise many types for a damaged header
             raise CheckpointError(
                 f"{path}: cannot be read as GGUF ({first_line(error)}); it is truncated or damaged, download it again"

@@ -22,7 +22,7 @@ from limner.weights.checkpoint import Checkpoint
 from limner.weights.digest import digest_tensors
 from limner.weights.files import read_json
 from limner.weights.folder import PARTS as FOLDERS
-from limner.weights.folder import bundled_model
+from limner.weights.folder import FoundKind, bundled_model, find_kind, kind_of_transformer
 from limner.weights.geometry import geometry_name
 from limner.weights.layouts import PARTS
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
@@ -88,9 +88,13 @@ class PartReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelReport:
-    """The report on a file, a part's folder, or a model with its parts; `missing` are folders that a model lacks."""
+    """The report on a file, a part's folder, or a model with its parts; `missing` are folders that a model lacks.
+
+    `kind` is what the model was trained for (`limner.kinds`) and the file that says so; None where nothing does.
+    """
 
     path: str
+    kind: Mapping[str, Any] | None
     parts: tuple[PartReport, ...]
     missing: tuple[str, ...]
     problems: tuple[str, ...]
@@ -101,6 +105,9 @@ class ModelReport:
 
     def lines(self) -> list[str]:
         found = [line for part in self.parts for line in part.lines()]
+        if self.kind is not None:
+            how = "distilled" if self.kind["is_distilled"] else "base, drawn with guidance"
+            found.insert(0, f"kind: {self.kind['references']} references, {how} ({self.kind['source']})")
         found += [f"missing: {name}" for name in self.missing] + [f"damaged: {problem}" for problem in self.problems]
         return found
 
@@ -132,7 +139,11 @@ def inspect(
         inside = source / name if is_model else source
         checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
         return ModelReport(
-            path=str(source), parts=(_inspect(checkpoint, digests, verify, report),), missing=(), problems=()
+            path=str(source),
+            kind=_kind(kind_of_transformer(inside)) if name == "transformer" else None,
+            parts=(_inspect(checkpoint, digests, verify, report),),
+            missing=(),
+            problems=(),
         )
     read_json(source / "model_index.json")
     missing = tuple(name for name in FOLDERS if not (source / name).is_dir())
@@ -143,7 +154,14 @@ def inspect(
                 parts.append(_inspect(open_part(name, source / name), digests, verify, report))
             except CheckpointError as error:
                 problems.append(str(error))
-    return ModelReport(path=str(source), parts=tuple(parts), missing=missing, problems=tuple(problems))
+    kind = _kind(find_kind(source))
+    return ModelReport(path=str(source), kind=kind, parts=tuple(parts), missing=missing, problems=tuple(problems))
+
+
+def _kind(found: FoundKind | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"references": found.kind.references, "is_distilled": found.kind.distilled, "source": found.source}
 
 
 def _inspect(checkpoint: Checkpoint, digests: bool, verify: bool, progress: Progress) -> PartReport:

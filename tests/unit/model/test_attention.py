@@ -102,10 +102,15 @@ def test_native_takes_extreme_scores() -> None:
 
 
 @has_native
-def test_native_is_chosen_where_it_runs() -> None:
-    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 128) == "native"
-    assert choose_kernel(torch.device("cpu"), torch.float32, 128) != "native"
-    assert choose_kernel(torch.device("cpu"), torch.bfloat16, 24) != "native"
+def test_native_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, cpu = choose_kernel.__wrapped__, torch.device("cpu")
+    monkeypatch.setattr("limner.model.attention._has_amx", lambda: False)
+    assert choose(cpu, torch.bfloat16, 128) == "native"
+    assert choose(cpu, torch.float32, 128) != "native"
+    assert choose(cpu, torch.bfloat16, 24) != "native"
+    monkeypatch.setattr("limner.model.attention._has_amx", lambda: True)
+    assert choose(cpu, torch.bfloat16, 128) == "flash"
+    assert choose(cpu, torch.float32, 128).startswith("chunked")
 
 
 @pytest.mark.parametrize("setting", [{"LIMNER_NATIVE": "0"}, {"CC": "/nowhere/cc"}, {"CC": "gcc '"}])
@@ -123,7 +128,7 @@ def test_works_without_the_native_kernel(setting: dict[str, str], tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     chosen, field = done.stdout.split()
-    assert chosen in ("chunked", "chunked_float32")
+    assert chosen in ("chunked", "chunked_float32", "flash")
     assert field == "kernel"
 
 
@@ -135,8 +140,8 @@ def test_the_cache_of_built_kernels_is_not_trusted_blindly(fault: str, tmp_path:
     folder.mkdir()
     code = (
         "import torch; from limner.native.kernels import native_library\n"
-        "from limner.model.attention import choose_kernel\n"
-        "print(choose_kernel(torch.device('cpu'), torch.bfloat16, 16), native_library()._name)"
+        "from limner.native import kernels\n"
+        "print(kernels.takes(torch.device('cpu'), torch.bfloat16, 16), native_library()._name)"
     )
 
     def run(home: Path) -> list[str]:
@@ -159,7 +164,7 @@ def test_the_cache_of_built_kernels_is_not_trusted_blindly(fault: str, tmp_path:
         Path(made).write_bytes(b"")
         chosen, path = run(tmp_path)
         assert path == made
-    assert chosen == "native"
+    assert chosen == "True"
     assert Path(path).parent == folder or fault != "empty"
 
 

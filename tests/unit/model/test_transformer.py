@@ -80,7 +80,7 @@ def test_blocks_run_in_order_each_while_it_is_staged(transformer: Transformer) -
 
 def test_references_of_another_depth_are_refused(transformer: Transformer) -> None:
     layer = LayerKV(*(torch.zeros(1, 2, 2, 16) for _ in range(2)))
-    with pytest.raises(ValueError, match="references have 1 layers, the model 4"):
+    with pytest.raises(ValueError, match="references have 1 layers of K/V, the model 4"):
         transformer(
             torch.zeros(1, 4, 16),
             torch.zeros(1, 3, 48),

@@ -113,7 +113,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"),
         "is of a StableDiffusionPipeline",
     ),
-    "base model": (lambda f: edit_json(f / "model_index.json", is_distilled=False), "is_distilled is false"),
+    "odd is_distilled": (lambda f: edit_json(f / "model_index.json", is_distilled=1), "has to be true or false"),
+    "odd references": (lambda f: (f / "limner.json").write_text('{"references": "all"}'), "is not one of None"),
     "scheduler of another kind": (
         lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler"),
         "DDIMScheduler is not",

@@ -38,7 +38,7 @@ def test_from_diffusers_shares_tensors(oracle: Any, tiny_folder: Path) -> None:
 
 
 def test_from_diffusers_refuses_what_would_be_lost(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="pipeline: is a dict; allowed: the klein pipelines"):
+    with pytest.raises(CheckpointError, match="pipeline: is a dict; allowed: those of diffusers"):
         Pipeline.from_diffusers({})
     with monkeypatch.context() as patch:
         patch.setattr(oracle.transformer, "peft_config", {"default": 1}, raising=False)

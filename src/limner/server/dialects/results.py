@@ -5,6 +5,8 @@ Owns these wire schemas. Results need no key: their URLs are signed.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -33,6 +35,10 @@ class Capabilities(BaseModel):
     max_images: int
     max_references: int
     max_picture_bytes: int
+    references_attention: Literal["isolated", "joint"] = Field(description="what references attend to (limner.kinds)")
+    is_distilled: bool = Field(description="drawn in few steps without guidance; guidance has no effect then")
+    num_inference_steps: int = Field(description="steps of a request that names none")
+    guidance_scale: float = Field(description="guidance of a request that names none; 1: none")
     previews: bool = Field(description="whether jobs show small pictures while they are drawn")
     keep_seconds: float = Field(description="how long results are served")
 
@@ -92,6 +98,10 @@ def routes(service: Service) -> APIRouter:
             max_images=service.engine.max_batch,
             max_references=settings.max_references,
             max_picture_bytes=settings.max_picture_bytes,
+            references_attention=model.kind.references,
+            is_distilled=model.kind.distilled,
+            num_inference_steps=model.kind.num_inference_steps,
+            guidance_scale=model.kind.guidance_scale,
             previews=model.previews,
             keep_seconds=settings.runner.keep_results,
         )

@@ -13,6 +13,7 @@ from limner.errors import CheckpointError
 from limner.grid import MIN_SIDE, PIXELS
 from limner.model.preview import LatentPreview
 from limner.weights.files import read_json
+from limner.weights.folder.kind import DEFAULT, FoundKind, find_kind
 
 __all__ = ["FolderSettings", "read_settings"]
 
@@ -24,7 +25,7 @@ class FolderSettings:
     """What a folder says besides its parts. Sizes are (width, height).
 
     `sizes` are those that the model draws (none: any). `max_reference_pixels` caps references, `preview` maps latents to
-    pixels.
+    pixels. `kind` is what the folder says of what the model was trained for.
     """
 
     default_size: tuple[int, int] = (1024, 1024)
@@ -32,11 +33,12 @@ class FolderSettings:
     default_dtype: torch.dtype | None = None
     preview: LatentPreview | None = None
     max_reference_pixels: int | None = None
+    kind: FoundKind = DEFAULT
 
 
 def read_settings(folder: Path) -> FolderSettings:
     """Check `model_index.json` and read `limner.json`. Raises `CheckpointError`."""
-    _check_index(folder)
+    kind = find_kind(folder)  # refuses the folder of a model of another family
     file = folder / "limner.json"
     own = read_json(file) if os.path.lexists(file) else {}
     default_size, sizes = _read_sizes(own, file)
@@ -58,19 +60,8 @@ def read_settings(folder: Path) -> FolderSettings:
         default_dtype=None if dtype is None else _DTYPES[dtype],
         preview=preview,
         max_reference_pixels=pixels,
+        kind=kind,
     )
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse the folder of a model of another family. Raises `CheckpointError`."""
-    index = read_json(folder / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if not kind.startswith("Flux2Klein"):
-        raise CheckpointError(
-            f"{folder}: model_index.json is of a {kind}; allowed: the klein pipelines (Flux2Klein...)"
-        )
-    if index.get("is_distilled") is False:
-        raise CheckpointError(f"{folder}: is_distilled is false; base models need guidance, which is not supported")
 
 
 def _read_sizes(own: dict[str, Any], file: Path) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:

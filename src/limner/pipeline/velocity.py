@@ -1,0 +1,104 @@
+"""The velocity of all images of a batch at a step: with isolated or joint references, and with guidance.
+
+Owns what is computed once for all steps: rotary tables, tokens of joint references, and K/V that are used again. Does not
+know prompts, pictures or the Euler step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from limner.grid import PIXELS
+from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
+from limner.model.rope import Rope
+from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.networks import Networks
+from limner.references import References
+from limner.tokens import image_ids, reference_ids, text_ids
+
+__all__ = ["Velocity"]
+
+
+class Velocity:
+    """Predicts velocities for one call, step after step."""
+
+    def __init__(self, networks: Networks, request: DrawRequest, references: References | None) -> None:
+        self._networks, self._guidance = networks, request.guidance
+        self._img_ids = image_ids(request.grid)
+        tokens = references.tokens if references is not None else None
+        self._isolated = references if tokens is None else None
+        self._ref_tokens = None if tokens is None else tokens.to(networks.device, networks.dtype)
+        sizes = references.sizes if references is not None else ()
+        self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
+        self._reuses = request.reuse == "step0" and tokens is not None
+        self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
+        self._ropes: dict[tuple[int, bool], Rope] = {}
+
+    def __call__(
+        self, latents: Tensor, sigma: Tensor, *, prompt_embeds: Tensor, negative_embeds: Tensor | None, rows: list[int]
+    ) -> Tensor:
+        """Return the velocity (B, S_img, C) of latents (B, S_img, C) at noise level `sigma`, in float32 with guidance.
+
+        With guidance s it is v_neg + s (v - v_neg) (Ho and Salimans, "Classifier-Free Diffusion Guidance"; written as in
+        diffusers). `negative_embeds` (B, S, text_width) are for that. `rows` are the numbers of these images in the batch
+        that the call began with.
+        """
+        device, dtype = self._networks.device, self._networks.dtype
+        latents, prompt_embeds = latents.to(dtype), prompt_embeds.to(device, dtype)
+        if self._guidance is None or negative_embeds is None:
+            return self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+        negative_embeds = negative_embeds.to(device, dtype)
+        if self._guidance.together and negative_embeds.shape == prompt_embeds.shape:
+            both = torch.cat([negative_embeds, prompt_embeds])
+            negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
+        else:
+            positive = self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+            negative = self._forward(latents, negative_embeds, sigma, rows=rows, side="negative")
+        return negative.float() + self._guidance.scale * (positive.float() - negative.float())
+
+    def _forward(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int], side: str) -> Tensor:
+        """`side` says which prompts `txt` are of: K/V that are used again belong to one."""
+        transformer, num_txt = self._networks.transformer, txt.shape[1]
+        again = self._again(rows, side)
+        as_tokens = self._ref_tokens is not None and again is None
+        kept: list[LayerKV] | None = [] if as_tokens and self._reuses else None
+        velocity: Tensor = transformer(
+            latents,
+            txt,
+            sigma,
+            img_ids=self._img_ids,
+            txt_ids=text_ids(num_txt),
+            references=self._isolated or again,
+            ref_tokens=self._ref_tokens if as_tokens else None,
+            ref_ids=self._ref_ids if as_tokens else None,
+            rope=self._rope(num_txt, with_references=as_tokens),
+            kept=kept,
+        )
+        if kept is not None:
+            quantization = self._networks.kv_cache_dtype
+            layers = tuple(kept) if quantization is None else tuple(quantize_layer(x, quantization) for x in kept)
+            self._kept[side] = list(rows), ReferenceKV(layers=layers)
+        return velocity
+
+    def _again(self, rows: list[int], side: str) -> ReferenceKV | None:
+        """The K/V that joint references had in the first step, for the images that are left."""
+        if side not in self._kept:
+            return None
+        had, kv = self._kept[side]
+        if had != rows:
+            places = [had.index(row) for row in rows]
+            kv = ReferenceKV(layers=tuple(type(layer)(*(x[places] for x in layer)) for layer in kv.kv))
+            self._kept[side] = list(rows), kv
+        return kv
+
+    def _rope(self, num_txt: int, *, with_references: bool) -> Rope:
+        key = num_txt, with_references
+        if key not in self._ropes:
+            ids: Sequence[Tensor] = [text_ids(num_txt), self._img_ids]
+            if with_references and self._ref_ids is not None:
+                ids = [*ids, self._ref_ids]
+            self._ropes[key] = self._networks.transformer.rope(torch.cat(list(ids)))
+        return self._ropes[key]
