@@ -319,6 +319,7 @@ def test_over_stdio_as_a_process(tiny_folder: Path, tmp_path: Path, model: Pipel
 
 
 def test_over_http_on_this_machine(tiny_folder: Path) -> None:
+    """With a file of 5 MB, which is more than the package takes unless told otherwise."""
     command = [sys.executable, "-m", "limner", "mcp", "--model", str(tiny_folder), "--http", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT) as process:
         try:
@@ -328,7 +329,8 @@ def test_over_http_on_this_machine(tiny_folder: Path) -> None:
 
             async def main() -> Any:
                 async with mcp.Client(address[1]) as client:
-                    data = base64.b64encode(encode(picture(64, 64), "png")).decode()
+                    file = encode(picture(64, 64), "png", metadata={"long": "x" * 5_000_000})
+                    data = base64.b64encode(file).decode()
                     return await client.call_tool("edit", {"prompt": "red", "pictures": [data], "steps": 1})
 
             assert pictures_of(asyncio.run(main()))[0].shape == (64, 64, 3)

@@ -77,7 +77,8 @@ def in_comfyui(checkout: Path) -> None:
     executor = execution.PromptExecutor(server)
 
     def run(prompt: dict[str, Any]) -> list[str]:
-        """Return the ids of the nodes that ran."""
+        """Return the ids of the nodes that ran. A prompt comes as new JSON each time: ComfyUI writes into it."""
+        prompt = json.loads(json.dumps(prompt))
         valid, error, outputs, problems = asyncio.run(execution.validate_prompt("1", prompt, None))
         assert valid, (error, problems)
         executor.execute(prompt, "1", {"client_id": "x"}, outputs)
@@ -95,13 +96,13 @@ def in_comfyui(checkout: Path) -> None:
     assert [step[:2] for step in steps] == [(i, 4) for i in range(1, 5)]
     assert steps[0][2][0] == "JPEG"
     prompt["5"]["inputs"] |= {"prompt": "remove the background", "seed": 2}
-    assert run(prompt) == ["5", "6"], "another prompt runs the drawing alone"
+    assert (ran := run(prompt)) == ["5", "6"], ran  # another prompt runs the drawing alone
     same(drawn(prompt), expected("cat.png", "beach.png", prompt="remove the background", seed=2))
     shutil.copy(SAMPLES / "dog.png", place / "input" / "cat.png")
-    assert run(prompt) == ["2", "4", "5", "6"], "another picture under the same name"
+    assert (ran := run(prompt)) == ["2", "4", "5", "6"], ran  # another picture under the same name
     same(drawn(prompt), expected("dog.png", "beach.png", prompt="remove the background", seed=2))
     prompt["7"] = {"class_type": "LimnerSaveReferences", "inputs": {"references": ["4", 0], "name": "dog"}}
-    assert run(prompt) == ["7"]
+    assert (ran := run(prompt)) == ["7"], ran
     kept = drawn(prompt)
     prompt["4"] = {"class_type": "LimnerLoadReferences", "inputs": {"pack": "dog_00001.safetensors"}}
     del prompt["7"], prompt["2"], prompt["3"]
@@ -113,8 +114,9 @@ def in_comfyui(checkout: Path) -> None:
     comfy.utils.set_progress_bar_global_hook(
         lambda value, total, preview, node_id=None: (steps.append(value), value == 2 and nodes.interrupt_processing())
     )
-    valid, _, outputs, _ = asyncio.run(execution.validate_prompt("2", prompt, None))
-    executor.execute(prompt, "2", {"client_id": "x"}, outputs)
+    stopped = json.loads(json.dumps(prompt))
+    valid, _, outputs, _ = asyncio.run(execution.validate_prompt("2", stopped, None))
+    executor.execute(stopped, "2", {"client_id": "x"}, outputs)
     assert [event for event, _ in executor.status_messages][-1] == "execution_interrupted"
     assert steps == [1, 2]
     prompt["5"]["inputs"]["width"] = 500

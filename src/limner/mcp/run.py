@@ -25,6 +25,9 @@ from limner.server.outbound.client import OutboundClient
 
 __all__ = ["run"]
 
+_MAX_BODY_BYTES = 128 << 20
+"""Of one request over HTTP, pictures as base64 included, as of the service; the package's own limit is 4 MiB."""
+
 
 def run(
     load: Callable[[], Pipeline],
@@ -55,7 +58,7 @@ async def _serve(
         else:
             print(f"limner: tools at http://127.0.0.1:{listener.getsockname()[1]}/mcp", file=sys.stderr, flush=True)
             # hosts and origins of other machines are refused, since the host is this one
-            app = server.streamable_http_app(host="127.0.0.1")
+            app = server.streamable_http_app(host="127.0.0.1", max_request_body_size=_MAX_BODY_BYTES)
             await uvicorn.Server(uvicorn.Config(app, log_level="warning")).serve([listener])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -342,3 +344,12 @@ def test_what_is_no_picture_is_refused(host: Host, tiny_folder: Path) -> None:
     for bad in (torch.zeros(64, 64, 3), torch.zeros(1, 64, 64, 1), torch.full((1, 64, 64, 3), float("nan"))):
         with pytest.raises(InvalidRequest, match="image_1: "):
             NODES["LimnerReferences"]().make(model, bad)
+
+
+@pytest.mark.skipif("LIMNER_COMFYUI" not in os.environ, reason="LIMNER_COMFYUI does not name a checkout of ComfyUI")
+def test_in_comfyui_itself() -> None:
+    """By the Python that $LIMNER_COMFYUI_PYTHON names, in which ComfyUI and limner can be imported."""
+    python, script = os.environ.get("LIMNER_COMFYUI_PYTHON", sys.executable), "tests/support/comfyui_runtime.py"
+    command = [python, script, "comfyui", os.environ["LIMNER_COMFYUI"]]
+    done = subprocess.run(command, cwd=PACK.parents[1], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
