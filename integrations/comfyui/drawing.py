@@ -74,14 +74,18 @@ class _Drawing:
         host.check_stopped()
         with model.pipeline() as pipe:
             watch = host.Watch(steps, previews=pipe.latent_preview is not None)
-            out = pipe.draw(
-                [request],
-                references=references.for_pipeline(pipe) if references is not None else None,
-                callback_on_step_end=watch.step,
-                callback_on_step_end_tensor_inputs=watch.inputs,
-                output_type="pt",
-                progress=watch.part,
-            )
+
+            def call() -> PipelineOutput:
+                return pipe.draw(
+                    [request],
+                    references=references.for_pipeline(pipe) if references is not None else None,
+                    callback_on_step_end=watch.step,
+                    callback_on_step_end_tensor_inputs=watch.inputs,
+                    output_type="pt",
+                    progress=watch.part,
+                )
+
+            out = host.with_room(call)
         return from_pixels(out.images), _report(out)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from limner.errors import CapacityError
 from limner.images import to_pil
 from limner.weights.digest import FileStamp, file_stamp
 
@@ -27,12 +29,14 @@ __all__ = [
     "outside_inference_mode",
     "packs",
     "state_of",
+    "with_room",
 ]
 
 CATEGORY = "Limner"
 PACKS = "limner_references"
 """ComfyUI's name for the folders of packs: models/limner_references, and output/limner, where packs are saved."""
 PREVIEW_SIDE = 512
+_logger = logging.getLogger("limner")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -94,6 +98,23 @@ def check_stopped() -> None:
     management = _module("comfy.model_management")
     if management is not None:
         management.throw_exception_if_processing_interrupted()
+
+
+def with_room(call: Callable[[], R]) -> R:
+    """Return what a call returns; where it does not fit in memory, ComfyUI's own models leave, and it is called once more.
+
+    ComfyUI does that for its models alone. Raises `CapacityError` where that is not enough.
+    """
+    try:
+        return call()
+    except CapacityError:
+        management = _module("comfy.model_management")
+        if management is None:
+            raise
+        _logger.info("ComfyUI's models are unloaded to make room", exc_info=True)
+        management.unload_all_models()
+        management.soft_empty_cache()
+    return call()
 
 
 class Watch:

@@ -150,11 +150,15 @@ class LoadModel:
     def load(self, **inputs: Any) -> tuple[Model]:
         """Load the model."""
         store = inputs.get("store") or None
-        pipe = load_pipeline(
-            _model_options(**inputs),
-            store=ReferenceStore.open(store) if store else None,
-            progress=lambda part, done, of: host.check_stopped(),
-        )
+
+        def call() -> Pipeline:
+            return load_pipeline(
+                _model_options(**inputs),
+                store=ReferenceStore.open(store) if store else None,
+                progress=lambda part, done, of: host.check_stopped(),
+            )
+
+        pipe = host.with_room(call)
         return (Model(shared=SharedPipeline(pipe)),)
 
 

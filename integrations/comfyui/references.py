@@ -86,7 +86,7 @@ class MakeReferences:
         images = [p for name, batch in given.items() if batch is not None for p in to_pictures(batch, field=name)]
         host.check_stopped()
         with model.pipeline() as pipe:
-            kept = KeptReferences.make(pipe, tuple(images))
+            kept = host.with_room(lambda: KeptReferences.make(pipe, tuple(images)))
         return kept, report(kept.references)
 
 

@@ -84,6 +84,11 @@ class Host:
                 host.stop_at = None
                 raise Interrupted
 
+        self.unloaded = 0
+
+        def unload() -> None:
+            host.unloaded += 1
+
         modules = {
             "folder_paths": SimpleNamespace(
                 folder_names_and_paths=self.paths,
@@ -96,7 +101,10 @@ class Host:
             ),
             "comfy.utils": SimpleNamespace(ProgressBar=ProgressBar),
             "comfy.model_management": SimpleNamespace(
-                get_torch_device=lambda: torch.device("cpu"), throw_exception_if_processing_interrupted=stop
+                get_torch_device=lambda: torch.device("cpu"),
+                throw_exception_if_processing_interrupted=stop,
+                unload_all_models=unload,
+                soft_empty_cache=lambda: None,
             ),
         }
         for name, module in modules.items():

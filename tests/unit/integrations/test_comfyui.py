@@ -21,7 +21,7 @@ from tests.support.lora_files import make_pairs, original
 from tests.support.tiny import generators, picture
 
 import limner
-from limner import InvalidRequest, Pipeline, References
+from limner import CapacityError, InvalidRequest, Pipeline, References
 
 NODES = load_pack().NODE_CLASS_MAPPINGS
 SOCKETS = {"LIMNER_MODEL", "LIMNER_REFERENCES", "IMAGE", "STRING", "INT", "FLOAT", "BOOLEAN"}
@@ -286,6 +286,25 @@ def test_the_stop_button_ends_the_call_and_the_next_one_runs(comfy: Executor, ho
     with pytest.raises(Interrupted):
         comfy.run(graph(host, tiny_folder, steps=60), "edit")
     assert host.steps == []
+
+
+def test_comfyuis_models_make_room(
+    comfy: Executor, host: Host, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, draw, left = expected(tiny_folder, host, "a.png", "b.png"), Pipeline.draw, [1]
+
+    def scarce(self: Pipeline, *given: Any, **options: Any) -> Any:
+        if left and left.pop():
+            raise CapacityError("there is no room")
+        return draw(self, *given, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", scarce)
+    assert np.array_equal(image(comfy, graph(host, tiny_folder)), wanted)
+    assert host.unloaded == 1
+    left[:] = [1, 1]
+    with pytest.raises(CapacityError, match="no room"):
+        comfy.run(graph(host, tiny_folder, seed=4), "edit")
+    assert host.unloaded == 2
 
 
 def test_previews_are_shown_where_the_model_has_them(host: Host) -> None:
