@@ -142,14 +142,11 @@ def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
 
 def _output_files(output: str, num_images: int) -> list[Path]:
     """Return out.png, or out-1.png, out-2.png, ..."""
-    from limner.images import check_output
+    from limner.images import check_output, numbered
 
-    path = Path(output)
     if not 1 <= num_images <= 1000:
         raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
-    if num_images == 1:
-        return [check_output(path)]
-    return [check_output(path.with_stem(f"{path.stem}-{i}")) for i in range(1, num_images + 1)]
+    return [check_output(path) for path in numbered(Path(output), num_images)]
 
 
 def _check_alone(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from limner.files import printable
 from limner.images.decode import decode
-from limner.images.encode import check_output, encode, save
+from limner.images.encode import check_output, encode, numbered, save
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
 from limner.images.metadata import picture_metadata, read_metadata
@@ -21,6 +21,7 @@ __all__ = [
     "decode",
     "encode",
     "format_of",
+    "numbered",
     "picture_metadata",
     "prepare_reference",
     "printable",
