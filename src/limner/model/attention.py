@@ -55,9 +55,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         and head_dim % 8 == 0
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-    if flash:
-        name = "flash"
-    elif device.type == "cpu" and dtype == torch.bfloat16 and _has_amx():
+    if flash or (device.type == "cpu" and dtype == torch.bfloat16 and _has_amx()):
         name = "flash"
     elif native.takes(device, dtype, head_dim):
         name = "native"
