@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
+from limner.server.access.bodies import Bodies
 from limner.server.access.keys import OPERATOR, KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
@@ -142,9 +143,9 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
-        max_buffered=settings.max_buffered_bytes,
+        bodies=Bodies(max_bytes=settings.max_buffered_bytes, shared=not service.keyring.is_open),
         seconds=settings.body_seconds,
-        check_key=service.keyring.identify,
+        owner_of=service.keyring.identify,
         error_body=error_body,
     )
     if service.keyring.is_open:

@@ -6,6 +6,7 @@ application stands in `limner.server.application`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -120,10 +121,22 @@ def make_server(
     """Return uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.http.connection import HastyProtocol
+    from limner.server.http.connection import Handshake, HastyProtocol
+
+    most = descriptors.max_connections()
 
     class Protocol(HastyProtocol):
-        max_connections = descriptors.max_connections()
+        max_connections = most
+
+    class Config(uvicorn.Config):
+        def load(self) -> None:
+            super().load()
+            context, self.ssl = self.ssl, None  # asyncio's server would make handshakes without a limit
+            if context is not None:
+                under_way: dict[Handshake, asyncio.Task[None]] = {}
+                self.http_protocol_class = lambda **parts: Handshake(  # type: ignore[assignment]
+                    Protocol(**parts), context, under_way=under_way, most=max(4, most // 4)
+                )
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -131,7 +144,7 @@ def make_server(
             await super().shutdown(sockets)
 
     return Server(
-        uvicorn.Config(
+        Config(
             app,
             host=host,
             port=port,
