@@ -133,7 +133,7 @@ def make_server(
             super().load()
             context, self.ssl = self.ssl, None  # asyncio's server would make handshakes without a limit
             if context is not None:
-                under_way: dict[Handshake, asyncio.Task[None]] = {}
+                under_way: dict[Handshake, asyncio.Transport] = {}
                 self.http_protocol_class = lambda **parts: Handshake(  # type: ignore[assignment]
                     Protocol(**parts), context, under_way=under_way, most=max(4, most // 4)
                 )

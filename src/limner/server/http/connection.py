@@ -6,8 +6,12 @@ then, or reads no answer, holds a connection for any time, and connections take 
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import ssl
+import termios
 from typing import Any
 
 import h11
@@ -20,6 +24,8 @@ _FULL = (
 )
 HEAD_SECONDS = 10.0
 """Seconds from the connection, or the first byte of a further request, to the end of the head."""
+_GOODBYE_SECONDS = 1.0
+"""A connection that is closed waits so long for its caller to close it as well, where it speaks TLS."""
 _FREE_CHUNKS, _MIN_CHUNK = 1000, 256
 """After so many chunks of a body, they have so many bytes on average: each is parsed while all others wait."""
 
@@ -91,7 +97,11 @@ class HastyProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _waiting_bytes(self) -> int:
-        return self.transport.get_write_buffer_size()
+        """Return how much of the answer the caller's machine does not have: here, and in the system's buffer."""
+        queued = array.array("i", [0])
+        with contextlib.suppress(OSError):  # not told of sockets of every kind
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self.transport.get_write_buffer_size() + queued[0]
 
     def _check_read(self, before: int) -> None:
         """Give up a caller who has read nothing; one who reads slowly has time."""
@@ -143,7 +153,12 @@ class Handshake(asyncio.Protocol):
     """
 
     def __init__(
-        self, protocol: HastyProtocol, context: ssl.SSLContext, *, under_way: dict[Handshake, asyncio.Task[None]], most: int
+        self,
+        protocol: HastyProtocol,
+        context: ssl.SSLContext,
+        *,
+        under_way: dict[Handshake, asyncio.Transport],
+        most: int,
     ) -> None:
         self._protocol, self._context, self._under_way, self._most = protocol, context, under_way, most
         self._early: list[bytes] = []  # came with the end of the handshake
@@ -153,8 +168,9 @@ class Handshake(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         transport.pause_reading()  # what comes is for TLS
         if len(self._under_way) >= self._most:
-            self._under_way.pop(next(iter(self._under_way))).cancel()
-        self._under_way[self] = asyncio.get_running_loop().create_task(self._shake(transport))
+            self._under_way.pop(next(iter(self._under_way))).abort()
+        self._under_way[self] = transport
+        self._task = asyncio.get_running_loop().create_task(self._shake(transport))
 
     def data_received(self, data: bytes) -> None:
         self._early.append(data)
@@ -164,17 +180,23 @@ class Handshake(asyncio.Protocol):
 
     async def _shake(self, plain: asyncio.Transport) -> None:
         loop, seconds = asyncio.get_running_loop(), self._protocol.head_seconds
+        if plain.is_closing():
+            return
         try:
             transport = await loop.start_tls(
-                plain, self, self._context, server_side=True, ssl_handshake_timeout=seconds
+                plain,
+                self,
+                self._context,
+                server_side=True,
+                ssl_handshake_timeout=seconds,
+                ssl_shutdown_timeout=_GOODBYE_SECONDS,
             )
         except (OSError, asyncio.CancelledError):  # ssl.SSLError is an OSError, as is one that takes too long
             plain.abort()
             return
         finally:
             self._under_way.pop(self, None)
-        assert transport is not None
-        if self._is_lost:
+        if transport is None or self._is_lost:
             return
         transport.set_protocol(self._protocol)
         self._protocol.connection_made(transport)

@@ -31,7 +31,9 @@ class PictureReader:
 
     async def read_files(self, files: Mapping[str, bytes], *, owner: Owner) -> tuple[PreparedReference, ...]:
         """Prepare picture files, by the names that errors give them. Raises `InvalidRequest`."""
-        return self._check_number(tuple([await self._prepare(data, name=name, owner=owner) for name, data in files.items()]))
+        return self._check_number(
+            tuple([await self._prepare(data, name=name, owner=owner) for name, data in files.items()])
+        )
 
     async def read_texts(self, texts: Mapping[str, str], *, owner: Owner) -> tuple[PreparedReference, ...]:
         """Prepare pictures of a JSON body: base64, data URLs or, if that is allowed, URLs. Raises `InvalidRequest`."""

@@ -38,7 +38,8 @@ def test_what_takes_too_long_is_refused_and_few_of_it_may_be_left() -> None:
             ):
                 await decoders.run(released.wait, field=f"image {number}")
         with pytest.raises(
-            QueueFull, match=r"image 3: 2 of your pictures, 2 in all, are still being decoded after their 0.05 s; at most 2 and 4"
+            QueueFull,
+            match=r"image 3: 2 of your pictures, 2 in all, are still being decoded after their 0.05 s; at most 2 and 4",
         ):
             await decoders.run(lambda: 7, field="image 3")
         released.set()
@@ -85,7 +86,7 @@ def test_owners_share_the_places() -> None:
         assert begun.index("carl 0") == 4
         assert begun.index("bob 1") < 9
         assert len(begun) == 52
-        assert not (decoders._running or decoders._waiting or decoders._left.total())
+        assert (decoders._running.total(), decoders._left.total(), len(decoders._waiting)) == (0, 0, 0)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -131,7 +132,9 @@ def test_other_work_does_not_wait_for_decoding() -> None:
 
     async def run() -> None:
         offload = Offload(Decoders(threads=4, seconds=60))
-        decoding = [asyncio.create_task(offload.decode(released.wait, field=f"image {i}", owner="anna")) for i in range(8)]
+        decoding = [
+            asyncio.create_task(offload.decode(released.wait, field=f"image {i}", owner="anna")) for i in range(8)
+        ]
         await asyncio.sleep(0.01)
         try:
             assert await offload.run(max, 3, 7) == 7
