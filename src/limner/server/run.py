@@ -135,7 +135,7 @@ def make_server(
             if context is not None:
                 under_way: dict[Handshake, asyncio.Transport] = {}
                 self.http_protocol_class = lambda **parts: Handshake(  # type: ignore[assignment]
-                    Protocol(**parts), context, under_way=under_way, most=max(4, most // 4)
+                    Protocol(**parts), context, under_way=under_way, most=max(4, min(512, most // 4))
                 )
 
     class Server(uvicorn.Server):

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import ssl
 import termios
+from asyncio import sslproto
 from typing import Any
 
 import h11
@@ -22,6 +23,8 @@ __all__ = ["HEAD_SECONDS", "Handshake", "HastyProtocol"]
 _FULL = (
     b'{"detail":[{"loc":[],"msg":"the server has as many connections as it may; try again later","type":"http_503"}]}'
 )
+sslproto.SSLProtocol.max_size = 32 << 10
+"""Bytes that asyncio has ready for each connection that speaks TLS; it takes 256 kB, and a record has 16 at most."""
 HEAD_SECONDS = 10.0
 """Seconds from the connection, or the first byte of a further request, to the end of the head."""
 _GOODBYE_SECONDS = 1.0
