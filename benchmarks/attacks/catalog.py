@@ -1,6 +1,6 @@
 """All attacks by their names. As a program it runs one, and prints what the server answered as JSON.
 
-    python -m attacks.catalog NAME URL KEY SECONDS [ORIGIN THAT HANGS]
+python -m attacks.catalog NAME URL KEY SECONDS [ORIGIN THAT HANGS]
 """
 
 from __future__ import annotations

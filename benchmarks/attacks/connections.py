@@ -53,9 +53,7 @@ def slow_streams(target: Target, *, number: int = 30) -> None:
     """Streams of previews whose reader has a tiny buffer and reads nothing, of one job after another."""
     asked = {"prompt": "a", "stream": True, "partial_images": 3, "size": f"{target.size}x{target.size}"}
     body = json.dumps(asked).encode()
-    head = target.head(
-        "/v1/images/generations", "Content-Type: application/json", f"Content-Length: {len(body)}", ""
-    )
+    head = target.head("/v1/images/generations", "Content-Type: application/json", f"Content-Length: {len(body)}", "")
 
     def make() -> socket.socket:
         connection = target.connect(receive=2048)

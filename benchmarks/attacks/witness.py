@@ -81,7 +81,11 @@ class Bystander:
             self.seen.problems.append(f"{number}: {error!r}")
 
     def _draw(self, number: int) -> None:
-        body: dict[str, Any] = {"prompt": "make the sticker bigger", "seed": number, "input_image": text(_PICTURE.read_bytes())}
+        body: dict[str, Any] = {
+            "prompt": "make the sticker bigger",
+            "seed": number,
+            "input_image": text(_PICTURE.read_bytes()),
+        }
         if self._size is not None:
             body |= {"width": self._size, "height": self._size}
         if self._webhooks is not None:

@@ -32,6 +32,10 @@ class PictureFiles:
         self._storage = storage
         self._cache = _Cache(max_cached_bytes)
 
+    @property
+    def cached_bytes(self) -> int:
+        return self._cache.nbytes
+
     @contextlib.contextmanager
     def written(self, pictures: Sequence[PreparedReference]) -> Iterator[None]:
         """Write the pictures that are missing; remove them again if the block raises."""
@@ -58,7 +62,7 @@ class PictureFiles:
         for digest in {report.digest for report in reports}:
             if not self._storage.has_file(_file(digest)):
                 raise LimnerError(f"picture {digest} is not kept; send it again")
-            db.execute("INSERT INTO uses VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, user))
+            db.execute('INSERT INTO uses (digest, "user") VALUES (?, ?) ON CONFLICT DO NOTHING', (digest, user))
 
     def release(self, db: Connection, *, user: str) -> list[str]:
         """End the uses of a user. Return the pictures without users, to be removed after the transaction."""
@@ -111,7 +115,7 @@ class _Cache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pixels: OrderedDict[str, bytes] = OrderedDict()
-        self._nbytes = 0
+        self.nbytes = 0
 
     def get(self, digest: str) -> bytes | None:
         with self._lock:
@@ -122,15 +126,15 @@ class _Cache:
     def put(self, digest: str, pixels: bytes) -> None:
         with self._lock:
             if digest not in self._pixels:
-                self._nbytes += len(pixels)
+                self.nbytes += len(pixels)
                 self._pixels[digest] = pixels
             self._pixels.move_to_end(digest)
-            while self._nbytes > self._max_bytes:
-                self._nbytes -= len(self._pixels.popitem(last=False)[1])
+            while self.nbytes > self._max_bytes:
+                self.nbytes -= len(self._pixels.popitem(last=False)[1])
 
     def drop(self, digest: str) -> None:
         with self._lock:
-            self._nbytes -= len(self._pixels.pop(digest, b""))
+            self.nbytes -= len(self._pixels.pop(digest, b""))
 
 
 def _file(digest: str) -> str:

@@ -31,6 +31,8 @@ __all__ = ["JobStore"]
 
 _DUE_OF_OWNER, _MAX_DUE = 64, 512
 """How many due webhooks are looked at, of one owner and in all."""
+_LONGEST_DELAY = 86400.0
+"""Seconds; no attempt at a webhook is noted for a later time."""
 _CHECK_SECONDS = 1.0
 _FINGERPRINT = 9  # the column
 _REFUSED = ("request_moderated", "content_moderated")
@@ -144,7 +146,7 @@ class JobStore:
                 f"num_images: {num_images} more would be over the budget of this key: {spent} of {budget} images are used"
             )
         db.execute(
-            "INSERT INTO spent VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET images = spent.images + ?",
+            "INSERT INTO spent (owner, images) VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET images = spent.images + ?",
             (owner, num_images, num_images),
         )
 
@@ -220,10 +222,12 @@ class JobStore:
         """Return ended jobs whose webhook is due now: for each owner those due longest, so that none crowds out others."""
         query = (
             "SELECT jobs.* FROM jobs JOIN (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY webhook_due, id) "
-            "AS place FROM jobs WHERE webhook_due <= ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
+            "AS place FROM jobs WHERE webhook_due <= ? OR (webhook_due IS NOT NULL AND webhook_attempts = 0) "
+            "OR webhook_due > ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
             "ORDER BY due.place, jobs.webhook_due LIMIT ?"
         )
-        due = map(read_job, self._rows(query, self._clock(), _DUE_OF_OWNER, _MAX_DUE))
+        now = self._clock()  # it may have been set back since a time was noted: then nothing is waited for
+        due = map(read_job, self._rows(query, now, now + _LONGEST_DELAY, _DUE_OF_OWNER, _MAX_DUE))
         return [job for job in due if not job.set_aside]
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
@@ -241,6 +245,11 @@ class JobStore:
         """Return a stored reference. Raises `LimnerError` if its file is gone, damaged or changed."""
         return self._pictures.read(report)
 
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of pictures that are kept in memory."""
+        return self._pictures.cached_bytes
+
     def picture_png(self, digest: str) -> bytes:
         """Return the PNG file of a stored reference. Raises `LimnerError` if it is gone."""
         return self._pictures.read_png(digest)
@@ -257,7 +266,7 @@ class JobStore:
             with self._pictures.written(pictures), self._storage.transaction() as db:
                 self._pictures.use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
                 db.execute(
-                    "INSERT INTO handles VALUES (?, ?, ?, ?) "
+                    "INSERT INTO handles (owner, key, created, described) VALUES (?, ?, ?, ?) "
                     "ON CONFLICT (owner, key) DO UPDATE SET described = excluded.described",
                     handle_row(replace(handle, created=self._clock())),
                 )
@@ -266,14 +275,14 @@ class JobStore:
         return found
 
     def handle(self, owner: str, key: str) -> Handle | None:
-        """Return references of an owner by their key, or None."""
+        """Return references of an owner by their key, or None, also where this version cannot read them."""
         rows = self._rows("SELECT * FROM handles WHERE owner = ? AND key = ?", owner, key)
         return read_handle(rows[0]) if rows else None
 
     def handles(self, owner: str) -> list[Handle]:
-        """Return all references of an owner, newest first."""
+        """Return all references of an owner that this version can read, newest first."""
         rows = self._rows("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC, key", owner)
-        return [read_handle(row) for row in rows]
+        return [handle for handle in map(read_handle, rows) if handle is not None]
 
     def is_only_owner(self, owner: str, key: str) -> bool:
         """Return whether nobody else has a handle of these references."""
@@ -311,10 +320,14 @@ class JobStore:
         self._remove_expired_results(now, grace_seconds)
 
     def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
-        expires: dict[str, float] = dict(self._rows("SELECT id, expires FROM jobs WHERE status = 'ready'"))
+        rows = self._rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")
+        expires: dict[str, float | None] = dict(rows)
         expired: list[str] = []
         for name, age in self._storage.files("results"):
-            end = expires.get(name.rpartition("-")[0])
-            if age >= grace_seconds if end is None else end <= now:
+            id_ = name.rpartition("-")[0]
+            end = expires.get(id_)
+            # those of a pending job stay, however long it takes to note its end, and whatever the clock says
+            is_left = id_ not in expires and age >= grace_seconds
+            if is_left or (end is not None and end <= now):
                 expired.append(f"results/{name}")
         self._storage.remove_files(expired)
