@@ -19,6 +19,7 @@ back within 10 %. `heavy_jobs` has none for the delay: a job that runs is not in
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -159,7 +160,7 @@ def main() -> None:
             idle = attacked.run(None, args.seconds)
             if not reports:
                 print("{:>18} {:>5} {:>5} {:>7} {:>7} {:>8} {:>7} {:>11} {:>10}  {}".format(*COLUMNS), flush=True)
-            for report in (idle, *(attacked.run(name, args.seconds) for name in names)):
+            for report in itertools.chain([idle], (attacked.run(name, args.seconds) for name in names)):
                 reports.append(judge(report, idle))
                 print(line(reports[-1]), flush=True)
                 for problem in reports[-1]["problems"][:3]:

@@ -75,10 +75,10 @@ def slow_bodies(target: Target, *, number: int = 200) -> None:
     def make() -> socket.socket:
         connection = target.connect()
         connection.sendall(head + b'{"prompt": "')
-        held.append(connection)
         for other in held:
             with contextlib.suppress(OSError):
-                other.send(b"a", socket.MSG_DONTWAIT)
+                other.send(b"a")
+        held.append(connection)
         return connection
 
     target.hold(number, make)

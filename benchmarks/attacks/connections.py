@@ -22,10 +22,10 @@ def slow_heads(target: Target, *, number: int = 500) -> None:
     def make() -> socket.socket:
         connection = target.connect()
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
-        held.append(connection)
         for other in held:
             with contextlib.suppress(OSError):
-                other.send(b"X: y\r\n", socket.MSG_DONTWAIT)
+                other.send(b"X: y\r\n")
+        held.append(connection)
         return connection
 
     target.hold(number, make)

@@ -105,6 +105,7 @@ class Target:
                 while len(held) < number and not self.stop.is_set():
                     try:
                         held.append(make())
+                        held[-1].setblocking(False)  # with a time limit Python waits for what may be there
                         self.count("connections")
                     except OSError as error:
                         self.count(type(error).__name__)
@@ -124,7 +125,7 @@ def _cycle(bodies: tuple[bytes, ...]) -> Iterator[bytes]:
 def _is_closed(connection: socket.socket) -> bool:
     """Whether the other side has closed a connection. What came is left."""
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
     except OSError:

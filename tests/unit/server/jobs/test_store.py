@@ -166,7 +166,7 @@ def test_what_is_over_goes(store: JobStore, clock: Clock) -> None:
     assert files(store, "results") == {f"{one.id}-1.png" for one in (kept, waiting, pending)}
     clock.now += 11
     store.clean(forget_seconds=100)
-    assert files(store, "results") == set()
+    assert files(store, "results") == {f"{pending.id}-1.png"}
     assert inputs(store) == {own.report.digest}
     clock.now += 100
     store.clean(forget_seconds=100)
