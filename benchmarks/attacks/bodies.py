@@ -26,9 +26,9 @@ def unknown_fields(target: Target) -> None:
 
 
 def large_bodies(target: Target, *, side: int = 2500) -> None:
-    """Legal bodies of 100 MB: four pictures without compression."""
+    """Legal bodies of 100 MB: four pictures without compression, of jobs whose time is over before they are drawn."""
     fields = ("input_image", "input_image_2", "input_image_3", "input_image_4")
-    target.post("/v1/edit", target.body(**dict.fromkeys(fields, text(noise(side, compress_level=0)))))
+    target.post("/v1/edit", target.body(timeout=0.001, **dict.fromkeys(fields, text(noise(side, compress_level=0)))))
 
 
 def large_nonsense(target: Target, *, size: int = 100_000_000) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
 _logger = logging.getLogger("limner.server")
 _STANDBY_SECONDS = 1.0
+_SWITCH_SECONDS = 0.001
+"""The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
 
 def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str) -> None:
@@ -49,6 +52,7 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     if not options.standby:  # on standby, whoever has the jobs may have the port as well
         _check_port(options.host, options.port)
     descriptors.raise_limit()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     log_everything(options.log)
     jobs = None if options.standby else open_jobs(options)
     pipe = load_in_thread(load)

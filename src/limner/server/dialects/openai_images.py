@@ -152,7 +152,7 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Input
                     raise InvalidRequest("mask", "masks are not supported; say in the prompt what to change")
                 if name not in ("image", "image[]"):
                     raise InvalidRequest(name, "is not a field for a file; pictures are image or image[]")
-                files[f"image {len(files) + 1}"] = await value.read(limit + 1)
+                files[f"image {len(files) + 1}"] = await service.offload.run(value.file.read, limit + 1)
             elif name in ("image", "image[]"):
                 raise InvalidRequest(name, "is text; send the picture as a file with a file name")
             elif name in values:

@@ -159,7 +159,7 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Uploa
     async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
-                files.append(await value.read(limit + 1))
+                files.append(await service.offload.run(value.file.read, limit + 1))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
             elif name == "prefill" and value in ("true", "false"):
@@ -202,7 +202,11 @@ async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any
         prefill_seconds=seconds,
     )
     stored = await service.offload.store(
-        service.jobs.add_handle, handle, pictures, max_handles=service.settings.max_handles
+        service.jobs.add_handle,
+        handle,
+        pictures,
+        max_handles=service.settings.max_handles,
+        files=await service.offload.run(service.jobs.encode, pictures),
     )
     return {**_reference(stored), **now}
 

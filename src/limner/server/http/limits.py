@@ -61,6 +61,7 @@ class BodyLimits:
         taken: Body | None = None
         try:
             owner = self._owner_of(headers)
+            scope.setdefault("state", {})["owner"] = owner  # for those who read the body
             length = headers.get("content-length", "0")
             if not length.isdecimal():
                 raise _Refused(400, f"content-length: {length[:40]!r} is not a number")
@@ -84,8 +85,7 @@ class BodyLimits:
             except TimeoutError:
                 raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
             taken.come()
-            body = b"".join(chunks) if taken.num_bytes <= _SMALL else await asyncio.to_thread(b"".join, chunks)
-            chunks.clear()  # so that it is not in memory twice while the route works
+            body = _join(chunks) if taken.num_bytes <= _SMALL else await asyncio.to_thread(_join, chunks)
             await self._app(scope, _replay(body, receive), send)
         except (AccessDenied, RateLimited, QueueFull) as error:  # routes answer theirs themselves
             await _refuse(send, *answer_of(scope["path"], error))
@@ -94,6 +94,12 @@ class BodyLimits:
         finally:
             if taken is not None:
                 taken.close()
+
+
+def _join(chunks: list[bytes]) -> bytes:
+    body = b"".join(chunks)
+    chunks.clear()  # so that it is not in memory twice while the route works
+    return body
 
 
 class LocalCallers:

@@ -1,4 +1,4 @@
-"""Threads that decode callers' pictures, and nothing else, with a time for each picture.
+"""Threads that read callers' large bodies and decode their pictures, and nothing else, with a time for each.
 
 A decoder cannot be stopped. One that takes too long is left: its caller is answered, its thread ends when it ends. Owners
 share the threads: a place that is free goes to who has fewest, and no owner has them all. Knows nothing of pictures.
@@ -96,9 +96,9 @@ class Decoders:
             is_left = True
             self._left[owner] += 1
             self._give_place(owner)
-            _logger.warning("%s: decoding took over %g s; its thread is left", field, self._seconds)
+            _logger.warning("%s: reading it took over %g s; its thread is left", field, self._seconds)
             if not future.done():
-                problem = f"decoding took over {self._seconds:g} s, the limit; scale it down, or save it again as a PNG"
+                problem = f"reading it took over {self._seconds:g} s, the limit; send a smaller picture"
                 future.set_exception(InvalidRequest(field, problem))
 
         def settle(done: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import io
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from PIL import Image
 
@@ -36,18 +36,20 @@ class PictureFiles:
     def cached_bytes(self) -> int:
         return self._cache.nbytes
 
+    def encode(self, pictures: Iterable[PreparedReference]) -> dict[str, bytes]:
+        """Return the files of pictures that are missing, by digest: work that is done before the storage is held."""
+        missing = {p.report.digest: p for p in pictures if not self._storage.has_file(_file(p.report.digest))}
+        return {digest: _png(picture) for digest, picture in missing.items()}
+
     @contextlib.contextmanager
-    def written(self, pictures: Sequence[PreparedReference]) -> Iterator[None]:
-        """Write the pictures that are missing; remove them again if the block raises."""
+    def written(self, pictures: Sequence[PreparedReference], files: Mapping[str, bytes]) -> Iterator[None]:
+        """Write the pictures that are missing, from `files` if they are there; remove them again if the block raises."""
         new: list[str] = []
         try:
             for picture in pictures:
                 digest = picture.report.digest
                 if not self._storage.has_file(_file(digest)):
-                    buffer = io.BytesIO()
-                    size = picture.report.processed_size
-                    Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
-                    self._storage.write_file(_file(digest), buffer.getvalue())
+                    self._storage.write_file(_file(digest), files.get(digest) or _png(picture))
                     new.append(digest)
                 self._cache.put(digest, picture.data)
             yield
@@ -135,6 +137,13 @@ class _Cache:
     def drop(self, digest: str) -> None:
         with self._lock:
             self.nbytes -= len(self._pixels.pop(digest, b""))
+
+
+def _png(picture: PreparedReference) -> bytes:
+    buffer = io.BytesIO()
+    size = picture.report.processed_size
+    Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _file(digest: str) -> str:

@@ -159,7 +159,9 @@ class JobRunner:
                 raise QueueFull("the server shuts down; send the request again later")
             self._engine.check(edit_request(job, tuple(pictures)))
             self._engine.check_room(num_admitted=self._num_admitted - 1)
-            stored, new = await self._offload.store(self._jobs.add, job, pictures, budget=self._settings.images_per_key)
+            files = await self._offload.run(self._jobs.encode, pictures) if pictures else None
+            budget = self._settings.images_per_key
+            stored, new = await self._offload.store(self._jobs.add, job, pictures, files=files, budget=budget)
             if new and stored.id not in self._live:  # one whose writing took long may have been adopted
                 self._begin(stored, slot)
                 begun = True

@@ -97,8 +97,17 @@ class JobStore:
 
     # jobs
 
+    def encode(self, pictures: Sequence[PreparedReference]) -> dict[str, bytes]:
+        """Return the files of pictures for `add` and `add_handle`, made without holding up other calls."""
+        return self._pictures.encode(pictures)
+
     def add(
-        self, job: Job, pictures: Sequence[PreparedReference] = (), *, budget: int | None = None
+        self,
+        job: Job,
+        pictures: Sequence[PreparedReference] = (),
+        *,
+        files: Mapping[str, bytes] | None = None,
+        budget: int | None = None,
     ) -> tuple[Job, bool]:
         """Write a job and the `pictures` of its references. Return the job as stored, and whether it is new.
 
@@ -111,7 +120,7 @@ class JobStore:
             if known is not None:
                 return known, False
             job = replace(job, created=self._clock())
-            with self._pictures.written(pictures), self._storage.transaction() as db:
+            with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
                 self._pictures.use(db, job.references, user=f"job:{job.id}")
                 db.execute(
@@ -254,7 +263,14 @@ class JobStore:
         """Return the PNG file of a stored reference. Raises `LimnerError` if it is gone."""
         return self._pictures.read_png(digest)
 
-    def add_handle(self, handle: Handle, pictures: Sequence[PreparedReference], *, max_handles: int) -> Handle:
+    def add_handle(
+        self,
+        handle: Handle,
+        pictures: Sequence[PreparedReference],
+        *,
+        max_handles: int,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Handle:
         """Store references under their content key for an owner; the same ones again take no more room.
 
         Raises `InvalidRequest` if the owner has `max_handles` others.
@@ -263,7 +279,7 @@ class JobStore:
             others = self._rows("SELECT count(*) FROM handles WHERE owner = ? AND key != ?", handle.owner, handle.key)
             if others[0][0] >= max_handles:
                 raise InvalidRequest("references", f"{max_handles} are kept for you, which is the most; delete some")
-            with self._pictures.written(pictures), self._storage.transaction() as db:
+            with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._pictures.use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
                 db.execute(
                     "INSERT INTO handles (owner, key, created, described) VALUES (?, ?, ?, ?) "

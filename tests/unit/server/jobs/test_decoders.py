@@ -34,7 +34,7 @@ def test_what_takes_too_long_is_refused_and_few_of_it_may_be_left() -> None:
         decoders = Decoders(threads=4, seconds=0.05, max_left=4)
         for number in (1, 2):
             with pytest.raises(
-                InvalidRequest, match=rf"image {number}: decoding took over 0.05 s, the limit; scale it"
+                InvalidRequest, match=rf"image {number}: reading it took over 0.05 s, the limit; send a"
             ):
                 await decoders.run(released.wait, field=f"image {number}")
         with pytest.raises(
