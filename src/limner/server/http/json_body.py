@@ -92,7 +92,9 @@ def _slices(body: bytes, start: int, max_text: int) -> Iterator[bytes]:
         end = min(at + _SLICE, len(body))
         quote = body.find(b'"', at, end)
         stop = end if quote < 0 else quote
-        if body.find(b"\\", at, stop) >= 0:  # else there is nothing to look at: a picture, found a hundred times as fast
+        if (
+            body.find(b"\\", at, stop) >= 0
+        ):  # else there is nothing to look at: a picture, found a hundred times as fast
             stop = _INSIDE.match(body, at, end).end()  # type: ignore[union-attr]  # it matches nothing at least
         if stop - start > max_text:
             raise InvalidRequest(
