@@ -56,7 +56,8 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
-	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/serve_kills.py --queued 5000 -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/resident.py -o benchmarks/results/resident.json
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
