@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from attacks.target import text
+from attacks.target import UNVERIFIED, text
 
 _PICTURE = Path(__file__).parents[2] / "src" / "limner" / "assets" / "samples" / "cat.png"
 _PATIENCE = 120.0
@@ -56,7 +56,7 @@ class Bystander:
     """Another owner, who sends a job every `every` seconds, however long the ones before take."""
 
     def __init__(self, url: str, key: str, *, size: int | None = None, webhooks: int | None = None) -> None:
-        self._client = httpx.Client(base_url=url, headers={"x-key": key}, timeout=60, verify=False)
+        self._client = httpx.Client(base_url=url, headers={"x-key": key}, timeout=60, verify=UNVERIFIED)
         self._size, self._webhooks = size, webhooks
         self.seen = Seen()
         self._came: dict[str, float] = {}
