@@ -69,6 +69,10 @@ def test_the_first_request_builds_nothing(tiny_folder: Path, tmp_path: Path, mon
         assert served.draw()["status"] == "Ready"
         assert served.http.get("/v1/models").status_code == 200
         assert served.http.get("/").status_code == 200
+        document = served.http.get("/openapi.json")
+        monkeypatch.setattr("fastapi.openapi.utils.get_openapi", built)
+        monkeypatch.setattr(served.app, "openapi", built)
+        assert served.http.get("/openapi.json").content == document.content  # made once
 
 
 BODIES: dict[str, tuple[Callable[[], bytes], int]] = {

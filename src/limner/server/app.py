@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -131,6 +132,7 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
         lifespan=lifespan,
         default_response_class=SafeJSON,
         generate_unique_id_function=lambda route: route.name,  # the names in generated clients
+        openapi_url=None,  # it would be made anew for each request, in the event loop
         docs_url=None,  # FastAPI's page for it fetches scripts from elsewhere
         redoc_url=None,
     )
@@ -201,7 +203,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def _add_document(app: FastAPI) -> None:
-    """Give the OpenAPI document without the 422 that FastAPI adds to every route: the OpenAI dialect answers 400."""
+    """Give the OpenAPI document, made once, without FastAPI's 422 of every route: the OpenAI dialect answers 400."""
     full = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -215,6 +217,11 @@ def _add_document(app: FastAPI) -> None:
         return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
+    rendered = functools.cache(lambda: SafeJSON(app.openapi()).body)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        return Response(await asyncio.to_thread(rendered), media_type="application/json")
 
 
 def _add_errors(app: FastAPI) -> None:
