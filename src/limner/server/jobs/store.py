@@ -31,8 +31,6 @@ __all__ = ["JobStore"]
 
 _DUE_OF_OWNER, _MAX_DUE = 64, 512
 """How many due webhooks are looked at, of one owner and in all."""
-_LONGEST_DELAY = 86400.0
-"""Seconds; no attempt at a webhook is noted for a later time."""
 _CHECK_SECONDS = 1.0
 _FINGERPRINT = 9  # the column
 _REFUSED = ("request_moderated", "content_moderated")
@@ -232,11 +230,11 @@ class JobStore:
         query = (
             "SELECT jobs.* FROM jobs JOIN (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY webhook_due, id) "
             "AS place FROM jobs WHERE webhook_due <= ? OR (webhook_due IS NOT NULL AND webhook_attempts = 0) "
-            "OR webhook_due > ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
+            ") AS due ON due.id = jobs.id WHERE due.place <= ? "
             "ORDER BY due.place, jobs.webhook_due LIMIT ?"
         )
-        now = self._clock()  # it may have been set back since a time was noted: then nothing is waited for
-        due = map(read_job, self._rows(query, now, now + _LONGEST_DELAY, _DUE_OF_OWNER, _MAX_DUE))
+        # a first attempt is due at once; its time lies ahead only where the clock was set back
+        due = map(read_job, self._rows(query, self._clock(), _DUE_OF_OWNER, _MAX_DUE))
         return [job for job in due if not job.set_aside]
 
     def webhook_attempted(self, id: str, *, again: float | None) -> None:
