@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve fuzz test test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve attack fuzz test test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -54,11 +54,16 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
 	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
-	$(BIN)/python benchmarks/hostile.py -o benchmarks/results/hostile.json
+	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
-	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/serve_kills.py --queued 5000 -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/resident.py -o benchmarks/results/resident.json
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
+
+# What one caller can do to the others: each attack for 20 seconds, about half an hour with nothing else running.
+attack: $(READY)
+	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 
 # Send more random requests than `make test` does, and compare the answers with the OpenAPI document.
 fuzz: $(READY)

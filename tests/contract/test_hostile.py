@@ -24,7 +24,7 @@ from limner.server.outbound.policy import OutboundPolicy
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "hostile.py"
+    file = Path(__file__).parents[2] / "benchmarks" / "attacks" / "corpus.py"
     spec = importlib.util.spec_from_file_location("hostile", file)
     assert spec is not None
     assert spec.loader is not None

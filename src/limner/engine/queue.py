@@ -76,6 +76,9 @@ class RequestQueue:
         self._clock = clock
         self._served: dict[str, float] = {}
         """Service of each owner: images, those of a batch divided by the number of its requests."""
+        self._num_batches = 0
+        self._last_turn: dict[str, int] = {}
+        """The number of the batch in which an owner was last served."""
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -130,7 +133,7 @@ class RequestQueue:
         """A returning owner starts at the lowest service of active owners: no credit, no debt."""
         active = {job.owner for job in (*self.waiting.values(), *self.running.values())}
         if not active:
-            self._served = {owner: 0.0}
+            self._served, self._last_turn = {owner: 0.0}, {}
         elif owner not in active:
             least = min(self._served[other] for other in active)
             self._served[owner] = max(self._served.get(owner, 0.0), least)
@@ -147,9 +150,13 @@ class RequestQueue:
         """Move the next job, and the waiting ones that can run with it, to those that run; none if none waits.
 
         The next job is that of the highest priority; of equal ones, that of the owner who was served least; of those,
-        the oldest.
+        that of the owner who was served longest ago, or never; then the oldest.
         """
-        turn = sorted(self.waiting.values(), key=lambda job: (-job.priority, self._served[job.owner], job.arrived))
+        served, last = self._served, self._last_turn
+        turn = sorted(
+            self.waiting.values(),
+            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
+        )
         if not turn:
             return []
         head, batch = turn[0], [turn[0]]
@@ -161,7 +168,9 @@ class RequestQueue:
                 num_images = together
         for job in batch:
             self._served[job.owner] += max(1, job.num_images) / len(batch)
+            self._last_turn[job.owner] = self._num_batches
             self.start(job)
+        self._num_batches += 1
         return batch
 
     def _fits(self, head: Job, num_images: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
+from limner.server.access.bodies import Bodies
 from limner.server.access.keys import OPERATOR, KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
@@ -130,6 +132,7 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
         lifespan=lifespan,
         default_response_class=SafeJSON,
         generate_unique_id_function=lambda route: route.name,  # the names in generated clients
+        openapi_url=None,  # it would be made anew for each request, in the event loop
         docs_url=None,  # FastAPI's page for it fetches scripts from elsewhere
         redoc_url=None,
     )
@@ -142,15 +145,23 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
-        max_buffered=settings.max_buffered_bytes,
+        bodies=Bodies(max_bytes=settings.max_buffered_bytes, shared=not service.keyring.is_open),
         seconds=settings.body_seconds,
-        check_key=service.keyring.identify,
+        owner_of=service.keyring.identify,
         error_body=error_body,
     )
     if service.keyring.is_open:
         app.add_middleware(LocalCallers, error_body=error_body)
     app.add_middleware(_Observed, metrics=metrics)
+    _build_routes(app)
     return app
+
+
+def _build_routes(app: FastAPI) -> None:
+    """Have FastAPI make its routes now: it takes a quarter of a second, and else the first request does it in the loop."""
+    scope = {"type": "http", "method": "GET", "path": "/-", "root_path": "", "headers": []}
+    for route in app.routes:
+        route.matches(scope)
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -192,7 +203,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def _add_document(app: FastAPI) -> None:
-    """Give the OpenAPI document without the 422 that FastAPI adds to every route: the OpenAI dialect answers 400."""
+    """Give the OpenAPI document, made once, without FastAPI's 422 of every route: the OpenAI dialect answers 400."""
     full = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -206,6 +217,11 @@ def _add_document(app: FastAPI) -> None:
         return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
+    rendered = functools.cache(lambda: SafeJSON(app.openapi()).body)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        return Response(await asyncio.to_thread(rendered), media_type="application/json")
 
 
 def _add_errors(app: FastAPI) -> None:

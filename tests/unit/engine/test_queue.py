@@ -112,7 +112,7 @@ def test_a_returning_owner_has_no_credit_and_no_debt(queue: RequestQueue) -> Non
     assert [take(queue) for _ in range(2)] == [["a0"], ["a1"]]  # a has had 2
     add(queue, "b0", owner="b", num_inference_steps=11)  # starts at 2
     add(queue, "b1", owner="b", num_inference_steps=12)
-    assert [take(queue) for _ in range(3)] == [["a2"], ["b0"], ["b1"]]
+    assert [take(queue) for _ in range(3)] == [["b0"], ["a2"], ["b1"]]  # of equal ones, who has waited for a turn
     add(queue, "c0", owner="c", num_inference_steps=1)  # nobody else is active: what was is forgotten
     add(queue, "c1", owner="c", num_inference_steps=2)
     add(queue, "a3", owner="a", num_inference_steps=3)

@@ -148,7 +148,7 @@ async def _submit(
     job_request = JobRequest(
         prompt=inputs.prompt,
         seed=inputs.seed,
-        pictures=await service.pictures.read_texts(texts),
+        pictures=await service.pictures.read_texts(texts, owner=owner),
         handle=inputs.references,
         idempotency=idempotency,
         width=inputs.width or None,

@@ -66,7 +66,7 @@ def routes(service: Service) -> APIRouter:
     async def edit_images(
         request: Request, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> Response:
-        return await _answer(service, request, owner, await _read_form(service, request), idempotency)
+        return await _answer(service, request, owner, await _read_form(service, request, owner), idempotency)
 
     @router.get("/v1/models", response_model=Models, responses=OPENAI_ERRORS, summary="What can be named as model")
     async def list_models(owner: Owner = Depends(service.owner)) -> Models:
@@ -141,7 +141,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-async def _read_form(service: Service, request: Request) -> _Inputs:
+async def _read_form(service: Service, request: Request, owner: Owner) -> _Inputs:
     values: dict[str, str] = {}
     files: dict[str, bytes] = {}
     limit = service.settings.max_picture_bytes
@@ -152,7 +152,7 @@ async def _read_form(service: Service, request: Request) -> _Inputs:
                     raise InvalidRequest("mask", "masks are not supported; say in the prompt what to change")
                 if name not in ("image", "image[]"):
                     raise InvalidRequest(name, "is not a field for a file; pictures are image or image[]")
-                files[f"image {len(files) + 1}"] = await value.read(limit + 1)
+                files[f"image {len(files) + 1}"] = await service.offload.run(value.file.read, limit + 1)
             elif name in ("image", "image[]"):
                 raise InvalidRequest(name, "is text; send the picture as a file with a file name")
             elif name in values:
@@ -162,7 +162,7 @@ async def _read_form(service: Service, request: Request) -> _Inputs:
     fields = _validate(values)
     if not files and fields.references is None:
         raise InvalidRequest("image", "is missing; send one or more pictures, or references with a handle")
-    return _Inputs(fields=fields, pictures=await service.pictures.read_files(files), kind="image_edit")
+    return _Inputs(fields=fields, pictures=await service.pictures.read_files(files, owner=owner), kind="image_edit")
 
 
 def _validate(values: Mapping[str, str]) -> Generation:

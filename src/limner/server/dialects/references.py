@@ -100,7 +100,7 @@ def routes(service: Service) -> APIRouter:
         summary="Upload references once; their K/V are computed and kept",
     )
     async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
-        return await _add(service, owner, await _read(service, request))
+        return await _add(service, owner, await _read(service, request, owner))
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
     async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
@@ -138,11 +138,11 @@ class _Upload:
     prefill: bool
 
 
-async def _read(service: Service, request: Request) -> _Upload:
+async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
     """Read a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        return await _read_form(service, request)
+        return await _read_form(service, request, owner)
     try:
         inputs = ReferenceInputs.model_validate(await request.json())
     except json.JSONDecodeError as error:
@@ -150,16 +150,16 @@ async def _read(service: Service, request: Request) -> _Upload:
     except ValidationError as error:
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
     texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
-    pictures = await service.pictures.read_texts(texts)
+    pictures = await service.pictures.read_texts(texts, owner=owner)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
 
 
-async def _read_form(service: Service, request: Request) -> _Upload:
+async def _read_form(service: Service, request: Request, owner: Owner) -> _Upload:
     limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
     async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
-                files.append(await value.read(limit + 1))
+                files.append(await service.offload.run(value.file.read, limit + 1))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
             elif name == "prefill" and value in ("true", "false"):
@@ -172,7 +172,7 @@ async def _read_form(service: Service, request: Request) -> _Upload:
     if not files:
         raise InvalidRequest("image", "is missing; send one or more pictures")
     named = {f"image {i}": data for i, data in enumerate(files, start=1)}
-    return _Upload(pictures=await service.pictures.read_files(named), tolerance=tolerance, prefill=prefill)
+    return _Upload(pictures=await service.pictures.read_files(named, owner=owner), tolerance=tolerance, prefill=prefill)
 
 
 async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any]:
@@ -202,7 +202,11 @@ async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any
         prefill_seconds=seconds,
     )
     stored = await service.offload.store(
-        service.jobs.add_handle, handle, pictures, max_handles=service.settings.max_handles
+        service.jobs.add_handle,
+        handle,
+        pictures,
+        max_handles=service.settings.max_handles,
+        files=await service.offload.run(service.jobs.encode, pictures),
     )
     return {**_reference(stored), **now}
 

@@ -187,9 +187,17 @@ def handle_row(handle: Handle) -> tuple[Any, ...]:
     return handle.owner, handle.key, handle.created, json.dumps(described)
 
 
-def read_handle(row: tuple[Any, ...]) -> Handle:
-    """Return the handle of a whole row of the table `handles`."""
-    owner, key, created, described = row
+def read_handle(row: tuple[Any, ...]) -> Handle | None:
+    """Return the handle of a whole row of the table `handles`; None where this version cannot read it."""
+    try:
+        return _read_handle(row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        _report_once(f"of handle {row[1]}", f"{type(error).__name__}: {error}")
+        return None
+
+
+def _read_handle(row: tuple[Any, ...]) -> Handle:
+    owner, key, created, described = row[:4]
     values = json.loads(described)
     return Handle(
         owner=owner,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import re
+from collections.abc import Iterable, Iterator
 from urllib.parse import urljoin
 
 from limner.errors import InvalidRequest, RemoteError
@@ -21,8 +22,9 @@ _ACCEPT = {"Accept": "image/png, image/jpeg, image/webp"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}:")  # base64 has no colon
 _DATA = re.compile(r"data:(?:image/[a-z0-9.+-]{1,64})?;base64,", re.IGNORECASE)
-_SLICE = 4 << 20
-_WHITESPACE = {ord(c): None for c in " \t\r\n"}
+_SLICE = 256 << 10
+_WHITESPACE = b" \t\r\n"
+_NOT_BASE64 = "is not base64: A-Z a-z 0-9 + / and = at the end, spaces and line breaks between them"
 
 
 async def read_picture(
@@ -48,30 +50,37 @@ def decode_picture(text: str, *, max_bytes: int, field: str = "input_image") -> 
         if found is None:
             raise InvalidRequest(field, "the data URL is not data:image/<type>;base64,<data>")
         text = text[found.end() :]
-    compact = "".join(text[at : at + _SLICE].translate(_WHITESPACE) for at in range(0, len(text), _SLICE))
-    if not compact:
+    try:
+        pieces = [text[at : at + _SLICE].encode("ascii") for at in range(0, len(text), _SLICE)]
+    except UnicodeEncodeError:
+        raise InvalidRequest(field, _NOT_BASE64) from None
+    pieces = [piece.translate(None, _WHITESPACE) for piece in pieces]
+    length = sum(map(len, pieces))
+    if not length:
         raise InvalidRequest(field, "is empty; send a PNG, JPEG or WebP file as base64")
-    if len(compact) % 4:
-        raise InvalidRequest(
-            field, f"has {len(compact)} characters of base64, which is no multiple of 4; is it complete?"
-        )
-    size = len(compact) // 4 * 3 - (2 if compact.endswith("==") else compact.endswith("="))
+    if length % 4:
+        raise InvalidRequest(field, f"has {length} characters of base64, which is no multiple of 4; is it complete?")
+    end = b"".join(piece[-2:] for piece in pieces)[-2:]
+    size = length // 4 * 3 - end.count(b"=")
     if size > max_bytes:
         raise InvalidRequest(field, f"the file has {size} bytes; at most {max_bytes} are allowed")
     try:
-        return _decode(compact.encode("ascii"))
-    except ValueError:  # UnicodeEncodeError and binascii.Error both are
-        raise InvalidRequest(
-            field, "is not base64: A-Z a-z 0-9 + / and = at the end, spaces and line breaks between them"
-        ) from None
+        return b"".join(_decoded(pieces))
+    except binascii.Error:
+        raise InvalidRequest(field, _NOT_BASE64) from None
 
 
-def _decode(text: bytes) -> bytes:
+def _decoded(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Decode base64 in slices of whole groups of four: each holds all threads of the process while it is decoded."""
-    padding = text.find(b"=")
-    if 0 <= padding < len(text) - 2:  # at the end of a slice it would pass
-        raise binascii.Error("= is not at the end")
-    return b"".join(binascii.a2b_base64(text[at : at + _SLICE], strict_mode=True) for at in range(0, len(text), _SLICE))
+    rest, is_over = b"", False
+    for piece in pieces:
+        text = rest + piece
+        whole = len(text) // 4 * 4
+        if is_over and text:  # a padded group in the middle would pass
+            raise binascii.Error("= is not at the end")
+        is_over = text[:whole].endswith(b"=")
+        yield binascii.a2b_base64(text[:whole], strict_mode=True)
+        rest = text[whole:]
 
 
 async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, field: str = "input_image") -> bytes:

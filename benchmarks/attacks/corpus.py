@@ -1,31 +1,21 @@
-"""Hostile requests to a server in this process: each is refused (4xx) within 2 seconds, and the service keeps working.
+"""Hostile requests, each of which a server has to refuse with a 4xx: `cases()`. The attacks and the tests send them.
 
-The corpus is `cases()`; the tests send it too, without the time limit. A body that never arrives times out after
-`BODY_SECONDS`.
-
-    .venv/bin/python benchmarks/hostile.py -o benchmarks/results/hostile.json
+A body that never comes times out after `BODY_SECONDS` where a test sets the server so.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
 import json
 import random
-import shlex
 import socket
 import struct
-import sys
-import tempfile
-import threading
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -452,74 +442,3 @@ def cases() -> Iterator[Case]:
     for name, value in (("empty", ""), ("long", "a" * 300), ("not ASCII", "\xe9")):
         headers = {"Idempotency-Key": value.encode("latin-1")}
         yield Case(name=f"idempotency key: {name}", request={"json": {"prompt": "a"}, "headers": headers})
-
-
-def judge(send: Callable[[], int], case: Case) -> dict[str, Any]:
-    start = time.monotonic()
-    status = send()
-    return {"name": case.name, "status": status, "seconds": round(time.monotonic() - start, 3)}
-
-
-def main() -> None:
-    from limner import Pipeline, bench
-    from limner.engine import Engine
-    from limner.server.access.keys import KeyRing
-    from limner.server.access.limits import LimitPolicy
-    from limner.server.app import create_app
-    from limner.server.http.settings import ServeSettings
-    from limner.server.run import make_server
-    from limner.trust import safety
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
-    args = parser.parse_args()
-    pipe = Pipeline.from_pretrained()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = ServeSettings(
-            data=Path(folder),
-            body_seconds=BODY_SECONDS,
-            fetch_urls=True,
-            limits=LimitPolicy(requests_per_minute=1e9, burst=10**6, concurrent=10**6),
-        )
-        app = create_app(engine=Engine(pipe), keyring=KeyRing.open(), checks=safety.default_checks(), settings=settings)
-        server = make_server(app, host="127.0.0.1", port=0, drain=30)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        good = Case(name="good", request={"path": "/v1/images/generations", "json": {"prompt": "a red ball"}})
-        good.send(url)
-        found, problems = [], []
-        try:
-            for case in cases():
-                result = judge(lambda case=case: case.send(url), case)  # type: ignore[misc]
-                found.append(result)
-                if not 400 <= result["status"] < 500 or result["seconds"] > 2:
-                    problems.append(result)
-            for name, data in harmless().items():
-                case = Case(name=name, request={"json": {"prompt": "a", "input_image": text(data)}})
-                if case.send(url) != 200:
-                    problems.append({"name": name, "status": "not taken"})
-            after = [good.send(url) for _ in range(3)]
-        finally:
-            server.should_exit = True
-            thread.join()
-    slowest = max(found, key=lambda result: result["seconds"])
-    report = {
-        "benchmark": "hostile",
-        **bench.machine(pipe.device),
-        "command": shlex.join(sys.argv),
-        "requests": len(found),
-        "slowest": slowest,
-        "good_afterwards": after,
-        "problems": problems,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
-    sys.exit(bool(problems) or after != [200] * 3)
-
-
-if __name__ == "__main__":
-    main()
