@@ -40,6 +40,8 @@ def load_pipeline(
         transformer=options.transformer,
         vae=options.vae,
         text_encoder=options.text_encoder,
+        variant=options.variant,
+        revision=options.revision,
         torch_dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
         store=store,

@@ -37,7 +37,9 @@ from limner.weights.folder import (
     resolve_part,
     transformer_digest,
 )
+from limner.weights.hub import Hub
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.parts import check_variant
 
 __all__ = ["Loaded", "check_device", "check_kv_cache_dtype", "load", "take_over"]
 
@@ -88,6 +90,8 @@ def load(
     text_encoder_out_layers: Sequence[int] | None,
     parallel: str | None,
     progress: Progress | None,
+    variant: str | None,
+    hub: Hub,
 ) -> Loaded:
     """Load a model; arguments as of `Pipeline.from_pretrained`, with `replaced` the sources of parts. Raises as it does."""
     if quantize not in (None, "int8"):
@@ -97,9 +101,10 @@ def load(
         raise InvalidRequest("memory_limit", "is for a model in one process; leave it out, or parallel")
     ranks, device = join(parallel, device)
     residency = _residency(memory_limit, device)
-    folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None])
+    folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None], hub=hub)
     settings = read_settings(folder)
-    sources = {part: resolve_part(part, source, model=folder) for part, source in replaced.items()}
+    sources = {part: resolve_part(part, source, model=folder, hub=hub) for part, source in replaced.items()}
+    check_variant(variant, sources)
     dtype = dtype or settings.default_dtype
     if dtype not in _DTYPES:
         raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
@@ -116,11 +121,14 @@ def load(
         device=device,
         quantize=quantize,
         like=like["transformer"],
+        variant=variant,
         after=after,
         ranks=ranks,
     )
     report("load", 1, 3)
-    autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
+    autoencoder = load_autoencoder(
+        sources["vae"], dtype=dtype, device=device, like=like["vae"], variant=variant, after=after
+    )
     report("load", 2, 3)
     text_encoder = load_text_encoder(
         sources["text_encoder"],
@@ -129,12 +137,18 @@ def load(
         device=device,
         out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
         like=like["text_encoder"],
+        variant=variant,
         after=after,
     )
     report("load", 3, 3)
     _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
     whole = functools.partial(
-        transformer_digest, sources["transformer"], dtype=dtype, quantize=quantize, like=like["transformer"]
+        transformer_digest,
+        sources["transformer"],
+        dtype=dtype,
+        quantize=quantize,
+        like=like["transformer"],
+        variant=variant,
     )
     networks = {"transformer": transformer, "vae": autoencoder, "text_encoder": text_encoder}
     return Loaded(

@@ -42,6 +42,7 @@ from limner.requests import EditRequest
 from limner.schedule import Schedule
 from limner.store import ReferenceStore, Source
 from limner.weights.digest import WeightDigests
+from limner.weights.hub import Hub
 
 __all__ = ["Pipeline", "StepCallback"]
 
@@ -113,20 +114,28 @@ class Pipeline:
         text_encoder_out_layers: Sequence[int] | None = None,
         parallel: str | None = None,
         progress: Progress | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> Pipeline:
         """Load a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
-        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
-        GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
-        `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
-        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
+        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (docs/compatibility.md),
+        a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`. `torch_dtype` None
+        keeps the dtype of the files (the bundled model: float32; what is quantized: bfloat16); `dtype` is its newer
+        name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `quantize` "int8" makes
         weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them so).
         `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes of
         bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files included:
-        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on a
-        CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by heads
-        and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same results
-        (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on
+        a CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by
+        heads and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same
+        results (`limner.model.divide`). `variant` "fp16" reads *.fp16.safetensors where a part has them. Of a hub id:
+        `revision` (a branch, tag or commit; not of parts from other repositories), `token` (a text, or True: that of
+        the login), `cache_dir`, and `local_files_only`, which downloads nothing. Raises `CheckpointError`,
+        `InvalidRequest` and `CapacityError`.
         """
         if torch_dtype is not None and dtype is not None:
             raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
@@ -142,6 +151,8 @@ class Pipeline:
             text_encoder_out_layers=text_encoder_out_layers,
             parallel=parallel,
             progress=progress,
+            variant=variant,
+            hub=Hub(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only),
         )
         return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
 

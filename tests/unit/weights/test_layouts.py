@@ -377,7 +377,7 @@ class _Names(TensorFile):
     """A header alone."""
 
     def __init__(self, names: list[str]) -> None:
-        self.path, self.files, self.metadata = Path("header"), (), {}
+        self.path, self.files, self.headers = Path("header"), (), ()
         self.infos = {name: TensorInfo(dtype="BF16", shape=(4, 4), nbytes=32) for name in names}
 
     def read(self, name: str) -> torch.Tensor:
