@@ -19,7 +19,7 @@ from limner.weights.gguf import QUANTIZED, GgufFile
 from limner.weights.names import IDENTITY, Names, Rule, autoencoder_names, gguf_text_names, transformer_names
 from limner.weights.packing import Packing, is_extra, packings_of
 
-__all__ = ["PARTS", "Layout", "layout_of", "naming_of", "open_file", "parts_of", "recognise"]
+__all__ = ["FOREIGN", "PARTS", "QUANTIZED_BY", "Layout", "layout_of", "naming_of", "open_file", "parts_of", "recognise"]
 
 PARTS = ("transformer", "vae", "text_encoder")
 _PREFIXES = {
@@ -50,7 +50,7 @@ _SIGNATURES = {
     ("text_encoder", "gguf"): ("token_embd.weight", "blk.0.attn_q_norm.weight"),
 }
 """Tensors that identify a layout. Any of them is enough, so that a damaged file is still recognised."""
-_FOREIGN = (
+FOREIGN = (
     (
         r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
         "has a guidance embedding (a guidance-distilled model, FLUX.2-dev-like); only klein-like models are supported",
@@ -64,7 +64,7 @@ _FOREIGN = (
         "is a LoRA, not a model; give it as a LoRA",
     ),
 )
-_QUANTIZED_BY = (
+QUANTIZED_BY = (
     (r"weight\.(absmax|quant_map|quant_state\..*|nested_absmax|nested_quant_map)|SCB", "bitsandbytes"),
     (r"weight_(packed|global_scale|zero_point)|input_global_scale", "compressed-tensors"),
     (r"qweight|qzeros|wscales|wzeros|proj_(down|up)|smooth_factor(_orig)?", "GPTQ, AWQ or Nunchaku"),
@@ -197,7 +197,7 @@ def naming_of(file: TensorFile, part: str) -> tuple[str, str] | None:
 
 def _refuse_foreign(file: TensorFile, names: Iterable[str]) -> None:
     for name in names:
-        for pattern, reason in _FOREIGN:
+        for pattern, reason in FOREIGN:
             if re.fullmatch(f"(?:.*\\.)?(?:{pattern})", name):
                 raise CheckpointError(f"{file.path}: {reason} (it holds {name})")
 
@@ -217,7 +217,7 @@ def _wrong_architecture(file: GgufFile, part: str) -> CheckpointError:
 def _refuse_quantizations(file: TensorFile, names: Iterable[str]) -> None:
     """Refuse what tensors of other tools mark, by the tool's name."""
     for name in names:
-        for pattern, tool in _QUANTIZED_BY:
+        for pattern, tool in QUANTIZED_BY:
             if re.fullmatch(f".*\\.(?:{pattern})", name):
                 raise CheckpointError(
                     f"{file.path}: is quantized by {tool}, which is not read (it holds {name}); take a file in fp8, int8, "

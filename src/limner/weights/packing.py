@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -28,7 +28,9 @@ class Format:
     """A way to store matrices in few bits.
 
     `name` is its name in `limner inspect`, `marks` are the names that markers have for it, `dtype` that of the values.
-    `stored` and `read` say in words what is in a file and what becomes of it.
+    `stored` and `read` say in words what is in a file and what becomes of it. `error` bounds what is lost of a matrix of
+    normally distributed values that comfy-kitchen stored so and that is read in bfloat16 or as int8: the norm of the
+    difference by that of the matrix. None: it depends on the size of the values.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Format:
     dtype: tuple[str, ...]
     stored: str
     read: str
+    error: float | None
 
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -47,6 +50,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=_FP8,
         stored="F8 with `weight_scale` or `scale_weight`, one number or one a row",
         read=_SCALED,
+        error=0.03,
     ),
     Format(
         name="fp8_blocks",
@@ -54,6 +58,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=_FP8,
         stored="F8 with `weight_scale_inv` or `weight_scale`, one number for a square, 128 x 128 in Qwen3's FP8",
         read=_SCALED,
+        error=0.03,
     ),
     Format(
         name="fp8_raw",
@@ -61,6 +66,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=_FP8,
         stored="F8, no scale anywhere in the file",
         read="the values as they are; values that reach half of F8's range show that scales were lost, and are refused",
+        error=None,
     ),
     Format(
         name="int8",
@@ -68,6 +74,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=("I8",),
         stored="I8 with a flat `weight_scale`, one a row, no marker: what `limner quantize` writes",
         read="as stored, memory-mapped",
+        error=0.015,
     ),
     Format(
         name="int8_tensorwise",
@@ -75,6 +82,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=("I8",),
         stored="I8 with `weight_scale`, one number or one a row",
         read=f'{_SCALED}; with `quantize="int8"` as stored',
+        error=0.015,
     ),
     Format(
         name="int8_convrot",
@@ -82,6 +90,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=("I8",),
         stored="int8_tensorwise whose marker says `convrot`: rows are rotated in groups of `convrot_groupsize`",
         read="value x scale in float32, times the Hadamard matrix that undoes the rotation, rounded once",
+        error=0.015,
     ),
     Format(
         name="int8_blocks",
@@ -89,6 +98,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=("I8",),
         stored="I8 with `weight_scale`, one number for a square",
         read=_SCALED,
+        error=0.015,
     ),
     Format(
         name="mxfp8",
@@ -96,6 +106,7 @@ FORMATS: tuple[Format, ...] = (
         dtype=("F8_E4M3",),
         stored="F8_E4M3 with a power of two for 32 columns, in tiles of 128 x 4; needs its marker",
         read=_SCALED,
+        error=0.03,
     ),
     Format(
         name="nvfp4",
@@ -104,6 +115,7 @@ FORMATS: tuple[Format, ...] = (
         stored="two values a byte, the even column in the high half, an F8 scale for 16 columns in tiles of 128 x 4, one "
         "`weight_scale_2`; needs its marker",
         read=_SCALED,
+        error=0.1,
     ),
 )
 """The formats that are read, besides GGUF's."""
@@ -261,7 +273,13 @@ class _Reader:
         return "fp8"
 
     def _check_unmarked(self, name: str) -> None:
-        """Refuse a weight without marker in a file whose header speaks of a rotation."""
+        """Refuse a weight without marker in a file that marks others, or whose header speaks, as rotated."""
+        if rotated := [mark for mark in self.marks.values() if mark.rotation]:
+            self._refuse(
+                name,
+                f"has no marker (comfy_quant), and {rotated[0].where} says that weights are rotated; take a file in which "
+                "all are marked, or the bfloat16 weights",
+            )
         for header in self.file.headers:
             for key, text in header.items():
                 said = _ROTATED.search(key) or (len(text) < 200 and _ROTATED.search(text))
@@ -355,24 +373,35 @@ class _Reader:
         return CheckpointError(f"{self.file.path}: {self.prefix}{name} {why}")
 
 
-def _marks(file: TensorFile, own: Iterable[str], prefix: str) -> dict[str, _Mark]:
+def _marks(file: TensorFile, own: Mapping[str, TensorInfo], prefix: str) -> dict[str, _Mark]:
     """Return what markers say of each layer of a part, by its name without prefix. Raises `CheckpointError`."""
     found: dict[str, _Mark] = {}
     for header in file.headers:
         for layer, about in _layers(file, header).items():
             if isinstance(about, dict) and about.get("format") is not None:
                 where = f"{_HEADER} of {layer} in the header"
-                found[layer.removeprefix(prefix)] = _mark(file, about, where=where)
+                found[_layer_of(layer, own)] = _mark(file, about, where=where)
     for name in own:
         stem, _, last = name.rpartition(".")
         if last == _MARKER:
             full = prefix + name if prefix + name in file.infos else name
-            mark = _mark(file, _json(file, full), where=full)
-            other = found.get(stem)
+            mark, layer = _mark(file, _json(file, full), where=full), _layer_of(stem, own)
+            if f"{layer}.weight" not in own:
+                raise CheckpointError(
+                    f"{file.path}: {full} is the marker of a weight that is not there; the file is damaged"
+                )
+            other = found.get(layer)
             if other is not None and (other.format, other.rotation) != (mark.format, mark.rotation):
                 raise CheckpointError(f"{file.path}: {mark.where} and {other.where} differ; the file is damaged")
-            found[stem] = mark
+            found[layer] = mark
     return found
+
+
+def _layer_of(said: str, own: Mapping[str, TensorInfo]) -> str:
+    """Return the layer that a marker means: headers name it with another prefix than tensors, some with its weight."""
+    parts = said.removesuffix(".weight").split(".")
+    names = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((name for name in names if f"{name}.weight" in own), said)
 
 
 def _layers(file: TensorFile, header: Mapping[str, str]) -> dict[str, Any]:
@@ -418,6 +447,8 @@ def _mark(file: TensorFile, about: Mapping[str, Any], *, where: str) -> _Mark:
         if key not in _ABOUT and value not in (None, False, 0, "", [], {}):
             refuse(f"says {key}={value!r}, of which it is not known how it changes the weights")
     rotation = 0
+    if about.get("convrot") not in (None, True, False):
+        refuse(f"says convrot={about['convrot']!r}, which has to be true or false")
     if about.get("convrot"):
         rotation = about.get("convrot_groupsize", 256)
         if form != "int8_tensorwise" or type(rotation) is not int or rotation not in _GROUPS:
