@@ -58,6 +58,12 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
         "test_layouts.py::test_a_decoder_of_other_widths",
     ),
     (
+        "small decoder for previews (`taef2_decoder.safetensors`, `taef2.safetensors`): `preview_decoder`",
+        "yes; a preview is as large as its picture",
+        "",
+        "test_tiny_decoder.py::test_taef2_s_layers_by_hand test_tiny_decoder.py::test_previews_of_a_call",
+    ),
+    (
         "text encoder: a Qwen3, with or without `model.`, or inside an all-in-one file",
         "yes, up to the last layer that is read; a file that mixes dtypes gets the commonest",
         "diffusers",

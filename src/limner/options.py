@@ -161,6 +161,9 @@ class ModelOptions(ReferenceOptions):
     text_encoder: str | None = option(
         None, help="file or folder to take the text encoder from instead", metavar="FILE", group="model", path="read"
     )
+    preview_decoder: str | None = option(
+        None, help="file of a small decoder for previews, as TAEF2", metavar="FILE", group="model", path="read"
+    )
     variant: str | None = option(
         None,
         help="which weights of the folders are read, as fp16: those named *.fp16.safetensors",

@@ -40,6 +40,7 @@ def load_pipeline(
         transformer=options.transformer,
         vae=options.vae,
         text_encoder=options.text_encoder,
+        preview_decoder=options.preview_decoder,
         variant=options.variant,
         revision=options.revision,
         torch_dtype=getattr(torch, options.dtype) if options.dtype else None,

@@ -19,7 +19,7 @@ from limner.memory import parse_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
 from limner.model.kv import KV_FORMATS
-from limner.model.preview import LatentPreview
+from limner.model.preview import Preview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.pipeline.check import check_layers
@@ -40,8 +40,9 @@ from limner.weights.folder import (
 from limner.weights.hub import Hub
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 from limner.weights.parts import check_variant
+from limner.weights.tiny_decoder import load_tiny_decoder
 
-__all__ = ["Loaded", "check_device", "check_kv_cache_dtype", "load", "take_over"]
+__all__ = ["Hub", "Loaded", "check_device", "check_dtype", "check_kv_cache_dtype", "load", "take_over"]
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,7 +69,7 @@ class Loaded:
     default_size: tuple[int, int]
     sizes: Sequence[tuple[int, int]]
     reference_policy: ReferencePolicy | None
-    latent_preview: LatentPreview | None = None
+    latent_preview: Preview | None = None
     residency: Residency | None = None
     origins: tuple[_Origin, ...] = field(default=())
 
@@ -92,6 +93,7 @@ def load(
     progress: Progress | None,
     variant: str | None,
     hub: Hub,
+    preview_decoder: str | os.PathLike[str] | None,
 ) -> Loaded:
     """Load a model; arguments as of `Pipeline.from_pretrained`, with `replaced` the sources of parts. Raises as it does."""
     if quantize not in (None, "int8"):
@@ -141,7 +143,12 @@ def load(
         after=after,
     )
     report("load", 3, 3)
-    _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
+    preview: Preview | None = settings.preview
+    if preview_decoder is not None:
+        preview = load_tiny_decoder(Path(preview_decoder), device=device)
+    _check_parts(
+        transformer, autoencoder, text_encoder, preview, folder if preview_decoder is None else preview_decoder
+    )
     whole = functools.partial(
         transformer_digest,
         sources["transformer"],
@@ -159,7 +166,7 @@ def load(
         default_size=settings.default_size,
         sizes=settings.sizes,
         reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
-        latent_preview=settings.preview,
+        latent_preview=preview,
         residency=residency,
         origins=tuple(
             _Origin(
@@ -221,6 +228,13 @@ def check_device(device: torch.device | str) -> torch.device:
     return device
 
 
+def check_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that either name gives. Raises `InvalidRequest` for both."""
+    if torch_dtype is not None and dtype is not None:
+        raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
+    return dtype or torch_dtype
+
+
 def check_kv_cache_dtype(kind: str | None) -> str | None:
     """Return a format of cached K/V, or None for the dtype of the arithmetic. Raises `InvalidRequest`."""
     if kind is not None and kind not in KV_FORMATS:
@@ -241,8 +255,8 @@ def _check_parts(
     transformer: Transformer,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
-    preview: LatentPreview | None,
-    where: Path | str,
+    preview: Preview | None,
+    where: str | os.PathLike[str],
 ) -> None:
     """Raise `CheckpointError` if parts of different models do not fit together."""
     config = transformer.config
@@ -253,7 +267,8 @@ def _check_parts(
         )
     if preview is not None and preview.channels != config.in_channels:
         raise CheckpointError(
-            f"{where}: latent_preview in limner.json reads {preview.channels} channels, latents have {config.in_channels}"
+            f"{where}: previews (latent_preview in limner.json, or preview_decoder) read {preview.channels} channels, "
+            f"latents have {config.in_channels}"
         )
     if autoencoder.factor != PIXELS:
         raise CheckpointError(f"{where}: a token stands for {autoencoder.factor} pixels a side; allowed: {PIXELS}")

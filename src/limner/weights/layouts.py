@@ -63,6 +63,10 @@ FOREIGN = (
         r".*(\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.lokr_w|\.hada_w).*",
         "is a LoRA, not a model; give it as a LoRA",
     ),
+    (
+        r"(?:decoder\.)?(?:layers\.)?\d+\.conv\.0\.weight",
+        "is a small decoder for previews, as TAEF2; give it as preview_decoder (--preview-decoder)",
+    ),
 )
 QUANTIZED_BY = (
     (r"weight\.(absmax|quant_map|quant_state\..*|nested_absmax|nested_quant_map)|SCB", "bitsandbytes"),
