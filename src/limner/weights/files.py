@@ -138,7 +138,14 @@ class ShardedFile(TensorFile):
         for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}; shards have to be .safetensors files beside it")
-        shards = [SafetensorsFile(index.parent / name) for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if not (index.parent / name).exists()]:
+            single = index.parent / f"{index.name.partition('.safetensors')[0]}.safetensors"
+            instead = f", or remove the index, and {single.name} is read" if single.is_file() else ""
+            raise CheckpointError(
+                f"{index}: {some_names('lists shards that are not there:', absent)}download what is missing{instead}"
+            )
+        shards = [SafetensorsFile(index.parent / name) for name in names]
         self.files = tuple(shard.path for shard in shards)
         self._home = {name: shard for shard in shards for name in shard.infos}
         self.infos = {name: shard.infos[name] for name, shard in self._home.items()}

@@ -60,6 +60,18 @@ def test_shards_and_a_single_file_that_differ(tiny_copy: Path, caplog: pytest.Lo
             assert torch.equal(value, expected[name]), name
 
 
+def test_an_index_without_its_shards(tiny_copy: Path) -> None:
+    """Left over from a download that was broken off: diffusers fails too; the message says how to read the single file."""
+    file = tiny_copy / made.TRANSFORMER
+    shard(file, stem="diffusion_pytorch_model")
+    lost = "diffusion_pytorch_model-00002-of-00002.safetensors"
+    (file.parent / lost).unlink()
+    with pytest.raises(CheckpointError, match=f"not there: {lost}; download what is missing, or remove the index, and"):
+        Pipeline.from_pretrained(tiny_copy)
+    (file.parent / f"{file.name}.index.json").unlink()
+    Pipeline.from_pretrained(tiny_copy)
+
+
 def test_variants(tiny_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A part that has the variant is read in it, single or sharded; others as they are, and the log says so."""
     transformer, text = tiny_copy / made.TRANSFORMER, tiny_copy / made.TEXT
