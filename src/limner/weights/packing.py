@@ -212,7 +212,8 @@ class _Reader:
         self.marks = _marks(file, own, prefix)
         scales = [name for name in own if name.rpartition(".")[2] in _SCALES and _weight_of(name) in own]
         narrow = [name for name in scales if own[_weight_of(name)].dtype in (*_FP8, "I8", "U8")]
-        self.has_scales = bool(narrow or self.marks or "scaled_fp8" in own)
+        marked = [layer for layer in self.marks if f"{layer}.weight" in own]
+        self.has_scales = bool(narrow or marked or "scaled_fp8" in own)
 
     def packing(self, name: str) -> Packing | None:
         """Return how a weight is stored, None if it is stored wide."""
@@ -274,7 +275,8 @@ class _Reader:
 
     def _check_unmarked(self, name: str) -> None:
         """Refuse a weight without marker in a file that marks others, or whose header speaks, as rotated."""
-        if rotated := [mark for mark in self.marks.values() if mark.rotation]:
+        rotated = [mark for mark in self.marks.values() if mark.rotation]
+        if rotated and self.own[name].dtype == "I8":
             self._refuse(
                 name,
                 f"has no marker (comfy_quant), and {rotated[0].where} says that weights are rotated; take a file in which "
@@ -296,8 +298,6 @@ class _Reader:
         rows, columns = (*info.shape, 1)[:2] if info.shape else (1, 1)
         if by.dtype not in _WIDE_SCALES:
             self._refuse(scale, f"is {by.dtype}; allowed: {', '.join(_WIDE_SCALES)}")
-        if form == "int8" and by.shape != (rows,):
-            form = "int8_tensorwise"
         side = 0
         if by.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or form in ("fp8_blocks", "int8_blocks"):
             side = self._side(name, scale, mark.side if mark else 0)
@@ -379,8 +379,9 @@ def _marks(file: TensorFile, own: Mapping[str, TensorInfo], prefix: str) -> dict
     for header in file.headers:
         for layer, about in _layers(file, header).items():
             if isinstance(about, dict) and about.get("format") is not None:
-                where = f"{_HEADER} of {layer} in the header"
-                found[_layer_of(layer, own)] = _mark(file, about, where=where)
+                own_layer = _layer_of(layer, own)
+                if f"{own_layer}.weight" in own or f"{layer}.weight" not in file.infos:  # else it is of another part
+                    found[own_layer] = _mark(file, about, where=f"{_HEADER} of {layer} in the header")
     for name in own:
         stem, _, last = name.rpartition(".")
         if last == _MARKER:

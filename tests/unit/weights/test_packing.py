@@ -19,6 +19,7 @@ from limner.weights.convert import convert
 from limner.weights.files import SafetensorsFile
 from limner.weights.folder import load_transformer
 from limner.weights.inspect import inspect
+from limner.weights.layouts import PARTS
 from limner.weights.packing import FORMATS, Packing, packings_of
 from limner.weights.parts import open_part
 from limner.weights.unpack import unpack
@@ -298,6 +299,27 @@ def test_a_header_names_layers_in_its_own_way(wide_state: dict[str, Tensor], tmp
     tensors["model.diffusion_model.else.comfy_quant"] = marker({"format": "int8_tensorwise"})
     with pytest.raises(CheckpointError, match="else.comfy_quant is the marker of a weight that is not there"):
         open_part("transformer", made.save(tensors, tmp_path / "c.safetensors"))
+
+
+def test_parts_of_one_file_in_formats_of_their_own(
+    wide_state: dict[str, Tensor], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The header marks the transformer alone; the text encoder beside it is fp8 without scales, the autoencoder wide."""
+    prefix = "model.diffusion_model."
+    file, _ = file_of(wide_state, tmp_path / "a.safetensors", lambda _: "convrot", header=True, prefix=prefix)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = made.tensors_of(file)
+    text = {n.removeprefix("model."): v for n, v in made.tensors_of(tiny_folder / made.TEXT).items()}
+    tensors |= {
+        f"text_encoders.qwen3_4b.transformer.model.{n}": v.to(torch.float8_e4m3fn) if v.dim() == 2 else v
+        for n, v in text.items()
+        if n != "lm_head.weight"
+    }
+    tensors |= {f"vae.{n}": v for n, v in made.tensors_of(tiny_folder / made.VAE).items()}
+    whole = made.save(tensors, tmp_path / "whole.safetensors", **header)
+    kinds = [open_part(p, whole, like=tiny_folder / p / "config.json").layout.kind for p in PARTS]
+    assert kinds == ["int8_convrot", "diffusers", "fp8_raw"]
 
 
 def drop(*names: str) -> Callable[[dict[str, Tensor]], object]:
