@@ -15,6 +15,7 @@ from tests.support import checkpoints as made
 from torch import Tensor
 
 from limner import CheckpointError
+from limner.model.int8 import quantize_weight
 from limner.weights.convert import convert
 from limner.weights.files import SafetensorsFile
 from limner.weights.folder import load_transformer
@@ -186,6 +187,15 @@ def test_what_squares_lose(dtype: torch.dtype) -> None:
     bound = ERRORS[form]
     assert bound is not None
     assert away(unpack(packing, narrow, scale, rows=None, dtype=torch.bfloat16), value) < bound
+
+
+def test_what_our_int8_loses() -> None:
+    torch.manual_seed(6)
+    value = torch.randn(256, 384)
+    weight, scale = quantize_weight(value)
+    bound = ERRORS["int8"]
+    assert bound is not None
+    assert away(weight.float() * scale[:, None], value) < bound
 
 
 def test_qwen3_in_fp8(tiny_folder: Path, tiny_copy: Path) -> None:
