@@ -162,6 +162,18 @@ class ModelOptions(ReferenceOptions):
     text_encoder: str | None = option(
         None, help="file or folder to take the text encoder from instead", metavar="FILE", group="model", path="read"
     )
+    preview_decoder: str | None = option(
+        None, help="file of a small decoder for previews, as TAEF2", metavar="FILE", group="model", path="read"
+    )
+    variant: str | None = option(
+        None,
+        help="which weights of the folders are read, as fp16: those named *.fp16.safetensors",
+        metavar="NAME",
+        group="model",
+    )
+    revision: str | None = option(
+        None, help="branch, tag or commit of the model's hub id", metavar="REVISION", group="model"
+    )
     dtype: Dtype | None = option(None, help="dtype of the arithmetic; default: that of the files", group="model")
     quantize: Quantization | None = option(
         None, help="make the transformer's weights and activations int8", group="model"

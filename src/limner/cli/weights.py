@@ -23,6 +23,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
     _add_dtype(parser)
+    _add_variant(parser)
     add_json(parser)
     parser.set_defaults(run=quantize)
 
@@ -67,7 +68,12 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
     )
+    _add_variant(parser)
     add_json(parser)
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", metavar="NAME", help="which weights of a folder, as fp16: *.fp16.safetensors")
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -80,7 +86,7 @@ def quantize(args: argparse.Namespace) -> None:
     source, target = resolve_model(args.model), Path(args.output)
     if target.exists():
         raise InvalidRequest("--output", f"{target} is there already; give a new folder")
-    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None)
+    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None, variant=args.variant)
     nbytes = (target / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     print_result(args, {"folder": str(target), "nbytes": nbytes}, f"{target}: {nbytes} bytes")
 
@@ -97,6 +103,7 @@ def inspect(args: argparse.Namespace) -> int:
         part=args.part,
         digests=not args.no_digest,
         verify=args.verify,
+        variant=args.variant,
     )
     print_result(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
     return int(not report.whole)
@@ -117,6 +124,7 @@ def convert(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         part=args.part,
         like=resolve_model(args.model) if args.model else None,
+        variant=args.variant,
     )
     found = {"output": str(target), "layout": args.to, "nbytes": nbytes}
     print_result(args, found, f"{target}: {nbytes} bytes of weights")

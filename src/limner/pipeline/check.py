@@ -187,7 +187,7 @@ class ArgumentChecker:
             raise InvalidRequest(
                 "callback_on_step_end_tensor_inputs",
                 "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
-                "one with limner.model.preview.LatentPreview.fit, or ask for denoised and decode it",
+                "one with limner.model.preview.LatentPreview.fit, give preview_decoder, or ask for denoised and decode it",
             )
 
 

@@ -70,7 +70,12 @@ def _pattern(template: str) -> str:
 
 
 def _rules(table: Iterable[tuple[str, str]], *, target: str = "", source: str = "") -> list[Rule]:
-    return [Rule(target=target + theirs, source=source + own) for theirs, own in table]
+    return [Rule(target=target + theirs, source=source + own, also=_also(source + own)) for theirs, own in table]
+
+
+def _also(source: str) -> tuple[str, ...]:
+    """Return the other name of a norm's weight: files that went through ComfyUI's modules have .weight."""
+    return (f"{source.removesuffix('.scale')}.weight",) if source.endswith("_norm.scale") else ()
 
 
 def _thirds(targets: Sequence[str], source: str) -> list[Rule]:
