@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve attack fuzz test test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve attack fuzz test test-clients test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,16 @@ $(FONT):
 	bash recipes/stickers/run.sh font
 
 test: $(READY) $(FONT)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe and not clients"
+
+# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own.
+test-clients: $(READY)
+	mkdir -p build/clients
+	cp tests/contract/clients/package.json build/clients/
+	-cd build/clients && npm install --no-audit --no-fund --loglevel=error
+	-test -x build/clients/litellm/bin/litellm || { $(PYTHON) -m venv build/clients/litellm && \
+	    build/clients/litellm/bin/pip install --quiet --disable-pip-version-check litellm==1.110.2; }
+	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py
 
 # Start and stop Ray clusters on this machine, one test after another.
 test-ray: $(READY)

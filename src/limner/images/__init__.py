@@ -5,8 +5,9 @@ from limner.images.decode import decode
 from limner.images.encode import check_output, encode, numbered, save
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
+from limner.images.mask import prepare_mask, put_back
 from limner.images.metadata import picture_metadata, read_metadata
-from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
+from limner.images.reference import PreparedReference, ReferenceReport, background_colour, prepare_reference
 from limner.images.tensors import to_pil, to_pixels
 
 __all__ = [
@@ -17,14 +18,17 @@ __all__ = [
     "SUFFIXES",
     "PreparedReference",
     "ReferenceReport",
+    "background_colour",
     "check_output",
     "decode",
     "encode",
     "format_of",
     "numbered",
     "picture_metadata",
+    "prepare_mask",
     "prepare_reference",
     "printable",
+    "put_back",
     "read_metadata",
     "save",
     "to_pil",

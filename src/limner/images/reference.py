@@ -22,8 +22,9 @@ from limner.images.decode import check_header, decode, describe_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PreparedReference", "ReferenceReport", "prepare_reference"]
+__all__ = ["PreparedReference", "ReferenceReport", "background_colour", "prepare_reference"]
 
+_ASK_BACKGROUND = "ReferencePolicy(background='white'), --background white"
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,15 +83,17 @@ def prepare_reference(
     *,
     policy: ReferencePolicy,
     field: str = "image",
+    ask_background: str = _ASK_BACKGROUND,
 ) -> PreparedReference:
     """Return a reference as the model reads it: upright RGB, scaled down if over the cap, cropped to multiples of 16.
 
     The crop keeps the middle. A prepared reference is returned unchanged. Raises `InvalidRequest` that names `field`.
+    `ask_background` is how this caller can say what stands behind a transparent picture, for that error.
     """
     if isinstance(image, PreparedReference):
         return image
     image, field = _open(image, field=field)
-    rgb, oriented = _upright_rgb(image, background=policy.background, field=field)
+    rgb, oriented = _upright_rgb(image, background=policy.background, field=field, ask_background=ask_background)
     _check_size(rgb.size, policy, field=field)
     rgb, resized = _scale_down(rgb, policy, field=field)
     width, height = rgb.size
@@ -126,14 +129,17 @@ def _open(image: Image.Image | str | os.PathLike[str] | bytes, *, field: str) ->
     return image, field
 
 
-def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
+def _upright_rgb(
+    image: Image.Image, *, background: str | None, field: str, ask_background: str
+) -> tuple[Image.Image, bool]:
     """Return the picture as RGB with its EXIF orientation applied, and True if that changed it."""
     transpose = _TRANSPOSES.get(_orientation(image, field=field))
     oriented = transpose is not None
     if transpose is not None:
         image = image.transpose(transpose)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _flatten(image.convert("RGBA"), background=background, field=field), oriented
+        image = image.convert("RGBA")
+        return _flatten(image, background=background, field=field, ask_background=ask_background), oriented
     if image.mode in ("RGB", "L", "P", "1"):
         return image if image.mode == "RGB" else image.convert("RGB"), oriented
     remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
@@ -152,19 +158,22 @@ def _orientation(image: Image.Image, *, field: str) -> int:
     return orientation if isinstance(orientation, int) else 0
 
 
-def _flatten(image: Image.Image, *, background: str | None, field: str) -> Image.Image:
+def background_colour(text: str) -> tuple[int, ...]:
+    """Return the red, green and blue of a colour name or "#rrggbb". Raises `InvalidRequest` that names `background`."""
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise InvalidRequest("background", f"{text!r} is not a colour; use white or #ffffff") from None
+
+
+def _flatten(image: Image.Image, *, background: str | None, field: str, ask_background: str) -> Image.Image:
     """Return an RGBA picture as RGB, over `background` where it is transparent."""
     if image.getchannel("A").getextrema() != (255, 255):
         if background is None:
             raise InvalidRequest(
-                field,
-                "it is transparent in places; flatten it, or say what stands behind it: "
-                "ReferencePolicy(background='white'), --background white",
+                field, f"it is transparent in places; flatten it, or say what stands behind it: {ask_background}"
             )
-        try:
-            colour = ImageColor.getrgb(background)[:3]
-        except ValueError:
-            raise InvalidRequest("background", f"{background!r} is not a colour; use white or #ffffff") from None
+        colour = background_colour(background)
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image)
     return image.convert("RGB")
 

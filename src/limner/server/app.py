@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
@@ -49,6 +50,7 @@ from limner.version import __version__
 __all__ = ["create_app"]
 
 _logger = logging.getLogger("limner.server")
+_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready", "model": dict[str, str]}}
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
@@ -151,7 +153,17 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
         error_body=error_body,
     )
     if service.keyring.is_open:
-        app.add_middleware(LocalCallers, error_body=error_body)
+        app.add_middleware(LocalCallers, error_body=error_body, browser_origins=settings.browser_origins)
+    if settings.browser_origins:  # outside of what refuses, so that a page can read why
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(map(str, settings.browser_origins)),
+            allow_methods=["DELETE", "GET", "POST"],
+            allow_headers=["*"],
+            allow_credentials=False,
+            allow_private_network=True,
+            expose_headers=["retry-after"],
+        )
     app.add_middleware(_Observed, metrics=metrics)
     _build_routes(app)
     return app
@@ -169,9 +181,14 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": __version__}
 
-    unready: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready", "model": dict[str, str]}}
+    @app.get(
+        "/health", tags=["health"], responses=_UNREADY, summary="Whether the engine works, as vLLM and SGLang have it"
+    )
+    async def health() -> Response:
+        works = service.ready and service.engine.is_alive
+        return SafeJSON({"status": "ok" if works else "starting or shutting down"}, status_code=200 if works else 503)
 
-    @app.get("/readyz", tags=["health"], responses=unready, summary="Whether requests are taken")
+    @app.get("/readyz", tags=["health"], responses=_UNREADY, summary="Whether requests are taken")
     async def readyz() -> Response:
         problem = ""
         if not service.ready or not service.engine.is_alive:
@@ -245,6 +262,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
+        if request.method == "OPTIONS" and error.status_code == 405:  # which methods there are is no secret
+            return Response(status_code=204, headers=error.headers)
         body = error_body(request.url.path, error.status_code, str(error.detail))
         return SafeJSON(body, status_code=error.status_code, headers=error.headers)
 
@@ -280,7 +299,7 @@ class _Observed:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in _METHODS else "other"  # callers may send any word
             self._metrics.request(method=method, route=route, status=status, seconds=seconds)
-            if route not in ("/healthz", "/readyz", "/metrics"):
+            if route not in ("/health", "/healthz", "/readyz", "/metrics"):
                 owner = scope.get("state", {}).get("owner")
                 line = {
                     "event": "request",

@@ -23,6 +23,7 @@ from limner.images import PreparedReference
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
 from limner.server.http.errors import ERRORS
+from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
@@ -38,6 +39,9 @@ class ReferenceInputs(BaseModel):
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
     prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
+    background: str | None = Field(
+        None, max_length=100, description="colour behind transparent pictures, as white or #fff"
+    )
 
 
 class Reference(BaseModel):
@@ -78,6 +82,7 @@ _FORM = {
                         "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "safety_tolerance": {"type": "string"},
                         "prefill": {"type": "string", "enum": ["true", "false"]},
+                        "background": {"type": "string"},
                     },
                 }
             },
@@ -149,30 +154,35 @@ async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
         raise InvalidRequest("body", f"is not JSON ({error})") from None
     except ValidationError as error:
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
-    texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
-    pictures = await service.pictures.read_texts(texts, owner=owner)
+    sent = [SentPicture(field=f"images[{i}]", data=text) for i, text in enumerate(inputs.images)]
+    pictures = await service.pictures.read(sent, owner=owner, background=inputs.background)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
 
 
 async def _read_form(service: Service, request: Request, owner: Owner) -> _Upload:
-    limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
+    limit, tolerance, prefill = service.settings.max_picture_bytes, 2, True
+    sent: list[SentPicture] = []
+    background: str | None = None
     async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
-                files.append(await service.offload.run(value.file.read, limit + 1))
+                sent.append(SentPicture(field=name, data=await service.offload.run(value.file.read, limit + 1)))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
             elif name == "prefill" and value in ("true", "false"):
                 prefill = value == "true"
+            elif name == "background" and isinstance(value, str) and len(value) <= 100:
+                background = value
             else:
                 raise InvalidRequest(
                     name,
-                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false",
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false, "
+                    "background: a colour",
                 )
-    if not files:
+    if not sent:
         raise InvalidRequest("image", "is missing; send one or more pictures")
-    named = {f"image {i}": data for i, data in enumerate(files, start=1)}
-    return _Upload(pictures=await service.pictures.read_files(named, owner=owner), tolerance=tolerance, prefill=prefill)
+    pictures = await service.pictures.read(sent, owner=owner, background=background)
+    return _Upload(pictures=pictures, tolerance=tolerance, prefill=prefill)
 
 
 async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from limner.errors import AccessDenied, QueueFull, RateLimited
 from limner.server.access.bodies import Bodies, Body
 from limner.server.access.keys import Owner
 from limner.server.http.errors import answer_of
+from limner.server.outbound.urls import Origin
 
 __all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
 
@@ -106,12 +107,15 @@ class LocalCallers:
     """For a server without keys: refuse requests that another site's page makes a browser of this machine send.
 
     Such a page can let a name of its own resolve to 127.0.0.1 (then `Host` is that name), or send a form across sites
-    (then `Origin` is that site). Programs send neither.
+    (then `Origin` is that site). Programs send neither. Pages of `browser_origins` are let through.
     """
 
-    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+    def __init__(
+        self, app: ASGIApp, *, error_body: ErrorBody, browser_origins: Collection[Origin] = frozenset()
+    ) -> None:
         self._app = app
         self._error_body = error_body
+        self._browser_origins = frozenset(map(str, browser_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -120,7 +124,7 @@ class LocalCallers:
             problem = ""
             if len(hosts) != 1 or not _is_local(f"//{hosts[0]}"):
                 problem = "the header Host has to be localhost, 127.0.0.1 or [::1]: this server has no keys"
-            elif not all(map(_is_local, origins)):
+            elif not all(origin in self._browser_origins or _is_local(origin) for origin in origins):
                 problem = "pages of other sites may not use this server, which has no keys"
             if problem:
                 await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})

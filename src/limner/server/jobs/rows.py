@@ -73,10 +73,11 @@ _NAMES = frozenset(
         "quality",
         "options",
         "references",
+        "mask",
     }
 )
 """Names of what `_request` writes."""
-_OPTIONS = frozenset({"base_url", "handle", "references_checked"})
+_OPTIONS = frozenset({"base_url", "handle", "references_checked", "without_effect"})
 
 
 def read_job(row: tuple[Any, ...]) -> Job:
@@ -122,6 +123,7 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         quality=values["quality"],
         options=_read_options(values["options"]),
         references=_read_reports(values["references"]),
+        mask=_read_reports([values["mask"]])[0] if "mask" in values else None,
         ended=ended,
         expires=expires,
         result=json.loads(result),
@@ -137,12 +139,15 @@ def fingerprint(job: Job) -> str:
     values = _request(job)
     del values["options"]
     values["references"] = [report.digest for report in job.references]
+    if job.mask is not None:
+        values["mask"] = job.mask.digest
     values["seeds"] = len(job.seeds) if job.drawn_seeds else job.seeds
     values["webhook"] = asdict(job.webhook) if job.webhook else None
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _request(job: Job) -> dict[str, Any]:
+    mask = {} if job.mask is None else {"mask": asdict(job.mask)}  # older versions read jobs that have none
     return {
         "prompt": job.prompt,
         "seeds": job.seeds,
@@ -157,6 +162,7 @@ def _request(job: Job) -> dict[str, Any]:
         "quality": job.quality,
         "options": _options(job.options),
         "references": [asdict(report) for report in job.references],
+        **mask,
     }
 
 
@@ -167,6 +173,8 @@ def _options(options: JobOptions) -> dict[str, Any]:
         found["base_url"] = options.base_url
     if options.handle is not None:
         found |= {"handle": options.handle, "references_checked": options.references_checked}
+    if options.without_effect:
+        found["without_effect"] = options.without_effect
     return found
 
 
@@ -175,6 +183,7 @@ def _read_options(values: Mapping[str, Any]) -> JobOptions:
         base_url=values.get("base_url"),
         handle=values.get("handle"),
         references_checked=values.get("references_checked", False),
+        without_effect=tuple(values.get("without_effect", ())),
     )
 
 

@@ -150,7 +150,9 @@ class JobRunner:
 
     # callers
 
-    async def accept(self, job: Job, pictures: Sequence[PreparedReference], slot: Slot) -> tuple[Job, bool]:
+    async def accept(
+        self, job: Job, pictures: Sequence[PreparedReference], slot: Slot, *, mask: PreparedReference | None = None
+    ) -> tuple[Job, bool]:
         """Write a job and queue it. Return it as stored, and whether it is new. Raises what the engine refuses."""
         begun = False
         self._num_admitted += 1
@@ -158,10 +160,11 @@ class JobRunner:
             if self._stop_by is not None:
                 raise QueueFull("the server shuts down; send the request again later")
             self._engine.check(edit_request(job, tuple(pictures)))
+            kept = pictures if mask is None else (*pictures, mask)
             self._engine.check_room(num_admitted=self._num_admitted - 1)
-            files = await self._offload.run(self._jobs.encode, pictures) if pictures else None
+            files = await self._offload.run(self._jobs.encode, kept) if kept else None
             budget = self._settings.images_per_key
-            stored, new = await self._offload.store(self._jobs.add, job, pictures, files=files, budget=budget)
+            stored, new = await self._offload.store(self._jobs.add, job, kept, files=files, budget=budget)
             if new and stored.id not in self._live:  # one whose writing took long may have been adopted
                 self._begin(stored, slot)
                 begun = True
@@ -276,6 +279,7 @@ class JobRunner:
     async def _deliver(self, job: Job, result: EditResult) -> None:
         """Check and write the pictures of a job, then end it."""
         try:
+            result = await self._results.finish(job, result)
             finding = await self._moderation.check_results(result.images, tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "content_moderated", {"finding": asdict(finding)})

@@ -120,7 +120,8 @@ class JobStore:
             job = replace(job, created=self._clock())
             with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
-                self._pictures.use(db, job.references, user=f"job:{job.id}")
+                used = job.references if job.mask is None else (*job.references, job.mask)
+                self._pictures.use(db, used, user=f"job:{job.id}")
                 db.execute(
                     "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

@@ -155,15 +155,14 @@ class OutboundClient:
             "Connection": "close",
             **headers,
         }
+        lines = [(name.encode(), value.encode()) for name, value in sent.items()]
         # Made of the checked parts, so that no second parser reads the URL.
         url = httpcore2.URL(scheme=origin.scheme, host=origin.host, port=origin.port, target=target.path)
         seconds = self.policy.connect_seconds
         timeout = {"connect": seconds, "read": None, "write": None}  # one deadline covers all of it
         async with (
             connection,
-            connection.stream(
-                method, url, headers=list(sent.items()), content=content, extensions={"timeout": timeout}
-            ) as response,
+            connection.stream(method, url, headers=lines, content=content, extensions={"timeout": timeout}) as response,
         ):
             received = _received(response.headers, field)
             body = b""
