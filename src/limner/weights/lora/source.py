@@ -73,7 +73,8 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             raise CheckpointError(f"lora: {path}: lora_adapter_metadata in its header is not a JSON object")
         return tensors, {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     peft = path.with_name(_PEFT_CONFIG)
-    if any(name.startswith("base_model.model.") for name in tensors) and peft.exists():
+    own = path.name == _USUAL_NAMES[1] or any(name.startswith("base_model.model.") for name in tensors)
+    if own and peft.exists():
         return tensors, read_json(peft)
     return tensors, None
 
