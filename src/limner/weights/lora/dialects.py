@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from limner.weights.names import transformer_names
@@ -108,6 +109,7 @@ def _layouts(targets: list[str]) -> Iterator[tuple[str, str, tuple[tuple[str, ..
             yield "diffusers", f"{block}.{_FUSED[first]}", (names, False)
 
 
+@cache
 def matrices_of_one_block() -> NamedMatrices:
     """Return the matrices of any transformer of the family, as if it had one block of each kind, number 0."""
     names = [rule.with_numbers({"n": "0"}).target for rule in transformer_names().rules]

@@ -142,7 +142,7 @@ def refusal(part: str) -> str | None:
     """Return why a part of an update is refused; None if it is used."""
     for kind, (parts, reason) in REFUSED.items():
         if part in parts:
-            article = "" if kind.startswith(("a ", "PEFT")) else "of a "
+            article = "" if kind.startswith(("a ", "PEFT")) else "of an " if kind.startswith("A") else "of a "
             return f"is {article}{kind}, {reason}"
     return None
 

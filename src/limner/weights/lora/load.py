@@ -23,7 +23,7 @@ from limner.weights.lora.scales import Scales
 from limner.weights.lora.source import copy_tensors, read_lora, resolve_lora
 from limner.weights.lora.updates import Base, check_values, updates_of
 
-__all__ = ["LoraWeights", "load_lora"]
+__all__ = ["LoraWeights", "hint", "load_lora"]
 
 _logger = logging.getLogger("limner")
 _TEXT_ENCODER = re.compile(r"(?:lora_te|lora_qwen|text_encoders?[\d._]|te\d?[._]|cond_stage_model\.|conditioner\.)")
@@ -70,12 +70,12 @@ def load_lora(
     if not updates:
         raise CheckpointError(
             f"lora: {where}: none of its {len(tensors)} tensors is for a matrix of this transformer ({_some(unknown)}); it "
-            f"is of another model or in a dialect that is not known{_hint(unknown)}"
+            f"is of another model or in a dialect that is not known{hint(unknown)}"
         )
     if unknown and strict:
         raise CheckpointError(
             f"lora: {where}: {len(unknown)} of its {len(tensors)} tensors are not for this transformer: {_some(unknown)}"
-            f"{_hint(unknown)}; give a LoRA of this model, or load it without them (strict=False)"
+            f"{hint(unknown)}; give a LoRA of this model, or load it without them (strict=False)"
         )
     if unknown:
         _logger.warning("lora: %s: %d tensors are left out: %s", where, len(unknown), ", ".join(unknown))
@@ -135,7 +135,8 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _hint(unknown: tuple[str, ...]) -> str:
+def hint(unknown: tuple[str, ...]) -> str:
+    """Return what is known of tensors that are for no matrix of the transformer, to end a message with; else ""."""
     if any(_TEXT_ENCODER.match(name) for name in unknown):
         return "; LoRAs of klein are for the transformer, those for a text encoder are not supported"
     if any(_NORM.search(name) for name in unknown):

@@ -16,7 +16,7 @@ from torch import Tensor
 from limner.errors import CheckpointError
 from limner.model.lora import Dense, Hadamard, Kronecker, LowRank, Update
 from limner.weights.lora.dialects import Matrix
-from limner.weights.lora.kinds import KINDS, Group, Tensors, kind_of
+from limner.weights.lora.kinds import KINDS, Group, Tensors, kind_of, refusal
 from limner.weights.lora.scales import Scales
 
 __all__ = ["Base", "check_values", "updates_of"]
@@ -180,6 +180,8 @@ def check_values(group: Group) -> None:
             f"lora: {where}: {', '.join(keys.values())}: these make no update of one kind ({', '.join(KINDS)}); the "
             "file is incomplete, or of several"
         )
+    if kind == "OFT" and parts["oft_blocks"].dim() == 4:
+        raise CheckpointError(f"lora: {where}: {keys['oft_blocks']}: {refusal('boft_R')}")
     for part, value in parts.items():
         dims = 3 if part == "oft_blocks" else 2
         if part == "alpha":
