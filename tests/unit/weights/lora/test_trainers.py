@@ -40,10 +40,13 @@ class Network(nn.Module):
         return x
 
 
-def randomized(module: nn.Module, size: float = 0.1) -> None:
+def randomized(module: nn.Module, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * size
+
+
+Network.__module__ = "flux2.model"  # PEFT writes it down; configurations that name other code are refused
 
 
 # LyCORIS
@@ -71,7 +74,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "LoKr of whole factors": {"algo": "lokr", "full_matrix": True, "linear_alpha": 7.0, "factor": 8},
     "difference": {"algo": "full"},
     "OFT": {"algo": "diag-oft", "linear_dim": 8},
-    "OFT with a bound": {"algo": "diag-oft", "linear_dim": 8, "constraint": 1e-4},
+    "OFT with a bound": {"algo": "diag-oft", "linear_dim": 8, "constraint": 3e-3},
 }
 
 
@@ -81,8 +84,8 @@ def learned(
     """The file of a LyCORIS with random values, and what its own forward adds to each matrix."""
     start = {name: network.get_submodule(name).weight.data.clone() for name in shapes}
     made = lycoris.create_lycoris(network, 1.0, preset="full", **{"linear_dim": 4, **options})
+    made.apply_to()  # makes the updates its parameters
     randomized(made)
-    made.apply_to()
     tensors = {key: value.detach().clone() for key, value in made.state_dict().items()}
     with torch.no_grad():
         ones = {name: torch.eye(shape[1]) for name, shape in shapes.items()}
@@ -95,12 +98,10 @@ def test_lycoris(algorithm: str, prefix: str, lycoris: Any, pipe: Pipeline, shap
     """Around the original network for musubi's prefix, around that of diffusers for the others."""
     original = prefix == "lora_unet"
     weights = {name: pipe.transformer.get_submodule(name).weight.data for name in shapes}
-    whole = {"double_blocks.0.img_attn.qkv": ("transformer_blocks.0.attn", ("to_q", "to_k", "to_v"))}
     own = BLOCKS if original else {name: shape for name, shape in shapes.items() if "blocks" in name}
     if original:  # the weights of the original network, whose rotations are of whole matrices
         made = {name: torch.randn(shape) for name, shape in BLOCKS.items()}
         weights = split(made)
-        assert set(whole) <= set(made)
     else:
         made = {name: weights[name] for name in own}
     lycoris.LycorisNetwork.LORA_PREFIX = prefix
@@ -163,7 +164,7 @@ def saved(name: str, folder: Path, **options: Any) -> dict[str, Tensor]:
         if "base_layer" not in key and parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     model.save_pretrained(folder)
-    modules = {name: model.base_model.model.get_submodule(name) for name in BLOCKS if ".lin" not in f"{name}"[-4:]}
+    modules = {name: model.base_model.model.get_submodule(name) for name in BLOCKS}
     return {
         name: module.get_delta_weight("default").detach()
         for name, module in modules.items()
@@ -201,26 +202,3 @@ def test_other_starts_are_plain_loras(init: object, shapes: Shapes, tmp_path: Pa
     value = "false" if init is False else f'"{init}"'
     config.write_text(config.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": {value}'))
     assert load_lora(tmp_path, shapes=shapes).digest == digest
-
-
-def test_pissa_that_peft_converted(shapes: Shapes, tmp_path: Path) -> None:
-    """The remedy of the message: twice the rank, for the whole weights."""
-    peft = pytest.importorskip("peft")
-    own = {"double_blocks.0.img_attn.proj": (32, 32), "single_blocks.0.linear2": (32, 128)}
-    network = Network(own)
-    weights = {name: network.get_submodule(name).weight.detach().clone() for name in own}
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["proj", "linear2"], init_lora_weights="pissa")
-    model = peft.get_peft_model(network, config)
-    model.peft_config["default"].init_lora_weights = True  # as PEFT asks for, before the start is saved
-    model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = "pissa"
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            parameter.data += 0.02 * torch.randn(parameter.shape)
-    trained = {n: m.base_layer.weight + m.get_delta_weight("default") for n in own for m in [network.get_submodule(n)]}
-    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    found = load_lora(tmp_path / "plain", shapes=shapes)
-    expected = split({name: (trained[name] - weights[name]).detach() for name in own})
-    for name, update in found.updates.items():
-        torch.testing.assert_close(dense(update).float(), expected[name], rtol=1e-3, atol=1e-5)
-    assert set(found.updates) == set(expected)
