@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.lora_files import OTHERS, SHAPES, dense, split
+from tests.support.lora_files import OTHERS, SHAPES, dense, split, write
 from torch import Tensor
 
 from limner import CheckpointError
+from limner.cli import main
 from limner.weights.lora import load_lora
 from limner.weights.lora.dialects import DIALECTS, Dialect
 
@@ -187,6 +188,21 @@ def test_what_is_refused_is_named(case: str, shapes: dict[str, tuple[int, int]])
         load_lora({f"{ONE}.{part}": value for part, value in parts.items()}, shapes=shapes, strict=False)
     assert ONE in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_inspect_names_dialect_and_kind(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for dialect, kind in zip(DIALECTS, [*KINDS, *KINDS], strict=False):
+        file = write(tmp_path, written(dialect, kind)[0])
+        assert main(["inspect", str(file), "--model", str(tiny_folder)]) == 0
+        out = capsys.readouterr().out
+        assert f"dialect: {dialect.title} (" in out
+        assert f"lora: {kind.partition(' ')[0]} of " in out
+        assert "  digest " in out
+    bad = write(tmp_path, {f"{ONE}.dora_scale": torch.ones(32, 1), "lora_te_x.alpha": torch.ones(())})
+    assert main(["inspect", str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert "unexpected: lora_te_x.alpha" in out
+    assert "is of a DoRA" in out
 
 
 def test_norms_are_named(shapes: dict[str, tuple[int, int]]) -> None:
