@@ -30,10 +30,11 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="what a file or folder of weights is, and what is missing from it",
-        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; exit code 1 if damaged.",
+        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; of a LoRA its dialect; "
+        "exit code 1 if damaged.",
     )
     parser.add_argument(
-        "source", metavar="FILE", help="weights: a file of any layout, a part's folder, a model's folder"
+        "source", metavar="FILE", help="weights: a file of any layout, a LoRA, a part's folder, a model's folder"
     )
     parser.add_argument(
         "--verify", action="store_true", help="load every tensor, look for NaN, give the weights' digest"
@@ -96,14 +97,11 @@ def inspect(args: argparse.Namespace) -> int:
     from limner.images import printable
     from limner.weights.folder import resolve_model
     from limner.weights.inspect import inspect
+    from limner.weights.lora import inspect_lora
 
-    report = inspect(
-        _source(args.source),
-        like=resolve_model(args.model) if args.model else None,
-        part=args.part,
-        digests=not args.no_digest,
-        verify=args.verify,
-        variant=args.variant,
+    source, like = _source(args.source), resolve_model(args.model) if args.model else None
+    report = (None if args.part else inspect_lora(source, like=like)) or inspect(
+        source, like=like, part=args.part, digests=not args.no_digest, verify=args.verify, variant=args.variant
     )
     print_result(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
     return int(not report.whole)

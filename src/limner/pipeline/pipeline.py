@@ -318,6 +318,8 @@ class Pipeline:
     unload_lora_weights = lora.unload_lora_weights
     fuse_lora = lora.fuse_lora
     unfuse_lora = lora.unfuse_lora
+    disable_lora = lora.disable_lora
+    enable_lora = lora.enable_lora
 
     @property
     def fused_loras(self) -> set[str]:

@@ -37,7 +37,8 @@ _CODE = re.compile(
 _IMPLEMENTATION = re.compile(r"_?(?:attn|attention|experts)_implementation(?:_internal)?")
 _BUILT_IN = (None, "eager", "sdpa")
 """Implementations that are part of the installed library. Other names may be those of a repository with kernels."""
-_LIBRARIES = ("diffusers", "transformers")
+_LIBRARIES = ("diffusers", "transformers", "torch", "flux2")
+"""Where networks come from that LoRAs are trained on; flux2 is the original program's package. Nothing of them is run."""
 
 
 def check_json(value: object, *, where: object) -> None:

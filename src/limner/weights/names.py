@@ -44,6 +44,7 @@ class Names:
     """Rules by target name. A tensor without a rule has the same name on both sides."""
 
     def __init__(self, rules: Sequence[Rule] = ()) -> None:
+        self.rules = tuple(rules)
         self._rules = [(re.compile(_pattern(rule.target)), rule) for rule in rules]
 
     def rule(self, target: str) -> Rule:
