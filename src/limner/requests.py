@@ -38,7 +38,7 @@ class PrefillRequest:
     references: tuple[PreparedReference, ...]
 
 
-def check_prompt(text: object) -> None:
+def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     """Raises `InvalidRequest` where a prompt is no text to draw from."""
     if not isinstance(text, str):
         raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
@@ -46,7 +46,7 @@ def check_prompt(text: object) -> None:
         raise InvalidRequest(
             "prompt", f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
         )
-    if not text.strip():
+    if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
     try:
         text.encode("utf-8")

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from limner.config import FITS
 from limner.errors import InvalidRequest
 from limner.grid import check_size
 from limner.requests import check_prompt
@@ -24,12 +25,15 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_FIELDS = ("id", "prompt", "references", "seed", "size", "steps")
+_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "fit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height)."""
+    """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height).
+
+    `fit` None: as the run does.
+    """
 
     line: int
     id: str
@@ -38,6 +42,7 @@ class Row:
     seed: int
     size: tuple[int, int] | None = None
     steps: int = 4
+    fit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +101,7 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
             references=_files(values.get("references", [])),
             seed=seed_of(id) if seed is None else check_number("seed", seed, low=0, high=2**63 - 1),
             size=_size(values.get("size")),
+            fit=_fit(values.get("fit")),
             steps=check_number("steps", values.get("steps", 4), low=1, high=MAX_STEPS),
         )
     except InvalidRequest as error:
@@ -146,6 +152,12 @@ def _size(value: object) -> tuple[int, int] | None:
     if match is None:
         raise InvalidRequest("size", f'{_short(value)} is not "WIDTHxHEIGHT", as "512x512"')
     return check_size("width", int(match[1])), check_size("height", int(match[2]))
+
+
+def _fit(value: object) -> str | None:
+    if value is not None and value not in FITS:
+        raise InvalidRequest("fit", f"{_short(value)} is not one of {', '.join(FITS)}")
+    return None if value is None else str(value)
 
 
 def check_number(name: str, value: object, *, low: int, high: int) -> int:

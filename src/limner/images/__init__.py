@@ -6,7 +6,14 @@ from limner.images.encode import check_output, encode, save
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
 from limner.images.metadata import picture_metadata, read_metadata
-from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
+from limner.images.reference import (
+    Picture,
+    PreparedReference,
+    ReferenceReport,
+    prepare_reference,
+    prepare_references,
+    put_back,
+)
 from limner.images.tensors import to_pil, to_pixels
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MEDIA_TYPES",
     "SUFFIXES",
+    "Picture",
     "PreparedReference",
     "ReferenceReport",
     "check_output",
@@ -23,7 +31,9 @@ __all__ = [
     "format_of",
     "picture_metadata",
     "prepare_reference",
+    "prepare_references",
     "printable",
+    "put_back",
     "read_metadata",
     "save",
     "to_pil",

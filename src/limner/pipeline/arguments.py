@@ -28,6 +28,7 @@ class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
     `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
+    `warnings` are for the caller.
     """
 
     prompts: tuple[str, ...] | None
@@ -45,6 +46,7 @@ class DrawRequest:
     callback: StepHook | None
     callback_inputs: tuple[str, ...]
     progress: Progress
+    warnings: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ its own. Knows nothing of queues, HTTP or the command line.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -385,6 +386,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
+        size_policy: str = "refuse",
     ) -> PipelineOutput | tuple[Any]:
         """Draw (no references) or edit.
 
@@ -398,11 +400,12 @@ class Pipeline:
         that this step predicts, and preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled`
         raised in it stops the run, `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part,
         done, of)` is called for every part. With a parallel model callbacks run in every process and have to do the same.
+        `size_policy` "floor" takes sides of the output down to multiples of 16, with a warning; "refuse" names them.
         Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
-            request = self._checker.check(
+            request = dataclasses.replace(self._checker, size_policy=size_policy).check(
                 prompt=prompt,
                 image=image,
                 references=references,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from limner.config import Fit
 from limner.errors import InvalidRequest
 from limner.requests import MAX_PROMPT_CHARACTERS
 from limner.server.access.keys import Owner
@@ -61,6 +62,9 @@ class EditInputs(Inputs):
 
     num_images: int = Field(1, ge=1, le=16, strict=True, description="seeds are seed, seed + 1, ...")
     num_inference_steps: int = Field(4, ge=1, le=50, strict=True)
+    fit: Fit | None = Field(
+        None, description="how sides of references become multiples of 16; null: as the service does"
+    )
     priority: int = Field(0, ge=-10, le=0, strict=True, description="lower ones wait for others")
     timeout: float | None = Field(None, gt=0, le=86400, description="seconds after which the job ends as Error")
 
@@ -148,7 +152,7 @@ async def _submit(
     job_request = JobRequest(
         prompt=inputs.prompt,
         seed=inputs.seed,
-        pictures=await service.pictures.read_texts(texts),
+        pictures=await service.pictures.read_texts(texts, fit=getattr(inputs, "fit", None)),
         handle=inputs.references,
         idempotency=idempotency,
         width=inputs.width or None,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 
 from limner import images
+from limner.config import Fit
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import decode_picture, read_picture
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.offload import Offload
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import decode_picture, read_picture
 
 __all__ = ["PictureReader"]
 
@@ -28,12 +30,16 @@ class PictureReader:
         self._settings = settings
         self._outbound = outbound if settings.fetch_urls else None
 
-    async def read_files(self, files: Mapping[str, bytes]) -> tuple[PreparedReference, ...]:
-        """Prepare picture files, by the names that errors give them. Raises `InvalidRequest`."""
-        return self._check_number(tuple([await self._prepare(data, name=name) for name, data in files.items()]))
+    async def read_files(self, files: Mapping[str, bytes], *, fit: Fit | None = None) -> tuple[PreparedReference, ...]:
+        """Prepare picture files, by the names that errors give them; `fit` None: as the service does.
 
-    async def read_texts(self, texts: Mapping[str, str]) -> tuple[PreparedReference, ...]:
-        """Prepare pictures of a JSON body: base64, data URLs or, if that is allowed, URLs. Raises `InvalidRequest`."""
+        Raises `InvalidRequest`.
+        """
+        found = [await self._prepare(data, name=name, fit=fit) for name, data in files.items()]
+        return self._check_number(tuple(found))
+
+    async def read_texts(self, texts: Mapping[str, str], *, fit: Fit | None = None) -> tuple[PreparedReference, ...]:
+        """Prepare pictures of a JSON body: base64, data URLs or, if that is allowed, URLs. As `read_files`."""
         found = []
         for name, text in texts.items():
             limit = self._settings.max_picture_bytes
@@ -42,14 +48,15 @@ class PictureReader:
                 data = await self._offload.decode(read, field=name)
             else:
                 data = await read_picture(text, client=self._outbound, max_bytes=limit, field=name)
-            found.append(await self._prepare(data, name=name))
+            found.append(await self._prepare(data, name=name, fit=fit))
         return self._check_number(tuple(found))
 
-    async def _prepare(self, data: bytes, *, name: str) -> PreparedReference:
+    async def _prepare(self, data: bytes, *, name: str, fit: Fit | None) -> PreparedReference:
         limit = self._settings.max_picture_bytes
         if len(data) > limit:
             raise InvalidRequest(name, f"the file has {len(data)} bytes; at most {limit} are allowed")
         policy = self._engine.model.reference_policy
+        policy = policy if fit is None else replace(policy, fit=fit)
         prepare = functools.partial(images.prepare_reference, data, policy=policy, field=name)
         return await self._offload.decode(prepare, field=name)
 

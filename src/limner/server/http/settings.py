@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limner.config import BUNDLED_MODEL
+from limner.outbound.policy import OutboundPolicy
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
-from limner.server.outbound.policy import OutboundPolicy
 
 __all__ = ["ServeSettings"]
 

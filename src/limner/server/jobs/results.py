@@ -105,10 +105,11 @@ def _report(result: EditResult) -> dict[str, Any]:
         "reference_cache": result.reference_cache,
         "reference_key": result.reference_key,
         "seconds_saved": round(result.seconds_saved, 4),
-        "references": [asdict(report) for report in result.references],
+        "references": [report.as_json() for report in result.references],
         "prompt": asdict(result.prompt),
         "timings": {**asdict(result.timings), "total": result.timings.total},
         "waited": round(result.waited, 4),
         "ran": round(result.ran, 4),
         "batch": result.batch,
+        "warnings": list(result.warnings),
     }

@@ -11,7 +11,7 @@ import re
 from urllib.parse import urljoin
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient
+from limner.outbound.client import OutboundClient
 
 __all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "read_picture"]
 
