@@ -25,8 +25,7 @@ if TYPE_CHECKING:
         RemoteError,
     )
     from limner.images import ReferenceReport
-    from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings
-    from limner.pipeline import Pipeline as Flux2KleinKVPipeline
+    from limner.pipeline import Flux2KleinKVPipeline, Pipeline, PipelineOutput, PromptReport, Timings
     from limner.references import References
     from limner.requests import EditRequest, PrefillRequest
     from limner.store import ReferenceStore, RemoteTier, StoreEntry, StoreStats
@@ -75,7 +74,7 @@ _HOMES = {
         "RemoteError",
     ),
     "images": ("ReferenceReport",),
-    "pipeline": ("Pipeline", "PipelineOutput", "PromptReport", "Timings"),
+    "pipeline": ("Flux2KleinKVPipeline", "Pipeline", "PipelineOutput", "PromptReport", "Timings"),
     "references": ("References",),
     "requests": ("EditRequest", "PrefillRequest"),
     "store": ("ReferenceStore", "RemoteTier", "StoreEntry", "StoreStats"),
@@ -83,8 +82,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Flux2KleinKVPipeline":  # the name that the model card's example imports
-        return __getattr__("Pipeline")
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"limner.{module}"), name)

@@ -38,12 +38,17 @@ def as_list(image: Any) -> list[Any]:
     if (isinstance(image, np.ndarray) or _is_tensor(image)) and image.ndim == 4:
         image = list(image)
     if not isinstance(image, (list, tuple)):
-        if isinstance(image, (dict, set, frozenset)) or image is None:
+        if not _is_picture(image):
             raise InvalidRequest("image", f"{type(image).__name__} is not a picture or a list of pictures; {_ALLOWED}")
         return [image]
     if not image:
         raise InvalidRequest("image", "an empty list has no reference; leave image out for text to image")
     return list(image)
+
+
+def _is_picture(value: Any) -> bool:
+    kinds = (Image.Image, str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)
+    return isinstance(value, kinds) or _is_tensor(value) or callable(getattr(value, "read", None))
 
 
 def open_picture(image: Any, *, field: str) -> tuple[Image.Image, str]:

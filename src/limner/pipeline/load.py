@@ -39,7 +39,7 @@ from limner.weights.folder import (
 )
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 
-__all__ = ["Loaded", "check_device", "check_kv_cache_dtype", "load", "take_over"]
+__all__ = ["Loaded", "check_device", "check_kv_cache_dtype", "check_parts", "load", "take_over"]
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -132,7 +132,7 @@ def load(
         after=after,
     )
     report("load", 3, 3)
-    _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
+    check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
     whole = functools.partial(
         transformer_digest, sources["transformer"], dtype=dtype, quantize=quantize, like=like["transformer"]
     )
@@ -180,7 +180,7 @@ def take_over(
     text_encoder = share_text_encoder(
         pipeline.text_encoder, pipeline.tokenizer, out_layers=check_layers(text_encoder_out_layers)
     )
-    _check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
+    check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
     return Loaded(
         transformer=transformer,
         autoencoder=autoencoder,
@@ -223,7 +223,7 @@ def _residency(memory_limit: str | int | None, device: torch.device) -> Residenc
     return Residency(limit)
 
 
-def _check_parts(
+def check_parts(
     transformer: Transformer,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,

@@ -26,7 +26,7 @@ from limner.model.preview import LatentPreview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.pipeline import load, lora
+from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.check import ArgumentChecker, check_shared
@@ -38,6 +38,7 @@ from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
+from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import EditRequest
 from limner.schedule import Schedule
@@ -96,6 +97,7 @@ class Pipeline:
         self.networks.adopt()
 
     @classmethod
+    @named_arguments
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] | None = None,
@@ -284,6 +286,8 @@ class Pipeline:
         """Digest of all weights."""
         return self.networks.digest()
 
+    __deepcopy__, __reduce__ = copies.deep_copy, copies.reduce_pipeline
+
     # LoRAs, with diffusers' names and meanings
 
     load_lora_weights = lora.load_lora_weights
@@ -363,6 +367,7 @@ class Pipeline:
         assert isinstance(out, PipelineOutput)
         return out
 
+    @named_arguments
     @typed_memory_errors
     @torch.no_grad()
     def __call__(
