@@ -182,9 +182,12 @@ def put_back(result: Image.Image, original: PictureSource, report: ReferenceRepo
     x, y = part.width / (right - left), part.height / (bottom - top)
     size = (target[2] - target[0], target[3] - target[1])
     if part.size != size:
-        inside = ((target[0] - left) * x, (target[1] - top) * y, (target[2] - left) * x, (target[3] - top) * y)
-        limits = (part.width, part.height)
-        inside = tuple(min(max(edge, 0.0), limits[i % 2]) for i, edge in enumerate(inside))
+        inside = (
+            max(0.0, (target[0] - left) * x),
+            max(0.0, (target[1] - top) * y),
+            min(part.width, (target[2] - left) * x),
+            min(part.height, (target[3] - top) * y),
+        )
         part = part.resize(size, Image.Resampling.LANCZOS, box=inside)
     whole.paste(part, target[:2])
     return whole

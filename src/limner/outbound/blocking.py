@@ -15,7 +15,7 @@ _INSTEAD = "download the file and give its name"
 
 
 def fetch_now(
-    url: str, *, max_bytes: int, field: str, make_client: Callable[[], OutboundClient] = OutboundClient
+    url: str, *, max_bytes: int, field: str, make_client: Callable[[], OutboundClient] | None = None
 ) -> bytes:
     """Return the file at a URL: https, public addresses only, every redirect checked. Raises `InvalidRequest`.
 
@@ -23,7 +23,7 @@ def fetch_now(
     """
 
     async def fetch() -> bytes:
-        client = make_client()
+        client = (make_client or OutboundClient)()
         try:
             return await fetch_picture(url, client=client, max_bytes=max_bytes, field=field, instead=_INSTEAD)
         finally:

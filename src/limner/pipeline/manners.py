@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.configuration_utils import FrozenDict
-from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from torch import Tensor
 from tqdm import tqdm
 
-from limner.errors import CheckpointError, InvalidRequest
+from limner.errors import CheckpointError, InvalidRequest, MissingExtra
 from limner.grid import PIXELS, whole_number
 from limner.images import MAX_FILE_BYTES
 from limner.images.sources import as_list
@@ -32,7 +29,6 @@ from limner.memory.pages import can_release
 from limner.model.autoencoder import Autoencoder
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.outbound.client import OutboundClient
 from limner.pipeline import saving
 from limner.pipeline.adapters import check_strength
 from limner.pipeline.check import ArgumentChecker
@@ -51,6 +47,7 @@ __all__ = ["DropInOutput", "Manners", "as_diffusers"]
 _logger = logging.getLogger("limner")
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 _LARGEST_SEED = 2**63 - 1
+_CASTABLE = ("transformer", "vae", "text_encoder")
 
 
 class DropInOutput(PipelineOutput):
@@ -144,8 +141,8 @@ class Manners(Pipeline):
     vae_scale_factor: ClassVar[int] = PIXELS // 2
     tokenizer_max_length: ClassVar[int] = 512
     default_sample_size: ClassVar[int] = 128
-    make_client: Callable[[], OutboundClient] = OutboundClient
-    """Makes the client that fetches pictures by URL; it reaches public addresses alone, by https."""
+    make_client: ClassVar[Callable[[], Any] | None] = None
+    """Makes the `OutboundClient` that fetches pictures by URL; None: one that reaches public addresses alone, by https."""
 
     def __init__(
         self,
@@ -186,8 +183,9 @@ class Manners(Pipeline):
     def from_pretrained(cls, *args: Any, **given: Any) -> Any:
         """As `Pipeline.from_pretrained`, which see, with diffusers' names of arguments.
 
-        `device_map` names one device. `torch_dtype` may be a name, "auto" (that of the files), or a dictionary that has one
-        dtype for all parts. `low_cpu_mem_usage` and `use_safetensors` are always so.
+        `device_map` names one device. `torch_dtype` may be a name, "auto" (that of the files), or a dictionary of parts and
+        "default" (float32): then parts are loaded as their files are and cast. `low_cpu_mem_usage` and `use_safetensors` are
+        always so.
         """
         if "pretrained_model_name_or_path" in given:
             args = (given.pop("pretrained_model_name_or_path"), *args)
@@ -201,14 +199,26 @@ class Manners(Pipeline):
                     "device_map", f"{device_map!r} divides a model; name one device, or see parallel= and memory_limit="
                 )
             given["device"] = device_map
+        of_parts: dict[str, torch.dtype] = {}
         for name in ("torch_dtype", "dtype"):
-            if name in given:
-                given[name] = _dtype_of(name, given[name])
-        return super().from_pretrained(*args, **given)
+            if isinstance(value := given.get(name), Mapping):
+                check_names(value, (*_CASTABLE, "default"), where=name)
+                default = value.get("default", torch.float32)
+                of_parts = {part: _dtype_of(name, value.get(part, default)) for part in _CASTABLE}
+                del given[name]
+            elif name in given:
+                given[name] = _dtype_of(name, value)
+        pipe: Any = super().from_pretrained(*args, **given)
+        for part, dtype in of_parts.items():
+            getattr(pipe, part).to(dtype)
+        if of_parts:
+            pipe.text_encoder.rebuild_rotary()
+            pipe.networks.adopt()
+        return pipe
 
     @classmethod
     def _of(cls, loaded: Loaded, **given: Any) -> Any:
-        pipe = super()._of(loaded, **given)
+        pipe: Any = super()._of(loaded, **given)
         pipe._text_source = next((one.source for one in loaded.origins if one.network is loaded.text_encoder), None)
         return pipe
 
@@ -278,10 +288,8 @@ class Manners(Pipeline):
 
     def _fetched(self, image: Any) -> list[Any]:
         """Return the pictures of a call, those that are named by URL fetched."""
-        from limner.outbound.blocking import fetch_now
-
         return [
-            fetch_now(one, max_bytes=MAX_FILE_BYTES, field=f"image {number}", make_client=type(self).make_client)
+            _fetch(one, max_bytes=MAX_FILE_BYTES, field=f"image {number}", make_client=type(self).make_client)
             if isinstance(one, str) and one.lower().startswith(("https://", "http://"))
             else one
             for number, one in enumerate(as_list(image), start=1)
@@ -340,6 +348,8 @@ class Manners(Pipeline):
     def scheduler(self) -> Any:
         """diffusers' scheduler of the pipeline's noise levels. Set another one to change them."""
         if self._scheduler is None or self._scheduler[0] is not self.schedule:
+            from diffusers import FlowMatchEulerDiscreteScheduler
+
             made = FlowMatchEulerDiscreteScheduler(
                 use_dynamic_shifting=self.schedule.dynamic, shift=self.schedule.static_shift
             )
@@ -363,12 +373,17 @@ class Manners(Pipeline):
         }
 
     @property
-    def config(self) -> FrozenDict:
-        """What `model_index.json` says of this pipeline."""
+    def config(self) -> Any:
+        """What `model_index.json` says of this pipeline, as a frozen dictionary whose names are attributes too."""
+        from diffusers.configuration_utils import FrozenDict
+
         return FrozenDict(saving.model_index(self))
 
     @property
-    def image_processor(self) -> Flux2ImageProcessor:
+    def image_processor(self) -> Any:
+        """diffusers' processor of pictures of this family."""
+        from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
         return Flux2ImageProcessor(vae_scale_factor=PIXELS)
 
     @property
@@ -509,6 +524,15 @@ def _scaled_loras(pipe: Manners, kwargs: Mapping[str, Any] | None) -> Iterator[N
         adapters.set(list(before), list(before.values()))
 
 
+def _fetch(url: str, **given: Any) -> bytes:
+    """Return the file at a URL. Raises `InvalidRequest` and `MissingExtra`."""
+    try:
+        from limner.outbound.blocking import fetch_now
+    except ImportError as error:
+        raise MissingExtra("a picture by URL", package=str(error.name), extra="serve") from error
+    return fetch_now(url, **given)
+
+
 def _generators(seed: Any, num_images: int) -> list[torch.Generator]:
     """Return a generator for each image. Raises `InvalidRequest`."""
     first = whole_number(seed)
@@ -532,11 +556,6 @@ def _schedule_of(scheduler: Any) -> Schedule:
 
 def _dtype_of(name: str, value: Any) -> Any:
     """Return one dtype, or None for that of the files."""
-    if isinstance(value, Mapping):
-        kinds = {str(kind): kind for kind in value.values()}
-        if len(kinds) != 1:
-            raise InvalidRequest(name, f"{dict(value)!r}: all parts have one dtype here; give one")
-        (value,) = kinds.values()
     if value == "auto":
         return None
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value

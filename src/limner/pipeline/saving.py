@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from weakref import ReferenceType
 
-import diffusers
 import torch
 from safetensors import safe_open
 
@@ -31,6 +30,8 @@ _AGAIN = "load the model from its folder and save that"
 
 def model_index(pipe: Any) -> dict[str, Any]:
     """Return what `model_index.json` says of a pipeline."""
+    import diffusers
+
     return {
         "_class_name": type(pipe).__name__,
         "_diffusers_version": diffusers.__version__,
