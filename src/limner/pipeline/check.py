@@ -34,7 +34,7 @@ _MAX_SEQUENCE_LENGTH = 512
 class ArgumentChecker:
     """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now.
 
-    `size_policy` "floor" takes sizes down to multiples of 16, with a warning. `allow_empty`: a prompt may have no text.
+    `allow_empty`: a prompt may have no text.
     """
 
     prefiller: Prefiller
@@ -42,7 +42,6 @@ class ArgumentChecker:
     default_size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
     has_previews: bool
-    size_policy: str = "refuse"
     allow_empty: bool = False
 
     def check(
@@ -65,6 +64,7 @@ class ArgumentChecker:
         max_sequence_length: int | None,
         text_encoder_out_layers: Sequence[int] | None,
         progress: Progress | None,
+        size_policy: str = "refuse",
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
         networks = self.prefiller.networks
@@ -94,7 +94,7 @@ class ArgumentChecker:
         if latents is not None:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
-        width, height, warnings = self._fit_sizes(width, height)
+        width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
         warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt)
@@ -124,22 +124,6 @@ class ArgumentChecker:
             progress=progress or silent,
             warnings=warnings,
         )
-
-    def _fit_sizes(self, width: int | None, height: int | None) -> tuple[int | None, int | None, tuple[str, ...]]:
-        """Return the sizes as `size_policy` says, and a warning for each that it changed."""
-        if self.size_policy not in SIZE_POLICIES:
-            allowed = ", ".join(SIZE_POLICIES)
-            raise InvalidRequest("size_policy", f"{self.size_policy!r} is not one of {allowed}")
-        if self.size_policy == "refuse":
-            return width, height, ()
-        found, warnings = [], []
-        for name, value in (("width", width), ("height", height)):
-            fitted = floor_size(value)
-            if fitted != value:
-                warnings.append(f"{name}: {value} is not a multiple of {PIXELS}; drawn with {fitted}")
-                _logger.warning("%s", warnings[-1])
-            found.append(fitted)
-        return found[0], found[1], tuple(warnings)
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -273,6 +257,23 @@ def _check_embeds(prompt_embeds: Tensor | None, *, text_width: int) -> tuple[int
     if not torch.isfinite(prompt_embeds).all():
         raise InvalidRequest("prompt_embeds", "hold values that are not finite; encode the prompt again")
     return prompt_embeds.shape[0], prompt_embeds.shape[1]
+
+
+def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """Return the sizes as `policy` says, and a warning for each that it changed."""
+    if policy not in SIZE_POLICIES:
+        allowed = ", ".join(SIZE_POLICIES)
+        raise InvalidRequest("size_policy", f"{policy!r} is not one of {allowed}")
+    if policy == "refuse":
+        return width, height, ()
+    found, warnings = [], []
+    for name, value in (("width", width), ("height", height)):
+        fitted = floor_size(value)
+        if fitted != value:
+            warnings.append(f"{name}: {value} is not a multiple of {PIXELS}; drawn with {fitted}")
+            _logger.warning("%s", warnings[-1])
+        found.append(fitted)
+    return found[0], found[1], tuple(warnings)
 
 
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:

@@ -184,8 +184,8 @@ class Manners(Pipeline):
         """As `Pipeline.from_pretrained`, which see, with diffusers' names of arguments.
 
         `device_map` names one device. `torch_dtype` may be a name, "auto" (that of the files), or a dictionary of parts and
-        "default" (float32): then parts are loaded as their files are and cast. `low_cpu_mem_usage` and `use_safetensors` are
-        always so.
+        "default" (float32): then parts are loaded as their files are and cast. `low_cpu_mem_usage` and
+        `use_safetensors` are always so.
         """
         if "pretrained_model_name_or_path" in given:
             args = (given.pop("pretrained_model_name_or_path"), *args)
@@ -536,7 +536,7 @@ def _fetch(url: str, **given: Any) -> bytes:
 def _generators(seed: Any, num_images: int) -> list[torch.Generator]:
     """Return a generator for each image. Raises `InvalidRequest`."""
     first = whole_number(seed)
-    seeds = [first + i for i in range(num_images)] if isinstance(first, int) else seed
+    seeds = [first + i for i in range(num_images)] if isinstance(first, int) and not isinstance(first, bool) else seed
     seeds = [whole_number(one) for one in seeds] if isinstance(seeds, (list, tuple)) else []
     right = all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= _LARGEST_SEED for one in seeds)
     if len(seeds) != num_images or not right:

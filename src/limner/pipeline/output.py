@@ -32,8 +32,7 @@ class PipelineOutput:
     latents, as `output_type` says. `seeds` has one entry an image: the seed that reproduces it by itself, or None if
     there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
-    them took when that was not done again; `references` say what happened to each picture. `warnings`
-    say what the call did otherwise than it may have been meant.
+    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant.
     """
 
     images: Any

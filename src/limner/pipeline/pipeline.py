@@ -6,7 +6,6 @@ its own. Knows nothing of queues, HTTP or the command line.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -57,6 +56,7 @@ class Pipeline:
     """Text to image and editing with any number of references, whose K/V are computed once and cached in `store`."""
 
     _interrupt = InterruptFlag()
+    __deepcopy__, __reduce__ = copies.deep_copy, copies.reduce_pipeline
 
     def __init__(
         self,
@@ -286,8 +286,6 @@ class Pipeline:
         """Digest of all weights."""
         return self.networks.digest()
 
-    __deepcopy__, __reduce__ = copies.deep_copy, copies.reduce_pipeline
-
     # LoRAs, with diffusers' names and meanings
 
     load_lora_weights = lora.load_lora_weights
@@ -410,7 +408,7 @@ class Pipeline:
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
-            request = dataclasses.replace(self._checker, size_policy=size_policy).check(
+            request = self._checker.check(
                 prompt=prompt,
                 image=image,
                 references=references,
@@ -428,6 +426,7 @@ class Pipeline:
                 max_sequence_length=max_sequence_length,
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
+                size_policy=size_policy,
             )
             networks, clock = self.networks, Stopwatch(self.device)
             # 2. Encode the prompts to text tokens (B, S_txt, text_width)
