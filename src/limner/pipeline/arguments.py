@@ -27,7 +27,7 @@ StepHook = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
 class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
-    `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins. `warnings` are for the caller.
+    `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
     """
 
     prompts: tuple[str, ...] | None
