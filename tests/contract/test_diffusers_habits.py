@@ -15,6 +15,7 @@ import pytest
 import torch
 from tests.support.tiny import generators, picture
 
+import limner
 from limner import Flux2KleinKVPipeline, InvalidRequest
 
 ARGUMENTS: dict[str, Any] = {
@@ -243,8 +244,12 @@ def test_saved_and_loaded_by_both(tiny_folder: Path, tmp_path: Path, oracle: Any
 
 def test_saved_from_parts_of_diffusers(oracle: Any, tmp_path: Path) -> None:
     """The text encoder's last layers are not in the pipeline; they are those of the network that it was given."""
+    Flux2KleinKVPipeline.from_diffusers(oracle).save_pretrained(tmp_path / "taken over")
     klein = Flux2KleinKVPipeline(**oracle.components)
     klein.save_pretrained(tmp_path / "saved")
+    shared = Flux2KleinKVPipeline(**klein.components)
+    with pytest.raises(limner.CheckpointError, match="its last layers, which no call reads, are not in memory"):
+        shared.save_pretrained(tmp_path / "shared")
     assert torch.equal(Flux2KleinKVPipeline.from_pretrained(tmp_path / "saved")(**inputs())[0], klein(**inputs())[0])
 
 

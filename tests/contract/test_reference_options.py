@@ -98,13 +98,21 @@ def test_http(pipe: Pipeline, tmp_path: Path) -> None:
         refused = served.http.post("/v1/references", files={"image": image}, data={"fit": "cover"})
         assert refused.status_code == 422
         answer = served.submit(
-            "/v1/edit", prompt="put image 1 into image 2", input_image=text(image), fit="pad", num_inference_steps=1, width=0, height=0
+            "/v1/edit",
+            prompt="put image 1 into image 2",
+            input_image=text(image),
+            fit="pad",
+            num_inference_steps=1,
+            width=0,
+            height=0,
         )
         found = served.poll(answer["id"])["result"]
         assert (found["width"], found["height"]) == (112, 80)
         assert found["limner"]["warnings"] == [MISSING]
         assert found["limner"]["references"][0]["added"] == [6, 5, 6, 5]
         assert found["limner"]["references"][0]["box"] == [6, 5, 106, 75]
+        again = served.http.post("/v1/edit", json={"prompt": "a", "references": made.json()["id"], "fit": "pad"})
+        assert (again.status_code, "fitted when they were uploaded" in again.text) == (422, True)
         form = served.http.post(
             "/v1/images/edits", files={"image": image}, data={"prompt": "as in image 2", "num_inference_steps": "1"}
         )

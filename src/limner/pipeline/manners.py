@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from limner.errors import CheckpointError, InvalidRequest, MissingExtra
 from limner.grid import PIXELS, whole_number
-from limner.images import MAX_FILE_BYTES
+from limner.images import MAX_FILE_BYTES, Picture
 from limner.images.sources import as_list
 from limner.memory.pages import can_release
 from limner.model.autoencoder import Autoencoder
@@ -38,7 +38,9 @@ from limner.pipeline.pipeline import Pipeline, StepCallback
 from limner.pipeline.progress import Progress
 from limner.pipeline.turns import Turns
 from limner.pipeline.unknown import check_names
+from limner.references import References
 from limner.schedule import Schedule
+from limner.store import Source
 from limner.tokens import text_ids
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
 
@@ -222,6 +224,13 @@ class Manners(Pipeline):
         pipe._text_source = next((one.source for one in loaded.origins if one.network is loaded.text_encoder), None)
         return pipe
 
+    @classmethod
+    def from_diffusers(cls, pipeline: Any, **given: Any) -> Any:
+        """As `Pipeline.from_diffusers`, which see."""
+        pipe: Any = super().from_diffusers(pipeline, **given)
+        pipe._text_source = weakref.ref(pipeline.text_encoder)
+        return pipe
+
     def to(self, *args: Any, **given: Any) -> Any:
         """Move or cast all parts: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`, `to(dtype=...)`."""
         check_names(given, ("device", "dtype", "target", "silence_dtype_warnings", "non_blocking"), where="to")
@@ -285,6 +294,10 @@ class Manners(Pipeline):
             return callback(pipe, step, timestep, tensors)
 
         return noted
+
+    def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
+        """As `Pipeline.prefill_from`; pictures may be https URLs."""
+        return super().prefill_from(self._fetched(image))
 
     def _fetched(self, image: Any) -> list[Any]:
         """Return the pictures of a call, those that are named by URL fetched."""
@@ -448,6 +461,9 @@ class Manners(Pipeline):
         self._digests.after = self.residency.after_read
         self.transformer.use(staging=self.residency)
         self.networks.adopt()
+        parts = (self.transformer, self.autoencoder, self.text_encoder)
+        if copied := [type(part).__name__ for part in parts if not self.residency.mapped(part)]:
+            _logger.warning("%s: %s stay in memory: their weights were cast or made here", name, ", ".join(copied))
         _logger.info("%s: %s are in memory by turns", name, "layers" if by_layer else "networks")
 
     def save_pretrained(

@@ -120,7 +120,8 @@ def network(monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> Network:
 
 def test_pictures_by_url_go_through_the_guard(klein: Flux2KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(64, 64)
-    network(monkeypatch, reply(encoded(image)))
+    network(monkeypatch, reply(encoded(image)), reply(encoded(image)))
+    assert klein.prefill(GOOD).key == klein.prefill(image).key
     assert drawn(klein, GOOD, "a").reference_key == drawn(klein, image, "a").reference_key
     for url, message in (
         ("https://inside.example.org/a.png", "image 2: the host inside.example.org has an address that is not public"),

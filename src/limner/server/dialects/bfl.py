@@ -148,11 +148,14 @@ async def _submit(
     service: Service, request: Request, inputs: Inputs, owner: Owner, idempotency: str | None
 ) -> dict[str, Any]:
     webhook = _webhook(service, inputs)
+    fit = getattr(inputs, "fit", None)
+    if fit is not None and inputs.references is not None:
+        raise InvalidRequest("fit", "references with a handle were fitted when they were uploaded; leave it out")
     texts = {name: text for name in _FIELDS if (text := getattr(inputs, name)) is not None}
     job_request = JobRequest(
         prompt=inputs.prompt,
         seed=inputs.seed,
-        pictures=await service.pictures.read_texts(texts, fit=getattr(inputs, "fit", None)),
+        pictures=await service.pictures.read_texts(texts, fit=fit),
         handle=inputs.references,
         idempotency=idempotency,
         width=inputs.width or None,
