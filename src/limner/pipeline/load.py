@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ class Loaded:
     latent_preview: LatentPreview | None = None
     residency: Residency | None = None
     origins: tuple[_Origin, ...] = field(default=())
+    whole_text: weakref.ref[Any] | None = None
+    """The text encoder that was taken over, with the layers that no call reads."""
 
     def register(self, digests: WeightDigests) -> None:
         """Record the files of each network, so that later processes need not hash its weights again."""
@@ -186,6 +189,7 @@ def take_over(
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
+        whole_text=weakref.ref(pipeline.text_encoder),
         default_size=default_size,
         sizes=sizes,
         reference_policy=reference_policy,

@@ -221,14 +221,8 @@ class Manners(Pipeline):
     @classmethod
     def _of(cls, loaded: Loaded, **given: Any) -> Any:
         pipe: Any = super()._of(loaded, **given)
-        pipe._text_source = next((one.source for one in loaded.origins if one.network is loaded.text_encoder), None)
-        return pipe
-
-    @classmethod
-    def from_diffusers(cls, pipeline: Any, **given: Any) -> Any:
-        """As `Pipeline.from_diffusers`, which see."""
-        pipe: Any = super().from_diffusers(pipeline, **given)
-        pipe._text_source = weakref.ref(pipeline.text_encoder)
+        sources = (one.source for one in loaded.origins if one.network is loaded.text_encoder)
+        pipe._text_source = loaded.whole_text or next(sources, None)
         return pipe
 
     def to(self, *args: Any, **given: Any) -> Any:
