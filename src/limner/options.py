@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from limner.config import BUNDLED_MODEL, ReferencePolicy
+from limner.config import BUNDLED_MODEL, Fit, ReferencePolicy
 from limner.kinds import ReferencesAttention
 
 __all__ = [
@@ -143,10 +143,17 @@ class ReferenceOptions:
         group="references",
     )
 
+    fit: Fit | None = option(
+        None,
+        help="how sides of references become multiples of 16: cut around the middle (crop, the default), pad with the "
+        "pixels at the edges, or resize",
+        group="references",
+    )
+
     @property
     def policy(self) -> ReferencePolicy:
         """Raises `InvalidRequest`."""
-        return ReferencePolicy(background=self.background, max_pixels=self.max_pixels)
+        return ReferencePolicy(background=self.background, max_pixels=self.max_pixels, fit=self.fit or "crop")
 
 
 @dataclass(frozen=True, kw_only=True)

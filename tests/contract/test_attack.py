@@ -15,9 +15,9 @@ import pytest
 from tests.support.serving import ANNA, BOB, KEYS, Served
 
 from limner import Pipeline
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.access.limits import LimitPolicy
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL: dict[str, dict[str, int]] = {

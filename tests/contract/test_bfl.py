@@ -21,11 +21,11 @@ from tests.support.tiny import Gate
 from limner import Pipeline
 from limner.engine import Engine
 from limner.model.preview import LatentPreview
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.webhooks import Delivery, verify
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 from limner.trust.safety import Checks
 
 

@@ -25,8 +25,8 @@ from tests.support.tiny import Gate, picture
 from limner import Pipeline
 from limner.config import ReferencePolicy
 from limner.images import prepare_mask, prepare_reference
+from limner.outbound.urls import Origin
 from limner.server.http.aspect import size_of_aspect
-from limner.server.outbound.urls import Origin
 
 NAME = "/v1/flux-2-klein-9b"
 EDITS = "/v1/images/edits"

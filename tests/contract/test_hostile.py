@@ -16,10 +16,10 @@ from tests.support.serving import Served, opened, text
 
 from limner import InvalidRequest, Pipeline
 from limner.images import prepare_reference
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
 from limner.server.access.limits import LimitPolicy
 from limner.server.http.connection import HastyProtocol
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from PIL import Image
 
 from limner import Pipeline
 from limner.engine import Engine
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
 from limner.server.access.keys import KeyRing
 from limner.server.access.limits import LimitPolicy
 from limner.server.app import create_app
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.settings import RunnerSettings
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
 from limner.server.run import make_server
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks, Finding

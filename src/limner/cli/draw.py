@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands", "edit", "generate", "prepare"]
 
-_OF_REFERENCES = ("background", "max_pixels", "kv_cache_dtype")
+_OF_REFERENCES = ("background", "max_pixels", "fit", "kv_cache_dtype")
 
 
 def add_commands(commands: Commands) -> None:
@@ -163,10 +163,9 @@ def prepare(files: Sequence[str], options: ModelOptions) -> tuple[PreparedRefere
     if not files:
         return ()
     from limner.engine.load import reference_policy
-    from limner.images import prepare_reference
+    from limner.images import prepare_references
 
-    policy = reference_policy(options)
-    return tuple(prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1))
+    return prepare_references(list(files), policy=reference_policy(options))
 
 
 def _draw(
@@ -243,9 +242,10 @@ def _print(
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
             "references": [
-                {"file": file, **asdict(report)} for file, report in zip(names, out.references, strict=True)
+                {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
+            "warnings": out.warnings,
             "timings": {**asdict(out.timings), "total": out.timings.total},
             "version": __version__,
             "model": pipe.digest,
@@ -258,6 +258,8 @@ def _print(
     if out.prompts[0].cut:
         cut = out.prompts[0]
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
+    for warning in out.warnings:
+        print(f"warning: {warning}")
     for file, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"
         print(f"{printable(str(file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")

@@ -19,8 +19,8 @@ from limner.images import MAX_FILE_BYTES, PreparedReference, prepare_reference
 from limner.mcp.folder import AllowedFolder
 from limner.mcp.inputs import MAX_PICTURES
 from limner.mcp.kept import KeptReferences
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import decode_picture, fetch_picture
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import decode_picture, fetch_picture
 
 __all__ = ["URI", "PictureReader"]
 

@@ -20,8 +20,8 @@ from limner.engine import Engine, load_in_thread
 from limner.errors import OutputError
 from limner.mcp.folder import AllowedFolder
 from limner.mcp.server import Assistant, create_server
+from limner.outbound.client import OutboundClient
 from limner.pipeline import Pipeline
-from limner.server.outbound.client import OutboundClient
 
 __all__ = ["run"]
 

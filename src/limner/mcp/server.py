@@ -31,8 +31,8 @@ from limner.mcp.inputs import EditInputs, ForgetInputs, GenerateInputs, Inputs, 
 from limner.mcp.kept import Kept, KeptReferences
 from limner.mcp.pictures import URI, PictureReader
 from limner.mcp.work import run_request
+from limner.outbound.client import OutboundClient
 from limner.requests import EditRequest, PrefillRequest
-from limner.server.outbound.client import OutboundClient
 from limner.version import __version__
 
 __all__ = ["Assistant", "create_server"]

@@ -31,7 +31,7 @@ from limner.model.transformer import Transformer
 from limner.weights.digest import Fingerprint, WeightDigests, fingerprint
 from limner.weights.lora import LoraWeights
 
-__all__ = ["Adapters", "AppliedLora"]
+__all__ = ["Adapters", "AppliedLora", "check_strength"]
 
 _logger = logging.getLogger("limner")
 

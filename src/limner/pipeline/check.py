@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.grid import PIXELS, check_size, num_tokens
+from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
 from limner.memory import Workload
+from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
@@ -31,13 +32,17 @@ _MAX_SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArgumentChecker:
-    """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now."""
+    """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now.
+
+    `allow_empty`: a prompt may have no text.
+    """
 
     prefiller: Prefiller
     schedule: Schedule
     default_size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
     has_previews: bool
+    allow_empty: bool = False
 
     def check(
         self,
@@ -63,10 +68,13 @@ class ArgumentChecker:
         max_sequence_length: int | None,
         text_encoder_out_layers: Sequence[int] | None,
         progress: Progress | None,
+        size_policy: str = "refuse",
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
         networks = self.prefiller.networks
-        prompts = _check_prompts(prompt, prompt_embeds)
+        height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
+        num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
+        prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
         _check_count("num_images_per_prompt", num_images_per_prompt)
@@ -93,7 +101,9 @@ class ArgumentChecker:
         if latents is not None:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
+        width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
+        warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_reuse(reuse)
@@ -133,6 +143,7 @@ class ArgumentChecker:
             callback=callback,
             callback_inputs=tuple(callback_inputs),
             progress=progress or silent,
+            warnings=warnings,
         )
 
     def _check_guidance(
@@ -284,12 +295,15 @@ def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     """Return layer numbers of the text encoder as a tuple. Raises `InvalidRequest`."""
     if layers is None:
         return None
-    if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
+    found = tuple(map(whole_number, layers)) if isinstance(layers, (list, tuple)) else ()
+    if not found or not all(isinstance(i, int) for i in found):
         raise InvalidRequest("text_encoder_out_layers", f"{layers!r} is not a list of layer numbers; leave it out")
-    return tuple(layers)
+    return found
 
 
-def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> tuple[str, ...] | None:
+def _check_prompts(
+    prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, *, allow_empty: bool
+) -> tuple[str, ...] | None:
     if (prompt is None) == (prompt_embeds is None):
         raise InvalidRequest("prompt", "give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
     if prompt is None:
@@ -300,7 +314,7 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
     if not prompts:
         raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
     for text in prompts:
-        check_prompt(text)
+        check_prompt(text, allow_empty=allow_empty)
     return prompts
 
 
@@ -329,6 +343,23 @@ def _check_embeds(embeds: Tensor | None, *, text_width: int, field: str = "promp
     if not torch.isfinite(embeds).all():
         raise InvalidRequest(field, "hold values that are not finite; encode the prompt again")
     return embeds.shape[0], embeds.shape[1]
+
+
+def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """Return the sizes as `policy` says, and a warning for each that it changed."""
+    if policy not in SIZE_POLICIES:
+        allowed = ", ".join(SIZE_POLICIES)
+        raise InvalidRequest("size_policy", f"{policy!r} is not one of {allowed}")
+    if policy == "refuse":
+        return width, height, ()
+    found, warnings = [], []
+    for name, value in (("width", width), ("height", height)):
+        fitted = floor_size(value)
+        if fitted != value:
+            warnings.append(f"{name}: {value} is not a multiple of {PIXELS}; drawn with {fitted}")
+            _logger.warning("%s", warnings[-1])
+        found.append(fitted)
+    return found[0], found[1], tuple(warnings)
 
 
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ from limner.weights.live import share_autoencoder, share_text_encoder, share_tra
 from limner.weights.parts import check_variant
 from limner.weights.tiny_decoder import load_tiny_decoder
 
-__all__ = ["Hub", "Loaded", "check_device", "check_dtype", "check_kv_cache_dtype", "load", "take_over"]
+__all__ = ["Hub", "Loaded", "check_device", "check_dtype", "check_kv_cache_dtype", "check_parts", "load", "take_over"]
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -77,6 +78,8 @@ class Loaded:
     latent_preview: Preview | None = None
     residency: Residency | None = None
     origins: tuple[_Origin, ...] = field(default=())
+    whole_text: weakref.ref[Any] | None = None
+    """The text encoder that was taken over, with the layers that no call reads."""
 
     def register(self, digests: WeightDigests) -> None:
         """Record the files of each network, so that later processes need not hash its weights again."""
@@ -157,9 +160,7 @@ def load(
     preview: Preview | None = settings.preview
     if preview_decoder is not None:
         preview = load_tiny_decoder(Path(preview_decoder), device=device)
-    _check_parts(
-        transformer, autoencoder, text_encoder, preview, folder if preview_decoder is None else preview_decoder
-    )
+    check_parts(transformer, autoencoder, text_encoder, preview, folder if preview_decoder is None else preview_decoder)
     whole = functools.partial(
         transformer_digest,
         sources["transformer"],
@@ -215,12 +216,13 @@ def take_over(
     text_encoder = share_text_encoder(
         pipeline.text_encoder, pipeline.tokenizer, out_layers=check_layers(text_encoder_out_layers)
     )
-    _check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
+    check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
     return Loaded(
         transformer=transformer,
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
+        whole_text=weakref.ref(pipeline.text_encoder),
         default_size=default_size,
         sizes=sizes,
         kind=kind,
@@ -266,7 +268,7 @@ def _residency(memory_limit: str | int | None, device: torch.device) -> Residenc
     return Residency(limit)
 
 
-def _check_parts(
+def check_parts(
     transformer: Transformer,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,

@@ -26,7 +26,7 @@ from limner.model.preview import Preview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.pipeline import load, lora
+from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
@@ -39,6 +39,7 @@ from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
+from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import EditRequest
 from limner.schedule import Schedule
@@ -59,6 +60,7 @@ class Pipeline:
     _interrupt = InterruptFlag()
     _diffusers_class: ClassVar[str | None] = None
     """The class of diffusers that a subclass stands in for, which decides the kind of a model."""
+    __deepcopy__, __reduce__ = copies.deep_copy, copies.reduce_pipeline
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class Pipeline:
         self.networks.adopt()
 
     @classmethod
+    @named_arguments
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] | None = None,
@@ -392,6 +395,7 @@ class Pipeline:
         assert isinstance(out, PipelineOutput)
         return out
 
+    @named_arguments
     @typed_memory_errors
     @torch.no_grad()
     def __call__(
@@ -419,6 +423,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
+        size_policy: str = "refuse",
     ) -> PipelineOutput | tuple[Any]:
         """Draw (no references) or edit.
 
@@ -434,8 +439,9 @@ class Pipeline:
         are dropped, also from the output); it may also ask for denoised, the clean tokens that this step predicts, and
         preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run,
         `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part, done, of)` is called for
-        every part. With a parallel model callbacks run in every process and have to do the same. Raises
-        `InvalidRequest`, `CapacityError` and `NumericalError`.
+        every part. `size_policy` "floor" takes sides of the output down to multiples of 16, with a warning. With a
+        parallel model callbacks run in every process and have to do the same. Raises `InvalidRequest`, `CapacityError`
+        and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
@@ -461,6 +467,7 @@ class Pipeline:
                 max_sequence_length=max_sequence_length,
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
+                size_policy=size_policy,
             )
             output = self._draw(request, interrupted=lambda: call.interrupted)
         return output if return_dict else (output.images,)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
+from limner.outbound.client import OutboundClient
 from limner.server.access.bodies import Bodies
 from limner.server.access.keys import OPERATOR, KeyRing, Owner
 from limner.server.access.limits import Limiter
@@ -42,7 +43,6 @@ from limner.server.http.wire import SafeJSON
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.work import JobWork
-from limner.server.outbound.client import OutboundClient
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks
 from limner.version import __version__

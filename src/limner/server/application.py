@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from limner.errors import InvalidRequest, MissingExtra
 from limner.options import MAX_MODEL_NAME, ServeOptions, ServiceOptions, default_data
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.places import is_url
 from limner.server.access.keys import KeyRing, check_bind
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.open import check_data
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 from limner.trust import provenance, safety
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from limner.weights.names import Names, Rule, autoencoder_names, transformer_nam
 from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
 from limner.weights.parts import STEMS, Progress, check_variant, is_model_folder, open_part, part_of
 
-__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_quantized"]
+__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_network", "save_quantized", "transformer_config"]
 
 LAYOUTS = ("diffusers", "int8", "original")
 """The layouts that can be written."""
@@ -162,6 +162,17 @@ def save_quantized(transformer: Transformer, source: Path, target: Path) -> None
         temporary.mkdir()
         _copy(copied, temporary)
         _write_folder(output, temporary / "transformer", None)
+
+
+def save_network(part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Write the folder of a part from tensors in memory. Raises `OSError`."""
+    infos = {name: _info_of(value) for name, value in tensors.items()}
+    _write_folder(_Output(part=part, infos=infos, tensors=lambda: iter(tensors.items()), config=config), folder, None)
+
+
+def transformer_config(transformer: Transformer) -> dict[str, Any]:
+    """Return the `config.json` of a transformer in memory, wide or int8."""
+    return transformer.config.to_diffusers() if transformer.quantization is None else _int8_config(transformer.config)
 
 
 def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | None) -> _Output:

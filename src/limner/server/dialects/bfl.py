@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from limner.config import Fit
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
 from limner.requests import MAX_PROMPT_CHARACTERS
@@ -90,6 +91,9 @@ class EditInputs(Inputs):
 
     num_images: int = Field(1, ge=1, le=16, strict=True, description="seeds are seed, seed + 1, ...")
     num_inference_steps: int = Field(4, ge=1, le=50, strict=True)
+    fit: Fit | None = Field(
+        None, description="how sides of references become multiples of 16; null: as the service does"
+    )
     priority: int = Field(0, ge=-10, le=0, strict=True, description="lower ones wait for others")
     timeout: float | None = Field(None, gt=0, le=86400, description="seconds after which the job ends as Error")
 
@@ -178,11 +182,14 @@ async def _submit(
 ) -> dict[str, Any]:
     webhook = _webhook(service, inputs)
     aspect, unused = _read_shape(inputs)
+    fit = getattr(inputs, "fit", None)
+    if fit is not None and inputs.references is not None:
+        raise InvalidRequest("fit", "references with a handle were fitted when they were uploaded; leave it out")
     sent = [SentPicture(field=name, data=text) for name in _FIELDS if (text := getattr(inputs, name)) is not None]
     job_request = JobRequest(
         prompt=inputs.prompt,
         seed=inputs.seed,
-        pictures=await service.pictures.read(sent, owner=owner, background=inputs.background),
+        pictures=await service.pictures.read(sent, owner=owner, background=inputs.background, fit=fit),
         handle=inputs.references,
         idempotency=idempotency,
         width=inputs.width or None,

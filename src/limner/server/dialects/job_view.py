@@ -28,6 +28,7 @@ _REPORTED = (
     "seconds_saved",
     "references",
     "prompt",
+    "warnings",
     "timings",
     "waited",
     "ran",

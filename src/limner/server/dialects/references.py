@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from limner import grid
+from limner.config import FITS, Fit
 from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access.keys import Owner
@@ -31,6 +32,10 @@ from limner.server.jobs.records import Handle
 __all__ = ["routes"]
 
 
+FIT = "how sides become multiples of 16; null: as the service does, which is crop unless it was started with --fit"
+"""What the field `fit` of these bodies means."""
+
+
 class ReferenceInputs(BaseModel):
     """JSON body of POST /v1/references; a form with files named image is taken as well."""
 
@@ -38,6 +43,7 @@ class ReferenceInputs(BaseModel):
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+    fit: Fit | None = Field(None, description=FIT)
     prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
     background: str | None = Field(
         None, max_length=100, description="colour behind transparent pictures, as white or #fff"
@@ -81,6 +87,7 @@ _FORM = {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "safety_tolerance": {"type": "string"},
+                        "fit": {"type": "string", "enum": [*FITS], "description": FIT},
                         "prefill": {"type": "string", "enum": ["true", "false"]},
                         "background": {"type": "string"},
                     },
@@ -155,7 +162,7 @@ async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
     except ValidationError as error:
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
     sent = [SentPicture(field=f"images[{i}]", data=text) for i, text in enumerate(inputs.images)]
-    pictures = await service.pictures.read(sent, owner=owner, background=inputs.background)
+    pictures = await service.pictures.read(sent, owner=owner, background=inputs.background, fit=inputs.fit)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
 
 
@@ -163,12 +170,15 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Uploa
     limit, tolerance, prefill = service.settings.max_picture_bytes, 2, True
     sent: list[SentPicture] = []
     background: str | None = None
+    fit: Fit | None = None
     async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
                 sent.append(SentPicture(field=name, data=await service.offload.run(value.file.read, limit + 1)))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
+            elif name == "fit" and isinstance(value, str) and value in FITS:
+                fit = cast(Fit, value)
             elif name == "prefill" and value in ("true", "false"):
                 prefill = value == "true"
             elif name == "background" and isinstance(value, str) and len(value) <= 100:
@@ -176,12 +186,12 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Uploa
             else:
                 raise InvalidRequest(
                     name,
-                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false, "
-                    "background: a colour",
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, "
+                    f"fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
                 )
     if not sent:
         raise InvalidRequest("image", "is missing; send one or more pictures")
-    pictures = await service.pictures.read(sent, owner=owner, background=background)
+    pictures = await service.pictures.read(sent, owner=owner, background=background, fit=fit)
     return _Upload(pictures=pictures, tolerance=tolerance, prefill=prefill)
 
 
@@ -247,7 +257,7 @@ def _reference(handle: Handle) -> dict[str, Any]:
     return {
         "id": handle.key,
         "created": handle.created,
-        "references": [asdict(report) for report in handle.references],
+        "references": [report.as_json() for report in handle.references],
         "num_tokens": handle.num_tokens,
         "nbytes": handle.nbytes,
         "prefill_seconds": handle.prefill_seconds,

@@ -17,10 +17,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from limner.errors import AccessDenied, QueueFull, RateLimited
+from limner.outbound.urls import Origin
 from limner.server.access.bodies import Bodies, Body
 from limner.server.access.keys import Owner
 from limner.server.http.errors import answer_of
-from limner.server.outbound.urls import Origin
 
 __all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
 

@@ -6,17 +6,18 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from limner import images
+from limner.config import Fit
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference, ReferenceReport
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import decode_picture, read_picture
 from limner.server.access.keys import Owner
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.offload import Offload
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import decode_picture, read_picture
 
 __all__ = ["PictureReader", "SentPicture"]
 
@@ -43,9 +44,10 @@ class PictureReader:
         self._outbound = outbound if settings.fetch_urls else None
 
     async def read(
-        self, sent: Sequence[SentPicture], *, owner: Owner, background: str | None = None
+        self, sent: Sequence[SentPicture], *, owner: Owner, background: str | None = None, fit: Fit | None = None
     ) -> tuple[PreparedReference, ...]:
-        """Prepare pictures, in order. `background` is what this caller wants behind transparent ones.
+        """Prepare pictures, in order. `background` is what this caller wants behind transparent ones, `fit` how they
+        get to the grid; None: as the service does.
 
         Raises `InvalidRequest` that names the field of the caller, and which of its pictures if it has several.
         """
@@ -55,7 +57,7 @@ class PictureReader:
         fields, found = Counter(picture.field for picture in sent), []
         for number, picture in enumerate(sent, start=1):
             try:
-                found.append(await self._prepare(picture, owner=owner, background=background))
+                found.append(await self._prepare(picture, owner=owner, background=background, fit=fit))
             except InvalidRequest as error:
                 if fields[picture.field] == 1 or error.field != picture.field:
                     raise
@@ -70,13 +72,17 @@ class PictureReader:
         prepare = functools.partial(images.prepare_mask, data, reference=first, drawn=drawn, field=sent.field)
         return await self._decode(prepare, owner=owner, field=sent.field)
 
-    async def _prepare(self, sent: SentPicture, *, owner: Owner, background: str | None) -> PreparedReference:
+    async def _prepare(
+        self, sent: SentPicture, *, owner: Owner, background: str | None, fit: Fit | None
+    ) -> PreparedReference:
         data = await self._bytes(sent, owner=owner)
+        changes: dict[str, Any] = {"background": background, "fit": fit}
         policy = self._engine.model.reference_policy
+        policy = replace(policy, **{name: value for name, value in changes.items() if value is not None})
         prepare = functools.partial(
             images.prepare_reference,
             data,
-            policy=policy if background is None else replace(policy, background=background),
+            policy=policy,
             field=sent.field,
             ask_background='"background": "white" in the request',
         )

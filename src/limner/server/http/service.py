@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, NotFound
 from limner.images import PreparedReference, ReferenceReport
+from limner.outbound.client import OutboundClient
 from limner.references import CONTENT_KEY
 from limner.server.access.keys import KeyRing, Owner
 from limner.server.access.limits import Limiter
@@ -33,7 +34,6 @@ from limner.server.jobs.prefills import Prefills
 from limner.server.jobs.records import Handle, Job, JobOptions, JobRequest, check_idempotency_key
 from limner.server.jobs.runner import JobRunner
 from limner.server.jobs.store import JobStore
-from limner.server.outbound.client import OutboundClient
 from limner.trust.safety import check_tolerance
 
 __all__ = ["KEYS", "Service"]

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limner.config import BUNDLED_MODEL
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 
 __all__ = ["ServeSettings"]
 

@@ -46,7 +46,7 @@ class ResultWriter:
     def _put_back(self, job: Job, result: EditResult) -> EditResult:
         assert job.mask is not None
         first, mask = self._jobs.picture(job.references[0]), self._jobs.picture(job.mask)
-        drawn = tuple(images.put_back(image, first=first, mask=mask) for image in result.images)
+        drawn = tuple(images.keep_outside(image, first=first, mask=mask) for image in result.images)
         return replace(result, images=drawn, metadata={**result.metadata, "mask": job.mask.digest})
 
     async def write(self, job: Job, result: EditResult) -> dict[str, Any]:
@@ -119,10 +119,11 @@ def _report(result: EditResult) -> dict[str, Any]:
         "reference_cache": result.reference_cache,
         "reference_key": result.reference_key,
         "seconds_saved": round(result.seconds_saved, 4),
-        "references": [asdict(report) for report in result.references],
+        "references": [report.as_json() for report in result.references],
         "prompt": asdict(result.prompt),
         "timings": {**asdict(result.timings), "total": result.timings.total},
         "waited": round(result.waited, 4),
         "ran": round(result.ran, 4),
         "batch": result.batch,
+        "warnings": list(result.warnings),
     }

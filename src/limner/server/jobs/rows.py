@@ -230,6 +230,9 @@ def _read_reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, 
             cut=tuple(values["cut"]),
             processed_size=tuple(values["processed_size"]),
             digest=values["digest"],
+            added=tuple(values.get("added", (0, 0, 0, 0))),
+            upright_size=tuple(values["upright_size"]) if values.get("upright_size") else None,
+            profile=values.get("profile"),
         )
         for values in found
     )

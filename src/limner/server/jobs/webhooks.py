@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Target
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Target
 
 __all__ = [
     "MAX_URL_CHARACTERS",

@@ -14,10 +14,10 @@ from tests.support.certificates import Authority
 from tests.support.network import FILE, MAX, redirect, reply, serving
 
 from limner.errors import InvalidRequest
-from limner.server.outbound.client import OutboundClient, Reply
-from limner.server.outbound.pictures import fetch_picture
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin, parse_url
+from limner.outbound.client import OutboundClient, Reply
+from limner.outbound.pictures import fetch_picture
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin, parse_url
 
 
 @pytest.fixture(scope="module")

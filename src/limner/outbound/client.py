@@ -23,9 +23,9 @@ from typing import Any
 import httpcore2
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.addresses import address_problem, literal_address
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin, Target
+from limner.outbound.addresses import address_problem, literal_address
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin, Target
 
 __all__ = ["OutboundClient", "Reply", "Resolver"]
 

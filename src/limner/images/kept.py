@@ -1,4 +1,4 @@
-"""Masks: which pixels of a result are drawn, and which are put back from the first reference. Knows nothing of models.
+"""Masks of the service: which pixels of a result are drawn, and which are kept of the first reference.
 
 A mask goes the way of its reference: scaled and cropped alike, so that both fit to the pixel.
 """
@@ -14,7 +14,7 @@ from limner.errors import InvalidRequest
 from limner.images.decode import decode
 from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
 
-__all__ = ["prepare_mask", "put_back"]
+__all__ = ["keep_outside", "prepare_mask"]
 
 
 def prepare_mask(
@@ -49,7 +49,7 @@ def prepare_mask(
     return prepare_reference(grey, policy=ReferencePolicy(max_pixels=width * height, max_aspect=1e9))
 
 
-def put_back(drawn: Image.Image, *, first: PreparedReference, mask: PreparedReference) -> Image.Image:
+def keep_outside(drawn: Image.Image, *, first: PreparedReference, mask: PreparedReference) -> Image.Image:
     """Return a drawn picture with the pixels of the first reference wherever the mask is black; between, a blend.
 
     All three have one size.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from limner.errors import InvalidRequest
-from limner.server.outbound.addresses import address_problem, literal_address
-from limner.server.outbound.urls import MAX_URL_CHARACTERS, Origin, Target, parse_url
+from limner.outbound.addresses import address_problem, literal_address
+from limner.outbound.urls import MAX_URL_CHARACTERS, Origin, Target, parse_url
 
 __all__ = ["OutboundPolicy"]
 

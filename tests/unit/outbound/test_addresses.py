@@ -7,7 +7,7 @@ import ipaddress
 import pytest
 from tests.support.network import PUBLIC, PUBLIC_6
 
-from limner.server.outbound.addresses import address_problem
+from limner.outbound.addresses import address_problem
 
 PUBLIC_ADDRESSES = [
     PUBLIC,

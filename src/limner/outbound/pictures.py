@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from urllib.parse import urljoin
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient
+from limner.outbound.client import OutboundClient
 
 __all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "read_picture"]
 
@@ -83,12 +83,19 @@ def _decoded(pieces: Iterable[bytes]) -> Iterator[bytes]:
         rest = text[whole:]
 
 
-async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, field: str = "input_image") -> bytes:
+async def fetch_picture(
+    url: str,
+    *,
+    client: OutboundClient,
+    max_bytes: int,
+    field: str = "input_image",
+    instead: str = "send the file as base64",
+) -> bytes:
     """Fetch the file at a URL.
 
     At most `MAX_REDIRECTS` redirects are followed, each checked like the first URL, and never to http, not even to an
     allowed origin. One time limit covers all of them. Every failure raises `InvalidRequest`, because the remedy is
-    always the caller's: another URL, or base64.
+    always the caller's: another URL, or `instead`.
     """
     deadline = client.deadline()
     try:
@@ -102,7 +109,7 @@ async def fetch_picture(url: str, *, client: OutboundClient, max_bytes: int, fie
                 raise InvalidRequest(field, f"the URL was answered with status {reply.status} instead of a file")
             url = _next(url, reply.headers.get("location", ""), field)
     except RemoteError as error:
-        raise InvalidRequest(field, f"{str(error).removeprefix(f'{field}: ')}; send the file as base64") from None
+        raise InvalidRequest(field, f"{str(error).removeprefix(f'{field}: ')}; {instead}") from None
     raise InvalidRequest(field, f"the URL was redirected more than {MAX_REDIRECTS} times; name the last one")
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.support.network import FILE, GOOD, PUBLIC, Network, fetch, redirect, reply
 
 from limner.errors import InvalidRequest
-from limner.server.outbound.urls import Origin
+from limner.outbound.urls import Origin
 
 # Hosts and URLs that are refused without a question to the network.
 REFUSED_AT_ONCE = {

@@ -6,7 +6,7 @@ import pytest
 from tests.support.network import FILE, PUBLIC, PUBLIC_6, Network, fetch, reply
 
 from limner.errors import InvalidRequest
-from limner.server.outbound.urls import Origin, parse_url
+from limner.outbound.urls import Origin, parse_url
 
 
 def test_url_parts() -> None:

@@ -9,8 +9,8 @@ import pytest
 from tests.support.network import FILE, GOOD, MAX, PUBLIC, Network, fetch, redirect, reply
 
 from limner.errors import InvalidRequest
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import decode_picture, read_picture
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import decode_picture, read_picture
 
 
 def test_a_good_fetch() -> None:
@@ -114,7 +114,7 @@ def test_the_size_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) ->
     def never(*_: object, **__: object) -> bytes:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("limner.server.outbound.pictures.binascii.a2b_base64", never)
+    monkeypatch.setattr("limner.outbound.pictures.binascii.a2b_base64", never)
     with pytest.raises(InvalidRequest, match="the file has 3000 bytes; at most 2999"):
         decode_picture("AAAA" * 1000, max_bytes=2999)
 

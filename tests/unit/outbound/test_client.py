@@ -13,9 +13,9 @@ import pytest
 from tests.support.network import FILE, GOOD, MAX, PUBLIC, PUBLIC_6, Network, fetch, redirect, reply
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import fetch_picture
-from limner.server.outbound.policy import OutboundPolicy
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import fetch_picture
+from limner.outbound.policy import OutboundPolicy
 
 REFUSED_ANSWERS = {
     "private": ["10.0.0.5"],
