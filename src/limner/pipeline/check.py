@@ -113,15 +113,8 @@ class ArgumentChecker:
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
-            guidance_scale,
-            negative_prompt,
-            negative_prompt_embeds,
-            num_prompts=num_prompts,
-            text_width=config.text_width,
+            guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
         )
-        if guidance is not None and reuse is None:  # K/V that are used again belong to one side
-            both = self.prefiller.admission.is_free(replace(workload, batch=2 * batch))
-            guidance = replace(guidance, together=both)
         if self.sizes and size not in self.sizes:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
@@ -153,10 +146,10 @@ class ArgumentChecker:
         embeds: Tensor | None,
         *,
         num_prompts: int,
-        text_width: int,
+        workload: Workload,
     ) -> Guidance | None:
         """Return the guidance of a call: none for distilled models, and for scales of at most 1, as in diffusers."""
-        kind = self.prefiller.networks.kind
+        kind, config = self.prefiller.networks.kind, self.prefiller.networks.transformer.config
         if scale is None:
             scale = kind.guidance_scale
         check_guidance(scale)
@@ -164,7 +157,7 @@ class ArgumentChecker:
             raise InvalidRequest("negative_prompt", "give negative_prompt or negative_prompt_embeds, not both")
         prompts = None if embeds is not None else _check_negative(negative, num_prompts=num_prompts)
         if embeds is not None:
-            found, _ = _check_embeds(embeds, text_width=text_width, field="negative_prompt_embeds")
+            found, _ = _check_embeds(embeds, text_width=config.text_width, field="negative_prompt_embeds")
             if found not in (1, num_prompts):
                 raise InvalidRequest("negative_prompt_embeds", f"are of {found} prompts, prompt has {num_prompts}")
             embeds = embeds.expand(num_prompts, -1, -1)
@@ -176,7 +169,8 @@ class ArgumentChecker:
             return None
         if scale <= 1:
             return None
-        return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=False)
+        both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 
     def _check_reuse(self, reuse: str | None) -> None:
         networks = self.prefiller.networks

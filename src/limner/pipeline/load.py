@@ -157,18 +157,10 @@ def load(
         after=after,
     )
     report("load", 3, 3)
-    preview: Preview | None = settings.preview
-    if preview_decoder is not None:
-        preview = load_tiny_decoder(Path(preview_decoder), device=device)
-    check_parts(transformer, autoencoder, text_encoder, preview, folder if preview_decoder is None else preview_decoder)
-    whole = functools.partial(
-        transformer_digest,
-        sources["transformer"],
-        dtype=dtype,
-        quantize=quantize,
-        like=like["transformer"],
-        variant=variant,
-    )
+    preview = settings.preview if preview_decoder is None else load_tiny_decoder(Path(preview_decoder), device=device)
+    check_parts(transformer, autoencoder, text_encoder, preview, preview_decoder or folder)
+    how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "like": like["transformer"], "variant": variant}
+    whole = functools.partial(transformer_digest, sources["transformer"], **how)
     networks = {"transformer": transformer, "vae": autoencoder, "text_encoder": text_encoder}
     return Loaded(
         transformer=transformer,

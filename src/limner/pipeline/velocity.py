@@ -51,7 +51,8 @@ class Velocity:
         if self._guidance is None or negative_embeds is None:
             return self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
         negative_embeds = negative_embeds.to(device, dtype)
-        if self._guidance.together and negative_embeds.shape == prompt_embeds.shape:
+        # K/V that are used again belong to one side
+        if self._guidance.together and negative_embeds.shape == prompt_embeds.shape and not self._reuses:
             both = torch.cat([negative_embeds, prompt_embeds])
             negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
         else:

@@ -21,7 +21,15 @@ from limner.requests import MAX_PROMPT_CHARACTERS
 from limner.server.access.keys import Owner
 from limner.server.dialects.job_view import STATUSES, as_result
 from limner.server.dialects.model_names import ENDPOINTS
-from limner.server.dialects.unused import ABOUT, Unused, UnusedField, UnusedFlag, without_effect
+from limner.server.dialects.unused import (
+    ABOUT,
+    Guidance,
+    NegativePrompt,
+    Unused,
+    UnusedField,
+    UnusedFlag,
+    without_effect,
+)
 from limner.server.http.aspect import is_of_aspect, read_aspect
 from limner.server.http.errors import ERRORS, renamed
 from limner.server.http.pictures import SentPicture
@@ -66,6 +74,7 @@ class Inputs(BaseModel):
     )
     aspect_ratio: str | None = Field(None, max_length=20, description="as 16:9; a width or height that is given stands")
     steps: int | None = Field(None, ge=1, le=50, strict=True)
+    guidance: Guidance = None
     safety_tolerance: int = Field(2, ge=0, le=6, strict=True, description="6 of older models is 5 here")
     output_format: Literal["jpeg", "png", "webp"] | None = "jpeg"
     webhook_url: str | None = Field(None, min_length=1, max_length=2083)
@@ -75,7 +84,6 @@ class Inputs(BaseModel):
     prompt_upsampling: UnusedFlag = None
     disable_pup: Annotated[Any, ABOUT, Unused("true")] = None
     transparent_bg: UnusedFlag = None
-    guidance: UnusedField = None
     interval: UnusedField = None
     raw: UnusedFlag = None
     image_prompt: UnusedField = None
@@ -90,7 +98,8 @@ class EditInputs(Inputs):
     """Body of /v1/edit."""
 
     num_images: int = Field(1, ge=1, le=16, strict=True, description="seeds are seed, seed + 1, ...")
-    num_inference_steps: int = Field(4, ge=1, le=50, strict=True)
+    num_inference_steps: int | None = Field(None, ge=1, le=50, strict=True, description="null: the model's own")
+    negative_prompt: NegativePrompt = None
     fit: Fit | None = Field(
         None, description="how sides of references become multiples of 16; null: as the service does"
     )
@@ -195,18 +204,20 @@ async def _submit(
         width=inputs.width or None,
         height=inputs.height or None,
         aspect=aspect,
-        num_inference_steps=inputs.steps or 4,
+        num_inference_steps=inputs.steps,
+        guidance_scale=inputs.guidance,
         tolerance=min(inputs.safety_tolerance, MAX_TOLERANCE),
         output_format=inputs.output_format or "jpeg",
         webhook=webhook,
         base_url=service.base_url(request) if webhook else None,
-        without_effect=(*unused, *without_effect(inputs)),
+        without_effect=(*unused, *without_effect(inputs, kind=service.engine.model.kind)),
     )
     if isinstance(inputs, EditInputs):
         job_request = replace(
             job_request,
             num_images=inputs.num_images,
             num_inference_steps=_steps(inputs),
+            negative_prompt=inputs.negative_prompt,
             priority=inputs.priority,
             timeout=inputs.timeout,
         )
@@ -233,10 +244,10 @@ def _read_shape(inputs: Inputs) -> tuple[Fraction | None, tuple[str, ...]]:
     return aspect, unused
 
 
-def _steps(inputs: EditInputs) -> int:
+def _steps(inputs: EditInputs) -> int | None:
     if inputs.steps is None:
         return inputs.num_inference_steps
-    if "num_inference_steps" in inputs.model_fields_set and inputs.num_inference_steps != inputs.steps:
+    if inputs.num_inference_steps not in (None, inputs.steps):
         raise InvalidRequest("steps", f"is {inputs.steps}, num_inference_steps {inputs.num_inference_steps}; give one")
     return inputs.steps
 

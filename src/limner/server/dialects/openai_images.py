@@ -128,10 +128,12 @@ async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idemp
         idempotency=idempotency,
         width=width,
         height=height,
-        num_inference_steps=fields.num_inference_steps or 4,
+        num_inference_steps=fields.num_inference_steps,
+        guidance_scale=fields.guidance_scale,
+        negative_prompt=fields.negative_prompt,
         output_format=fields.output_format or "png",
         quality=max(1, 95 if fields.output_compression is None else fields.output_compression),
-        without_effect=without_effect(fields),
+        without_effect=without_effect(fields, kind=service.engine.model.kind),
     )
     if inputs.mask is None:
         return job_request

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.options import MAX_MODEL_NAME
 from limner.requests import MAX_PROMPT_CHARACTERS
-from limner.server.dialects.unused import ABOUT, Unused, UnusedField, UnusedFlag
+from limner.server.dialects.unused import ABOUT, Guidance, NegativePrompt, Unused, UnusedField, UnusedFlag
 
 __all__ = ["EDIT_BODY", "Edit", "Generation", "ImageData", "ImageSource", "Images", "ModelEntry", "Models", "NestedUrl"]
 
@@ -51,8 +51,8 @@ class Generation(BaseModel):
     input_fidelity: _Choice = None
     complexity: _Choice = None
     # vLLM-Omni and SGLang
-    negative_prompt: Annotated[Any, ABOUT, Unused("")] = None
-    guidance_scale: UnusedField = None
+    negative_prompt: NegativePrompt = None
+    guidance_scale: Guidance = None
     true_cfg_scale: UnusedField = None
     flow_shift: UnusedField = None
     max_sequence_length: UnusedField = None

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-__all__ = ["ABOUT", "Unused", "UnusedField", "UnusedFlag", "without_effect"]
+from limner.kinds import ModelKind
+from limner.requests import MAX_PROMPT_CHARACTERS
+
+__all__ = [
+    "ABOUT",
+    "Guidance",
+    "NegativePrompt",
+    "OfBaseModels",
+    "Unused",
+    "UnusedField",
+    "UnusedFlag",
+    "without_effect",
+]
 
 
 class Unused:
@@ -23,16 +35,28 @@ class Unused:
         return value is not None and str(value).lower() not in self._asks_nothing
 
 
+class OfBaseModels(Unused):
+    """Marks a field that distilled models, which draw without guidance, have no use for."""
+
+
 ABOUT = Field(description="for other models: taken, without effect")
 UnusedField = Annotated[Any, ABOUT, Unused()]
 UnusedFlag = Annotated[Any, ABOUT, Unused("false")]
+_GUIDANCE = "of base models: how far to go from the negative prompt; without effect on distilled ones"
+Guidance = Annotated[float | None, Field(ge=0, le=100, description=_GUIDANCE), OfBaseModels()]
+_NEGATIVE = "of base models: what guidance goes away from; without effect on distilled ones"
+NegativePrompt = Annotated[str | None, Field(max_length=MAX_PROMPT_CHARACTERS, description=_NEGATIVE), OfBaseModels("")]
 
 
-def without_effect(fields: BaseModel) -> tuple[str, ...]:
-    """Return the names of marked fields that ask for something, in the order of the schema."""
+def without_effect(fields: BaseModel, *, kind: ModelKind) -> tuple[str, ...]:
+    """Return the names of fields that ask for something that is not done, in the order of the schema.
+
+    `kind` is that of the model: base models have a use for fields marked `OfBaseModels`.
+    """
     return tuple(
         name
         for name, field in type(fields).model_fields.items()
         for mark in field.metadata
         if isinstance(mark, Unused) and mark.is_asked(getattr(fields, name))
+        if kind.distilled or not isinstance(mark, OfBaseModels)
     )

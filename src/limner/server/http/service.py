@@ -138,8 +138,9 @@ class Service:
         """
         check_idempotency_key(request.idempotency)
         check_tolerance(request.tolerance)
-        if "\0" in request.prompt:  # some later readers would cut the text there
-            raise InvalidRequest("prompt", f"has a NUL character at {request.prompt.index(chr(0))}; leave it out")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+            if "\0" in text:  # some later readers would cut the text there
+                raise InvalidRequest(name, f"has a NUL character at {text.index(chr(0))}; leave it out")
         pictures, options = await self._references(owner, request)
         job = self._make_job(owner, request, pictures, options)
         known = await self.offload.store(self.jobs.known, job)
@@ -172,6 +173,7 @@ class Service:
                 "width", f"{width}x{height} is over the {self.settings.max_output_pixels} pixels that are allowed"
             )
         first = secrets.randbelow(2**31) if request.seed is None else request.seed
+        kind = self.engine.model.kind
         return Job(
             owner=owner.id,
             prompt=request.prompt,
@@ -181,7 +183,9 @@ class Service:
             mask=None if request.mask is None else request.mask.report,
             width=width,
             height=height,
-            num_inference_steps=request.num_inference_steps,
+            num_inference_steps=request.num_inference_steps or kind.num_inference_steps,
+            guidance_scale=None if kind.distilled else request.guidance_scale,
+            negative_prompt=None if kind.distilled else request.negative_prompt,
             priority=request.priority,
             timeout=request.timeout,
             tolerance=request.tolerance,

@@ -32,7 +32,8 @@ class JobRequest:
     """What a caller asks for, in the same words for all dialects, before it is a job.
 
     References are `pictures`, or the `handle` of an upload. `seed` None: the server draws one. `base_url` is the address
-    that the caller used, for the URLs in a webhook. `aspect` is width over height where no size is given, or one side. With
+    that the caller used, for the URLs in a webhook. Steps None are
+    the model's own. `aspect` is width over height where no size is given, or one side. With
     a `mask` the pixels of the first picture stay where it is black. `without_effect` names fields that were not followed.
     """
 
@@ -45,7 +46,9 @@ class JobRequest:
     width: int | None = None
     height: int | None = None
     aspect: Fraction | None = None
-    num_inference_steps: int = 4
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     priority: int = 0
     timeout: float | None = None
     tolerance: int = 2
@@ -91,6 +94,8 @@ class Job:
     width: int | None = None
     height: int | None = None
     num_inference_steps: int = 4
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     priority: int = 0
     timeout: float | None = None
     tolerance: int = 2
@@ -137,6 +142,8 @@ def edit_request(job: Job, references: tuple[PreparedReference, ...]) -> EditReq
         width=job.width,
         height=job.height,
         num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        negative_prompt=job.negative_prompt,
     )
 
 

@@ -74,6 +74,8 @@ _NAMES = frozenset(
         "options",
         "references",
         "mask",
+        "guidance_scale",
+        "negative_prompt",
     }
 )
 """Names of what `_request` writes."""
@@ -116,6 +118,8 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         width=values["width"],
         height=values["height"],
         num_inference_steps=values["num_steps"],
+        guidance_scale=values.get("guidance_scale"),
+        negative_prompt=values.get("negative_prompt"),
         priority=values["priority"],
         timeout=values["timeout"],
         tolerance=values["tolerance"],
@@ -147,7 +151,11 @@ def fingerprint(job: Job) -> str:
 
 
 def _request(job: Job) -> dict[str, Any]:
-    mask = {} if job.mask is None else {"mask": asdict(job.mask)}  # older versions read jobs that have none
+    newer = {  # older versions read jobs that have none of these
+        "mask": None if job.mask is None else asdict(job.mask),
+        "guidance_scale": job.guidance_scale,
+        "negative_prompt": job.negative_prompt,
+    }
     return {
         "prompt": job.prompt,
         "seeds": job.seeds,
@@ -162,7 +170,7 @@ def _request(job: Job) -> dict[str, Any]:
         "quality": job.quality,
         "options": _options(job.options),
         "references": [asdict(report) for report in job.references],
-        **mask,
+        **{name: value for name, value in newer.items() if value is not None},
     }
 
 
