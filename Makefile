@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve fuzz test test-ray test-recipes check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo serve attack fuzz test test-clients test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,16 @@ $(FONT):
 	bash recipes/stickers/run.sh font
 
 test: $(READY) $(FONT)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe and not clients"
+
+# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own.
+test-clients: $(READY)
+	mkdir -p build/clients
+	cp tests/contract/clients/package.json build/clients/
+	-cd build/clients && npm install --no-audit --no-fund --loglevel=error
+	-test -x build/clients/litellm/bin/litellm || { $(PYTHON) -m venv build/clients/litellm && \
+	    build/clients/litellm/bin/pip install --quiet --disable-pip-version-check litellm==1.110.2; }
+	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py
 
 # Start and stop Ray clusters on this machine, one test after another.
 test-ray: $(READY)
@@ -34,6 +43,18 @@ test-ray: $(READY)
 # The whole recipe of the bundled model in miniature, processes after processes.
 test-recipes: $(READY) $(FONT)
 	$(BIN)/python -m pytest -m recipe
+
+# The newest torch, transformers and diffusers, whatever constraints.txt says, in an environment of its own: for a run a week,
+# `make test-newest PYTHON=python3.13`. The digests of pictures are those of the pinned versions and are left out.
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[serve,postgres]' \
+	    pytest httpx peft accelerate
+	$(NEWEST)/bin/python -c "import sys, torch, transformers, diffusers; print('Python', sys.version.split()[0], 'torch', \
+	    torch.__version__, 'transformers', transformers.__version__, 'diffusers', diffusers.__version__)"
+	$(NEWEST)/bin/python -m pytest tests/numerics tests/unit/model tests/unit/pipeline tests/unit/weights tests/unit/images \
+	    tests/unit/references tests/contract/test_diffusers_habits.py tests/contract/test_card_example.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -54,11 +75,16 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
 	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
-	$(BIN)/python benchmarks/hostile.py -o benchmarks/results/hostile.json
+	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 	$(BIN)/python benchmarks/serve_load.py -o benchmarks/results/serve_load.json
-	$(BIN)/python benchmarks/serve_kills.py -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/serve_kills.py --queued 5000 -o benchmarks/results/serve_kills.json
+	$(BIN)/python benchmarks/resident.py -o benchmarks/results/resident.json
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
+
+# What one caller can do to the others: each attack for 20 seconds, about half an hour with nothing else running.
+attack: $(READY)
+	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 
 # Send more random requests than `make test` does, and compare the answers with the OpenAPI document.
 fuzz: $(READY)
@@ -75,4 +101,4 @@ gallery: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/gallery.py
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-newest build

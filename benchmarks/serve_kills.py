@@ -29,9 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from service import MANY, Server, as_text, free_port, machine, reference_sets
 
+RESTART = ("--requests-per-minute", "1e9", "--concurrent", "100000", "--unsafe-no-checks")
+"""With the usual number of requests that may wait."""
 OPTIONS = (*MANY, "--unsafe-no-checks", "--keep-results", "100000")
 
 
@@ -155,6 +158,45 @@ async def finish(server: Server, watch: Watch, seconds: float) -> None:
             await look(client, watch, id_)
 
 
+def restart(number: int, folder: Path, sets: list[Any]) -> dict[str, Any]:
+    """Start a server over so many jobs that are pending, and say how soon it answers and what it takes."""
+    from limner.config import ReferencePolicy
+    from limner.images import prepare_reference
+    from limner.server.jobs.records import Job
+    from limner.server.jobs.store import JobStore
+
+    data = folder / "queued"
+    server = Server(data, *OPTIONS, log=folder / "queued.log")
+    empty = server.wait()
+    before = psutil.Process(server.process.pid).memory_info().rss
+    server.stop()
+    store = JobStore(data)
+    pictures = [[prepare_reference(one, policy=ReferencePolicy()) for one in chosen] for chosen in sets]
+    for i in range(number):
+        own = pictures[i % len(pictures)]
+        reports = tuple(one.report for one in own)
+        store.add(Job(owner=f"owner{i % 7}", prompt=f"make it bigger {i}", seeds=(i,), references=reports), own)
+    store.close()
+    server = Server(data, *RESTART, log=folder / "queued.log")
+    ready = server.wait(600)
+    process, peak, ended = psutil.Process(server.process.pid), 0, 0.0
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        peak, ended = max(peak, process.memory_info().rss), server.metrics()["limner_engine_finished_total"]
+        time.sleep(0.5)
+    left = server.metrics()["limner_jobs_live"]
+    server.kill()
+    return {
+        "jobs": number,
+        "seconds_to_ready": round(ready, 1),
+        "seconds_to_ready_without": round(empty, 1),
+        "mib_without": round(before / 2**20, 1),
+        "peak_mib": round(peak / 2**20, 1),
+        "ended_in_a_minute": ended,
+        "pending": left,
+    }
+
+
 def num_results(data: str | Path) -> int:
     """Pictures that are kept."""
     if isinstance(data, Path):
@@ -173,6 +215,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="longest time from ready to a kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", metavar="URL", help="a postgresql:// database; default: a folder")
+    parser.add_argument("--queued", type=int, metavar="N", help="also start over N jobs that are pending, in a folder")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     rng, watch = random.Random(args.seed), Watch()
@@ -197,6 +240,7 @@ def main() -> None:
         server.wait()
         asyncio.run(finish(server, watch, 1200))
         code = server.stop()
+        queued = {"restart": restart(args.queued, Path(folder), sets)} if args.queued else {}
         lost = sorted(set(watch.accepted.values()) - set(watch.ended))
         files = num_results(data)
     report = {
@@ -212,6 +256,7 @@ def main() -> None:
         "problems": watch.problems,
         "result_files": files,
         "exit_code": code,
+        **queued,
         **({"sessions_ended": watch.cuts, "answers_503": watch.unavailable} if args.data else {}),
     }
     if args.output:

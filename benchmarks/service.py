@@ -48,9 +48,13 @@ def as_text(data: bytes) -> str:
 class Server:
     """One server process over a data folder."""
 
-    def __init__(self, data: str | Path, *options: str, port: int | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self, data: str | Path, *options: str, port: int | None = None, log: Path | None = None, key: str | None = None
+    ) -> None:
+        """Start it. `key` is for reading metrics, where the server has keys."""
         self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if '--tls-key' in options else 'http'}://127.0.0.1:{self.port}"
+        self._key = {"x-key": key} if key else {}
         words = [sys.executable, "-m", "limner", "serve", "--port", str(self.port), "--data", str(data), *options]
         self._log = (log or Path(f"{data}.log")).open("ab")
         self.process = subprocess.Popen(words, stderr=self._log, stdout=self._log)
@@ -62,7 +66,7 @@ class Server:
             if self.process.poll() is not None:
                 raise SystemExit(f"the server ended with {self.process.returncode}; see {self._log.name}")
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=2, verify=False).status_code == 200:
                     return time.monotonic() - start
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -71,7 +75,9 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Values of all metrics without labels; of those with labels, their sum."""
         found: dict[str, float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=30).text):
+        answer = httpx.get(f"{self.url}/metrics", timeout=60, headers=self._key, verify=False)
+        answer.raise_for_status()
+        for family in text_string_to_metric_families(answer.text):
             for sample in family.samples:
                 found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found

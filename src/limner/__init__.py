@@ -25,8 +25,14 @@ if TYPE_CHECKING:
         RemoteError,
     )
     from limner.images import ReferenceReport
-    from limner.pipeline import Pipeline, PipelineOutput, PromptReport, Timings
-    from limner.pipeline import Pipeline as Flux2KleinKVPipeline
+    from limner.pipeline import (
+        Flux2KleinKVPipeline,
+        Flux2KleinPipeline,
+        Pipeline,
+        PipelineOutput,
+        PromptReport,
+        Timings,
+    )
     from limner.references import References
     from limner.requests import EditRequest, PrefillRequest
     from limner.store import ReferenceStore, RemoteTier, StoreEntry, StoreStats
@@ -38,6 +44,7 @@ __all__ = [
     "EditRequest",
     "Engine",
     "Flux2KleinKVPipeline",
+    "Flux2KleinPipeline",
     "InvalidRequest",
     "LimnerError",
     "MissingExtra",
@@ -75,7 +82,7 @@ _HOMES = {
         "RemoteError",
     ),
     "images": ("ReferenceReport",),
-    "pipeline": ("Pipeline", "PipelineOutput", "PromptReport", "Timings"),
+    "pipeline": ("Flux2KleinKVPipeline", "Flux2KleinPipeline", "Pipeline", "PipelineOutput", "PromptReport", "Timings"),
     "references": ("References",),
     "requests": ("EditRequest", "PrefillRequest"),
     "store": ("ReferenceStore", "RemoteTier", "StoreEntry", "StoreStats"),
@@ -83,8 +90,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Flux2KleinKVPipeline":  # the name that the model card's example imports
-        return __getattr__("Pipeline")
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"limner.{module}"), name)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from limner.errors import CheckpointError, InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 
 __all__ = [
     "BUNDLED_MODEL",
+    "FITS",
     "KLEIN_4B",
     "KLEIN_9B",
     "MODELS",
@@ -21,6 +22,7 @@ __all__ = [
     "QWEN3_8B",
     "WHOLE_PIXELS",
     "AutoencoderConfig",
+    "Fit",
     "ModelGeometry",
     "ReferencePolicy",
     "TextConfig",
@@ -254,22 +256,32 @@ MODELS = {
 """The models whose geometry is known without their files."""
 
 
+Fit = Literal["crop", "pad", "resize"]
+FITS: tuple[str, ...] = get_args(Fit)
+"""The ways to bring the sides of a reference to multiples of 16."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencePolicy:
     """How a reference is prepared before it is encoded. The defaults are those of the model card's system.
 
-    A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept), then cropped to multiples of 16 around
-    its middle. Without `max_pixels` the cap is the model's (`max_reference_pixels` in its `limner.json`), or else
-    1024 x 1024. A picture with a side under `min_side` or an aspect over `max_aspect` is refused. A transparent picture
-    is refused unless `background`, a colour name or "#rrggbb", says what stands behind it.
+    A picture with more than `max_pixels` is scaled down (LANCZOS, aspect kept). Then `fit` brings its sides to multiples
+    of 16: "crop" cuts what is over around the middle, "pad" repeats the pixels at the edges, "resize" scales each side to
+    the nearest multiple, which changes the aspect a little. Without `max_pixels` the cap is the model's
+    (`max_reference_pixels` in its `limner.json`), or else 1024 x 1024. A picture with a side under `min_side` or an aspect
+    over `max_aspect` is refused. A transparent picture is refused unless `background`, a colour name or "#rrggbb", says
+    what stands behind it.
     """
 
     max_pixels: int | None = None
     min_side: int = MIN_SIDE
     max_aspect: float = 8.0
     background: str | None = None
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise InvalidRequest("fit", f"{self.fit!r} is not one of {', '.join(FITS)}")
         for name, low in (("max_pixels", PIXELS**2), ("min_side", PIXELS), ("max_aspect", 1)):
             value = getattr(self, name)
             if value is not None and not value >= low:

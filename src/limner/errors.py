@@ -49,6 +49,7 @@ class InvalidRequest(LimnerError, ValueError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+        self.problem = problem
 
 
 class CheckpointError(LimnerError):

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from limner.config import BUNDLED_MODEL, ReferencePolicy
+from limner.config import BUNDLED_MODEL, Fit, ReferencePolicy
 from limner.kinds import ReferencesAttention
 
 __all__ = [
+    "MAX_MODEL_NAME",
     "Dtype",
     "KVCacheDtype",
     "ListenOptions",
@@ -39,6 +40,8 @@ T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]
 KVCacheDtype = Literal["int8", "fp8"]
+MAX_MODEL_NAME = 200
+"""Most characters of a name that callers give as `model`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +143,17 @@ class ReferenceOptions:
         group="references",
     )
 
+    fit: Fit | None = option(
+        None,
+        help="how sides of references become multiples of 16: cut around the middle (crop, the default), pad with the "
+        "pixels at the edges, or resize",
+        group="references",
+    )
+
     @property
     def policy(self) -> ReferencePolicy:
         """Raises `InvalidRequest`."""
-        return ReferencePolicy(background=self.background, max_pixels=self.max_pixels)
+        return ReferencePolicy(background=self.background, max_pixels=self.max_pixels, fit=self.fit or "crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +171,18 @@ class ModelOptions(ReferenceOptions):
     )
     text_encoder: str | None = option(
         None, help="file or folder to take the text encoder from instead", metavar="FILE", group="model", path="read"
+    )
+    preview_decoder: str | None = option(
+        None, help="file of a small decoder for previews, as TAEF2", metavar="FILE", group="model", path="read"
+    )
+    variant: str | None = option(
+        None,
+        help="which weights of the folders are read, as fp16: those named *.fp16.safetensors",
+        metavar="NAME",
+        group="model",
+    )
+    revision: str | None = option(
+        None, help="branch, tag or commit of the model's hub id", metavar="REVISION", group="model"
     )
     dtype: Dtype | None = option(None, help="dtype of the arithmetic; default: that of the files", group="model")
     quantize: Quantization | None = option(
@@ -256,6 +278,14 @@ class ServiceOptions:
     concurrent: int = option(24, help="unfinished jobs of one key", metavar="N", group="limits")
     keep_results: float = option(600, help="seconds for which results are kept", metavar="S", group="limits")
     drain: float = option(30, help="seconds a shutdown waits for jobs", metavar="S", group="limits", minimum=0)
+    served_model_names: tuple[str, ...] = option(
+        (),
+        help="the model's name to callers; again for more names. Default: that of its folder, and OpenAI's names of "
+        "image models (gpt-image-..., dall-e-..., chatgpt-image-...), which clients have built in",
+        flag="--served-model-name",
+        metavar="NAME",
+        group="reach",
+    )
     public_url: str | None = option(
         None, help="what callers reach the server under, for URLs in answers", metavar="URL", group="reach"
     )
@@ -268,6 +298,14 @@ class ServiceOptions:
         help="an origin that webhooks and fetches may reach although it is not public, as http://127.0.0.1:9000; "
         "again for more",
         flag="--allow-origin",
+        metavar="ORIGIN",
+        group="reach",
+    )
+    allow_browser_origins: tuple[str, ...] = option(
+        (),
+        help="an origin whose pages may call this server from a browser (CORS), as https://app.example; again for more. "
+        "Cookies and other credentials of the browser are never taken",
+        flag="--allow-browser-origin",
         metavar="ORIGIN",
         group="reach",
     )

@@ -71,12 +71,12 @@ def check_guidance(scale: float | None) -> None:
         raise InvalidRequest("guidance_scale", f"{scale!r} is not a number of at least 0; base models take about 4")
 
 
-def check_prompt(text: object) -> None:
+def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     """Raises `InvalidRequest` where a prompt is no text to draw from."""
     if not isinstance(text, str):
         raise InvalidRequest("prompt", f"{type(text).__name__} is not a text; give a string or a list of strings")
     check_length("prompt", text)
-    if not text.strip():
+    if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
     try:
         text.encode("utf-8")

@@ -21,11 +21,11 @@ from tests.support.tiny import Gate
 from limner import Pipeline
 from limner.engine import Engine
 from limner.model.preview import LatentPreview
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.webhooks import Delivery, verify
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 from limner.trust.safety import Checks
 
 
@@ -211,18 +211,25 @@ def test_what_is_wrong_is_said_in_one_shape(served: Served) -> None:
         ({"seed": -1}, ("body", "seed")),
         ({"seed": 1.5}, ("body", "seed")),
         ({"seed": 2**63}, ("body", "seed")),
-        ({"safety_tolerance": 6}, ("body", "safety_tolerance")),
+        ({"safety_tolerance": 7}, ("body", "safety_tolerance")),
         ({"output_format": "gif"}, ("body", "output_format")),
         ({"num_images": 11}, ("body", "num_images")),
         ({"num_inference_steps": 0}, ("body", "num_inference_steps")),
         ({"timeout": 0}, ("body", "timeout")),
-        ({"guidance": 3}, ("body", "guidance")),
+        ({"steps": 51}, ("body", "steps")),
+        ({"steps": 4, "num_inference_steps": 5}, ("body", "steps")),
+        ({"aspect_ratio": "wide"}, ("body", "aspect_ratio")),
+        ({"aspect_ratio": "9:1"}, ("body", "aspect_ratio")),
+        ({"background": "nocolour"}, ("body", "background")),
+        ({"mask": picture}, ("body", "mask")),
+        ({"guidence": 3}, ("body", "guidence")),
         ({"input_image": "not base64!"}, ("body", "input_image")),
         ({"input_image_2": text(b"not a picture")}, ("body", "input_image_2")),
         ({"input_image": "https://example.org/a.png"}, ("body", "input_image")),
         ({"input_image": picture, "references": "0" * 64}, ("body", "references")),
         ({"webhook_secret": "s"}, ("body", "webhook_secret")),
         ({"webhook_url": "http://127.0.0.1/"}, ("body", "webhook_url")),
+        ({"webhook_url": "https://example.org/", "webhook_secret": "a\r\nb: c"}, ("body", "webhook_secret")),
     ]
     for body, where in cases:
         answer = served.http.post("/v1/edit", json={"prompt": "a", **SIZE, **body})
@@ -403,12 +410,15 @@ def test_a_webhook_is_signed_and_tried_again(pipe: Pipeline, tmp_path: Path) -> 
             answer = served.submit(
                 "/v1/flux-2-klein-9b", webhook_url=f"{receiver.url}/done?x=1", webhook_secret="s3cret é", seed=3
             )
-            assert answer == {"id": answer["id"], "status": "Pending", "webhook_url": f"{receiver.url}/done?x=1"}
+            assert (answer["status"], answer["webhook_url"]) == ("Pending", f"{receiver.url}/done?x=1")
+            assert answer["polling_url"].endswith(answer["id"])
             receiver.wait(3)
             assert len({body for _, body in receiver.heard}) == 1
             headers, body = receiver.heard[-1]
             assert verify("s3cret é", body, headers["x-bfl-signature"])
             assert not verify("other", body, headers["x-bfl-signature"])
+            # http.server reads headers as Latin-1; the official client compares the text
+            assert headers["x-webhook-secret"].encode("latin-1").decode() == "s3cret é"
             told = json.loads(body)
             assert (told["id"], told["status"], told["result"]["seed"]) == (answer["id"], "Ready", 3)
             assert httpx.get(told["result"]["sample"]).status_code == 200

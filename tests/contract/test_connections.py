@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import select
 import socket
+import ssl
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.support.certificates import Authority
 from tests.support.serving import ANNA, BOB, KEYS, Served
 
 from limner import Pipeline
 from limner.errors import OutputError
 from limner.server import descriptors
+from limner.server.access import bodies
+from limner.server.http.connection import HastyProtocol
 from limner.server.jobs import offload, sqlite
 
 
@@ -86,6 +93,128 @@ def test_idle_connections_make_room(pipe: Pipeline, tmp_path: Path, monkeypatch:
         go_on.set()
         assert served.poll(id_)["status"] == "Ready"
         bob.close()
+
+
+def test_handshakes_that_do_not_end_are_few_and_short(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "max_connections", lambda: 16)
+    certificate = Authority().server_file("localhost", tmp_path)
+    with Served(pipe, tmp_path / "data", certificate=certificate) as served:
+        idle = [socket.create_connection(("127.0.0.1", served.port), timeout=60) for _ in range(30)]
+        idle[1].sendall(b"\x16\x03\x01\x02\x00\x01")
+        idle[2].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert served.draw()["status"] == "Ready"
+        assert served.http.get("/healthz").status_code == 200
+        assert served.submit()["polling_url"].startswith("https://")
+        assert idle[0].recv(100) == b""  # closed: it was the oldest
+        for connection in idle:
+            connection.close()
+    monkeypatch.setattr(HastyProtocol, "head_seconds", 0.2)
+    with Served(pipe, tmp_path / "other", certificate=certificate) as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+            assert connection.recv(100) == b""  # not before its time is over: it is alone
+        # a request that comes in one piece with the end of the handshake
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    connection.sendall(outgoing.read())
+                    incoming.write(connection.recv(65536))
+            tls.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.sendall(outgoing.read())
+            answer = b""
+            while b"ok" not in answer:
+                incoming.write(connection.recv(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    answer += tls.read(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_caller_who_reads_nothing_is_left(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such callers would hold answers in memory, and places of event streams, for any time."""
+    monkeypatch.setattr(HastyProtocol, "write_seconds", 0.1)
+    with Served(pipe, tmp_path / "data") as served:
+        page = served.http.get("/openapi.json").content
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(60)
+            connection.connect(("127.0.0.1", served.port))
+            request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            connection.sendall(request * 500)  # more than buffers of sockets take
+            assert len(page) * 500 > 16 << 20
+            end = time.monotonic() + 60
+            while len(served.server.server_state.connections) > 1:  # that of `served.http`
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        assert served.draw()["status"] == "Ready"
+
+
+def test_one_who_reads_slowly_has_time(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HastyProtocol, "write_seconds", 0.2)
+    with Served(pipe, tmp_path / "data") as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", served.port))
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connection.sendall(request * 100)
+        count, tail, reads = 0, b"", 0
+        while count < 100:
+            found = connection.recv(1 << 16)
+            assert found, f"closed after {count} answers"
+            count += (tail + found).count(b"HTTP/1.1 200") - tail.count(b"HTTP/1.1 200")
+            tail, reads = found[-11:], reads + 1
+            if reads % 20 == 0:
+                time.sleep(0.02)
+
+
+def test_a_body_in_crumbs_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    """Each chunk is parsed in the event loop: a body of 256 kB in chunks of a byte held it for half a second."""
+    head = b"POST /v1/edit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+
+    def status(body: bytes, size: int) -> bytes:
+        chunks = [body[at : at + size] for at in range(0, len(body), size)]
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(head + b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in chunks) + b"0\r\n\r\n")
+            return connection.recv(12)
+
+    with Served(pipe, tmp_path / "data") as served:
+        assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 800, 1) == b"HTTP/1.1 200"
+        assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 300_000, 256) == b"HTTP/1.1 200"
+        assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 300_000, 1) == b"HTTP/1.1 400"
+
+
+def test_slow_bodies_of_one_owner_stop_no_other(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "_COMING", 4)
+    head = b"POST /v1/edit HTTP/1.1\r\nHost: localhost\r\nX-Key: %b\r\nContent-Length: 2000\r\n\r\n" % ANNA.encode()
+    with Served(pipe, tmp_path / "data", keys=KEYS, max_buffered_bytes=4000) as served:
+        slow = [socket.create_connection(("127.0.0.1", served.port), timeout=60) for _ in range(6)]
+        for connection in slow:
+            connection.sendall(head + b" " * 240)
+        refused = [connection for connection in slow if select.select([connection], [], [], 1.0)[0]]
+        answers = [connection.recv(65536) for connection in refused]
+        assert len(answers) == 2
+        assert all(answer.startswith(b"HTTP/1.1 429") and b"retry-after: 5" in answer for answer in answers)
+        bob = {"x-key": BOB}
+        answer = served.http.post("/v1/edit", json={"prompt": "a", "width": 64, "height": 64}, headers=bob)
+        assert answer.status_code == 200, answer.text
+        mine = served.http.post("/v1/edit", json={"prompt": "a" * 500})
+        assert mine.status_code == 429
+        for connection in slow:
+            connection.close()
+        assert served.poll(answer.json()["id"], headers=bob)["status"] == "Ready"
+        while served.http.post("/v1/edit", json={"prompt": "a", "width": 64, "height": 64}).status_code == 429:
+            time.sleep(0.01)  # until the connections are seen to be closed
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOSPC, errno.EIO])

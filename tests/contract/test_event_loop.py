@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -54,6 +55,24 @@ def pictures(size: int, *, number: int = 8) -> bytes:
     """Base64 of `size` bytes in each picture, which are no pictures but have to be decoded to see that."""
     fields = ("input_image", *(f"input_image_{i}" for i in range(2, number + 1)))
     return json.dumps({"prompt": "a", **dict.fromkeys(fields, text(bytes(size)))}).encode()
+
+
+def test_the_first_request_builds_nothing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastAPI makes its routes at the first request, which held the loop for a quarter of a second."""
+    served = Served(Pipeline.from_pretrained(tiny_folder), tmp_path / "data")
+
+    def built(*_: Any, **__: Any) -> None:
+        raise AssertionError("built in the event loop")
+
+    monkeypatch.setattr("fastapi.dependencies.utils.analyze_param", built)
+    with served:
+        assert served.draw()["status"] == "Ready"
+        assert served.http.get("/v1/models").status_code == 200
+        assert served.http.get("/").status_code == 200
+        document = served.http.get("/openapi.json")
+        monkeypatch.setattr("fastapi.openapi.utils.get_openapi", built)
+        monkeypatch.setattr(served.app, "openapi", built)
+        assert served.http.get("/openapi.json").content == document.content  # made once
 
 
 BODIES: dict[str, tuple[Callable[[], bytes], int]] = {

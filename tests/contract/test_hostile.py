@@ -16,15 +16,15 @@ from tests.support.serving import Served, opened, text
 
 from limner import InvalidRequest, Pipeline
 from limner.images import prepare_reference
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
 from limner.server.access.limits import LimitPolicy
 from limner.server.http.connection import HastyProtocol
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
 
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "hostile.py"
+    file = Path(__file__).parents[2] / "benchmarks" / "attacks" / "corpus.py"
     spec = importlib.util.spec_from_file_location("hostile", file)
     assert spec is not None
     assert spec.loader is not None

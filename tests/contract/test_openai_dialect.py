@@ -143,7 +143,8 @@ def test_errors(client: openai.OpenAI, served: Served) -> None:
             client.images.generate(**{"prompt": "a", **fields})
         assert (caught.value.param, caught.value.type) == (param, "invalid_request_error"), fields
     for fields, param in (
-        ({"image": b"no picture"}, "image 1"),
+        ({"image": b"no picture"}, "image"),
+        ({"image": [("a.png", png()), ("b.png", b"no picture")]}, "image[]"),
         ({"mask": png()}, "mask"),
         ({"extra_body": {"seed": "x"}}, "seed"),
         ({"n": 11}, "n"),

@@ -239,6 +239,16 @@ def test_what_was_cut_stands_beside_the_picture_and_so_does_what_was_refused(ope
     assert page.inner_text(".card .foot").startswith("96x64")
 
 
+def test_colour_profiles_and_pictures_that_are_not_there_are_told(open_page) -> None:
+    page, _ = open_page()
+    buffer = io.BytesIO()
+    picture(128, 128).save(buffer, "PNG", icc_profile=b"damaged")
+    add(page, {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    expect(page.locator("#references .note")).to_contain_text("128x128, colour profile not used: it cannot be read")
+    draw(page, "put it on the background of image 2")
+    expect(page.locator(".card .warning")).to_contain_text("mentions 'image 2', and 1 reference is given")
+
+
 def test_the_second_run_finds_the_references_and_says_what_that_saved(open_page) -> None:
     page, seen = open_page()
     add(page, file(picture(128, 128, seed=41), "a.png"), file(picture(128, 128, seed=42), "b.png"))

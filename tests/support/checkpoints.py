@@ -160,12 +160,21 @@ def gguf_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
 
 
 def save_gguf(
-    tensors: Iterable[tuple[str, Tensor]], path: Path, *, kind: str, architecture: str = "flux", plain: str = "F32"
+    tensors: Iterable[tuple[str, Tensor]],
+    path: Path,
+    *,
+    kind: str,
+    architecture: str = "flux",
+    plain: str = "F32",
+    header: Mapping[str, Any] | None = None,
 ) -> Path:
     """A GGUF file: matrices of blocks in `kind`, the rest in `plain`. Formats without a quantizer get random blocks."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string"}
+    for key, said in (header or {}).items():
+        getattr(writer, f"add_{kinds[type(said)]}")(key, said)
     rng = np.random.default_rng(0)
     for name, value in tensors:
         chosen = kind if quantized_matrix(name.replace("blk.", "layers."), value) else plain

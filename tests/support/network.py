@@ -12,9 +12,9 @@ from typing import Any
 
 import httpcore2
 
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import fetch_picture
-from limner.server.outbound.policy import OutboundPolicy
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import fetch_picture
+from limner.outbound.policy import OutboundPolicy
 
 PUBLIC, PUBLIC_6 = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
 GOOD = "https://pictures.example.org/a.png"

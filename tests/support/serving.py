@@ -15,13 +15,13 @@ from PIL import Image
 
 from limner import Pipeline
 from limner.engine import Engine
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
 from limner.server.access.keys import KeyRing
 from limner.server.access.limits import LimitPolicy
 from limner.server.app import create_app
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.settings import RunnerSettings
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
 from limner.server.run import make_server
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks, Finding
@@ -70,6 +70,7 @@ class Served:
         webhook_client: OutboundClient | None = None,
         outbound: OutboundClient | None = None,
         outbound_policy: OutboundPolicy | None = None,
+        certificate: Path | None = None,
         **settings: Any,
     ) -> None:
         if outbound_policy is not None:
@@ -91,17 +92,20 @@ class Served:
         self.service = self.app.state.service
         self._headers = {} if keyring.is_open else {"x-key": ANNA}
         self._drain = drain
+        self._certificate = None if certificate is None else str(certificate)
 
     def __enter__(self) -> Self:
-        self.server = make_server(self.app, host="127.0.0.1", port=0, drain=self._drain)
+        """Serve. `certificate` is a file with chain and key, whose name is localhost."""
+        pem = self._certificate
+        self.server = make_server(self.app, host="127.0.0.1", port=0, drain=self._drain, certificate=pem, key=pem)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
         while not self.server.started:
             assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.005)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, headers=self._headers, timeout=60)
+        self.url = f"http://127.0.0.1:{self.port}" if pem is None else f"https://localhost:{self.port}"
+        self.http = httpx.Client(base_url=self.url, headers=self._headers, timeout=60, verify=pem is None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -138,7 +138,9 @@ def signatures() -> dict[str, str]:
             found[name] = type(value).__name__
             continue
         members = {"": value} if not dataclasses.is_dataclass(value) else {}
-        members |= {key: getattr(value, key) for key in vars(value) if not key.startswith("_") or key == "__call__"}
+        own = [base for base in value.__mro__ if base.__module__.startswith("limner")]  # what is inherited counts too
+        names = {key for base in own for key in vars(base)}
+        members |= {key: getattr(value, key) for key in names if not key.startswith("_") or key == "__call__"}
         for key, member in members.items():
             label = f"{name}.{key}" if key else name
             if callable(member):

@@ -10,13 +10,15 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
 from limner.errors import InvalidRequest, LimnerError, OutputError
-from limner.images import FORMATS, encode, prepare_reference
+from limner.images import FORMATS, encode, prepare_references
+from limner.mentions import missing_pictures
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.references import References
 from limner.requests import EditRequest
@@ -67,10 +69,9 @@ class Drawer:
         """The References of a group, and where they came from."""
         if not group.files:
             return None, "none"
-        prepared = [
-            prepare_reference(file, policy=self.pipe.reference_policy, field=f"image {i}")
-            for i, file in enumerate(group.files, start=1)
-        ]
+        policy = self.pipe.reference_policy
+        policy = policy if group.fit is None else replace(policy, fit=group.fit)
+        prepared = prepare_references(list(group.files), policy=policy)
         if tuple(picture.report.digest for picture in prepared) != group.digests:
             raise InvalidRequest("references", "a file changed while the batch ran; run it again")
         references, source = self.pipe.prefill_from(prepared)
@@ -109,6 +110,7 @@ class Drawer:
             "steps": task.num_inference_steps,
             **({"guidance": task.guidance} if task.guidance is not None else {}),
             "prompt_cut": out.prompts[number].cut,
+            "warnings": list(missing_pictures([task.prompt], num_references=len(task.references))),
             "references": list(task.references),
             "reference_cache": source,
             "reference_key": out.reference_key,

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from limner.config import FITS
 from limner.errors import InvalidRequest
 from limner.grid import check_size
 from limner.requests import check_guidance, check_length, check_prompt
@@ -24,12 +25,15 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt")
+_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt", "fit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height)."""
+    """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height).
+
+    `fit` None: as the run does.
+    """
 
     line: int
     id: str
@@ -40,6 +44,7 @@ class Row:
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
+    fit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +106,7 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
             steps=_optional_steps(values.get("steps")),
             guidance=_guidance(values.get("guidance")),
             negative_prompt=_negative(values.get("negative_prompt")),
+            fit=_fit(values.get("fit")),
         )
     except InvalidRequest as error:
         return BrokenRow(line=line, id=id, error=error)
@@ -171,6 +177,12 @@ def _negative(value: object) -> str | None:
         raise InvalidRequest("negative_prompt", f"{_short(value)} is not a text")
     check_length("negative_prompt", value)
     return value
+
+
+def _fit(value: object) -> str | None:
+    if value is not None and value not in FITS:
+        raise InvalidRequest("fit", f"{_short(value)} is not one of {', '.join(FITS)}")
+    return None if value is None else str(value)
 
 
 def check_number(name: str, value: object, *, low: int, high: int) -> int:

@@ -130,7 +130,7 @@ class Batch:
         try:
             if isinstance(row, BrokenRow):
                 raise row.error
-            found = [reports.of(name) for name in row.references]
+            found = [reports.of(name, fit=row.fit) for name in row.references]
             task = make_task(row, found, pipe=pipe, model=self.model, options=self.options)
         except InvalidRequest as error:
             self.record(failure(error, line=row.line, id=row.id))
@@ -224,17 +224,18 @@ class _Reports:
 
     def __init__(self, base: Path, policy: ReferencePolicy) -> None:
         self._base, self._policy = base, policy
-        self._known: dict[str, ReferenceReport | InvalidRequest] = {}
+        self._known: dict[tuple[str, str], ReferenceReport | InvalidRequest] = {}
 
-    def of(self, name: str) -> ReferenceReport:
+    def of(self, name: str, *, fit: str | None) -> ReferenceReport:
         """Return the report of a file, relative to the manifest. Raises `InvalidRequest`."""
-        path = str(self._base / name)
-        if path not in self._known:
+        policy = self._policy if fit is None else replace(self._policy, fit=fit)
+        key = path, _ = str(self._base / name), policy.fit
+        if key not in self._known:
             try:
-                self._known[path] = prepare_reference(path, policy=self._policy, field="references").report
+                self._known[key] = prepare_reference(path, policy=policy, field="references").report
             except InvalidRequest as error:
-                self._known[path] = error
-        found = self._known[path]
+                self._known[key] = error
+        found = self._known[key]
         if isinstance(found, InvalidRequest):
             raise found
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Task:
     file: str
     fingerprint: str
     references: tuple[dict[str, Any], ...]
+    fit: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, float | None]:
@@ -92,11 +93,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Tasks of equal references, by shape. `files` are the references of the first; `digests` are those of all."""
+    """Tasks of equal references, by shape. `files` and `fit` are those of the first; `digests` are those of all."""
 
     files: tuple[str, ...]
     digests: tuple[str, ...]
     tasks: tuple[Task, ...]
+    fit: str | None = None
 
 
 def make_task(
@@ -137,8 +139,9 @@ def make_task(
         guidance=row.guidance,
         negative_prompt=row.negative_prompt,
         file=file,
+        fit=row.fit,
         fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
-        references=tuple({"file": name, **asdict(report)} for name, report in named),
+        references=tuple({"file": name, **report.as_json()} for name, report in named),
     )
 
 
@@ -148,7 +151,7 @@ def group_tasks(tasks: Sequence[Task], *, files: tuple[str, ...], digests: tuple
     ordered = sorted(tasks, key=lambda task: shapes.index(task.shape))
     step = len(ordered) if files else _ROWS_WITHOUT_REFERENCES
     for start in range(0, len(ordered), step):
-        yield Group(files=files, digests=digests, tasks=tuple(ordered[start : start + step]))
+        yield Group(files=files, digests=digests, tasks=tuple(ordered[start : start + step]), fit=tasks[0].fit)
 
 
 def chunks(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:

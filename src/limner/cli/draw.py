@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands", "edit", "generate", "prepare"]
 
-_OF_REFERENCES = ("background", "max_pixels", "kv_cache_dtype")
+_OF_REFERENCES = ("background", "max_pixels", "fit", "kv_cache_dtype")
 
 
 def add_commands(commands: Commands) -> None:
@@ -142,14 +142,11 @@ def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
 
 def _output_files(output: str, num_images: int) -> list[Path]:
     """Return out.png, or out-1.png, out-2.png, ..."""
-    from limner.images import check_output
+    from limner.images import check_output, numbered
 
-    path = Path(output)
     if not 1 <= num_images <= 1000:
         raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
-    if num_images == 1:
-        return [check_output(path)]
-    return [check_output(path.with_stem(f"{path.stem}-{i}")) for i in range(1, num_images + 1)]
+    return [check_output(path) for path in numbered(Path(output), num_images)]
 
 
 def _check_alone(args: argparse.Namespace) -> None:
@@ -166,10 +163,9 @@ def prepare(files: Sequence[str], options: ModelOptions) -> tuple[PreparedRefere
     if not files:
         return ()
     from limner.engine.load import reference_policy
-    from limner.images import prepare_reference
+    from limner.images import prepare_references
 
-    policy = reference_policy(options)
-    return tuple(prepare_reference(file, policy=policy, field=f"image {i}") for i, file in enumerate(files, start=1))
+    return prepare_references(list(files), policy=reference_policy(options))
 
 
 def _draw(
@@ -246,9 +242,10 @@ def _print(
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
             "references": [
-                {"file": file, **asdict(report)} for file, report in zip(names, out.references, strict=True)
+                {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
+            "warnings": out.warnings,
             "timings": {**asdict(out.timings), "total": out.timings.total},
             "version": __version__,
             "model": pipe.digest,
@@ -261,6 +258,8 @@ def _print(
     if out.prompts[0].cut:
         cut = out.prompts[0]
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
+    for warning in out.warnings:
+        print(f"warning: {warning}")
     for file, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"
         print(f"{printable(str(file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from limner import ranks
-from limner.cli import batch, bench, draw, plan, refs, serve, verify, weights
+from limner.cli import batch, bench, draw, mcp, plan, refs, serve, verify, weights
 from limner.errors import InvalidRequest, LimnerError
 from limner.version import __version__
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"limner {__version__}")
     parser.set_defaults(under_torchrun=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for family in (draw, batch, weights, verify, plan, bench, serve, refs):
+    for family in (draw, batch, weights, verify, plan, bench, serve, mcp, refs):
         family.add_commands(commands)
     return parser
 

@@ -73,7 +73,7 @@ def refs_inspect(args: argparse.Namespace) -> None:
         found, names, reports = _inspect_pack(args)
     else:
         found, names, reports = _inspect_pictures(args)
-    found["references"] = [{"name": name, **asdict(report)} for name, report in zip(names, reports, strict=True)]
+    found["references"] = [{"name": name, **report.as_json()} for name, report in zip(names, reports, strict=True)]
     if args.json:
         print(json.dumps(found))
         return

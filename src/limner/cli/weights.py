@@ -23,16 +23,18 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
     _add_dtype(parser)
+    _add_variant(parser)
     add_json(parser)
     parser.set_defaults(run=quantize)
 
     parser = commands.add_parser(
         "inspect",
         help="what a file or folder of weights is, and what is missing from it",
-        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; exit code 1 if damaged.",
+        description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; of a LoRA its dialect; "
+        "exit code 1 if damaged.",
     )
     parser.add_argument(
-        "source", metavar="FILE", help="weights: a file of any layout, a part's folder, a model's folder"
+        "source", metavar="FILE", help="weights: a file of any layout, a LoRA, a part's folder, a model's folder"
     )
     parser.add_argument(
         "--verify", action="store_true", help="load every tensor, look for NaN, give the weights' digest"
@@ -67,7 +69,12 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="model folder whose configurations say what a single file does not"
     )
+    _add_variant(parser)
     add_json(parser)
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", metavar="NAME", help="which weights of a folder, as fp16: *.fp16.safetensors")
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -80,7 +87,7 @@ def quantize(args: argparse.Namespace) -> None:
     source, target = resolve_model(args.model), Path(args.output)
     if target.exists():
         raise InvalidRequest("--output", f"{target} is there already; give a new folder")
-    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None)
+    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None, variant=args.variant)
     nbytes = (target / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     print_result(args, {"folder": str(target), "nbytes": nbytes}, f"{target}: {nbytes} bytes")
 
@@ -90,13 +97,11 @@ def inspect(args: argparse.Namespace) -> int:
     from limner.images import printable
     from limner.weights.folder import resolve_model
     from limner.weights.inspect import inspect
+    from limner.weights.lora import inspect_lora
 
-    report = inspect(
-        _source(args.source),
-        like=resolve_model(args.model) if args.model else None,
-        part=args.part,
-        digests=not args.no_digest,
-        verify=args.verify,
+    source, like = _source(args.source), resolve_model(args.model) if args.model else None
+    report = (None if args.part else inspect_lora(source, like=like)) or inspect(
+        source, like=like, part=args.part, digests=not args.no_digest, verify=args.verify, variant=args.variant
     )
     print_result(args, report.as_json(), "\n".join(printable(line) for line in report.lines()))
     return int(not report.whole)
@@ -117,6 +122,7 @@ def convert(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         part=args.part,
         like=resolve_model(args.model) if args.model else None,
+        variant=args.variant,
     )
     found = {"output": str(target), "layout": args.to, "nbytes": nbytes}
     print_result(args, found, f"{target}: {nbytes} bytes of weights")

@@ -16,7 +16,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ class _Worker:
                 else:
                     yield done
             if left:
-                yield from self.drawer.draw(Group(files=group.files, digests=group.digests, tasks=tuple(left)))
+                yield from self.drawer.draw(replace(group, tasks=tuple(left)))
                 self.drawer.pipe.store.flush()
         except LimnerError as error:
             yield {"stop": " ".join(str(error).split()), "node": socket.gethostname()}
@@ -189,4 +189,4 @@ class _Worker:
 
 def _group(values: dict[str, Any]) -> Group:
     tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in values["tasks"])
-    return Group(files=tuple(values["files"]), digests=tuple(values["digests"]), tasks=tasks)
+    return Group(files=tuple(values["files"]), digests=tuple(values["digests"]), tasks=tasks, fit=values["fit"])

@@ -29,6 +29,7 @@ from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
 from limner.memory.free import free_bytes
+from limner.mentions import missing_pictures
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.requests import EditRequest, PrefillRequest
@@ -316,4 +317,5 @@ def _result(
         ran=ran,
         batch=len(out.images),
         metadata=out.metadata,
+        warnings=missing_pictures([job.request.prompt], num_references=len(job.request.references)),
     )

@@ -38,6 +38,7 @@ class EditResult:
     ran: float
     batch: int
     metadata: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

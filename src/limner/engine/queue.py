@@ -8,6 +8,7 @@ an engine that has several guards its queue with a lock.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ from limner.requests import EditRequest, PrefillRequest
 __all__ = ["Job", "RequestQueue", "too_late"]
 
 _logger = logging.getLogger("limner")
+_ACTIVE_SECONDS = 60.0
+"""An owner who sent nothing for so long leaves whole batches to others."""
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
@@ -75,8 +78,13 @@ class RequestQueue:
         self.closed = False
         self.stats = EngineStats()
         self._clock = clock
+        self._asked: dict[str, float] = {}
+        """When each owner last sent a request."""
         self._served: dict[str, float] = {}
         """Service of each owner: images, those of a batch divided by the number of its requests."""
+        self._num_batches = 0
+        self._last_turn: dict[str, int] = {}
+        """The number of the batch in which an owner was last served."""
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -123,6 +131,7 @@ class RequestQueue:
             arrived=now,
         )
         self._admit_owner(owner)
+        self._asked[owner] = now
         self.stats.accepted += 1
         self.waiting[id] = job
         return job
@@ -131,7 +140,7 @@ class RequestQueue:
         """A returning owner starts at the lowest service of active owners: no credit, no debt."""
         active = {job.owner for job in (*self.waiting.values(), *self.running.values())}
         if not active:
-            self._served = {owner: 0.0}
+            self._served, self._last_turn = {owner: 0.0}, {}
         elif owner not in active:
             least = min(self._served[other] for other in active)
             self._served[owner] = max(self._served.get(owner, 0.0), least)
@@ -148,22 +157,39 @@ class RequestQueue:
         """Move the next job, and the waiting ones that can run with it, to those that run; none if none waits.
 
         The next job is that of the highest priority; of equal ones, that of the owner who was served least; of those,
-        the oldest.
+        that of the owner who was served longest ago, or never; then the oldest. Jobs of one owner alone fill a share of the
+        batch while others ask too, since what they ask for next waits for the whole batch.
         """
-        turn = sorted(self.waiting.values(), key=lambda job: (-job.priority, self._served[job.owner], job.arrived))
+        served, last = self._served, self._last_turn
+        turn = sorted(
+            self.waiting.values(),
+            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
+        )
         if not turn:
             return []
         head, batch = turn[0], [turn[0]]
         num_images = head.num_images
-        for job in turn[1:]:
+        alike = [job for job in turn[1:] if job.key == head.key]
+        most = self.admission.max_batch
+        if all(job.owner == head.owner for job in alike):
+            most = math.ceil(most / self._num_active(head.owner))
+        for job in alike:
             together = num_images + job.num_images
-            if job.key == head.key and together <= self.admission.max_batch and self._fits(head, together):
+            if together <= most and self._fits(head, together):
                 batch.append(job)
                 num_images = together
         for job in batch:
             self._served[job.owner] += max(1, job.num_images) / len(batch)
+            self._last_turn[job.owner] = self._num_batches
             self.start(job)
+        self._num_batches += 1
         return batch
+
+    def _num_active(self, owner: str) -> int:
+        """How many owners have sent a request within `_ACTIVE_SECONDS`, `owner` included."""
+        now = self._clock()
+        self._asked = {other: at for other, at in self._asked.items() if now - at <= _ACTIVE_SECONDS}
+        return len({owner, *self._asked})
 
     def _fits(self, head: Job, num_images: int) -> bool:
         return self.admission.fits(head.request.references, size=head.size, batch=num_images)

@@ -2,11 +2,20 @@
 
 from limner.files import printable
 from limner.images.decode import decode
-from limner.images.encode import check_output, encode, save
+from limner.images.encode import check_output, encode, numbered, save
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
+from limner.images.kept import keep_outside, prepare_mask
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
 from limner.images.metadata import picture_metadata, read_metadata
-from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
+from limner.images.reference import (
+    Picture,
+    PreparedReference,
+    ReferenceReport,
+    background_colour,
+    prepare_reference,
+    prepare_references,
+    put_back,
+)
 from limner.images.tensors import to_pil, to_pixels
 
 __all__ = [
@@ -15,15 +24,22 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MEDIA_TYPES",
     "SUFFIXES",
+    "Picture",
     "PreparedReference",
     "ReferenceReport",
+    "background_colour",
     "check_output",
     "decode",
     "encode",
     "format_of",
+    "keep_outside",
+    "numbered",
     "picture_metadata",
+    "prepare_mask",
     "prepare_reference",
+    "prepare_references",
     "printable",
+    "put_back",
     "read_metadata",
     "save",
     "to_pil",

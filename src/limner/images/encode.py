@@ -15,7 +15,7 @@ from limner.files import write_file
 from limner.images.formats import FORMATS, PIL_FORMATS
 from limner.images.metadata import save_options
 
-__all__ = ["check_output", "encode", "save"]
+__all__ = ["check_output", "encode", "numbered", "save"]
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -36,6 +36,13 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if not possible:
         raise OutputError(f"output: {path} cannot be written: {folder} has to be a folder that you may write to")
     return path
+
+
+def numbered(path: Path, num_images: int) -> list[Path]:
+    """Return the names of several images of one name: out-1.png, out-2.png, ...; of one image, the name itself."""
+    if num_images == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(1, num_images + 1)]
 
 
 def encode(

@@ -1,4 +1,4 @@
-"""Prepare a reference picture for the model: turn it upright, flatten it, scale it under the cap, crop it to the grid.
+"""Prepare a reference picture for the model: sRGB, upright, without transparency, under the cap, on the grid.
 
 Nothing is changed silently: `ReferenceReport` says what was done. Knows nothing of models.
 """
@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
-from limner.grid import PIXELS
-from limner.images.decode import check_header, decode, describe_source
+from limner.images.colour import to_srgb
+from limner.images.fit import Box, fit_picture
+from limner.images.sources import PictureSource, as_list, open_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PreparedReference", "ReferenceReport", "prepare_reference"]
+__all__ = [
+    "Picture",
+    "PreparedReference",
+    "ReferenceReport",
+    "background_colour",
+    "prepare_reference",
+    "prepare_references",
+    "put_back",
+]
 
+_ASK_BACKGROUND = "ReferencePolicy(background='white'), --background white"
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,25 +43,59 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that turns a picture upright, by its EXIF orientation."""
+_TINY = 1e-6
+"""Of a pixel: what floating point adds to an edge that is on a pixel's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceReport:
-    """What was done to one reference. Sizes are (width, height); `cut` counts pixels (left, top, right, bottom)."""
+    """What was done to one reference. Sizes are (width, height), boxes (left, top, right, bottom).
+
+    `cut` and `added` count pixels on each side of the scaled picture. `upright_size` is the size after turning, where it
+    is not `original_size`. `profile` says what was done with a colour profile that is not sRGB's.
+    """
 
     original_size: tuple[int, int]
     oriented: bool
     resized_to: tuple[int, int] | None
-    cut: tuple[int, int, int, int]
+    cut: Box
     processed_size: tuple[int, int]
     digest: str
+    added: Box = (0, 0, 0, 0)
+    upright_size: tuple[int, int] | None = None
+    profile: str | None = None
+
+    @property
+    def box(self) -> Box:
+        """Where the picture is in the processed one, in pixels: all of it, unless it was padded."""
+        width, height = self.processed_size
+        return (self.added[0], self.added[1], width - self.added[2], height - self.added[3])
+
+    @property
+    def source_box(self) -> tuple[float, float, float, float]:
+        """Which part of the upright original is in `box`, in its pixels: fractions of them where it was scaled."""
+        width, height = self.upright_size or self.original_size
+        scaled = self.resized_to or (width, height)
+        left, top, right, bottom = self.cut
+        return (
+            left * width / scaled[0],
+            top * height / scaled[1],
+            (scaled[0] - right) * width / scaled[0],
+            (scaled[1] - bottom) * height / scaled[1],
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report with both boxes, for JSON."""
+        return {**asdict(self), "box": self.box, "source_box": self.source_box}
 
     def describe(self) -> str:
         """Return the report as one line of text."""
         parts = ["{}x{}".format(*self.original_size)]
+        parts += [f"colour profile {self.profile}"] if self.profile else []
         parts += ["turned upright (EXIF)"] if self.oriented else []
         parts += ["scaled to {}x{}".format(*self.resized_to)] if self.resized_to else []
         parts += ["cut {} left, {} top, {} right, {} bottom".format(*self.cut)] if any(self.cut) else []
+        parts += ["padded {} left, {} top, {} right, {} bottom".format(*self.added)] if any(self.added) else []
         return ", ".join([*parts, "used as {}x{}".format(*self.processed_size)])
 
 
@@ -77,63 +120,104 @@ class PreparedReference:
         return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def prepare_reference(
-    image: Image.Image | str | os.PathLike[str] | bytes | PreparedReference,
-    *,
-    policy: ReferencePolicy,
-    field: str = "image",
-) -> PreparedReference:
-    """Return a reference as the model reads it: upright RGB, scaled down if over the cap, cropped to multiples of 16.
+Picture: TypeAlias = PictureSource | PreparedReference
+"""A reference as callers have it, or as it was prepared."""
 
-    The crop keeps the middle. A prepared reference is returned unchanged. Raises `InvalidRequest` that names `field`.
+
+def prepare_reference(
+    image: Picture, *, policy: ReferencePolicy, field: str = "image", ask_background: str = _ASK_BACKGROUND
+) -> PreparedReference:
+    """Return a reference as the model reads it: upright sRGB, under the cap, on the grid as `policy.fit` says.
+
+    A prepared reference is returned unchanged. Raises `InvalidRequest` that names `field`.
+    `ask_background` is how this caller can say what stands behind a transparent picture, for that error.
     """
     if isinstance(image, PreparedReference):
         return image
-    image, field = _open(image, field=field)
-    rgb, oriented = _upright_rgb(image, background=policy.background, field=field)
+    opened, field = open_picture(image, field=field)
+    converted, profile = to_srgb(opened)
+    try:
+        rgb, oriented = _upright_rgb(
+            converted, background=policy.background, field=field, ask_background=ask_background
+        )
+    except InvalidRequest as error:
+        if profile is None:
+            raise
+        problem = str(error).removeprefix(f"{field}: ")
+        raise InvalidRequest(field, f"{problem} (its colour profile: {profile})") from None
     _check_size(rgb.size, policy, field=field)
-    rgb, resized = _scale_down(rgb, policy, field=field)
-    width, height = rgb.size
-    size = (width // PIXELS * PIXELS, height // PIXELS * PIXELS)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    if size != (width, height):
-        rgb = rgb.crop((left, top, left + size[0], top + size[1]))
-    data = rgb.tobytes()
+    fitted = fit_picture(rgb, policy, field=field)
+    data = fitted.image.tobytes()
     return PreparedReference(
         data=data,
         report=ReferenceReport(
-            original_size=image.size,
+            original_size=opened.size,
             oriented=oriented,
-            resized_to=resized,
-            cut=(left, top, width - size[0] - left, height - size[1] - top),
-            processed_size=size,
-            digest=_digest(data, size),
+            resized_to=fitted.resized_to,
+            cut=fitted.cut,
+            processed_size=fitted.image.size,
+            digest=_digest(data, fitted.image.size),
+            added=fitted.added,
+            upright_size=None if rgb.size == opened.size else rgb.size,
+            profile=profile,
         ),
     )
 
 
-def _open(image: Image.Image | str | os.PathLike[str] | bytes, *, field: str) -> tuple[Image.Image, str]:
-    """Return the decoded picture, and the field with the file's name, for messages."""
-    if isinstance(image, (str, os.PathLike, bytes)):
-        return decode(image, field=field), f"{field} {describe_source(image)}"
-    if not isinstance(image, Image.Image):
-        raise InvalidRequest(field, f"{type(image).__name__} is not a picture; give a PIL image, a file name or bytes")
-    check_header(image, b"", field=field)
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InvalidRequest(field, f"the picture is truncated or damaged ({error}); save it again") from None
-    return image, field
+def prepare_references(image: Any, *, policy: ReferencePolicy) -> tuple[PreparedReference, ...]:
+    """Prepare a picture, or an ordered list of them, for image 1, 2, ... Raises `InvalidRequest`."""
+    pictures = [image] if isinstance(image, PreparedReference) else as_list(image)
+    return tuple(
+        prepare_reference(picture, policy=policy, field=f"image {i}") for i, picture in enumerate(pictures, start=1)
+    )
 
 
-def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
+def put_back(result: Image.Image, original: PictureSource, report: ReferenceReport) -> Image.Image:
+    """Return the upright original, in sRGB, with a result of the reference's processed size in the place it was taken from.
+
+    Every pixel of the original that the reference did not have stays as it is: what was cut, and of a scaled reference
+    the pixels at the border that it had in part. What was padded is left out. Raises `InvalidRequest`.
+    """
+    if result.size != report.processed_size:
+        raise InvalidRequest(
+            "result",
+            f"is {result.size[0]}x{result.size[1]}, the reference was used as {report.processed_size[0]}x"
+            f"{report.processed_size[1]}; draw in that size",
+        )
+    opened, field = open_picture(original, field="original")
+    whole = to_srgb(opened)[0]
+    transpose = _TRANSPOSES.get(_orientation(whole, field=field))
+    whole = (whole if transpose is None else whole.transpose(transpose)).convert("RGB")
+    if whole.size != (report.upright_size or report.original_size):
+        raise InvalidRequest("original", f"is {whole.size[0]}x{whole.size[1]}, not the picture of the report")
+    left, top, right, bottom = report.source_box
+    target = (math.ceil(left - _TINY), math.ceil(top - _TINY), math.floor(right + _TINY), math.floor(bottom + _TINY))
+    part = result.convert("RGB").crop(report.box)
+    x, y = part.width / (right - left), part.height / (bottom - top)
+    size = (target[2] - target[0], target[3] - target[1])
+    if part.size != size:
+        inside = (
+            max(0.0, (target[0] - left) * x),
+            max(0.0, (target[1] - top) * y),
+            min(part.width, (target[2] - left) * x),
+            min(part.height, (target[3] - top) * y),
+        )
+        part = part.resize(size, Image.Resampling.LANCZOS, box=inside)
+    whole.paste(part, target[:2])
+    return whole
+
+
+def _upright_rgb(
+    image: Image.Image, *, background: str | None, field: str, ask_background: str
+) -> tuple[Image.Image, bool]:
     """Return the picture as RGB with its EXIF orientation applied, and True if that changed it."""
     transpose = _TRANSPOSES.get(_orientation(image, field=field))
     oriented = transpose is not None
     if transpose is not None:
         image = image.transpose(transpose)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _flatten(image.convert("RGBA"), background=background, field=field), oriented
+        image = image.convert("RGBA")
+        return _flatten(image, background=background, field=field, ask_background=ask_background), oriented
     if image.mode in ("RGB", "L", "P", "1"):
         return image if image.mode == "RGB" else image.convert("RGB"), oriented
     remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
@@ -152,19 +236,22 @@ def _orientation(image: Image.Image, *, field: str) -> int:
     return orientation if isinstance(orientation, int) else 0
 
 
-def _flatten(image: Image.Image, *, background: str | None, field: str) -> Image.Image:
+def background_colour(text: str) -> tuple[int, ...]:
+    """Return the red, green and blue of a colour name or "#rrggbb". Raises `InvalidRequest` that names `background`."""
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise InvalidRequest("background", f"{text!r} is not a colour; use white or #ffffff") from None
+
+
+def _flatten(image: Image.Image, *, background: str | None, field: str, ask_background: str) -> Image.Image:
     """Return an RGBA picture as RGB, over `background` where it is transparent."""
     if image.getchannel("A").getextrema() != (255, 255):
         if background is None:
             raise InvalidRequest(
-                field,
-                "it is transparent in places; flatten it, or say what stands behind it: "
-                "ReferencePolicy(background='white'), --background white",
+                field, f"it is transparent in places; flatten it, or say what stands behind it: {ask_background}"
             )
-        try:
-            colour = ImageColor.getrgb(background)[:3]
-        except ValueError:
-            raise InvalidRequest("background", f"{background!r} is not a colour; use white or #ffffff") from None
+        colour = background_colour(background)
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image)
     return image.convert("RGB")
 
@@ -177,25 +264,6 @@ def _check_size(size: tuple[int, int], policy: ReferencePolicy, *, field: str) -
         )
     if max(width / height, height / width) > policy.max_aspect:
         raise InvalidRequest(field, f"{width}x{height} is too long; the aspect may be {policy.max_aspect:g}:1, crop it")
-
-
-def _scale_down(
-    image: Image.Image, policy: ReferencePolicy, *, field: str
-) -> tuple[Image.Image, tuple[int, int] | None]:
-    """Return the picture with at most `policy.pixels` pixels, and its new size (None: it was small enough)."""
-    width, height = image.size
-    if width * height <= policy.pixels:
-        return image, None
-    # int() and LANCZOS as in diffusers 0.42.1, Flux2ImageProcessor._resize_to_target_area
-    factor = math.sqrt(policy.pixels / (width * height))
-    resized = (int(width * factor), int(height * factor))
-    if min(resized) < PIXELS:
-        raise InvalidRequest(
-            field,
-            f"{width}x{height} would be scaled to {resized[0]}x{resized[1]}, under {PIXELS} pixels; raise "
-            f"max_pixels={policy.pixels}",
-        )
-    return image.resize(resized, Image.Resampling.LANCZOS), resized
 
 
 def _digest(data: bytes, size: tuple[int, int]) -> str:

@@ -26,7 +26,7 @@ from limner.config import TransformerConfig
 from limner.errors import InvalidRequest
 from limner.model.arithmetic import fast_dtype
 from limner.model.attention import choose_kernel
-from limner.model.lora import Kronecker, LowRank, Update
+from limner.model.lora import Kronecker, Update
 from limner.model.shards import MatrixShard, RankGroup, Ranks
 from limner.model.transformer import Transformer
 
@@ -107,13 +107,14 @@ class Sharding:
                 "lora",
                 f"{name} has a LoKr update, which cannot be cut for parallel='tensor'; use 'sequence', or one process",
             )
-        assert isinstance(update, LowRank)
-        down, up = update.down, update.up
-        if shard.dim == 0:
-            up = shard.part(up, rank=self.ranks.rank, size=self.ranks.size)
-        else:
-            down = shard.part(down, rank=self.ranks.rank, size=self.ranks.size)
-        return LowRank(down=down, up=up, scale=update.scale)
+        # rows are those of one side of a product, columns those of the other
+        whole = "down" if shard.dim == 0 else "up"
+        return update.with_tensors(
+            {
+                name: t if name.startswith(whole) else shard.part(t, rank=self.ranks.rank, size=self.ranks.size)
+                for name, t in update.tensors.items()
+            }
+        )
 
 
 def divide(transformer: Transformer, ranks: Ranks) -> None:

@@ -3,12 +3,14 @@
 Shapes: x (..., K), a matrix (N, K), its product (..., N); R ranks. A branch reads the same activations as its matrix and
 adds to the product, whatever the format of the matrix. So it also works with int8 weights, to which small updates cannot
 be added. A sum of weights is computed in float32 and rounded once. Knows nothing of files, names of adapters or pipelines.
+
+Every kind of update has `rows`: those of its rows that a part of a fused matrix has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from limner.model.arithmetic import Linear
 from limner.model.int8 import Int8Linear, QuantizedRows
 
-__all__ = ["Branches", "Kronecker", "LowRank", "Update", "added_to", "matrix_shapes"]
+__all__ = ["Branches", "Dense", "Hadamard", "Kronecker", "LowRank", "Update", "added_to", "matrix_shapes"]
+
+_ROWS_AT_ONCE = 2048
+"""Rows of a Hadamard product that are in memory at a time: in float32, 100 MB of klein-9b's widest matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -40,6 +45,14 @@ class LowRank:
     def add_to(self, weight: Tensor, strength: float) -> None:
         """Add `strength` times itself to a float32 or float64 matrix (N, K), in place."""
         weight.addmm_(self.up.to(weight) * (strength * self.scale), self.down.to(weight))
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LowRank:
+        """Return the same of other tensors, by their names."""
+        return LowRank(**tensors, scale=self.scale)
+
+    def rows(self, first: int, num: int) -> LowRank:
+        """Return `num` of its rows, from `first` on and around the end."""
+        return replace(self, up=_rows(self.up, first, num))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -68,8 +81,81 @@ class Kronecker:
         whole = torch.kron(self.left.to(weight) * (strength * self.scale), self.right.to(weight))
         weight.add_(whole.roll(-self.first_row, 0)[: self.num_rows])
 
+    def rows(self, first: int, num: int) -> Kronecker:
+        """Return `num` of its rows, from `first` on; around the end only of all of them."""
+        return replace(self, first_row=self.first_row + first, num_rows=num)
 
-Update = LowRank | Kronecker
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Hadamard:
+    """scale * (up_1 @ down_1) * (up_2 @ down_2), elementwise between the products (LoHa): down (R, K), up (N, R)."""
+
+    down_1: Tensor
+    up_1: Tensor
+    down_2: Tensor
+    up_2: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up_1.shape[0], self.down_1.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"down_1": self.down_1, "up_1": self.up_1, "down_2": self.down_2, "up_2": self.up_2}
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """Add `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        down_1, down_2 = self.down_1.to(weight), self.down_2.to(weight)
+        for first in range(0, weight.shape[0], _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            one, two = self.up_1[part].to(weight) @ down_1, self.up_2[part].to(weight) @ down_2
+            weight[part].addcmul_(one, two, value=strength * self.scale)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Hadamard:
+        """Return the same of other tensors, by their names."""
+        return Hadamard(**tensors, scale=self.scale)
+
+    def rows(self, first: int, num: int) -> Hadamard:
+        """Return `num` of its rows, from `first` on and around the end."""
+        return replace(self, up_1=_rows(self.up_1, first, num), up_2=_rows(self.up_2, first, num))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Dense:
+    """A difference of weights (N, K) itself."""
+
+    weight: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """Add `strength` times itself to a float32 or float64 matrix (N, K), in place."""
+        weight.add_(self.weight.to(weight), alpha=strength * self.scale)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Dense:
+        """Return the same of other tensors, by their names."""
+        return Dense(**tensors, scale=self.scale)
+
+    def rows(self, first: int, num: int) -> Dense:
+        """Return `num` of its rows, from `first` on and around the end."""
+        return replace(self, weight=_rows(self.weight, first, num))
+
+
+def _rows(matrix: Tensor, first: int, num: int) -> Tensor:
+    if first + num <= matrix.shape[0]:
+        return matrix[first : first + num]
+    return matrix.roll(-first, 0)[:num]
+
+
+Update = LowRank | Kronecker | Hadamard | Dense
 Terms = Sequence[tuple[Update, float]]
 """Updates of one matrix, each with its strength."""
 
@@ -93,7 +179,11 @@ def added_to(weight: Tensor, terms: Terms) -> Tensor:
 
 
 class _Branch:
-    """The updates of one matrix, prepared for its products: all low-rank updates are joined into one."""
+    """The updates of one matrix, prepared for its products: all low-rank updates are joined into one, all differences too.
+
+    A Hadamard product is made again for each use, since as a matrix it would take as much memory as the weights: for
+    thousands of tokens that is a small part of the product with them.
+    """
 
     @torch.no_grad()
     def __init__(self, terms: Terms, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -115,6 +205,17 @@ class _Branch:
             for u, strength in terms
             if isinstance(u, Kronecker)
         ]
+        self._hadamard = [
+            (u.with_tensors({name: value.to(device) for name, value in u.tensors.items()}), strength)
+            for u, strength in terms
+            if isinstance(u, Hadamard)
+        ]
+        self._wide, self._dense = wide, None
+        if dense := [(u, strength) for u, strength in terms if isinstance(u, Dense)]:
+            whole = torch.zeros(dense[0][0].shape, dtype=wide, device=device)
+            for u, strength in dense:
+                u.add_to(whole, strength)
+            self._dense = whole.to(dtype)
 
     def add(self, product: Tensor, x: Tensor, rows: slice) -> None:
         """Add the updates to `product`, the rows `rows` of the matrix times x, in place."""
@@ -126,6 +227,15 @@ class _Branch:
             both = left @ (x.reshape(-1, left.shape[1], right.shape[1]) @ right.t())
             whole = both.flatten(1).roll(-update.first_row, 1)[:, : update.num_rows]
             out.add_(whole[:, rows])
+        if self._dense is not None:
+            out.addmm_(x, self._dense[rows].t())
+        for one, strength in self._hadamard:
+            first, last, _ = rows.indices(one.shape[0])
+            for start in range(first, last, _ROWS_AT_ONCE):
+                num = min(_ROWS_AT_ONCE, last - start)
+                made = torch.zeros(num, x.shape[-1], dtype=self._wide, device=x.device)
+                one.rows(start, num).add_to(made, strength)
+                out[:, start - first : start - first + num].addmm_(x, made.to(x.dtype).t())
 
 
 class Branches:

@@ -7,16 +7,27 @@ height/8 x width/8. Shapes: latents (B, C, h, w), normalised and patchified. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from limner.tokens import patchify, unpatchify
 
-__all__ = ["LatentPreview"]
+__all__ = ["LatentPreview", "Preview"]
 
 _OUT = 12
 """Three colours of 2x2 pixels, in the channel order of `tokens.patchify`."""
+
+
+class Preview(Protocol):
+    """What makes previews: called with latents (B, C, h, w), returns pictures in [0, 1], (B, 3, height, width), float32."""
+
+    @property
+    def channels(self) -> int:
+        """Channels C of a latent token."""
+
+    def __call__(self, latents: Tensor) -> Tensor: ...
 
 
 class LatentPreview:

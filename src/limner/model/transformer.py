@@ -81,6 +81,10 @@ class Transformer(nn.Module):
         """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`."""
         self.execution = replace(self.execution, **changes)
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy starts without adapters, staging and other processes."""
+        return {**self.__dict__, "_attached": None, "execution": Execution(kernel=self.execution.kernel)}
+
     @property
     def attached(self) -> object | None:
         """The LoRA adapters attached to this network, shared by every pipeline that uses it; None before `attach`."""

@@ -2,6 +2,7 @@
 
 from limner.grid import check_size
 from limner.pipeline.admission import check_fits
+from limner.pipeline.drop_in import Flux2KleinKVPipeline, Flux2KleinPipeline
 from limner.pipeline.load import check_device
 from limner.pipeline.output import PipelineOutput
 from limner.pipeline.pipeline import Pipeline, StepCallback
@@ -11,6 +12,8 @@ from limner.pipeline.prompts import PromptReport
 from limner.requests import check_prompt
 
 __all__ = [
+    "Flux2KleinKVPipeline",
+    "Flux2KleinPipeline",
     "Picture",
     "Pipeline",
     "PipelineOutput",

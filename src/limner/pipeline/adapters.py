@@ -5,7 +5,7 @@ and weights may have any format. Fusing replaces a parameter by a sum of weights
 restores the same tensors. Knows nothing of files and pictures.
 
 Adapters are applied in the order of their digests, so neither names nor the order of loading change a picture. An adapter
-of strength 0 is left out.
+of strength 0 is left out. Disabled adapters stay loaded, active and fused in name, and nothing of them acts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from limner.model.transformer import Transformer
 from limner.weights.digest import Fingerprint, WeightDigests, fingerprint
 from limner.weights.lora import LoraWeights
 
-__all__ = ["Adapters", "AppliedLora"]
+__all__ = ["Adapters", "AppliedLora", "check_strength"]
 
 _logger = logging.getLogger("limner")
 
@@ -77,6 +77,8 @@ class Adapters:
         self._base: dict[str, tuple[Linear, nn.Parameter]] = {}
         self._base_state: tuple[Fingerprint, str] | None = None
         self._branches: Branches | None = None
+        self._disabled: list[_Weighted] | None = None
+        """Those that are to be fused again by `enable`; None while adapters are enabled."""
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +90,7 @@ class Adapters:
 
     @property
     def fused(self) -> list[str]:
-        return [one.name for one in self._fused]
+        return [one.name for one in (*self._fused, *(self._disabled or ()))]
 
     @property
     def applied(self) -> tuple[AppliedLora, ...]:
@@ -121,6 +123,8 @@ class Adapters:
             raise InvalidRequest(
                 "adapter_name", f"{name!r} is loaded already; choose another, or delete_adapters({name!r})"
             )
+        if self._disabled is not None:
+            _logger.info("lora: adapters are disabled, %s too; enable_lora() lets them act", name)
         self._loaded[name] = lora
         try:
             self._attach([name])
@@ -134,7 +138,7 @@ class Adapters:
         if len(set(names)) != len(names):
             raise InvalidRequest("adapter_names", f"{names} names an adapter twice; add up its strengths")
         self._check_known(names)
-        if bound := [one.name for one in self._fused if self._is_fused(one.name)]:
+        if bound := [name for name in self.fused if self._is_fused(name)]:
             raise InvalidRequest("adapter_names", f"{bound} are fused, their strengths are fixed; unfuse_lora() first")
         values = list(strengths) if isinstance(strengths, (list, tuple)) else [strengths] * len(names)
         if len(values) != len(names):
@@ -146,24 +150,70 @@ class Adapters:
         self._attach(names, self._strengths | given)
 
     def delete(self, names: Sequence[str] | str) -> None:
-        """Remove adapters that are not fused."""
+        """Remove adapters that are not fused. The last one that is left acts if no other would, as in diffusers."""
         names = [names] if isinstance(names, str) else list(names)
         self._check_known(names)
         for name in names:
             if self._is_fused(name):
                 raise InvalidRequest("adapter_names", f"{name!r} is fused; unfuse_lora() first")
-        self._attach([name for name in self._active if name not in names])
+        active, left = ([name for name in given if name not in names] for given in (self._active, self._loaded))
+        if left and self._active and not active:
+            if len(left) > 1:
+                raise InvalidRequest(
+                    "adapter_names",
+                    f"without {names} none of {left} is active, and diffusers would pick one for each matrix; say which "
+                    "is to act with set_adapters before",
+                )
+            _logger.info("lora: %s is active now, the only one that is left", left[0])
+            active = left
+        self._attach(active)
         for name in set(names):
             del self._loaded[name]
             self._strengths.pop(name, None)
+        if not self._loaded:
+            self.enable()
 
     def clear(self) -> None:
         """Remove all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse`."""
         self._attach([])
         self._loaded.clear()
         self._strengths.clear()
+        self._disabled = None
         if self._fused:
             _logger.info("lora: %s stay fused; unfuse_lora() takes them out of the weights", self.fused)
+
+    def disable(self) -> None:
+        """Let no adapter act, fused or not, until `enable`. One that was fused and then unloaded is part of the weights."""
+        if self._disabled is not None or not self._loaded:
+            return
+        bound = [one for one in self._fused if self._is_fused(one.name)]
+        kept = [one for one in self._fused if one not in bound]
+        self._check_bases()
+        self._disabled = bound
+        try:
+            if bound and kept:
+                self._fuse(kept)
+            elif bound:
+                self._restore()
+                self._fused = []
+            self._attach(self._active)
+        except BaseException:
+            self._disabled = None
+            raise
+
+    def enable(self) -> None:
+        """Let adapters act again, those that were fused fused, with the strengths that they have now."""
+        if self._disabled is None:
+            return
+        fused, self._disabled = self._disabled, None
+        try:
+            if fused:
+                self._fuse([*self._fused, *fused])
+            else:
+                self._attach(self._active)
+        except BaseException:
+            self._disabled = fused
+            raise
 
     # fusing
 
@@ -173,8 +223,11 @@ class Adapters:
         Sums start from the weights without any adapter, even if others are fused already.
         """
         scale = check_strength(scale, field="lora_scale")
+        if self._disabled is not None:
+            raise InvalidRequest("fuse_lora", "adapters are disabled; enable_lora() first")
         chosen = self.active if names is None else [names] if isinstance(names, str) else list(names)
         self._check_known(chosen)
+        self._check_beside(chosen, scale)
         new = [
             _Weighted(name=name, lora=self._loaded[name], strength=self._strengths.get(name, 1.0) * scale)
             for name in dict.fromkeys(chosen)
@@ -185,16 +238,44 @@ class Adapters:
 
     def unfuse(self) -> None:
         """Restore the tensors from before `fuse`; active adapters then run alongside them. Raises `CheckpointError`."""
+        if self._disabled is not None:
+            self._disabled = []
         if self._fused:
-            for name, (module, _) in self._base.items():
-                if _find(self.transformer, name) is not module:
-                    raise CheckpointError(
-                        f"unfuse_lora: {name} was replaced since fuse_lora, its own weights are not those to give back; "
-                        "load the model again"
-                    )
+            self._check_bases()
             self._restore()
             self._fused = []
             self._attach(self._active)
+
+    def base_weight(self, name: str) -> torch.Tensor:
+        """Return the weights of a matrix without any adapter. Raises `InvalidRequest` if they are int8."""
+        if name in self._base:
+            return self._base[name][1]
+        return _matrix(self.transformer, name, needed_by="OFT")[1]
+
+    def _check_beside(self, chosen: Sequence[str], scale: float) -> None:
+        """Raise `InvalidRequest` if fusing these would leave others active with which diffusers does something else."""
+        beside = [one.name for one in self._unfused() if one.name not in chosen]
+        asleep = [name for name in chosen if name not in self._active and not self._is_fused(name)]
+        matrices = {target for name in chosen for target in self._loaded[name].updates}
+        over = [name for name in beside if matrices & self._loaded[name].updates.keys()]
+        if over or (scale != 1 and (beside or asleep)):
+            why = (
+                f"{over} are active too and would stop acting in diffusers where these are fused"
+                if over
+                else f"lora_scale={scale} acts on what is active ({self._active}) in diffusers, not on what is fused"
+            )
+            raise InvalidRequest(
+                "fuse_lora",
+                f"adapter_names={list(chosen)}: {why}; let exactly those act that are to be fused, with set_adapters",
+            )
+
+    def _check_bases(self) -> None:
+        for name, (module, _) in self._base.items():
+            if _find(self.transformer, name) is not module:
+                raise CheckpointError(
+                    f"lora: {name} was replaced since fuse_lora, its own weights are not those to give back; "
+                    "load the model again"
+                )
 
     @contextlib.contextmanager
     def removed(self) -> Iterator[None]:
@@ -258,6 +339,8 @@ class Adapters:
         return self._weighted(self._active, self._strengths)
 
     def _weighted(self, active: Sequence[str], strengths: Mapping[str, float]) -> list[_Weighted]:
+        if self._disabled is not None:
+            return []
         return _ordered(
             [
                 _Weighted(name=name, lora=self._loaded[name], strength=strengths.get(name, 1.0))
@@ -284,7 +367,8 @@ class Adapters:
         self._branches = None
 
     def _is_fused(self, name: str) -> bool:
-        return any(one.name == name and one.lora is self._loaded.get(name) for one in self._fused)
+        fused = (*self._fused, *(self._disabled or ()))
+        return any(one.name == name and one.lora is self._loaded.get(name) for one in fused)
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self._loaded]
@@ -325,9 +409,15 @@ def _derived(how: str, weights: str, loras: Sequence[_Weighted]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _matrix(transformer: nn.Module, name: str) -> tuple[Linear, nn.Parameter]:
+def _matrix(transformer: nn.Module, name: str, *, needed_by: str = "") -> tuple[Linear, nn.Parameter]:
     module = transformer.get_submodule(name)
     if isinstance(module, Int8Linear):
+        if needed_by:
+            raise InvalidRequest(
+                "lora",
+                f"{needed_by} rotates the weights of {name}, which are int8, and the exact ones are not there; load "
+                "the model without quantize, or use a LoRA",
+            )
         raise InvalidRequest(
             "fuse_lora",
             f"{name} is int8, and rounding a sum to 8 bits again loses what is smaller than half a step; leave adapters "

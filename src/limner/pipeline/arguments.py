@@ -80,6 +80,7 @@ class DrawRequest:
     callback: StepHook | None
     callback_inputs: tuple[str, ...]
     progress: Progress
+    warnings: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.grid import PIXELS, check_size, num_tokens
+from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
 from limner.memory import Workload
+from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
@@ -34,13 +35,17 @@ _MAX_WEIGHT = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArgumentChecker:
-    """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now."""
+    """Turns the arguments of a call into a `DrawRequest`, for one pipeline as it is now.
+
+    `allow_empty`: a prompt may have no text.
+    """
 
     prefiller: Prefiller
     schedule: Schedule
     default_size: tuple[int, int]
     sizes: tuple[tuple[int, int], ...]
     has_previews: bool
+    allow_empty: bool = False
 
     def check(
         self,
@@ -68,10 +73,13 @@ class ArgumentChecker:
         max_sequence_length: int | None,
         text_encoder_out_layers: Sequence[int] | None,
         progress: Progress | None,
+        size_policy: str = "refuse",
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
         networks = self.prefiller.networks
-        prompts = _check_prompts(prompt, prompt_embeds)
+        height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
+        num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
+        prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
         _check_count("num_images_per_prompt", num_images_per_prompt)
@@ -98,7 +106,9 @@ class ArgumentChecker:
         if latents is not None:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
+        width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
+        warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_reuse(reuse)
@@ -109,15 +119,8 @@ class ArgumentChecker:
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
-            guidance_scale,
-            negative_prompt,
-            negative_prompt_embeds,
-            num_prompts=num_prompts,
-            text_width=config.text_width,
+            guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
         )
-        if guidance is not None and reuse is None:  # K/V that are used again belong to one side
-            both = self.prefiller.admission.is_free(replace(workload, batch=2 * batch))
-            guidance = replace(guidance, together=both)
         if self.sizes and size not in self.sizes:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
@@ -142,6 +145,7 @@ class ArgumentChecker:
             callback=callback,
             callback_inputs=tuple(callback_inputs),
             progress=progress or silent,
+            warnings=warnings,
         )
 
     def _check_guidance(
@@ -151,10 +155,10 @@ class ArgumentChecker:
         embeds: Tensor | None,
         *,
         num_prompts: int,
-        text_width: int,
+        workload: Workload,
     ) -> Guidance | None:
         """Return the guidance of a call: none for distilled models, and for scales of at most 1, as in diffusers."""
-        kind = self.prefiller.networks.kind
+        kind, config = self.prefiller.networks.kind, self.prefiller.networks.transformer.config
         if scale is None:
             scale = kind.guidance_scale
         check_guidance(scale)
@@ -162,7 +166,7 @@ class ArgumentChecker:
             raise InvalidRequest("negative_prompt", "give negative_prompt or negative_prompt_embeds, not both")
         prompts = None if embeds is not None else _check_negative(negative, num_prompts=num_prompts)
         if embeds is not None:
-            found, _ = _check_embeds(embeds, text_width=text_width, field="negative_prompt_embeds")
+            found, _ = _check_embeds(embeds, text_width=config.text_width, field="negative_prompt_embeds")
             if found not in (1, num_prompts):
                 raise InvalidRequest("negative_prompt_embeds", f"are of {found} prompts, prompt has {num_prompts}")
             embeds = embeds.expand(num_prompts, -1, -1)
@@ -174,7 +178,8 @@ class ArgumentChecker:
             return None
         if scale <= 1:
             return None
-        return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=False)
+        both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 
     def _check_reuse(self, reuse: str | None) -> None:
         networks = self.prefiller.networks
@@ -220,7 +225,7 @@ class ArgumentChecker:
             raise InvalidRequest(
                 "callback_on_step_end_tensor_inputs",
                 "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
-                "one with limner.model.preview.LatentPreview.fit, or ask for denoised and decode it",
+                "one with limner.model.preview.LatentPreview.fit, give preview_decoder, or ask for denoised and decode it",
             )
 
 
@@ -325,12 +330,15 @@ def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     """Return layer numbers of the text encoder as a tuple. Raises `InvalidRequest`."""
     if layers is None:
         return None
-    if not isinstance(layers, (list, tuple)) or not all(isinstance(i, int) for i in layers):
+    found = tuple(map(whole_number, layers)) if isinstance(layers, (list, tuple)) else ()
+    if not found or not all(isinstance(i, int) for i in found):
         raise InvalidRequest("text_encoder_out_layers", f"{layers!r} is not a list of layer numbers; leave it out")
-    return tuple(layers)
+    return found
 
 
-def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> tuple[str, ...] | None:
+def _check_prompts(
+    prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, *, allow_empty: bool
+) -> tuple[str, ...] | None:
     if (prompt is None) == (prompt_embeds is None):
         raise InvalidRequest("prompt", "give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
     if prompt is None:
@@ -341,7 +349,7 @@ def _check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | N
     if not prompts:
         raise InvalidRequest("prompt", "an empty list has no prompt; give at least one")
     for text in prompts:
-        check_prompt(text)
+        check_prompt(text, allow_empty=allow_empty)
     return prompts
 
 
@@ -370,6 +378,23 @@ def _check_embeds(embeds: Tensor | None, *, text_width: int, field: str = "promp
     if not torch.isfinite(embeds).all():
         raise InvalidRequest(field, "hold values that are not finite; encode the prompt again")
     return embeds.shape[0], embeds.shape[1]
+
+
+def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """Return the sizes as `policy` says, and a warning for each that it changed."""
+    if policy not in SIZE_POLICIES:
+        allowed = ", ".join(SIZE_POLICIES)
+        raise InvalidRequest("size_policy", f"{policy!r} is not one of {allowed}")
+    if policy == "refuse":
+        return width, height, ()
+    found, warnings = [], []
+    for name, value in (("width", width), ("height", height)):
+        fitted = floor_size(value)
+        if fitted != value:
+            warnings.append(f"{name}: {value} is not a multiple of {PIXELS}; drawn with {fitted}")
+            _logger.warning("%s", warnings[-1])
+        found.append(fitted)
+    return found[0], found[1], tuple(warnings)
 
 
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest, NumericalError
-from limner.model.preview import LatentPreview
+from limner.model.preview import Preview
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
@@ -71,7 +71,7 @@ def denoise(
     negative_embeds: Tensor | None,
     references: References | None,
     canvas: Tensor | None,
-    preview: LatentPreview | None,
+    preview: Preview | None,
     interrupted: Callable[[], bool],
 ) -> Batch:
     """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1, S_img, C) of a canvas.
@@ -133,13 +133,7 @@ def denoise(
 
 
 def _call_back(
-    request: DrawRequest,
-    batch: Batch,
-    step: int,
-    timestep: Tensor,
-    *,
-    clean: Tensor | None,
-    preview: LatentPreview | None,
+    request: DrawRequest, batch: Batch, step: int, timestep: Tensor, *, clean: Tensor | None, preview: Preview | None
 ) -> None:
     """Offer a callback the tensors that it asked for, and apply what it returns: latents, prompt_embeds and rows.
 

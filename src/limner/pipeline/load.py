@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from limner.memory import parse_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
 from limner.model.kv import KV_FORMATS
-from limner.model.preview import LatentPreview
+from limner.model.preview import Preview
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.pipeline.check import check_layers
@@ -41,9 +42,12 @@ from limner.weights.folder import (
     resolve_part,
     transformer_digest,
 )
+from limner.weights.hub import Hub
 from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.parts import check_variant
+from limner.weights.tiny_decoder import load_tiny_decoder
 
-__all__ = ["Loaded", "check_device", "check_kv_cache_dtype", "load", "take_over"]
+__all__ = ["Hub", "Loaded", "check_device", "check_dtype", "check_kv_cache_dtype", "check_parts", "load", "take_over"]
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,9 +75,11 @@ class Loaded:
     sizes: Sequence[tuple[int, int]]
     reference_policy: ReferencePolicy | None
     kind: ModelKind = ISOLATED
-    latent_preview: LatentPreview | None = None
+    latent_preview: Preview | None = None
     residency: Residency | None = None
     origins: tuple[_Origin, ...] = field(default=())
+    whole_text: weakref.ref[Any] | None = None
+    """The text encoder that was taken over, with the layers that no call reads."""
 
     def register(self, digests: WeightDigests) -> None:
         """Record the files of each network, so that later processes need not hash its weights again."""
@@ -95,6 +101,9 @@ def load(
     text_encoder_out_layers: Sequence[int] | None,
     parallel: str | None,
     progress: Progress | None,
+    variant: str | None,
+    hub: Hub,
+    preview_decoder: str | os.PathLike[str] | None,
 ) -> Loaded:
     """Load a model; arguments as of `Pipeline.from_pretrained`, with `replaced` the sources of parts. Raises as it does.
 
@@ -107,9 +116,10 @@ def load(
         raise InvalidRequest("memory_limit", "is for a model in one process; leave it out, or parallel")
     ranks, device = join(parallel, device)
     residency = _residency(memory_limit, device)
-    folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None])
+    folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None], hub=hub)
     settings = read_settings(folder)
-    sources = {part: resolve_part(part, source, model=folder) for part, source in replaced.items()}
+    sources = {part: resolve_part(part, source, model=folder, hub=hub) for part, source in replaced.items()}
+    check_variant(variant, sources)
     kind = chosen_kind(find_kind(folder, transformer=sources["transformer"]), given=references, called=called)
     dtype = dtype or settings.default_dtype
     if dtype not in _DTYPES:
@@ -127,11 +137,14 @@ def load(
         device=device,
         quantize=quantize,
         like=like["transformer"],
+        variant=variant,
         after=after,
         ranks=ranks,
     )
     report("load", 1, 3)
-    autoencoder = load_autoencoder(sources["vae"], dtype=dtype, device=device, like=like["vae"], after=after)
+    autoencoder = load_autoencoder(
+        sources["vae"], dtype=dtype, device=device, like=like["vae"], variant=variant, after=after
+    )
     report("load", 2, 3)
     text_encoder = load_text_encoder(
         sources["text_encoder"],
@@ -140,13 +153,14 @@ def load(
         device=device,
         out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
         like=like["text_encoder"],
+        variant=variant,
         after=after,
     )
     report("load", 3, 3)
-    _check_parts(transformer, autoencoder, text_encoder, settings.preview, folder)
-    whole = functools.partial(
-        transformer_digest, sources["transformer"], dtype=dtype, quantize=quantize, like=like["transformer"]
-    )
+    preview = settings.preview if preview_decoder is None else load_tiny_decoder(Path(preview_decoder), device=device)
+    check_parts(transformer, autoencoder, text_encoder, preview, preview_decoder or folder)
+    how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "like": like["transformer"], "variant": variant}
+    whole = functools.partial(transformer_digest, sources["transformer"], **how)
     networks = {"transformer": transformer, "vae": autoencoder, "text_encoder": text_encoder}
     return Loaded(
         transformer=transformer,
@@ -157,7 +171,7 @@ def load(
         sizes=settings.sizes,
         reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
         kind=kind,
-        latent_preview=settings.preview,
+        latent_preview=preview,
         residency=residency,
         origins=tuple(
             _Origin(
@@ -194,12 +208,13 @@ def take_over(
     text_encoder = share_text_encoder(
         pipeline.text_encoder, pipeline.tokenizer, out_layers=check_layers(text_encoder_out_layers)
     )
-    _check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
+    check_parts(transformer, autoencoder, text_encoder, None, "pipeline")
     return Loaded(
         transformer=transformer,
         autoencoder=autoencoder,
         text_encoder=text_encoder,
         schedule=Schedule.from_diffusers(dict(pipeline.scheduler.config), where="scheduler"),
+        whole_text=weakref.ref(pipeline.text_encoder),
         default_size=default_size,
         sizes=sizes,
         kind=kind,
@@ -222,6 +237,13 @@ def check_device(device: torch.device | str) -> torch.device:
     return device
 
 
+def check_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that either name gives. Raises `InvalidRequest` for both."""
+    if torch_dtype is not None and dtype is not None:
+        raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
+    return dtype or torch_dtype
+
+
 def check_kv_cache_dtype(kind: str | None) -> str | None:
     """Return a format of cached K/V, or None for the dtype of the arithmetic. Raises `InvalidRequest`."""
     if kind is not None and kind not in KV_FORMATS:
@@ -238,12 +260,12 @@ def _residency(memory_limit: str | int | None, device: torch.device) -> Residenc
     return Residency(limit)
 
 
-def _check_parts(
+def check_parts(
     transformer: Transformer,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
-    preview: LatentPreview | None,
-    where: Path | str,
+    preview: Preview | None,
+    where: str | os.PathLike[str],
 ) -> None:
     """Raise `CheckpointError` if parts of different models do not fit together."""
     config = transformer.config
@@ -254,7 +276,8 @@ def _check_parts(
         )
     if preview is not None and preview.channels != config.in_channels:
         raise CheckpointError(
-            f"{where}: latent_preview in limner.json reads {preview.channels} channels, latents have {config.in_channels}"
+            f"{where}: previews (latent_preview in limner.json, or preview_decoder) read {preview.channels} channels, "
+            f"latents have {config.in_channels}"
         )
     if autoencoder.factor != PIXELS:
         raise CheckpointError(f"{where}: a token stands for {autoencoder.factor} pixels a side; allowed: {PIXELS}")

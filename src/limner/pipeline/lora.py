@@ -22,6 +22,8 @@ from limner.weights.lora import load_lora
 __all__ = [
     "HasNetworks",
     "delete_adapters",
+    "disable_lora",
+    "enable_lora",
     "fuse_lora",
     "get_active_adapters",
     "get_list_adapters",
@@ -58,7 +60,8 @@ def load_lora_weights(
     source, networks = pretrained_model_name_or_path_or_dict, self.networks
     sharding = Sharding(config=networks.transformer.config, ranks=networks.ranks)
     shapes = {name: sharding.whole_shape(name, shape) for name, shape in matrix_shapes(networks.transformer).items()}
-    lora = load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict)
+    base = None if networks.ranks.shard is not None else networks.adapters.base_weight
+    lora = load_lora(source, shapes=shapes, weight_name=weight_name, strict=strict, base=base)
     updates = {name: sharding.part_of_update(name, update) for name, update in lora.updates.items()}
     networks.adapters.add(replace(lora, updates=updates), adapter_name)
 
@@ -83,13 +86,25 @@ def get_list_adapters(self: HasNetworks) -> dict[str, list[str]]:
 
 
 def delete_adapters(self: HasNetworks, adapter_names: Sequence[str] | str) -> None:
-    """Forget adapters."""
+    """Forget adapters. If one is left and none would be active, that one becomes active, as in diffusers."""
     self.networks.adapters.delete(adapter_names)
 
 
 def unload_lora_weights(self: HasNetworks) -> None:
     """Forget all adapters. Fused ones stay in the weights, as in diffusers, until `unfuse_lora`."""
     self.networks.adapters.clear()
+
+
+@typed_memory_errors
+def disable_lora(self: HasNetworks) -> None:
+    """Let no adapter act, fused or not, until `enable_lora`; they stay loaded, active and fused in name."""
+    self.networks.adapters.disable()
+
+
+@typed_memory_errors
+def enable_lora(self: HasNetworks) -> None:
+    """Let adapters act again after `disable_lora`."""
+    self.networks.adapters.enable()
 
 
 @typed_memory_errors
@@ -103,7 +118,8 @@ def fuse_lora(
     """Add adapters, the active ones or `adapter_names`, times `lora_scale`, to the weights, in float32, rounded once.
 
     Nothing runs alongside the weights then, and the weights are in memory twice: `unfuse_lora` needs the old ones. Sums
-    that are not finite are always refused (`safe_fusing`). Not for int8 weights.
+    that are not finite are always refused (`safe_fusing`). Not for int8 weights. Refused where other adapters are active
+    for the same matrices: diffusers would let them stop there.
     """
     _check_components(components)
     self.networks.adapters.fuse(adapter_names, lora_scale)

@@ -33,7 +33,7 @@ class PipelineOutput:
     latents, as `output_type` says. `seeds` has one entry an image: the seed that reproduces it by itself, or None if
     there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
-    them took when that was not done again; `references` say what happened to each picture.
+    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant.
     """
 
     images: Any
@@ -45,6 +45,7 @@ class PipelineOutput:
     seconds_saved: float = 0.0
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
@@ -115,4 +116,5 @@ def make_output(
         seconds_saved=references.prefill_seconds if references and source != "miss" else 0.0,
         prompts=prompts,
         metadata=metadata,
+        warnings=request.warnings,
     )

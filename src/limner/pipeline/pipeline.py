@@ -22,11 +22,11 @@ from limner.kinds import ISOLATED, ModelKind
 from limner.memory import Formats, Workload
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
-from limner.model.preview import LatentPreview
+from limner.model.preview import Preview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.pipeline import load, lora
+from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
@@ -39,6 +39,7 @@ from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
+from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import EditRequest
 from limner.schedule import Schedule
@@ -59,6 +60,7 @@ class Pipeline:
     _interrupt = InterruptFlag()
     _diffusers_class: ClassVar[str | None] = None
     """The class of diffusers that a subclass stands in for, which decides the kind of a model."""
+    __deepcopy__, __reduce__ = copies.deep_copy, copies.reduce_pipeline
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Pipeline:
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
         kind: ModelKind = ISOLATED,
-        latent_preview: LatentPreview | None = None,
+        latent_preview: Preview | None = None,
         residency: Residency | None = None,
     ) -> None:
         """`sizes` are the (width, height) that the model has learned; others are drawn with a warning; none: any.
@@ -102,6 +104,7 @@ class Pipeline:
         self.networks.adopt()
 
     @classmethod
+    @named_arguments
     def from_pretrained(
         cls,
         model: str | os.PathLike[str] | None = None,
@@ -109,6 +112,7 @@ class Pipeline:
         transformer: str | os.PathLike[str] | None = None,
         vae: str | os.PathLike[str] | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
+        preview_decoder: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -121,30 +125,33 @@ class Pipeline:
         text_encoder_out_layers: Sequence[int] | None = None,
         parallel: str | None = None,
         progress: Progress | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> Pipeline:
         """Load a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
-        `transformer`, `vae` and `text_encoder` replace a part of it: each a file of any layout (original, ComfyUI, fp8,
-        GGUF, int8), a folder of that part or of a whole model, or a hub id. The tokenizer is that of `model`.
-        `torch_dtype` None keeps the dtype of the files (the bundled model: float32; fp8 and GGUF: bfloat16); `dtype` is
-        its newer name. Weights are memory-mapped and not copied, unless dtype or device ask for it. `references` says
-        what references attend to, "isolated" (K/V are kept) or "joint" (standard and base klein); None: what the files
-        say (`model_index.json`, `limner.json`, the header of a file), and isolated where nothing does. `quantize`
-        "int8" makes weights and activations of the blocks' matrices int8 (a folder made by `limner quantize` has them
-        so). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes
-        of bfloat16. `memory_limit`, as "20GiB" or bytes, is what the process may have resident, mapped files included:
-        networks have their weights in memory by turns, if need be layer by layer, with the same results bit for bit (on
-        a CPU under Linux). `parallel` divides the transformer among the processes that torchrun started: "tensor" by
-        heads and MLP columns, "sequence" by tokens; all of them make the same calls, one at a time, and get the same
-        results (`limner.model.divide`). Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
+        `transformer`, `vae` and `text_encoder` replace a part of it: a file of any layout (docs/compatibility.md), a
+        folder of that part or of a model, or a hub id; the tokenizer is that of `model`. `preview_decoder` is a file of
+        a small decoder (TAEF2) for previews. `torch_dtype` (its newer name: `dtype`) None keeps that of the files
+        (bundled model: float32; quantized ones: bfloat16). Weights are memory-mapped, not copied, unless dtype or
+        device ask for it. `references` says what references attend to, "isolated" or "joint" (docs/models.md); None:
+        what the files say. `quantize` "int8" makes weights and activations of the blocks' matrices int8 (`limner
+        quantize` writes such a folder). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic;
+        "int8" or "fp8", half the bytes of bfloat16. `memory_limit`, "20GiB" or bytes, is what may be resident, mapped
+        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux).
+        `parallel` divides the transformer among torchrun's processes (`limner.model.divide`): "tensor" by heads and MLP
+        columns, "sequence" by tokens; all make the same calls, one at a time, with the same results. `variant` "fp16"
+        reads *.fp16.safetensors where a part has them. Of a hub id: `revision` (not of other parts), `token`,
+        `cache_dir`, `local_files_only`. Raises `CheckpointError`, `InvalidRequest` and `CapacityError`.
         """
-        if torch_dtype is not None and dtype is not None:
-            raise InvalidRequest("dtype", "dtype and torch_dtype are two names of one argument; give one of them")
         load.check_kv_cache_dtype(kv_cache_dtype)
         loaded = load.load(
             model,
             replaced={"transformer": transformer, "vae": vae, "text_encoder": text_encoder},
-            dtype=dtype or torch_dtype,
+            dtype=load.check_dtype(dtype, torch_dtype),
             device=device,
             references=references,
             called=cls._diffusers_class,
@@ -154,6 +161,9 @@ class Pipeline:
             text_encoder_out_layers=text_encoder_out_layers,
             parallel=parallel,
             progress=progress,
+            variant=variant,
+            preview_decoder=preview_decoder,
+            hub=load.Hub(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only),
         )
         return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
 
@@ -311,6 +321,8 @@ class Pipeline:
     unload_lora_weights = lora.unload_lora_weights
     fuse_lora = lora.fuse_lora
     unfuse_lora = lora.unfuse_lora
+    disable_lora = lora.disable_lora
+    enable_lora = lora.enable_lora
 
     @property
     def fused_loras(self) -> set[str]:
@@ -385,6 +397,7 @@ class Pipeline:
         assert isinstance(out, PipelineOutput)
         return out
 
+    @named_arguments
     @typed_memory_errors
     @torch.no_grad()
     def __call__(
@@ -414,6 +427,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
+        size_policy: str = "refuse",
     ) -> PipelineOutput | tuple[Any]:
         """Draw (no references) or edit.
 
@@ -431,9 +445,9 @@ class Pipeline:
         prompt_embeds, and rows, the list of those images of the batch that go on (the others are dropped, also from the
         output); it may also ask for denoised, the clean tokens that this step predicts, and preview, these as small
         pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run, `pipe._interrupt = True`
-        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. With a
-        parallel model callbacks run in every process and have to do the same. Raises `InvalidRequest`, `CapacityError`
-        and `NumericalError`.
+        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. `size_policy`
+        "floor" takes sides of the output down to multiples of 16, with a warning. With a parallel model callbacks run
+        in every process and have to do the same. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
@@ -461,6 +475,7 @@ class Pipeline:
                 max_sequence_length=max_sequence_length,
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
+                size_policy=size_policy,
             )
             output = self._draw(request, interrupted=lambda: call.interrupted)
         return output if return_dict else (output.images,)

@@ -5,18 +5,15 @@ Owns what a pipeline does with references before it draws. Does not know prompts
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from PIL import Image
 
 from limner.config import ReferencePolicy
-from limner.errors import InvalidRequest
 from limner.grid import PIXELS, num_tokens
-from limner.images import PreparedReference, ReferenceReport, prepare_reference, to_pixels
+from limner.images import Picture, PreparedReference, ReferenceReport, prepare_references, to_pixels
 from limner.memory import Workload
 from limner.model.kv import ReferenceKV, ReferenceTokens
 from limner.pipeline.admission import Admission
@@ -30,7 +27,6 @@ from limner.tokens import pack, reference_ids
 __all__ = ["CacheSource", "Picture", "Prefiller", "with_reports"]
 
 CacheSource = Literal["none", "given"] | Source
-Picture = Image.Image | str | os.PathLike[str] | bytes | PreparedReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,16 +43,7 @@ class Prefiller:
 
     def prepare(self, image: Picture | Sequence[Picture]) -> tuple[PreparedReference, ...]:
         """Process a picture or an ordered list of them. Raises `InvalidRequest`."""
-        single = isinstance(image, (Image.Image, str, os.PathLike, bytes, PreparedReference))
-        pictures = [image] if single else image
-        if not isinstance(pictures, (list, tuple)):
-            raise InvalidRequest("image", f"{type(image).__name__} is not a picture or a list of pictures")
-        if not pictures:
-            raise InvalidRequest("image", "an empty list has no reference; leave image out for text to image")
-        return tuple(
-            prepare_reference(picture, policy=self.policy, field=f"image {i}")
-            for i, picture in enumerate(pictures, start=1)
-        )
+        return prepare_references(image, policy=self.policy)
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
         """Return the content key of prepared pictures in this order, whether or not their K/V are cached."""

@@ -57,8 +57,9 @@ class Velocity:
         if self._guidance is None or negative_embeds is None:
             return self._guided(latents, prompt_embeds, sigma, rows=rows)
         negative_embeds = negative_embeds.to(device, dtype)
-        alike = negative_embeds.shape == prompt_embeds.shape and self._reference_guidance == 1
-        if self._guidance.together and alike:
+        alike = negative_embeds.shape == prompt_embeds.shape
+        # K/V that are used again belong to one side, as does guidance by references
+        if self._guidance.together and alike and not self._reuses and self._reference_guidance == 1:
             both = torch.cat([negative_embeds, prompt_embeds])
             negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
         else:

@@ -139,13 +139,19 @@ def _to_json(identity: PackIdentity) -> str:
         "dtype": str(identity.dtype).removeprefix("torch."),
         "quantization": identity.quantization,
         "num_layers": identity.num_layers,
-        "reports": [dataclasses.asdict(report) for report in identity.reports],
+        "reports": [_stored(report) for report in identity.reports],
         "digests": identity.digests,
         "prefill_seconds": identity.prefill_seconds,
         **({"shard": list(identity.shard)} if identity.shard else {}),
         **({"holds": "tokens"} if identity.joint else {}),
     }
     return json.dumps(values, sort_keys=True)
+
+
+def _stored(report: ReferenceReport) -> dict[str, Any]:
+    """Return a report without fields at their defaults, so that packs of plain pictures are what they were."""
+    fields = dataclasses.fields(report)
+    return {one.name: value for one in fields if (value := getattr(report, one.name)) != one.default}
 
 
 # reading
@@ -367,15 +373,22 @@ def _shard(value: Any) -> tuple[int, int] | None:
 def _report(values: dict[str, Any]) -> ReferenceReport:
     if not isinstance(values["oriented"], bool):
         raise ValueError(f"oriented={values['oriented']!r}")
-    left, top, right, bottom = (_count(x) for x in values["cut"])
     return ReferenceReport(
         original_size=_size(values["original_size"]),
         oriented=values["oriented"],
         resized_to=None if values["resized_to"] is None else _size(values["resized_to"]),
-        cut=(left, top, right, bottom),
+        cut=_box(values["cut"]),
         processed_size=_size(values["processed_size"]),
         digest=_text(values["digest"]),
+        added=_box(values.get("added", (0, 0, 0, 0))),
+        upright_size=None if values.get("upright_size") is None else _size(values["upright_size"]),
+        profile=None if values.get("profile") is None else _text(values["profile"]),
     )
+
+
+def _box(value: Any) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (_count(x) for x in value)
+    return left, top, right, bottom
 
 
 def _size(value: Any) -> tuple[int, int]:

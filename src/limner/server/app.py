@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -16,11 +17,14 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import LimnerError
+from limner.outbound.client import OutboundClient
+from limner.server.access.bodies import Bodies
 from limner.server.access.keys import OPERATOR, KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
@@ -39,7 +43,6 @@ from limner.server.http.wire import SafeJSON
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.work import JobWork
-from limner.server.outbound.client import OutboundClient
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks
 from limner.version import __version__
@@ -47,6 +50,7 @@ from limner.version import __version__
 __all__ = ["create_app"]
 
 _logger = logging.getLogger("limner.server")
+_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready", "model": dict[str, str]}}
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
@@ -130,6 +134,7 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
         lifespan=lifespan,
         default_response_class=SafeJSON,
         generate_unique_id_function=lambda route: route.name,  # the names in generated clients
+        openapi_url=None,  # it would be made anew for each request, in the event loop
         docs_url=None,  # FastAPI's page for it fetches scripts from elsewhere
         redoc_url=None,
     )
@@ -142,15 +147,33 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_body_bytes,
-        max_buffered=settings.max_buffered_bytes,
+        bodies=Bodies(max_bytes=settings.max_buffered_bytes, shared=not service.keyring.is_open),
         seconds=settings.body_seconds,
-        check_key=service.keyring.identify,
+        owner_of=service.keyring.identify,
         error_body=error_body,
     )
     if service.keyring.is_open:
-        app.add_middleware(LocalCallers, error_body=error_body)
+        app.add_middleware(LocalCallers, error_body=error_body, browser_origins=settings.browser_origins)
+    if settings.browser_origins:  # outside of what refuses, so that a page can read why
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(map(str, settings.browser_origins)),
+            allow_methods=["DELETE", "GET", "POST"],
+            allow_headers=["*"],
+            allow_credentials=False,
+            allow_private_network=True,
+            expose_headers=["retry-after"],
+        )
     app.add_middleware(_Observed, metrics=metrics)
+    _build_routes(app)
     return app
+
+
+def _build_routes(app: FastAPI) -> None:
+    """Have FastAPI make its routes now: it takes a quarter of a second, and else the first request does it in the loop."""
+    scope = {"type": "http", "method": "GET", "path": "/-", "root_path": "", "headers": []}
+    for route in app.routes:
+        route.matches(scope)
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -158,9 +181,14 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": __version__}
 
-    unready: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready", "model": dict[str, str]}}
+    @app.get(
+        "/health", tags=["health"], responses=_UNREADY, summary="Whether the engine works, as vLLM and SGLang have it"
+    )
+    async def health() -> Response:
+        works = service.ready and service.engine.is_alive
+        return SafeJSON({"status": "ok" if works else "starting or shutting down"}, status_code=200 if works else 503)
 
-    @app.get("/readyz", tags=["health"], responses=unready, summary="Whether requests are taken")
+    @app.get("/readyz", tags=["health"], responses=_UNREADY, summary="Whether requests are taken")
     async def readyz() -> Response:
         problem = ""
         if not service.ready or not service.engine.is_alive:
@@ -192,7 +220,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def _add_document(app: FastAPI) -> None:
-    """Give the OpenAPI document without the 422 that FastAPI adds to every route: the OpenAI dialect answers 400."""
+    """Give the OpenAPI document, made once, without FastAPI's 422 of every route: the OpenAI dialect answers 400."""
     full = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -206,6 +234,11 @@ def _add_document(app: FastAPI) -> None:
         return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
+    rendered = functools.cache(lambda: SafeJSON(app.openapi()).body)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        return Response(await asyncio.to_thread(rendered), media_type="application/json")
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -229,6 +262,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
+        if request.method == "OPTIONS" and error.status_code == 405:  # which methods there are is no secret
+            return Response(status_code=204, headers=error.headers)
         body = error_body(request.url.path, error.status_code, str(error.detail))
         return SafeJSON(body, status_code=error.status_code, headers=error.headers)
 
@@ -264,7 +299,7 @@ class _Observed:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in _METHODS else "other"  # callers may send any word
             self._metrics.request(method=method, route=route, status=status, seconds=seconds)
-            if route not in ("/healthz", "/readyz", "/metrics"):
+            if route not in ("/health", "/healthz", "/readyz", "/metrics"):
                 owner = scope.get("state", {}).get("owner")
                 line = {
                     "event": "request",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limner.errors import InvalidRequest, MissingExtra
-from limner.options import ServeOptions, ServiceOptions, default_data
+from limner.options import MAX_MODEL_NAME, ServeOptions, ServiceOptions, default_data
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.places import is_url
 from limner.server.access.keys import KeyRing, check_bind
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.open import check_data
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 from limner.trust import provenance, safety
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def check_options(options: ServeOptions) -> None:
     """Raise `InvalidRequest` and `MissingExtra` for what is wrong whatever the model; nothing is loaded or connected."""
     check_bind(options.host, keyring(options))
     check_data(options.storage)
-    _allowed_origins(options)
+    _origins("--allow-origin", options.allow_origins)
+    _origins("--allow-browser-origin", options.allow_browser_origins)
+    _served_names(options)
 
 
 def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs: JobStore | None = None) -> FastAPI:
@@ -62,7 +64,7 @@ def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs
             public_url=options.public_url,
             fetch_urls=options.fetch_urls,
             shared_references=options.shared_references,
-            outbound=OutboundPolicy(allowed=_allowed_origins(options)),
+            outbound=OutboundPolicy(allowed=_origins("--allow-origin", options.allow_origins)),
             limits=LimitPolicy(
                 requests_per_minute=options.requests_per_minute,
                 burst=max(1, round(options.requests_per_minute)),
@@ -71,7 +73,9 @@ def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs
             runner=RunnerSettings(
                 keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
             ),
-            model_name=model_name,
+            model_name=(names := _served_names(options) or (model_name,))[0],
+            served_names=names if options.served_model_names else (),
+            browser_origins=_origins("--allow-browser-origin", options.allow_browser_origins),
         ),
         signer=_signer(options),
         jobs=jobs,
@@ -86,11 +90,20 @@ def keyring(options: ServiceOptions) -> KeyRing:
     return KeyRing.from_environment(value) if value else KeyRing.open()
 
 
-def _allowed_origins(options: ServiceOptions) -> frozenset[Origin]:
+def _origins(flag: str, values: tuple[str, ...]) -> frozenset[Origin]:
     try:
-        return frozenset(Origin.parse(text) for text in options.allow_origins)
-    except ValueError as error:
-        raise InvalidRequest("--allow-origin", str(error)) from None
+        return frozenset(Origin.parse(text) for text in values)
+    except InvalidRequest as error:
+        raise InvalidRequest(flag, error.problem) from None
+
+
+def _served_names(options: ServiceOptions) -> tuple[str, ...]:
+    for name in options.served_model_names:
+        if not (1 <= len(name) <= MAX_MODEL_NAME and name.isprintable()):
+            raise InvalidRequest(
+                "--served-model-name", f"{name[:80]!r} is no name; give 1 to {MAX_MODEL_NAME} printable characters"
+            )
+    return tuple(dict.fromkeys(options.served_model_names))
 
 
 def _signer(options: ServiceOptions) -> provenance.Signer | None:

@@ -6,11 +6,13 @@ application stands in `limner.server.application`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -36,6 +38,8 @@ __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
 _logger = logging.getLogger("limner.server")
 _STANDBY_SECONDS = 1.0
+_SWITCH_SECONDS = 0.001
+"""The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
 
 def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str) -> None:
@@ -48,6 +52,7 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     if not options.standby:  # on standby, whoever has the jobs may have the port as well
         _check_port(options.host, options.port)
     descriptors.raise_limit()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     log_everything(options.log)
     jobs = None if options.standby else open_jobs(options)
     pipe = load_in_thread(load)
@@ -120,10 +125,22 @@ def make_server(
     """Return uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.http.connection import HastyProtocol
+    from limner.server.http.connection import Handshake, HastyProtocol
+
+    most = descriptors.max_connections()
 
     class Protocol(HastyProtocol):
-        max_connections = descriptors.max_connections()
+        max_connections = most
+
+    class Config(uvicorn.Config):
+        def load(self) -> None:
+            super().load()
+            context, self.ssl = self.ssl, None  # asyncio's server would make handshakes without a limit
+            if context is not None:
+                under_way: dict[Handshake, asyncio.Transport] = {}
+                self.http_protocol_class = lambda **parts: Handshake(  # type: ignore[assignment]
+                    Protocol(**parts), context, under_way=under_way, most=max(4, min(512, most // 4))
+                )
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -131,7 +148,7 @@ def make_server(
             await super().shutdown(sockets)
 
     return Server(
-        uvicorn.Config(
+        Config(
             app,
             host=host,
             port=port,

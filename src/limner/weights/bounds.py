@@ -12,7 +12,7 @@ from typing import Any
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError
 
-__all__ = ["MAX_LAYERS", "check_autoencoder", "check_json", "check_text_encoder", "check_transformer"]
+__all__ = ["MAX_LAYERS", "MAX_LEVELS", "check_autoencoder", "check_json", "check_text_encoder", "check_transformer"]
 
 MAX_LAYERS = 512
 """Layers or blocks of a network; klein-9b has 36."""
@@ -22,7 +22,7 @@ _MAX_WIDTH = 1 << 17
 """Channels of a layer; klein-9b's widest has 36,864."""
 _MAX_VOCABULARY = 1 << 22
 _MAX_HEADS = _MAX_HEAD_DIM = 1024
-_MAX_LEVELS = 8
+MAX_LEVELS = 8
 """Resolutions of an autoencoder; FLUX.2's has four."""
 _MAX_RESNETS = 16
 _MAX_NUMBER = 1 << 31
@@ -37,7 +37,8 @@ _CODE = re.compile(
 _IMPLEMENTATION = re.compile(r"_?(?:attn|attention|experts)_implementation(?:_internal)?")
 _BUILT_IN = (None, "eager", "sdpa")
 """Implementations that are part of the installed library. Other names may be those of a repository with kernels."""
-_LIBRARIES = ("diffusers", "transformers")
+_LIBRARIES = ("diffusers", "transformers", "torch", "flux2")
+"""Where networks come from that LoRAs are trained on; flux2 is the original program's package. Nothing of them is run."""
 
 
 def check_json(value: object, *, where: object) -> None:
@@ -101,9 +102,9 @@ def check_transformer(config: TransformerConfig, *, where: object) -> None:
 def check_autoencoder(config: Mapping[str, Any], *, where: object) -> None:
     """Raise `CheckpointError` for sizes that no autoencoder of the family has."""
     for key, value in config.items():
-        if isinstance(value, (list, tuple)) and len(value) > _MAX_LEVELS:
+        if isinstance(value, (list, tuple)) and len(value) > MAX_LEVELS:
             raise CheckpointError(
-                f"{where}: {key} has {len(value)} entries; at most {_MAX_LEVELS} are allowed, one for each resolution"
+                f"{where}: {key} has {len(value)} entries; at most {MAX_LEVELS} are allowed, one for each resolution"
             )
         high = _MAX_RESNETS if key == "layers_per_block" else _MAX_WIDTH
         for one in value if isinstance(value, (list, tuple)) else [value]:

@@ -1,8 +1,8 @@
 """One part of a model in whatever layout: its configuration, and its tensors one at a time under our networks' names.
 
-Tensors that are stored wide are memory-mapped and not copied (a third of a fused projection is a view). fp8, GGUF and int8
-are widened when a tensor is read: `weight * weight_scale`, in float32, rounded once. Scales of activations (input_scale)
-are not used: products run wide. So at most one tensor is in memory twice, and staging can read the few that it needs.
+Tensors that are stored wide are memory-mapped and not copied (a third of a fused projection is a view). Others are widened
+when they are read (`unpack`, GGUF), rounded once. Scales of activations (input_scale) are not used: products run wide. So
+at most one tensor is in memory twice, and staging can read the few that it needs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 from limner.errors import CheckpointError
 from limner.model.int8 import quantize_weight
 from limner.weights.digest import sample
-from limner.weights.files import DTYPES, VALUES_AT_ONCE, WIDE, TensorFile, TensorInfo, dtype_name, some_names
+from limner.weights.files import DTYPES, WIDE, TensorFile, TensorInfo, dtype_name, some_names
 from limner.weights.gguf import GgufFile
 from limner.weights.layouts import Layout
 from limner.weights.names import Rule
 from limner.weights.networks import text_unread
+from limner.weights.packing import Packing
+from limner.weights.unpack import row_scales, unpack
 
 __all__ = ["Checkpoint", "Problems"]
 
@@ -55,16 +57,28 @@ class Checkpoint:
     def natural_dtype(self) -> torch.dtype | None:
         """The dtype that tensors get if none is given; None: each keeps its own.
 
-        bfloat16 for fp8 and GGUF. A transformer has one dtype throughout, so a file that mixes them (norms in float32) is
-        cast to the dtype of most of its bytes.
+        bfloat16 for what is quantized. A network has one dtype throughout, so a file that mixes them (norms in float32)
+        is cast to the dtype of most of its bytes. The statistics of an autoencoder are no part of its arithmetic.
         """
-        if self.layout.quantization in ("fp8", "gguf"):
+        if self.layout.quantization not in (None, "int8"):
             return torch.bfloat16
-        return self._commonest() if self.layout.part == "transformer" else None
+        if self.layout.part == "transformer":
+            return self._commonest()
+        kinds = {
+            info.dtype
+            for name, info in self.layout.tensors.items()
+            if info.dtype in WIDE and not name.startswith(_STATISTICS)
+        }
+        return self._commonest() if len(kinds) > 1 else None
 
     def _commonest(self) -> torch.dtype:
         sizes = {kind: sum(info.nbytes for info in self.layout.tensors.values() if info.dtype == kind) for kind in WIDE}
         return DTYPES[max(sizes, key=lambda kind: sizes[kind])] if any(sizes.values()) else torch.bfloat16
+
+    def _wide(self, source: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype that a tensor gets; None: its own."""
+        keeps = dtype is None and self.layout.part == "vae" and source.startswith(_STATISTICS)
+        return None if keeps and source not in self.layout.packings else dtype or self.natural_dtype
 
     def has(self, target: str) -> bool:
         return self._source(self.layout.names.rule(target)) is not None
@@ -77,7 +91,7 @@ class Checkpoint:
         stored, shape = self.layout.tensors[source], self._shape(rule, source)
         kind = stored.dtype
         if kind != "I64":
-            wide = dtype or self.natural_dtype or (DTYPES[kind] if kind in WIDE else self._commonest())
+            wide = self._wide(source, dtype) or (DTYPES[kind] if kind in WIDE else self._commonest())
             kind = dtype_name(wide)
         count = torch.Size(shape).numel()
         return TensorInfo(dtype=kind, shape=shape, nbytes=count * DTYPES[kind].itemsize)
@@ -118,37 +132,39 @@ class Checkpoint:
         source = self._source(rule)
         if source is None:
             raise CheckpointError(f"{self.where}: missing {self._shown(rule.source)}; the file is incomplete")
-        wide, whole = dtype or self.natural_dtype, rule.part[1] == 1
-        rows = None if whole else self._rows(rule, source)
+        wide, whole = self._wide(source, dtype), rule.part[1] == 1
+        rows, packing = None if whole else self._rows(rule, source), self.layout.packings.get(source)
         if isinstance(self.file, GgufFile):
             value = self.file.read_as(self._full(source), wide, rows)
+        elif packing is not None:
+            value = self._unpack(source, packing, rows, wide or self._commonest())
         else:
             value = self.file.read(self._full(source))
             value = value if rows is None else value[rows]
-            if source in self.layout.scales:
-                scale = self.file.read(self._full(self.layout.scales[source])).float().reshape(-1)
-                scale = scale[rows] if rows is not None and scale.numel() > 1 else scale
-                value = _scaled(value, scale, wide or self._commonest())
-            elif wide is not None and value.is_floating_point():
-                value = value.to(wide)
+            value = value.to(wide) if wide is not None and value.is_floating_point() else value
         if rule.swap:
             first, second = value.chunk(2)
             value = torch.cat([second, first])
         return value.flatten(1) if rule.pointwise else value
 
     def read_int8(self, target: str, dtype: torch.dtype | None = None, *, check: bool = True) -> tuple[Tensor, Tensor]:
-        """Return a matrix as Limner's int8, (weight, weight_scale): as it is stored, or quantized now."""
-        if self.layout.quantization == "int8":
-            rule = self.layout.names.rule(target)
-            name = self._shown(rule.source)
-            if self.layout.tensors[rule.source].dtype != "I8":
-                raise CheckpointError(f"{self.where}: {name} is not int8, others are; quantize the model again")
-            scale = self.file.read(self._full(self.layout.scales[rule.source])).float()
-            if check:
-                _check_finite(scale, name=self._shown(self.layout.scales[rule.source]), where=self.where)
-            rows = self._rows(rule, rule.source)
-            return self.file.read(self._full(rule.source))[rows], scale[rows]
-        return quantize_weight(self._finite(target, dtype) if check else self.read(target, dtype))
+        """Return a matrix as Limner's int8, (weight, weight_scale): as it is stored, or quantized now.
+
+        What stands for values times one scale a row is as it is stored, in files of other tools too.
+        """
+        rule = self.layout.names.rule(target)
+        source = self._source(rule) or rule.source
+        packing = self.layout.packings.get(source)
+        if self.layout.quantization == "int8" and packing is None:
+            raise CheckpointError(
+                f"{self.where}: {self._shown(source)} is not int8, others are; quantize the model again"
+            )
+        if packing is None or not packing.is_int8 or packing.scale is None:
+            return quantize_weight(self._finite(target, dtype) if check else self.read(target, dtype))
+        scale, rows = row_scales(packing, self.file.read(self._full(packing.scale))), self._rows(rule, source)
+        if check:
+            _check_finite(scale, name=self._shown(packing.scale), where=self.where)
+        return self.file.read(self._full(source)).view(torch.int8)[rows], scale[rows]
 
     def stream(
         self, expected: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, check: bool = True
@@ -172,8 +188,21 @@ class Checkpoint:
         _check_finite(value, name=self._shown(self.layout.names.rule(target).source), where=self.where)
         return value
 
+    def _unpack(self, source: str, packing: Packing, rows: slice | None, dtype: torch.dtype) -> Tensor:
+        scale, second = (
+            None if name is None else self.file.read(self._full(name)) for name in (packing.scale, packing.second)
+        )
+        value = unpack(packing, self.file.read(self._full(source)), scale, second, rows=rows, dtype=dtype)
+        top = torch.finfo(packing.dtype).max / 2 if packing.format == "fp8_raw" else None
+        if top is not None and value.dim() > 1 and value.numel() and max(map(abs, map(float, value.aminmax()))) >= top:
+            raise CheckpointError(
+                f"{self.where}: {self._shown(source)} is F8 without a scale and has values over {top:g}, which no weights "
+                "have: the file has lost its scales (weight_scale); take a file with scales, or the bfloat16 weights"
+            )
+        return value
+
     def _source(self, rule: Rule) -> str | None:
-        return next((name for name in (rule.source, *rule.also) if name in self.layout.tensors), None)
+        return self.layout.source(rule)
 
     def _shape(self, rule: Rule, source: str) -> tuple[int, ...]:
         shape, of = self.layout.tensors[source].shape, rule.part[1]
@@ -210,6 +239,8 @@ class Checkpoint:
         return names | {name for name in self.layout.tensors if text_unread(name, used=used, depth=depth)}
 
 
+_STATISTICS = "bn."
+"""Names of the running statistics by which an autoencoder's latents are normalised."""
 _TEXT_NAMES = tuple(
     f"{name}.weight"
     for name in (
@@ -224,19 +255,6 @@ def _is_scale(target: str, expected: Mapping[str, Tensor]) -> bool:
     """Return True for the scale of an int8 matrix of the network, which is read together with the matrix."""
     matrix = expected.get(target.removesuffix("_scale")) if target.endswith(".weight_scale") else None
     return matrix is not None and matrix.dtype == torch.int8
-
-
-def _scaled(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return value * scale (one scale, or one per row) in float32, rounded once, some rows at a time."""
-    if not value.dim():
-        return (value.float() * scale.reshape(())).to(dtype)
-    out = torch.empty(value.shape, dtype=dtype)
-    step = max(1, VALUES_AT_ONCE // max(1, value.numel() // max(1, value.shape[0])))
-    column = scale.reshape(-1, *[1] * (value.dim() - 1))
-    for start in range(0, value.shape[0], step):
-        rows = slice(start, start + step)
-        out[rows] = value[rows].float() * (column if len(column) == 1 else column[rows])
-    return out
 
 
 def _check_finite(value: Tensor, *, name: str, where: str | os.PathLike[str]) -> None:

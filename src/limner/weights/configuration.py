@@ -1,7 +1,8 @@
 """The configuration of a single file of weights, which has no config.json of its own: what its shapes do not say.
 
 Rotary axes, epsilons and groups come from the header of a file that Limner wrote, from a config.json in the same folder,
-from one that the caller gives, or else are klein's, if the shapes are klein's.
+from one that the caller gives, or else are klein's, if the shapes are klein's. What the header of a GGUF file says of a
+text encoder comes before all of them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 from limner.config import QWEN3_4B, QWEN3_8B, TransformerConfig
 from limner.errors import CheckpointError
-from limner.weights.bounds import check_json
+from limner.weights.bounds import MAX_LEVELS, check_json
 from limner.weights.checkpoint import Checkpoint
 from limner.weights.files import TensorFile, read_json
 from limner.weights.geometry import geometry_of
+from limner.weights.gguf import GgufFile
+from limner.weights.hyperparameters import text_hyperparameters
 from limner.weights.layouts import Layout
 from limner.weights.networks import empty_autoencoder
 
@@ -30,6 +33,8 @@ KINDS = {
     "text_encoder": ("model_type", "qwen3"),
 }
 """Key and value by which a config.json names its part."""
+_SAID = {"num_hidden_layers", "rms_norm_eps", "rope_parameters"}
+"""What the shapes of a text encoder do not say, and the header of a GGUF file may."""
 
 
 def configuration_of(file: TensorFile, layout: Layout, *, like: Path | None) -> dict[str, Any]:
@@ -85,24 +90,52 @@ def _transformer_config(
 def _autoencoder_config(
     file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Return the configuration whose network differs least from the file; diffusers' default is that of FLUX.2."""
-    found: list[tuple[int, dict[str, Any]]] = []
+    """Return the configuration whose network differs least from the file; diffusers' default is that of FLUX.2.
+
+    A decoder may have other widths than its encoder, as FLUX.2's small one: they are those of the file.
+    """
+    widths, found = _decoder_widths(layout), list[tuple[int, dict[str, Any]]]()
     for path, config in [*candidates, (file.path, {"_class_name": "AutoencoderKLFlux2"})]:
-        network = empty_autoencoder(config, where=path)
-        number = len(Checkpoint(file, layout, config, where=file.path).problems(network.state_dict()))
-        values = json.loads(json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")}))
-        found.append((number, config | values))
+        groups = _fit(file, layout, path, config, found)["norm_num_groups"]
+        if widths and not any(width % groups for width in widths):
+            _fit(file, layout, path, config | {"decoder_block_out_channels": widths}, found)
     return min(found, key=lambda item: item[0])[1]
+
+
+def _fit(
+    file: TensorFile, layout: Layout, path: Path, config: dict[str, Any], found: list[tuple[int, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Add a whole configuration to `found`, and how much its network differs from the file; return it."""
+    network = empty_autoencoder(config, where=path)
+    number = len(Checkpoint(file, layout, config, where=file.path).problems(network.state_dict()))
+    whole: dict[str, Any] = config | json.loads(
+        json.dumps({k: v for k, v in network.config.items() if not k.startswith("_")})
+    )
+    found.append((number, whole))
+    return whole
+
+
+def _decoder_widths(layout: Layout) -> list[int]:
+    """Return the widths of a decoder's resolutions, the finest first; [] if the file has not all of them."""
+    found = []
+    for level in range(MAX_LEVELS):
+        source = layout.source(f"decoder.up_blocks.{level}.resnets.0.conv1.weight")
+        if source is None:
+            break
+        found.append((layout.tensors[source].shape or (0,))[0])
+    return found[::-1] if all(found) else []
 
 
 def _text_config(file: TensorFile, layout: Layout, candidates: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """Return the first configuration with the file's widths; the file itself may lack the last layers."""
 
     def shape(target: str) -> tuple[int, ...]:
-        source = layout.names.rule(target).source
-        if source not in layout.tensors:
-            raise CheckpointError(f"{file.path}: missing {layout.prefix}{source}; the file is incomplete")
-        return layout.tensors[source].shape
+        source = layout.source(target)
+        if source is None:
+            raise CheckpointError(
+                f"{file.path}: missing {layout.prefix}{layout.names.rule(target).source}; the file is incomplete"
+            )
+        return layout.tensors[source].shape or (0,)
 
     layer = "layers.0.self_attn"
     found = {
@@ -113,11 +146,25 @@ def _text_config(file: TensorFile, layout: Layout, candidates: list[tuple[Path, 
     }
     found["num_attention_heads"] = shape(f"{layer}.q_proj.weight")[0] // max(found["head_dim"], 1)
     found["num_key_value_heads"] = shape(f"{layer}.k_proj.weight")[0] // max(found["head_dim"], 1)
+    said = text_hyperparameters(file) if isinstance(file, GgufFile) else {}
+    for name, value in found.items():
+        if said.get(name, value) != value:
+            raise CheckpointError(
+                f"{file.path}: its header says {name}={said[name]}, its tensors are those of {value}; the file is damaged"
+            )
     for config in [*(values for _, values in candidates), QWEN3_4B, QWEN3_8B]:
         if all(config.get(name) == value for name, value in found.items()):
-            return config
+            return _as_said(config, said)
+    if said.keys() >= _SAID:
+        return _as_said({"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False} | found, said)
     shown = ", ".join(f"{name}={value}" for name, value in found.items())
     raise CheckpointError(
         f"{file.path}: is no text encoder of klein and not that of the model folder ({shown}); put its config.json beside "
         "it, or give the folder of its model"
     )
+
+
+def _as_said(config: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which what the header of a file says stands in place of what it said."""
+    rope = ("rope_parameters", "rope_theta", "rope_scaling") if "rope_parameters" in said else ()
+    return {name: value for name, value in config.items() if name not in rope} | said

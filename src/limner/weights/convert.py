@@ -29,9 +29,9 @@ from limner.weights.folder.kind import HEADER_KEY, find_kind, kind_of_transforme
 from limner.weights.layouts import PARTS
 from limner.weights.names import Names, Rule, autoencoder_names, transformer_names
 from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
-from limner.weights.parts import STEMS, Progress, is_model_folder, open_part, part_of
+from limner.weights.parts import STEMS, Progress, check_variant, is_model_folder, open_part, part_of
 
-__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_quantized"]
+__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_network", "save_quantized", "transformer_config"]
 
 LAYOUTS = ("diffusers", "int8", "original")
 """The layouts that can be written."""
@@ -89,13 +89,15 @@ def convert(
     dtype: torch.dtype | None = None,
     part: str | None = None,
     like: Path | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write a file, a part's folder or a model's folder to `target` in the layout `to`; return the bytes of weights.
 
     A part becomes a folder ("diffusers", "int8") or one .safetensors file ("original"); a model becomes a folder, in
     which "int8" changes the transformer alone and "original" makes one file of each part. `like` is a model folder whose
-    configurations say what single files do not. Raises `CheckpointError`, `InvalidRequest` and `OutputError`.
+    configurations say what single files do not, `variant` says which weights of folders are read. Raises
+    `CheckpointError`, `InvalidRequest` and `OutputError`.
     """
     if to not in LAYOUTS:
         raise InvalidRequest("to", f"{to!r} is not one of {', '.join(LAYOUTS)}")
@@ -109,10 +111,12 @@ def convert(
             "output", f"{target.name} does not end in .safetensors; a part in the original layout is a file"
         )
     outputs = []
-    for name in parts:
-        inside = source / name if is_model_folder(source) else source
-        checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
-        if not (whole and to == "diffusers" and dtype is None and checkpoint.layout.kind == "diffusers"):
+    places = {name: source / name if is_model_folder(source) else source for name in parts}
+    check_variant(variant, places)
+    for name, inside in places.items():
+        checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None, variant=variant)
+        same = to == "diffusers" and dtype is None and variant is None and checkpoint.layout.kind == "diffusers"
+        if not (whole and same):
             outputs.append(_plan(name, checkpoint, to=to, dtype=dtype))
     if not outputs:
         raise InvalidRequest("to", f"{source} is in diffusers' layout already; copy it, or ask for another dtype")
@@ -158,6 +162,17 @@ def save_quantized(transformer: Transformer, source: Path, target: Path) -> None
         temporary.mkdir()
         _copy(copied, temporary)
         _write_folder(output, temporary / "transformer", None)
+
+
+def save_network(part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Write the folder of a part from tensors in memory. Raises `OSError`."""
+    infos = {name: _info_of(value) for name, value in tensors.items()}
+    _write_folder(_Output(part=part, infos=infos, tensors=lambda: iter(tensors.items()), config=config), folder, None)
+
+
+def transformer_config(transformer: Transformer) -> dict[str, Any]:
+    """Return the `config.json` of a transformer in memory, wide or int8."""
+    return transformer.config.to_diffusers() if transformer.quantization is None else _int8_config(transformer.config)
 
 
 def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | None) -> _Output:

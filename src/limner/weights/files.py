@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ __all__ = [
     "open_folder",
     "read_json",
     "some_names",
+    "variants_of",
     "write_tensors",
 ]
 
@@ -64,6 +67,7 @@ VALUES_AT_ONCE = 1 << 22
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
 _ALIGNED = 64
+_logger = logging.getLogger("limner")
 _open: Callable[..., Any] = safe_open  # its methods have no types
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """Suffixes of files that hold pickles."""
@@ -82,12 +86,17 @@ class TensorInfo:
 
 
 class TensorFile(ABC):
-    """Tensors by name. `path` is for messages, `files` are on disk, `metadata` are the texts of the header."""
+    """Tensors by name. `path` is for messages, `files` are on disk, `headers` are the texts in the header of each."""
 
     path: Path
     files: tuple[Path, ...]
     infos: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
+    headers: tuple[Mapping[str, str], ...]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts in the header of a single file; those of shards are none of the whole's."""
+        return self.headers[0] if len(self.headers) == 1 else {}
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -104,7 +113,7 @@ class SafetensorsFile(TensorFile):
             self._file = _open(path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
             self.infos = {name: _info(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-            self.metadata = self._file.metadata() or {}
+            self.headers = (self._file.metadata() or {},)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
@@ -129,11 +138,18 @@ class ShardedFile(TensorFile):
         for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}; shards have to be .safetensors files beside it")
-        shards = [SafetensorsFile(index.parent / name) for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if not (index.parent / name).exists()]:
+            single = index.parent / f"{index.name.partition('.safetensors')[0]}.safetensors"
+            instead = f", or remove the index, and {single.name} is read" if single.is_file() else ""
+            raise CheckpointError(
+                f"{index}: {some_names('lists shards that are not there:', absent)}download what is missing{instead}"
+            )
+        shards = [SafetensorsFile(index.parent / name) for name in names]
         self.files = tuple(shard.path for shard in shards)
         self._home = {name: shard for shard in shards for name in shard.infos}
         self.infos = {name: shard.infos[name] for name, shard in self._home.items()}
-        self.metadata = {}
+        self.headers = tuple(header for shard in shards for header in shard.headers)
         if weight_map.keys() != self.infos.keys():
             lost, extra = weight_map.keys() - self.infos.keys(), self.infos.keys() - weight_map.keys()
             raise CheckpointError(
@@ -144,16 +160,57 @@ class ShardedFile(TensorFile):
         return self._home[name].read(name)
 
 
-def open_folder(folder: Path, stem: str) -> TensorFile:
-    """Open `stem`.safetensors of a folder, or the shards that its index names. Raises `CheckpointError`."""
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if single.is_file():
-        return SafetensorsFile(single)
-    if index.is_file():
-        return ShardedFile(index)
+def open_folder(folder: Path, stem: str, *, variant: str | None = None, shards_first: bool = True) -> TensorFile:
+    """Open the weights of a folder: `stem`.safetensors, or the shards that its index names.
+
+    Where both are there, `shards_first` says which is read, and a line of the log does. With a `variant` that is read if
+    the folder has it, else the plain weights, and a line of the log says so. Raises `CheckpointError`.
+    """
+    for kind in dict.fromkeys((variant, None)):
+        index, single = folder / _index_name(stem, kind), folder / f"{_with(stem, kind)}.safetensors"
+        has_index, has_single = index.is_file(), single.is_file()
+        if not (has_index or has_single):
+            continue
+        if kind != variant:
+            _logger.info("%s: has no variant %r, %s is read", folder, variant, (index if has_index else single).name)
+        sharded = has_index and (shards_first or not has_single)
+        if has_index and has_single:
+            used, left = (index, single) if sharded else (single, index)
+            _logger.warning(
+                "%s: has shards and a single file; %s is read, as the original libraries do, not %s",
+                folder,
+                used.name,
+                left.name,
+            )
+        return ShardedFile(index) if sharded else SafetensorsFile(single)
+    raise CheckpointError(f"{folder}: has no {_with(stem, variant)}.safetensors{_hint(folder, stem)}")
+
+
+def variants_of(folder: Path, stem: str) -> list[str]:
+    """Return the variants of the weights in a folder, as "fp16" of `stem`.fp16.safetensors; the plain ones are none."""
+    single = re.compile(rf"{re.escape(stem)}\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
+    index = re.compile(rf"{re.escape(stem)}\.safetensors\.index\.([\w-]+)\.json")
+    names = [path.name for path in folder.glob(f"{stem}.*")]
+    return sorted({match[1] for name in names for match in (single.fullmatch(name), index.fullmatch(name)) if match})
+
+
+def _with(stem: str, variant: str | None) -> str:
+    return f"{stem}.{variant}" if variant else stem
+
+
+def _index_name(stem: str, variant: str | None) -> str:
+    return f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+
+
+def _hint(folder: Path, stem: str) -> str:
+    """Return what the folder has instead of the weights that were looked for."""
+    if variants := variants_of(folder, stem):
+        return (
+            f", but {' and '.join(variants)} variants; give variant={variants[0]!r} to from_pretrained "
+            f"(--variant {variants[0]})"
+        )
     others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-    hint = f"; {others[0]} is a pickle and is not read, convert it to safetensors" if others else ""
-    raise CheckpointError(f"{folder}: has no {single.name}{hint}")
+    return f"; {others[0]} is a pickle and is not read, convert it to safetensors" if others else ""
 
 
 def check_regular(path: Path) -> None:

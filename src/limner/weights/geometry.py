@@ -19,25 +19,27 @@ def geometry_of(layout: Layout, *, where: Path) -> TransformerConfig:
     """
 
     def shape(target: str, num_axes: int = 2) -> tuple[int, ...]:
-        rule = layout.names.rule(target)
-        info = layout.tensors.get(rule.source)
-        if info is None:
-            raise CheckpointError(f"{where}: missing {layout.prefix}{rule.source}; the file is incomplete")
-        if len(info.shape) != num_axes or 0 in info.shape:
+        source = layout.source(target)
+        if source is None:
             raise CheckpointError(
-                f"{where}: {layout.prefix}{rule.source} is {list(info.shape)}; it needs {num_axes} axes"
+                f"{where}: missing {layout.prefix}{layout.names.rule(target).source}; the file is incomplete"
             )
-        return info.shape
+        found = layout.tensors[source].shape
+        if len(found) != num_axes or 0 in found:
+            raise CheckpointError(f"{where}: {layout.prefix}{source} is {list(found)}; it needs {num_axes} axes")
+        return found
 
     def count(target: str) -> int:
-        source = re.escape(layout.names.rule(target.format(n=0)).source).replace("\\.0\\.", r"\.(\d+)\.", 1)
-        return len({match[1] for name in layout.tensors if (match := re.fullmatch(source, name))})
+        rule = layout.names.rule(target.format(n=0))
+        names = "|".join(re.escape(name) for name in (rule.source, *rule.also)).replace("\\.0\\.", r"\.(\d+)\.")
+        found = [match for name in layout.tensors if (match := re.fullmatch(names, name))]
+        return len({next(filter(None, match.groups())) for match in found})
 
     (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
     width, in_channels = shape("x_embedder.weight")
     mlp_width = shape("transformer_blocks.0.ff.linear_out.weight")[1]
     if width % head_dim or head_dim % 8:
-        source = layout.names.rule("transformer_blocks.0.attn.norm_q.weight").source
+        source = layout.source("transformer_blocks.0.attn.norm_q.weight")
         raise CheckpointError(
             f"{where}: {layout.prefix}{source} is [{head_dim}], but the hidden states are {width} wide; the file is damaged"
         )

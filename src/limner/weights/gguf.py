@@ -6,6 +6,7 @@ no names of any network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,21 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufFile(TensorFile):
-    """One GGUF file. `architecture` is that of its header, "" if it names none."""
+    """One GGUF file. `architecture` is that of its header, "" if it names none; `hyperparameters` are its single values."""
 
     architecture: str
+    hyperparameters: Mapping[str, Any]
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
-        self.path, self.files, self.metadata = path, (path,), {}
+        self.path, self.files, self.headers = path, (path,), ()
         try:
             self._reader = _open(path)
             field = self._reader.get_field("general.architecture")
             self.architecture = str(field.contents()) if field is not None else ""
-            named = {
-                name: field.contents() for name, field in self._reader.fields.items() if name.startswith("general.")
+            self.hyperparameters = {
+                name: one.contents() for name, one in self._reader.fields.items() if len(one.types) == 1
             }
-            self.metadata = {name: value for name, value in named.items() if isinstance(value, str)}
         except Exception as error:  # numpy and the reader raise many types for a damaged header
             raise CheckpointError(
                 f"{path}: cannot be read as GGUF ({first_line(error)}); it is truncated or damaged, download it again"

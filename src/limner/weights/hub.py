@@ -9,13 +9,42 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from limner.errors import CheckpointError, first_line
 
-__all__ = ["download_failures", "downloading", "is_hub_id", "local_path"]
+__all__ = ["Hub", "download_failures", "downloading", "is_hub_id", "local_path"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hub:
+    """How repositories are read; the names and meanings are those of `huggingface_hub`. The token is never shown.
+
+    `revision` is a branch, tag or commit of the model's repository. `token` is a text, True (that of the login) or False
+    (none).
+    """
+
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def of_others(self) -> Hub:
+        """Return what holds for other repositories than the model's."""
+        return replace(self, revision=None)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments for the hub's client."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+        }
 
 
 def local_path(given: str | os.PathLike[str], *, field: str) -> tuple[Path, bool]:

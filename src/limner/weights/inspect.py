@@ -26,12 +26,12 @@ from limner.weights.folder import FoundKind, bundled_model, find_kind, kind_of_t
 from limner.weights.geometry import geometry_name
 from limner.weights.layouts import PARTS
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers
-from limner.weights.parts import Progress, is_model_folder, open_part, part_of
+from limner.weights.parts import Progress, check_variant, is_model_folder, open_part, part_of
 
 __all__ = ["ModelReport", "PartReport", "inspect"]
 
 _TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-_VAE = ("latent_channels", "block_out_channels", "layers_per_block")
+_VAE = ("latent_channels", "block_out_channels", "decoder_block_out_channels", "layers_per_block")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,9 +126,11 @@ def inspect(
     part: str | None = None,
     digests: bool = True,
     verify: bool = False,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> ModelReport:
-    """Report on a file, a part's folder or a model's folder; `like` is a model folder that says what a file does not.
+    """Report on a file, a part's folder or a model's folder; `like` is a model folder that says what a file does not,
+    `variant` which weights of folders are read.
 
     Raises `CheckpointError` with the reason for anything but a checkpoint of this family.
     """
@@ -137,7 +139,8 @@ def inspect(
     if not is_model or part is not None:
         name = part_of(source, part=part) or PARTS[0]
         inside = source / name if is_model else source
-        checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None)
+        check_variant(variant, {name: inside})
+        checkpoint = open_part(name, inside, like=like / name / "config.json" if like else None, variant=variant)
         return ModelReport(
             path=str(source),
             kind=_kind(kind_of_transformer(inside)) if name == "transformer" else None,
@@ -146,12 +149,13 @@ def inspect(
             problems=(),
         )
     read_json(source / "model_index.json")
+    check_variant(variant, {name: source / name for name in PARTS})
     missing = tuple(name for name in FOLDERS if not (source / name).is_dir())
     parts, problems = [], []
     for name in PARTS:
         if name not in missing:
             try:
-                parts.append(_inspect(open_part(name, source / name), digests, verify, report))
+                parts.append(_inspect(open_part(name, source / name, variant=variant), digests, verify, report))
             except CheckpointError as error:
                 problems.append(str(error))
     kind = _kind(find_kind(source))
@@ -176,7 +180,7 @@ def _inspect(checkpoint: Checkpoint, digests: bool, verify: bool, progress: Prog
         prefix = ""
     elif layout.part == "vae":
         network = empty_autoencoder(config, where=checkpoint.where)
-        shown = {name: network.config[name] for name in _VAE}
+        shown = {name: network.config[name] for name in _VAE if network.config.get(name) is not None}
     else:
         depth, layers = text_layers(config, None, where=checkpoint.where)
         used = max(layers)
@@ -239,7 +243,7 @@ def _sizes(config: TransformerConfig) -> dict[str, Any]:
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     layout = checkpoint.layout
     found: dict[str, dict[str, int]] = {}
-    names = [*layout.tensors, *layout.scales.values(), *layout.unused]
+    names = [*layout.tensors, *layout.scales, *layout.unused]
     for name in names:
         info = checkpoint.file.infos.get(layout.prefix + name) or checkpoint.file.infos[name]
         count = found.setdefault(info.dtype, {"tensors": 0, "nbytes": 0})
@@ -250,7 +254,7 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
 
 def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     layout, notes = checkpoint.layout, []
-    if layout.quantization in ("fp8", "gguf"):
+    if layout.quantization not in (None, "int8"):
         notes.append("widened to bfloat16 when it is loaded, unless another dtype or int8 is asked for")
     inputs = [name for name in layout.unused if name.endswith(("input_scale", "scale_input"))]
     if inputs:

@@ -1,9 +1,9 @@
 """Which layout a file of weights is in, read from its header.
 
-Layouts of the transformer: diffusers' names (also with Limner's int8), the original single file, the same under a prefix
-(ComfyUI), either with fp8 matrices and their scales, GGUF. Of the autoencoder: diffusers' and the original's names. Of the
-text encoder: Qwen3 in transformers' names (fp8 as well), with or without a prefix, and GGUF. Anything else is refused
-with the reason. Reads no tensors.
+Layouts of the transformer: diffusers' names, the original single file, the same under a prefix (ComfyUI), GGUF. Of the
+autoencoder: diffusers' and the original's names. Of the text encoder: Qwen3 in transformers' names, with or without a
+prefix, and GGUF. Weights may be wide or in a format of `packing`. Anything else is refused with the reason. Reads no
+tensors but markers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from limner.errors import CheckpointError
 from limner.weights.files import WIDE, SafetensorsFile, TensorFile, TensorInfo, check_regular
 from limner.weights.gguf import QUANTIZED, GgufFile
-from limner.weights.names import IDENTITY, Names, autoencoder_names, gguf_text_names, transformer_names
+from limner.weights.names import IDENTITY, Names, Rule, autoencoder_names, gguf_text_names, transformer_names
+from limner.weights.packing import Packing, is_extra, packings_of
 
-__all__ = ["PARTS", "Layout", "layout_of", "naming_of", "open_file", "parts_of", "recognise"]
+__all__ = ["FOREIGN", "PARTS", "QUANTIZED_BY", "Layout", "layout_of", "naming_of", "open_file", "parts_of", "recognise"]
 
 PARTS = ("transformer", "vae", "text_encoder")
 _PREFIXES = {
@@ -49,7 +50,7 @@ _SIGNATURES = {
     ("text_encoder", "gguf"): ("token_embd.weight", "blk.0.attn_q_norm.weight"),
 }
 """Tensors that identify a layout. Any of them is enough, so that a damaged file is still recognised."""
-_FOREIGN = (
+FOREIGN = (
     (
         r"guidance_in\.in_layer\.weight|time_guidance_embed\.guidance_embedder\..*",
         "has a guidance embedding (a guidance-distilled model, FLUX.2-dev-like); only klein-like models are supported",
@@ -62,20 +63,29 @@ _FOREIGN = (
         r".*(\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|\.lokr_w|\.hada_w).*",
         "is a LoRA, not a model; give it as a LoRA",
     ),
+    (
+        r"(?:decoder\.)?(?:layers\.)?\d+\.conv\.0\.weight",
+        "is a small decoder for previews, as TAEF2; give it as preview_decoder (--preview-decoder)",
+    ),
 )
+QUANTIZED_BY = (
+    (r"weight\.(absmax|quant_map|quant_state\..*|nested_absmax|nested_quant_map)|SCB", "bitsandbytes"),
+    (r"weight_(packed|global_scale|zero_point)|input_global_scale", "compressed-tensors"),
+    (r"qweight|qzeros|wscales|wzeros|proj_(down|up)|smooth_factor(_orig)?", "GPTQ, AWQ or Nunchaku"),
+    (r"pre_quant_scale|smooth_scale", "a smoothing of activations (pre_quant_scale), which is not undone"),
+    (r"weight_scalar", "a hybrid of MXFP8 and fp8"),
+)
+"""Tensors by which a quantization that is not read is known."""
 _ARCHITECTURES = {"transformer": ("flux", "flux2", ""), "text_encoder": ("qwen3",)}
-_SCALE_NAMES = ("weight_scale", "scale_weight")
-_UNUSED = ("input_scale", "scale_input", "comfy_quant")
-_FP8 = ("F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """One part of a model in a file.
 
-    `names` maps each tensor of the network to the file. `tensors` are the part's, without `prefix`. `scales` has the
-    scale of each quantized weight, `unused` what else a quantization stores (scales of activations, markers).
-    `quantization` is None, "fp8", "gguf" or "int8".
+    `names` maps each tensor of the network to the file. `tensors` are the part's weights, without `prefix`, with the shapes
+    that they have when they are read. `packings` says how each narrow one is stored, `unused` what else a quantization
+    stores (scales of activations, markers). `quantization` is None, "gguf", or the names of formats, joined by "+".
     """
 
     part: str
@@ -84,18 +94,28 @@ class Layout:
     names: Names
     quantization: str | None
     tensors: Mapping[str, TensorInfo]
-    scales: Mapping[str, str]
+    packings: Mapping[str, Packing]
     unused: tuple[str, ...]
     gguf: bool = False
 
     @property
     def kind(self) -> str:
-        """The layout in one word: "gguf", "fp8", "int8", "comfyui", "original" or "diffusers"."""
+        """The layout in one word: "gguf", a format of `packing`, "comfyui", "original" or "diffusers"."""
         if self.gguf:
             return "gguf"
         if self.quantization:
             return self.quantization
         return "comfyui" if self.prefix and self.naming == "original" else self.naming
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The names of all scales of weights."""
+        return tuple(name for packing in self.packings.values() for name in packing.beside)
+
+    def source(self, target: str | Rule) -> str | None:
+        """Return the name in the file of a tensor of the network, under any of its names; None if it is not there."""
+        rule = target if isinstance(target, Rule) else self.names.rule(target)
+        return next((name for name in (rule.source, *rule.also) if name in self.tensors), None)
 
 
 def open_file(path: Path) -> TensorFile:
@@ -136,15 +156,18 @@ def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layou
         own |= {name: info for name, info in file.infos.items() if not name.startswith(prefix)}
     if part == "transformer":
         _refuse_foreign(file, own)
-    scales, unused = {}, []
-    for name in list(own):
-        stem, _, last = name.rpartition(".")
-        if last in _SCALE_NAMES and f"{stem}.weight" in own:
-            scales[f"{stem}.weight"] = name
-        elif last in _UNUSED or name == "scaled_fp8":
-            unused.append(name)
-    tensors = {name: info for name, info in own.items() if name not in unused and name not in scales.values()}
-    quantization = _quantization(file, prefix, own, tensors, scales)
+    packings: dict[str, Packing] = {}
+    if not isinstance(file, GgufFile):
+        _refuse_quantizations(file, own)
+        packings = packings_of(file, own, prefix)
+    beside = {name for packing in packings.values() for name in packing.beside}
+    unused = tuple(name for name in own if is_extra(name))
+    tensors = {
+        name: _unpacked(info, packings.get(name))
+        for name, info in own.items()
+        if name not in beside and not is_extra(name)
+    }
+    quantization = _quantization(file, prefix, tensors, packings)
     names = IDENTITY
     if naming == "original":
         levels = {match[1] for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))}
@@ -158,8 +181,8 @@ def layout_of(file: TensorFile, part: str, *, naming: str, prefix: str) -> Layou
         names=names,
         quantization=quantization,
         tensors=tensors,
-        scales=scales,
-        unused=tuple(unused),
+        packings=packings,
+        unused=unused,
         gguf=isinstance(file, GgufFile),
     )
 
@@ -178,7 +201,7 @@ def naming_of(file: TensorFile, part: str) -> tuple[str, str] | None:
 
 def _refuse_foreign(file: TensorFile, names: Iterable[str]) -> None:
     for name in names:
-        for pattern, reason in _FOREIGN:
+        for pattern, reason in FOREIGN:
             if re.fullmatch(f"(?:.*\\.)?(?:{pattern})", name):
                 raise CheckpointError(f"{file.path}: {reason} (it holds {name})")
 
@@ -195,55 +218,32 @@ def _wrong_architecture(file: GgufFile, part: str) -> CheckpointError:
     )
 
 
+def _refuse_quantizations(file: TensorFile, names: Iterable[str]) -> None:
+    """Refuse what tensors of other tools mark, by the tool's name."""
+    for name in names:
+        for pattern, tool in QUANTIZED_BY:
+            if re.fullmatch(f".*\\.(?:{pattern})", name):
+                raise CheckpointError(
+                    f"{file.path}: is quantized by {tool}, which is not read (it holds {name}); take a file in fp8, int8, "
+                    "NVFP4, MXFP8 or GGUF, or the bfloat16 weights"
+                )
+
+
+def _unpacked(info: TensorInfo, packing: Packing | None) -> TensorInfo:
+    """Return a tensor with the shape that it stands for."""
+    return info if packing is None else TensorInfo(dtype=info.dtype, shape=packing.shape, nbytes=info.nbytes)
+
+
 def _quantization(
-    file: TensorFile,
-    prefix: str,
-    own: Mapping[str, TensorInfo],
-    tensors: Mapping[str, TensorInfo],
-    scales: Mapping[str, str],
+    file: TensorFile, prefix: str, tensors: Mapping[str, TensorInfo], packings: Mapping[str, Packing]
 ) -> str | None:
-    """Return how the weights of a part are quantized. Raises `CheckpointError` for what would be read wrongly."""
-    found: set[str] = set()
+    """Return how the weights of a part are quantized. Raises `CheckpointError` for dtypes that are not read."""
+    if isinstance(file, GgufFile):
+        return "gguf" if any(info.dtype in QUANTIZED for info in tensors.values()) else None
     for name, info in tensors.items():
-        where = f"{file.path}: {prefix}{name}"
-        rows = info.shape[0] if info.shape else 1
-        scale = own[scales[name]] if name in scales else None
-        if scale is not None and scale.shape not in ((), (1,), (rows,), (rows, 1)):
+        if name not in packings and info.dtype not in (*WIDE, "I64"):
             raise CheckpointError(
-                f"{file.path}: {prefix}{scales[name]} is {list(scale.shape)}; allowed: one number, or one for each of the "
-                f"{rows} rows"
+                f"{file.path}: {prefix}{name} is {info.dtype}, which is not read; allowed: F32, F16, BF16, F8 and I8 with "
+                "scales, marked NVFP4 and MXFP8, GGUF"
             )
-        if scale is not None and scale.dtype not in ("F32", "F16", "BF16"):
-            raise CheckpointError(f"{file.path}: {prefix}{scales[name]} is {scale.dtype}; allowed: F32, F16, BF16")
-        if info.dtype in _FP8:
-            if scale is None:
-                raise CheckpointError(
-                    f"{where} is {info.dtype} without a scale ({_stem(name)}.weight_scale); its values would be off by "
-                    "that factor; take a file with scales, or the bfloat16 weights"
-                )
-            found.add("fp8")
-        elif info.dtype == "I8":
-            if scale is None or scale.shape != (rows,):
-                raise CheckpointError(
-                    f"{where} is I8 without one weight_scale for each of its {rows} rows: not Limner's int8; take a file "
-                    "of another format"
-                )
-            found.add("int8")
-        elif info.dtype in QUANTIZED:
-            found.add("gguf")
-        elif scale is not None:
-            raise CheckpointError(
-                f"{where} is {info.dtype} and has a scale, {scales[name]}; the file is of an unknown kind"
-            )
-        elif info.dtype not in (*WIDE, "I64"):
-            raise CheckpointError(
-                f"{where} is {info.dtype}, which is not read (NVFP4, MXFP4 and other packings neither); allowed: F32, F16, "
-                "BF16, F8_E4M3 with scales, GGUF"
-            )
-    if len(found) > 1:
-        raise CheckpointError(f"{file.path}: mixes {' and '.join(sorted(found))}; the file is of an unknown kind")
-    return found.pop() if found else None
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+    return "+".join(sorted({packing.format for packing in packings.values()})) or None

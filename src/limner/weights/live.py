@@ -20,7 +20,7 @@ from limner.model.transformer import Transformer
 from limner.weights.files import some_names
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers, text_unread
 
-__all__ = ["share_autoencoder", "share_text_encoder", "share_transformer"]
+__all__ = ["restore_text_encoder", "share_autoencoder", "share_text_encoder", "share_transformer"]
 
 
 def share_transformer(network: Any) -> Transformer:
@@ -52,9 +52,23 @@ def share_text_encoder(network: Any, tokenizer: Any, *, out_layers: tuple[int, .
         for name, value in ((n.removeprefix("model."), v) for n, v in _tensors(network, where).items())
         if not text_unread(name, used=used, depth=depth)
     }
-    shared = empty_text_network(config, used=used, depth=depth, where=where)
-    _share(shared, tensors, where)
-    encoder = TextEncoder(shared, tokenizer, out_layers=layers)
+    return restore_text_encoder(tensors, tokenizer, config=config, used=used, depth=depth, out_layers=layers)
+
+
+def restore_text_encoder(
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    *,
+    config: Mapping[str, Any],
+    used: int,
+    depth: int,
+    out_layers: tuple[int, ...],
+) -> TextEncoder:
+    """Return a text encoder of the first `used` of `depth` layers that shares tensors. Raises `CheckpointError`."""
+    where = "text_encoder"
+    network = empty_text_network(config, used=used, depth=depth, where=where)
+    _share(network, tensors, where)
+    encoder = TextEncoder(network, tokenizer, out_layers=out_layers)
     encoder.rebuild_rotary()
     return encoder
 

@@ -44,6 +44,7 @@ class Names:
     """Rules by target name. A tensor without a rule has the same name on both sides."""
 
     def __init__(self, rules: Sequence[Rule] = ()) -> None:
+        self.rules = tuple(rules)
         self._rules = [(re.compile(_pattern(rule.target)), rule) for rule in rules]
 
     def rule(self, target: str) -> Rule:
@@ -70,7 +71,12 @@ def _pattern(template: str) -> str:
 
 
 def _rules(table: Iterable[tuple[str, str]], *, target: str = "", source: str = "") -> list[Rule]:
-    return [Rule(target=target + theirs, source=source + own) for theirs, own in table]
+    return [Rule(target=target + theirs, source=source + own, also=_also(source + own)) for theirs, own in table]
+
+
+def _also(source: str) -> tuple[str, ...]:
+    """Return the other name of a norm's weight: files that went through ComfyUI's modules have .weight."""
+    return (f"{source.removesuffix('.scale')}.weight",) if source.endswith("_norm.scale") else ()
 
 
 def _thirds(targets: Sequence[str], source: str) -> list[Rule]:

@@ -67,6 +67,7 @@ def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, wher
 
     def make() -> nn.Module:
         values = dict(config) | {"num_hidden_layers": used, "layer_types": None}
+        values.pop("quantization_config", None)  # of the file's weights, which are widened
         if "max_window_layers" in values:
             values["max_window_layers"] = min(int(values["max_window_layers"]), used)
         network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))

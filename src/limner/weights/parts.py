@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from limner.config import TransformerConfig
-from limner.errors import CheckpointError
+from limner.errors import CheckpointError, InvalidRequest
 from limner.weights.checkpoint import Checkpoint
 from limner.weights.configuration import KINDS, configuration_of
-from limner.weights.files import open_folder, read_json
+from limner.weights.files import open_folder, read_json, variants_of
 from limner.weights.layouts import layout_of, naming_of, open_file, parts_of, recognise
 from limner.weights.networks import QUANT_METHOD
 
-__all__ = ["STEMS", "Progress", "is_model_folder", "open_part", "part_of"]
+__all__ = ["STEMS", "Progress", "check_variant", "is_model_folder", "open_part", "part_of"]
 
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Names of the files of weights in a part's folder, without suffix."""
@@ -50,23 +50,35 @@ def part_of(source: Path, *, part: str | None = None) -> str | None:
     return parts[0] if parts else "transformer"  # `recognise` then says what is wrong with the file
 
 
-def open_part(part: str, source: Path, *, like: Path | None = None) -> Checkpoint:
+def open_part(part: str, source: Path, *, like: Path | None = None, variant: str | None = None) -> Checkpoint:
     """Open a part from its folder (config.json and weights), or from a single file of any layout.
 
-    `like` is a config.json of the same geometry: `configuration_of` says what it is for. Raises `CheckpointError`.
+    `like` is a config.json of the same geometry: `configuration_of` says what it is for. `variant` is that of a folder's
+    weights, as "fp16". Raises `CheckpointError`.
     """
     if source.is_dir():
-        return _open_folder(part, source)
+        return _open_folder(part, source, variant)
     file = open_file(source)
     layout = recognise(file, part)
     return Checkpoint(file, layout, configuration_of(file, layout, like=like), where=source)
 
 
-def _open_folder(part: str, source: Path) -> Checkpoint:
+def check_variant(variant: str | None, sources: Mapping[str, Path]) -> None:
+    """Raise `InvalidRequest` for a variant that no folder of these parts has; parts without it are read as they are."""
+    if variant is None:
+        return
+    found = {name for part, source in sources.items() if source.is_dir() for name in variants_of(source, STEMS[part])}
+    if variant not in found:
+        allowed = ", ".join(sorted(found)) or "none: no folder has variants, leave it out"
+        raise InvalidRequest("variant", f"{variant!r} is not one of the model's variants; allowed: {allowed}")
+
+
+def _open_folder(part: str, source: Path, variant: str | None) -> Checkpoint:
     config = read_json(source / "config.json")
     if part == "transformer":
         TransformerConfig.from_diffusers(config, where=str(source / "config.json"))
-    file = open_folder(source, STEMS[part])
+    # transformers reads a single file before shards, diffusers the shards
+    file = open_folder(source, STEMS[part], variant=variant, shards_first=part != "text_encoder")
     naming, prefix = naming_of(file, part) or ("diffusers", "")
     if part == "transformer" and "quantization_config" in config:
         _check_method(config["quantization_config"], where=source / "config.json")

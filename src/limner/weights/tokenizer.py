@@ -16,6 +16,7 @@ from jinja2.exceptions import TemplateError
 from limner.errors import CheckpointError, first_line
 from limner.files import open_regular
 from limner.weights.files import read_json
+from limner.weights.tokenizer_file import check_tokenizer
 
 __all__ = ["check_template", "load_tokenizer"]
 
@@ -24,7 +25,8 @@ _MODEL_TYPES = ("qwen2", "qwen3")
 _MAX_FILES = 100
 _MAX_BYTES = 64 << 20
 """Of one file; klein's tokenizer.json has 11 MB."""
-_VOCABULARIES = ("tokenizer.json", "vocab.json")
+_TOKENIZER = "tokenizer.json"
+_VOCABULARIES = (_TOKENIZER, "vocab.json")
 """JSON files that the tokenizer's library reads, and that hold a vocabulary."""
 _MAX_TEMPLATE = 32 << 10
 """Characters of a chat template; Qwen3's has 4,000."""
@@ -84,12 +86,15 @@ def _check_files(folder: Path) -> None:
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
+                data = file.read() if path.name == _TOKENIZER and size <= _MAX_BYTES else None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it again") from error
         if size > _MAX_BYTES:
             raise CheckpointError(
                 f"{path}: has {size} bytes, a tokenizer's file at most {_MAX_BYTES}; download it again"
             )
+        if data is not None:
+            check_tokenizer(data, where=path)
         if path.suffix == ".json" and path.name not in _VOCABULARIES:
             config = read_json(path)
             for key, allowed in (("tokenizer_class", _CLASSES), ("model_type", _MODEL_TYPES)):

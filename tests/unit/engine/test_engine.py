@@ -29,6 +29,7 @@ from limner.engine import (
 )
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
+from limner.pipeline.prefill import Prefiller
 
 
 class Heard:
@@ -247,6 +248,37 @@ def test_one_failure_takes_no_other_with_it(
         assert str(bad.error()) == "broken"
     assert "failed" in caplog.text
     submit(engine, request("next")).result()
+    assert engine.is_alive
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["cancelled", "fails"])
+def test_who_waits_for_a_prefill_that_is_broken_off_gets_one(
+    engine: Engine, pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """One request of a batch is cancelled, or memory runs out once, in the middle of the prefill they share."""
+    first = hold(engine, gate)
+    refs = (reference(7),)
+    compute, calls = Prefiller._compute, []
+
+    def broken_off(own: Prefiller, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            assert engine.cancel("left")
+            if fails:
+                raise RuntimeError("out of luck")
+        return compute(own, *args, **options)
+
+    monkeypatch.setattr(Prefiller, "_compute", broken_off)
+    left = submit(engine, request("left", 1, references=refs), id="left")
+    stayed = submit(engine, request("stayed", 2, references=refs), owner="b")
+    later = submit(engine, request("later", 3, references=refs, num_inference_steps=2), owner="c")
+    gate.open()
+    first.result()
+    assert isinstance(left.error(), Cancelled)
+    alone = pipe("stayed", image=list(refs), generator=generators(2))
+    assert same(stayed.result().images[0], alone.images[0])
+    assert later.result().images
+    assert len(calls) == 1 + fails
     assert engine.is_alive
 
 

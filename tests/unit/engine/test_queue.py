@@ -112,7 +112,7 @@ def test_a_returning_owner_has_no_credit_and_no_debt(queue: RequestQueue) -> Non
     assert [take(queue) for _ in range(2)] == [["a0"], ["a1"]]  # a has had 2
     add(queue, "b0", owner="b", num_inference_steps=11)  # starts at 2
     add(queue, "b1", owner="b", num_inference_steps=12)
-    assert [take(queue) for _ in range(3)] == [["a2"], ["b0"], ["b1"]]
+    assert [take(queue) for _ in range(3)] == [["b0"], ["a2"], ["b1"]]  # of equal ones, who has waited for a turn
     add(queue, "c0", owner="c", num_inference_steps=1)  # nobody else is active: what was is forgotten
     add(queue, "c1", owner="c", num_inference_steps=2)
     add(queue, "a3", owner="a", num_inference_steps=3)
@@ -239,3 +239,27 @@ def test_listeners_that_raise_are_logged(queue: RequestQueue, caplog: pytest.Log
 
     add(queue, "broken", listener=broken).tell(Started())
     assert "the listener of request broken failed" in caplog.text
+
+
+def test_one_owner_leaves_room_while_others_ask(clock: Clock) -> None:
+    """What another asks for next waits for the whole batch; a minute after its last request batches are whole again."""
+    queue = RequestQueue(Admission(model=Model(), max_waiting=40, max_batch=8, memory_bytes=40), clock=clock)
+    add(queue, "b0", owner="b")
+    assert take(queue) == ["b0"]
+    for i in range(20):
+        add(queue, f"a{i}")
+    assert len(take(queue)) == 4
+    clock.now = 61.0
+    assert len(take(queue)) == 8
+    add(queue, "b1", owner="b")
+    add(queue, "b2", owner="b", ref=0)
+    both = take(queue)
+    assert both[0] == "b1"  # served least
+    assert len(both) == 8  # b's request is among them
+
+
+def test_guidance_divides_batches(queue: RequestQueue) -> None:
+    add(queue, "a1", guidance_scale=3.0, negative_prompt="rain")
+    add(queue, "a2", guidance_scale=3.0)
+    add(queue, "a3", guidance_scale=2.0)
+    assert take(queue) == ["a1", "a2"]

@@ -133,7 +133,24 @@ def test_several_with_strengths_as_in_diffusers(pipe: Pipeline, theirs: Any, tmp
         same_picture(pipe, theirs)
 
 
-@pytest.mark.parametrize("tensors", [lambda: original(PAIRS, alpha=2.0), lambda: kron_tensors()[0]])
+def hadamard() -> dict[str, Tensor]:
+    """A LoHa of every matrix, and below it nothing that is low-rank."""
+    one, two = make_pairs(1, rank=2), make_pairs(2, rank=2)
+    return {
+        f"{name}.hada_w{i}_{side}": value
+        for i, pairs in ((1, one), (2, two))
+        for name, (down, up) in pairs.items()
+        for side, value in (("a", up * 3), ("b", down * 3))
+    }
+
+
+def differences() -> dict[str, Tensor]:
+    return {f"diffusion_model.{name}.diff": up @ down for name, (down, up) in PAIRS.items()}
+
+
+@pytest.mark.parametrize(
+    "tensors", [lambda: original(PAIRS, alpha=2.0), lambda: kron_tensors()[0], hadamard, differences]
+)
 def test_a_branch_is_the_sum_of_weights(tensors: Callable[[], dict[str, Tensor]], pipe: Pipeline) -> None:
     """Float64, so that nothing but the formula is compared: the matrix with the update in it, beside it, and fused."""
     pipe.to(torch.float64)
@@ -252,8 +269,8 @@ def test_moves_and_casts(tiny_folder: Path) -> None:
     """A cast pipeline is one that was loaded in that dtype, fused or not."""
     expected, pipe = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16), Pipeline.from_pretrained(tiny_folder)
     for each in (expected, pipe):
-        each.load_lora_weights(original(PAIRS), "a")
-        each.load_lora_weights(kohya(make_pairs(1, names=SHAPES)), "b")
+        each.load_lora_weights(original({n: p for n, p in PAIRS.items() if "single" in n}), "a")
+        each.load_lora_weights(kohya({n: p for n, p in EVERYWHERE.items() if "single" not in n}), "b")
         each.fuse_lora(adapter_names=["a"])
     pipe.to(torch.bfloat16).to("cpu")
     assert torch.equal(velocity(pipe), velocity(expected))
@@ -549,3 +566,96 @@ def test_branches_that_find_no_memory_leave_nothing(pipe: Pipeline, monkeypatch:
             call()
     assert (pipe.get_active_adapters(), pipe.get_list_adapters()) == (["a"], {"transformer": ["a"]})
     assert torch.equal(velocity(pipe), expected)
+
+
+def part(pairs: dict[str, tuple[Tensor, Tensor]], kind: str) -> dict[str, Tensor]:
+    return diffusers_names({name: pair for name, pair in pairs.items() if kind in name})
+
+
+SEQUENCES: dict[str, list[Callable[[Any], Any]]] = {
+    "disabled": [lambda p: p.disable_lora()],
+    "disabled twice, then enabled": [lambda p: p.disable_lora(), lambda p: p.disable_lora(), lambda p: p.enable_lora()],
+    "other strengths while disabled": [
+        lambda p: p.disable_lora(),
+        lambda p: p.set_adapters(["a", "b"], [0.2, 0.3]),
+        lambda p: p.enable_lora(),
+    ],
+    "fused and disabled": [lambda p: p.fuse_lora(), lambda p: p.disable_lora()],
+    "unloaded while disabled": [
+        lambda p: p.disable_lora(),
+        lambda p: p.unload_lora_weights(),
+        lambda p: p.enable_lora(),
+    ],
+    "one of two deleted": [lambda p: p.delete_adapters("b")],
+    "the active one deleted": [lambda p: p.set_adapters("b"), lambda p: p.delete_adapters("b")],
+    "all deleted": [lambda p: p.delete_adapters(["a", "b"])],
+    "one fused whose matrices are its own": [
+        lambda p: p.set_adapters("c", 0.4),
+        lambda p: p.fuse_lora(adapter_names=["b"]),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT: that adapters are merged, unmerged, deleted while active
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_switches_as_in_diffusers(case: str, pipe: Pipeline, theirs: Any) -> None:
+    """The same calls give the same pictures, and the same names of what is loaded and active."""
+    names = ["b", "c"] if "own" in case else ["a", "b"]
+    files = {
+        "a": diffusers_names(make_pairs(1)),
+        "b": part(make_pairs(2), "single_blocks"),
+        "c": part(make_pairs(3), "double_blocks"),
+    }
+    for each in (pipe, theirs):
+        for name in names:
+            each.load_lora_weights(dict(files[name]), adapter_name=name)
+        each.set_adapters(names, [0.5, 0.8])
+        for call in SEQUENCES[case]:
+            call(each)
+    assert pipe.get_active_adapters() == list(theirs.get_active_adapters())
+    assert pipe.get_list_adapters() == theirs.get_list_adapters()
+    same_picture(pipe, theirs)
+
+
+def test_disabled_is_the_base_and_enabled_is_as_before(pipe: Pipeline) -> None:
+    base, key = velocity(pipe), pipe.reference_weights
+    pipe.disable_lora()  # nothing is loaded: no effect
+    pipe.load_lora_weights(original(PAIRS), "a")
+    assert pipe.reference_weights != key
+    for fuse in (False, True):
+        if fuse:
+            pipe.fuse_lora()
+        before, its_key = velocity(pipe), pipe.reference_weights
+        pipe.disable_lora()
+        assert torch.equal(velocity(pipe), base)
+        assert pipe.reference_weights == key
+        assert pipe.fused_loras == ({"a"} if fuse else set())
+        with pytest.raises(InvalidRequest, match=r"disabled; enable_lora\(\) first"):
+            pipe.fuse_lora()
+        pipe.enable_lora()
+        assert torch.equal(velocity(pipe), before)
+        assert pipe.reference_weights == its_key
+    pipe.unload_lora_weights()  # what is fused now is part of the weights
+    fused = velocity(pipe)
+    pipe.load_lora_weights(original(ONE), "b")
+    pipe.disable_lora()
+    assert torch.equal(velocity(pipe), fused)
+
+
+def test_what_diffusers_would_let_stop_is_refused(pipe: Pipeline) -> None:
+    """diffusers fuses one of two, and the other stops where that one is; a scale acts on what is active there."""
+    pipe.load_lora_weights(original(PAIRS), "a")
+    pipe.load_lora_weights(part(PAIRS, "single_blocks"), "b")
+    pipe.load_lora_weights(part(PAIRS, "double_blocks"), "c")
+    pipe.set_adapters(["a", "b"])
+    before = velocity(pipe)
+    with pytest.raises(InvalidRequest, match=r"\['b'\] are active too and would stop acting .*with set_adapters"):
+        pipe.fuse_lora(adapter_names=["a"])
+    pipe.set_adapters("a")
+    with pytest.raises(InvalidRequest, match=r"without \['a'\] none of \['b', 'c'\] is active"):
+        pipe.delete_adapters("a")
+    pipe.set_adapters("c")
+    with pytest.raises(InvalidRequest, match=r"lora_scale=0.5 acts on what is active \(\['c'\]\)"):
+        pipe.fuse_lora(adapter_names=["b"], lora_scale=0.5)
+    pipe.set_adapters(["a", "b"])
+    assert torch.equal(velocity(pipe), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.tiny import make_transformer
 from limner import CheckpointError, Pipeline
 from limner.weights.folder import load_transformer
 from limner.weights.gguf import GgufFile
+from limner.weights.names import gguf_text_names
 from limner.weights.parts import open_part
 
 CPU = torch.device("cpu")
@@ -110,6 +112,89 @@ def test_a_text_encoder(tiny_folder: Path, tmp_path: Path) -> None:
         Pipeline.from_pretrained(tiny_folder, text_encoder=other)
     with pytest.raises(CheckpointError, match="is GGUF, in which a vae is not read"):
         Pipeline.from_pretrained(tiny_folder, vae=file)
+
+
+HEADER: dict[str, object] = {
+    "qwen3.block_count": 4,
+    "qwen3.embedding_length": 16,
+    "qwen3.attention.head_count": 2,
+    "qwen3.attention.layer_norm_rms_epsilon": 1e-5,
+    "qwen3.rope.freq_base": 5e5,
+    "qwen3.context_length": 512,
+}
+
+
+def text_file(folder: Path, path: Path, **changes: object) -> Path:
+    """The text encoder of a folder with hyperparameters in its header; None leaves one out."""
+    tensors = made.tensors_of(folder / made.TEXT)
+    names = {
+        f"model.{rule.target}": rule.source
+        for rule in (gguf_text_names().rule(n.removeprefix("model.")) for n in tensors)
+    }
+    names["lm_head.weight"] = "output.weight"
+    stored = {names[name]: value for name, value in tensors.items()}
+    said = {key: value for key, value in (HEADER | changes).items() if value is not None}
+    return made.save_gguf(stored.items(), path, kind="F32", architecture="qwen3", header=said)
+
+
+def test_the_header_of_a_text_encoder(tiny_folder: Path, tiny_copy: Path, tmp_path: Path) -> None:
+    """What it says comes before the model's configuration: the same as a folder whose configuration says it."""
+    file = text_file(tiny_folder, tmp_path / "text.gguf")
+    config = tiny_copy / "text_encoder" / "config.json"
+    before = json.loads(config.read_text())
+    said = before | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    config.write_text(json.dumps(said))
+    whole = Pipeline.from_pretrained(tiny_folder)
+    ours, theirs = (Pipeline.from_pretrained(tiny_folder, text_encoder=x) for x in (file, tiny_copy / "text_encoder"))
+    assert torch.equal(made.draw(ours), made.draw(theirs))
+    assert not torch.equal(made.draw(ours), made.draw(whole))
+    assert ours.text_encoder.network.config.rms_norm_eps == 1e-5
+    alone = open_part("text_encoder", file).config  # no configuration of this size is known: the header says all
+    assert (alone["num_hidden_layers"], alone["rope_parameters"]["rope_theta"]) == (4, 5e5)
+    bare = open_part("text_encoder", text_file(tiny_folder, tmp_path / "b.gguf", **dict.fromkeys(HEADER)), like=config)
+    assert bare.config == said  # a header without hyperparameters changes nothing
+
+
+def test_positions_that_are_stretched(tiny_folder: Path, tmp_path: Path) -> None:
+    yarn = {
+        "qwen3.rope.scaling.type": "yarn",
+        "qwen3.rope.scaling.factor": 4.0,
+        "qwen3.rope.scaling.original_context_length": 128,
+    }
+    found = open_part("text_encoder", text_file(tiny_folder, tmp_path / "yarn.gguf", **yarn)).config
+    assert found["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    pipe = Pipeline.from_pretrained(tiny_folder, text_encoder=tmp_path / "yarn.gguf")
+    assert pipe.text_encoder.network.rotary_emb.attention_scaling > 1.1  # 0.1 ln 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qwen3.attention.head_count": 4}, "its header says num_attention_heads=4, its tensors are those of 2"),
+        (
+            {"qwen3.rope.scaling.type": "longrope"},
+            "qwen3.rope.scaling.type='longrope' in its header is not read; allowed: 'none'",
+        ),
+        (
+            {"qwen3.rope.freq_base": -1.0},
+            "qwen3.rope.freq_base=-1.0 in its header is not read; allowed: a number over 0",
+        ),
+        ({"qwen3.attention.causal": False}, "qwen3.attention.causal=False in its header is not read; allowed: True"),
+        ({"qwen3.attention.sliding_window": 128}, "qwen3.attention.sliding_window=128"),
+        ({"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}, "original_context_length=None"),
+    ],
+)
+def test_refuses_headers_that_are_not_read(
+    changes: dict[str, object], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_part("text_encoder", text_file(tiny_folder, tmp_path / "text.gguf", **changes))
+    assert "\n" not in str(caught.value)
 
 
 def test_refuses_other_architectures(state: dict[str, torch.Tensor], tmp_path: Path) -> None:

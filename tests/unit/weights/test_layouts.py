@@ -124,6 +124,18 @@ def test_parts_given_may_be_missing_from_the_folder(tiny_copy: Path, tmp_path: P
         Pipeline.from_pretrained(tiny_copy, transformer=tmp_path / "nowhere", vae=tmp_path / "other")
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_norms_may_end_in_weight(prefix: str, wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """As in files that went through ComfyUI's modules; in GGUF too."""
+    tensors = {name.replace("_norm.scale", "_norm.weight"): v for name, v in made.original(wide_state).items()}
+    assert "single_blocks.0.norm.query_norm.weight" in tensors
+    file = made.save(tensors, tmp_path / "model.safetensors", prefix=prefix)
+    assert same(load_transformer(file, dtype=None, device=CPU).state_dict(), wide_state)
+    if not prefix:
+        packed = made.save_gguf(tensors.items(), tmp_path / "model.gguf", kind="BF16", plain="BF16")
+        assert same(load_transformer(packed, dtype=None, device=CPU).state_dict(), wide_state)
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("scale", ["weight_scale", "scale_weight"])
 def test_fp8(per_row: bool, scale: str, wide_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -166,6 +178,45 @@ def test_a_transformer_has_one_dtype(wide_state: dict[str, torch.Tensor], tmp_pa
     tensors = {n: v.float() if "norm" in n else v for n, v in made.original(wide_state).items()}
     loaded = load_transformer(made.save(tensors, tmp_path / "mixed.safetensors"), dtype=None, device=CPU)
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+
+
+def test_other_networks_have_one_dtype_too(tiny_folder: Path, tmp_path: Path) -> None:
+    """bfloat16 matrices beside float32 norms run as they do where all is cast; statistics of latents keep their dtype."""
+    text = {n: v if "norm" in n else v.bfloat16() for n, v in tensors_of(tiny_folder / TEXT).items()}
+    vae = {
+        n: v if "norm" in n or n.startswith("bn.") else v.bfloat16() for n, v in tensors_of(tiny_folder / VAE).items()
+    }
+    pipe = Pipeline.from_pretrained(
+        tiny_folder,
+        text_encoder=made.save(text, tmp_path / "text.safetensors"),
+        vae=made.save(vae, tmp_path / "vae.safetensors"),
+    )
+    assert {v.dtype for v in pipe.text_encoder.network.state_dict().values()} == {torch.bfloat16}
+    found = {n: v.dtype for n, v in pipe.autoencoder.network.state_dict().items()}
+    assert {v for n, v in found.items() if not n.startswith("bn.")} == {torch.bfloat16}
+    assert found["bn.running_mean"] == torch.float32
+    assert draw(pipe).isfinite().all()
+
+
+def test_a_decoder_of_other_widths(tiny_folder: Path, tmp_path: Path) -> None:
+    """Alone, in either naming: the decoder's widths are those of the file, the rest those of the model."""
+    from diffusers import AutoencoderKLFlux2
+
+    config = json.loads((tiny_folder / "vae" / "config.json").read_text())
+    narrow = [width // 2 for width in config["block_out_channels"]]
+    assert not any(width % config["norm_num_groups"] for width in narrow)
+    torch.manual_seed(4)
+    state = AutoencoderKLFlux2.from_config(config | {"decoder_block_out_channels": narrow}).state_dict()
+    like = tiny_folder / "vae" / "config.json"
+    levels = len(narrow)
+    for number, tensors in enumerate((state, made.original_vae(state, levels=levels))):
+        found = open_part("vae", made.save(tensors, tmp_path / f"{number}.safetensors"), like=like)
+        assert found.config["decoder_block_out_channels"] == narrow
+        assert same(dict(found.stream(state)), state)
+    odd = {n: torch.cat([v, v]) if n == "encoder.conv_in.weight" else v for n, v in state.items()}
+    wrong = open_part("vae", made.save(odd, tmp_path / "odd.safetensors"), like=like)
+    with pytest.raises(CheckpointError, match="encoder.conv_in.weight is .*; these weights are of another model"):
+        wrong.check(state)
 
 
 def test_autoencoder_is_what_diffusers_makes_of_it(tiny_folder: Path, tmp_path: Path) -> None:
@@ -289,19 +340,27 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda t: set_nan(t[QKV], (slice(300, 301),)),
         f"{QKV} holds values that are not finite in bfloat16",
     ),
-    "fp8 without scale": (
-        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn)}),
-        rf"{QKV} is F8_E4M3 without a scale \(double_blocks.0.img_attn.qkv.weight_scale\)",
+    "fp8 in squares of no size": (
+        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(5, 2)}),
+        r"weight_scale is \[5, 2\]; allowed: one number, one for each of the 768 rows, or one for each square of 128 x 128",
     ),
-    "fp8 in squares": (
-        lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale": torch.ones(6, 2)}),
-        r"weight_scale is \[6, 2\]",
+    "fp8, some with scales": (
+        lambda t: t.update(
+            {
+                QKV: t[QKV].to(torch.float8_e4m3fn),
+                "single_blocks.0.linear2.weight": t["single_blocks.0.linear2.weight"].to(torch.float8_e4m3fn),
+                "single_blocks.0.linear2.weight_scale": torch.ones(()),
+            }
+        ),
+        rf"{QKV} is F8_E4M3 without a scale \(double_blocks.0.img_attn.qkv.weight_scale\), and the file has scales",
     ),
-    "int8 of others": (
-        lambda t: t.update({QKV: t[QKV].to(torch.int8), f"{QKV}_scale": torch.ones(())}),
-        f"{QKV} is I8 without one weight_scale for",
+    "int8 without scales": (lambda t: t.update({QKV: t[QKV].to(torch.int8)}), f"{QKV} is I8 without a scale"),
+    "a scale for nothing": (
+        lambda t: t.update({f"{QKV}_scale": torch.ones(())}),
+        f"{QKV} is BF16 and has a scale, double_blocks.0.img_attn.qkv.weight_scale",
     ),
-    "packed fours": (lambda t: t.update({QKV: t[QKV].to(torch.uint8)}), f"{QKV} is U8, which is not read"),
+    "packed fours": (lambda t: t.update({QKV: t[QKV].to(torch.uint8)}), f"{QKV} is U8 without a marker"),
+    "of no dtype that is read": (lambda t: t.update({QKV: t[QKV].to(torch.int32)}), f"{QKV} is I32, which is not read"),
     "of FLUX.1": (
         lambda t: t.update({"double_blocks.0.img_mod.lin.weight": torch.zeros(2, 2)}),
         "is of FLUX.1, whose blocks",
@@ -377,7 +436,7 @@ class _Names(TensorFile):
     """A header alone."""
 
     def __init__(self, names: list[str]) -> None:
-        self.path, self.files, self.metadata = Path("header"), (), {}
+        self.path, self.files, self.headers = Path("header"), (), ()
         self.infos = {name: TensorInfo(dtype="BF16", shape=(4, 4), nbytes=32) for name in names}
 
     def read(self, name: str) -> torch.Tensor:

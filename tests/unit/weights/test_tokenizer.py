@@ -14,6 +14,7 @@ from limner import CheckpointError
 from limner.model.text_encoder import TextEncoder
 from limner.weights.folder import bundled_model
 from limner.weights.tokenizer import check_template, load_tokenizer
+from limner.weights.tokenizer_file import check_tokenizer
 
 LIKE_QWEN3 = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -128,6 +129,64 @@ def test_other_tokenizers_and_piles_of_files_are_refused(tiny_copy: Path) -> Non
         (folder / f"{i}.txt").touch()
     with pytest.raises(CheckpointError, match="a tokenizer has at most 100"):
         load_tokenizer(folder)
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+PIECES = [{"Sequence": {"id": "A", "type_id": 0}}] * 100_000
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a pattern that takes exponential time": (
+        {"pre_tokenizer": split("(a|aa)+$")},
+        r"regular expression '\(a\|aa\)\+\$'",
+    ),
+    "one inside a sequence": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, split("(.*)*x")]}},
+        "pre_tokenizer has the regular expression",
+    ),
+    "one that replaces": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a*)*b"}, "content": "c"}},
+        "normalizer has a step 'Replace'; allowed: Sequence, NFC",
+    ),
+    "steps that each double the text": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 10}},
+        "ByteLevel more than once",
+    ),
+    "many steps": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}] * 100}}, "has 101 steps"),
+    "a part without a type": ({"pre_tokenizer": {"pattern": {"Regex": "(a*)*b"}}}, "has a step 'None'"),
+    "a template of many texts": (
+        {"post_processor": {"type": "TemplateProcessing", "single": PIECES, "pair": [], "special_tokens": {}}},
+        "100000 pieces in single",
+    ),
+    "another model": ({"model": {"type": "WordPiece", "vocab": {}}}, "model has a step 'WordPiece'"),
+    "padding to billions": ({"padding": {"strategy": {"Fixed": 10**10}}}, "padding has 10000000000 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_tokenizer_that_take_long_or_grow_are_refused(tiny_copy: Path, name: str) -> None:
+    path = tiny_copy / "tokenizer" / "tokenizer.json"
+    changed, message = PARTS[name]
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load_tokenizer(path.parent)
+    assert str(refused.value).endswith("take the tokenizer of Qwen3")
+
+
+def test_the_usual_tokenizers_are_allowed() -> None:
+    """Of Qwen2 and 3 as transformers makes them from their vocabulary, and in older files."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+    made = Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]).backend_tokenizer.to_str()
+    assert PRETOKENIZE_REGEX in json.loads(made)["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    check_tokenizer(made.encode(), where="tokenizer.json")
+    old = {"model": {"vocab": {}, "merges": []}, "pre_tokenizer": BYTES, "normalizer": None}
+    check_tokenizer(json.dumps(old).encode(), where="tokenizer.json")
+    for wrong in (b"[]", b"{", b"[" * 100_000):
+        with pytest.raises(CheckpointError, match="tokenizer.json: "):
+            check_tokenizer(wrong, where="tokenizer.json")
 
 
 def test_a_template_adds_little_to_the_prompt() -> None:

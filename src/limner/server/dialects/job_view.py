@@ -28,11 +28,13 @@ _REPORTED = (
     "seconds_saved",
     "references",
     "prompt",
+    "warnings",
     "timings",
     "waited",
     "ran",
     "batch",
     "encode_seconds",
+    "mask",
 )
 
 
@@ -93,5 +95,10 @@ def _ready(job: Job, urls: list[str]) -> dict[str, Any]:
 
 
 def cache_report(job: Job) -> dict[str, Any]:
-    """Return how a ready job was drawn: whether its references were cached, what that saved, and timings."""
-    return {name: job.result[name] for name in _REPORTED if name in job.result}
+    """Return how a ready job was drawn: whether its references were cached, what that saved, and timings.
+
+    `without_effect` names fields of the request that were not followed, if there are any.
+    """
+    told = {name: job.result[name] for name in _REPORTED if name in job.result}
+    names = job.options.without_effect
+    return told | ({"without_effect": list(names)} if names else {})

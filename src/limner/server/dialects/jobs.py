@@ -35,6 +35,8 @@ class JobEntry(BaseModel):
     width: int | None
     height: int | None
     num_inference_steps: int
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     output_format: str
     num_references: int
     references: str | None = Field(None, description="content key of its references, also their handle if you have one")
@@ -97,6 +99,8 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "width": job.width,
         "height": job.height,
         "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+        "negative_prompt": job.negative_prompt,
         "output_format": job.output_format,
         "num_references": len(job.references),
         "references": job.result.get("reference_key") or job.options.handle,

@@ -27,9 +27,6 @@ from limner.server.jobs.records import Job
 
 __all__ = ["Answer"]
 
-_NO_EFFECT = ("quality", "background", "moderation", "style", "input_fidelity")
-"""Fields for other models: accepted, and reported as without effect."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -84,7 +81,7 @@ class Answer:
             "data": data,
             **_shape(job),
             "usage": _usage(job),
-            "limner": {**cache_report(job), "seeds": job.result["seeds"], **_without_effect(self.fields)},
+            "limner": {"model": service.settings.model_name, **cache_report(job), "seeds": job.result["seeds"]},
         }
 
     async def events(self) -> AsyncIterator[str]:
@@ -152,11 +149,6 @@ def _shape(job: Job) -> dict[str, Any]:
         "quality": "auto",
         "background": "opaque",
     }
-
-
-def _without_effect(fields: Generation) -> dict[str, Any]:
-    names = [name for name in _NO_EFFECT if getattr(fields, name) not in (None, "auto")]
-    return {"without_effect": names} if names else {}
 
 
 def _usage(job: Job) -> dict[str, Any]:

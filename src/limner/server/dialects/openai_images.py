@@ -1,51 +1,40 @@
 """The OpenAI Images dialect: pictures in the answer to the request, or as a stream of events.
 
-Owns how these requests are read. `seed`, `num_inference_steps` and `references` (a handle) are additions; `limner` in an
-answer reports on cached references, and on fields that have no effect.
+Owns what a request of this dialect asks of the service. `seed`, `num_inference_steps`, `references` (a handle) and a
+colour as `background` are additions; `limner` in an answer reports on cached references, and on fields without effect.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 from fastapi import APIRouter, Depends, Header, Request
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from limner.errors import InvalidRequest, NotFound
-from limner.images import PreparedReference
 from limner.server.access.keys import Owner
-from limner.server.dialects.model_names import model_names
+from limner.server.dialects.model_names import answers_to, model_names
 from limner.server.dialects.openai_answers import Answer
-from limner.server.dialects.openai_schemas import EDIT_FORM, Generation, Images, ModelEntry, Models
-from limner.server.http.errors import OPENAI_ERRORS
+from limner.server.dialects.openai_bodies import EditInputs, read_edit
+from limner.server.dialects.openai_schemas import EDIT_BODY, Generation, Images, ModelEntry, Models
+from limner.server.dialects.unused import without_effect
+from limner.server.http.errors import OPENAI_ERRORS, renamed
 from limner.server.http.service import KEYS, Service
-from limner.server.http.wire import SafeJSON, StrictRoute, read_form
+from limner.server.http.wire import SafeJSON, StrictRoute
 from limner.server.jobs.records import JobRequest
 
 __all__ = ["routes"]
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
-_NAMES = {"width": "size", "height": "size", "num_images": "n"}
-"""Fields of jobs, by their names in this dialect."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Inputs:
-    fields: Generation
-    pictures: tuple[PreparedReference, ...]
-    kind: Literal["image_generation", "image_edit"]
+_BACKGROUNDS = ("auto", "opaque")
+"""Values of `background` that are no colour."""
 
 
 def routes(service: Service) -> APIRouter:
     """Return the routes of this dialect."""
     router = APIRouter(tags=["OpenAI Images dialect"], route_class=StrictRoute, dependencies=KEYS)
     key = Header(None, alias="Idempotency-Key", max_length=255)
-    names = model_names(service.settings.model_name)
 
     @router.post("/v1/images/generations", response_model=Images, responses=OPENAI_ERRORS, summary="Pictures from text")
     async def generate_images(
@@ -53,121 +42,121 @@ def routes(service: Service) -> APIRouter:
     ) -> Response:
         if fields.input_fidelity is not None:
             raise InvalidRequest("input_fidelity", "is for edits; leave it out")
-        inputs = _Inputs(fields=fields, pictures=(), kind="image_generation")
-        return await _answer(service, request, owner, inputs, idempotency)
+        return await _answer(service, request, owner, EditInputs(fields=fields), idempotency)
 
     @router.post(
         "/v1/images/edits",
         response_model=Images,
         responses=OPENAI_ERRORS,
-        openapi_extra=EDIT_FORM,
+        openapi_extra=EDIT_BODY,
         summary="Pictures from text and references",
     )
     async def edit_images(
         request: Request, owner: Owner = Depends(service.paying), idempotency: str | None = key
     ) -> Response:
-        return await _answer(service, request, owner, await _read_form(service, request), idempotency)
+        inputs = await read_edit(request, max_picture_bytes=service.settings.max_picture_bytes, offload=service.offload)
+        return await _answer(service, request, owner, inputs, idempotency, is_edit=True)
 
     @router.get("/v1/models", response_model=Models, responses=OPENAI_ERRORS, summary="What can be named as model")
     async def list_models(owner: Owner = Depends(service.owner)) -> Models:
-        return Models(data=[ModelEntry(id=name) for name in names])
+        return Models(data=[ModelEntry(id=name) for name in model_names(service.settings)])
 
-    @router.get("/v1/models/{name}", response_model=ModelEntry, responses=OPENAI_ERRORS, summary="One model")
+    @router.get("/v1/models/{name:path}", response_model=ModelEntry, responses=OPENAI_ERRORS, summary="One model")
     async def get_model(name: str, owner: Owner = Depends(service.owner)) -> ModelEntry:
-        if name not in names:
-            raise NotFound(f"model: {name[:80]!r} is not one of {', '.join(names)}")
+        _check_model(service, name)
         return ModelEntry(id=name)
 
     return router
 
 
 async def _answer(
-    service: Service, request: Request, owner: Owner, inputs: _Inputs, idempotency: str | None
+    service: Service,
+    request: Request,
+    owner: Owner,
+    inputs: EditInputs,
+    idempotency: str | None,
+    *,
+    is_edit: bool = False,
 ) -> Response:
     fields = inputs.fields
-    job_request = _job_request(service, inputs, idempotency)
+    job_request = await _job_request(service, owner, inputs, idempotency)
     if fields.stream:  # before there is a job
         service.streams.check(owner)
     try:
         job, _ = await service.accept(owner, job_request)
     except InvalidRequest as error:
-        if error.field not in _NAMES:
-            raise
-        problem = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest(_NAMES[error.field], f"{error.field} {problem}") from None
+        raise _named(error, fields) from None
     answer = Answer(
-        service=service, request=request, fields=fields, kind=inputs.kind, job=job, cancel=idempotency is None
+        service=service,
+        request=request,
+        fields=fields,
+        kind="image_edit" if is_edit else "image_generation",
+        job=job,
+        cancel=idempotency is None,
     )
     if fields.stream:
         return service.event_stream(owner, answer.events())
     return SafeJSON(await answer.body())
 
 
-def _job_request(service: Service, inputs: _Inputs, idempotency: str | None) -> JobRequest:
+def _named(error: InvalidRequest, fields: Generation) -> InvalidRequest:
+    """Return an error of the service in the names of this dialect."""
+    if error.field in ("width", "height") and getattr(fields, error.field) is None:
+        side = "" if "x" in error.problem.partition(" ")[0] else f"{error.field} "
+        return InvalidRequest("size", side + error.problem)
+    return renamed(error, {"num_images": "n"})
+
+
+async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idempotency: str | None) -> JobRequest:
     fields = inputs.fields
-    _check_model(service, fields.model)
+    if fields.model is not None:
+        _check_model(service, fields.model)
     if fields.background == "transparent":
         raise InvalidRequest("background", "transparent pictures are not made; use opaque or auto")
-    if fields.output_compression is not None and (fields.output_format or "png") == "png":
-        raise InvalidRequest("output_compression", "has no effect on png; use jpeg or webp, or leave it out")
-    width, height = _size(fields.size)
-    return JobRequest(
+    if fields.output_compression not in (None, 100) and (fields.output_format or "png") == "png":
+        raise InvalidRequest(
+            "output_compression", f"{fields.output_compression} has no effect on png; use 100, or jpeg or webp"
+        )
+    width, height = _size(fields)
+    background = None if fields.background in _BACKGROUNDS else fields.background
+    job_request = JobRequest(
         prompt=fields.prompt,
         seed=fields.seed,
         num_images=fields.n or 1,
-        pictures=inputs.pictures,
+        pictures=await service.pictures.read(inputs.pictures, owner=owner, background=background),
         handle=fields.references,
         idempotency=idempotency,
         width=width,
         height=height,
-        num_inference_steps=fields.num_inference_steps or 4,
+        num_inference_steps=fields.num_inference_steps,
+        guidance_scale=fields.guidance_scale,
+        negative_prompt=fields.negative_prompt,
         output_format=fields.output_format or "png",
         quality=max(1, 95 if fields.output_compression is None else fields.output_compression),
+        without_effect=without_effect(fields, kind=service.engine.model.kind),
     )
+    if inputs.mask is None:
+        return job_request
+    first = await service.first_reference(owner, job_request)
+    assert first is not None  # an edit has pictures or a handle
+    mask = await service.pictures.read_mask(inputs.mask, owner=owner, first=first, drawn="transparent")
+    return replace(job_request, mask=mask)
 
 
-def _check_model(service: Service, model: str | None) -> None:
-    names = model_names(service.settings.model_name)
-    if model is not None and model not in names:
-        raise NotFound(f"model: {model[:80]!r} is not one of {', '.join(names)}; or leave it out")
+def _check_model(service: Service, name: str) -> None:
+    if not answers_to(name, service.settings):
+        known = ", ".join(model_names(service.settings))
+        raise NotFound(f"model: {name[:80]!r} is not one of {known}; or leave it out")
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text in (None, "auto"):
-        return None, None
-    found = _SIZE.fullmatch(text or "")
+def _size(fields: Generation) -> tuple[int | None, int | None]:
+    if fields.size in (None, "auto"):
+        return fields.width, fields.height
+    found = _SIZE.fullmatch(fields.size or "")
     if found is None:
-        raise InvalidRequest("size", f"{text!r} is neither auto nor WIDTHxHEIGHT, as 512x512")
-    return int(found[1]), int(found[2])
-
-
-async def _read_form(service: Service, request: Request) -> _Inputs:
-    values: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    limit = service.settings.max_picture_bytes
-    async with read_form(request, max_fields=60, max_part=limit + 1024) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name == "mask":
-                    raise InvalidRequest("mask", "masks are not supported; say in the prompt what to change")
-                if name not in ("image", "image[]"):
-                    raise InvalidRequest(name, "is not a field for a file; pictures are image or image[]")
-                files[f"image {len(files) + 1}"] = await value.read(limit + 1)
-            elif name in ("image", "image[]"):
-                raise InvalidRequest(name, "is text; send the picture as a file with a file name")
-            elif name in values:
-                raise InvalidRequest(name, "is there twice; give it once")
-            else:
-                values[name] = value
-    fields = _validate(values)
-    if not files and fields.references is None:
-        raise InvalidRequest("image", "is missing; send one or more pictures, or references with a handle")
-    return _Inputs(fields=fields, pictures=await service.pictures.read_files(files), kind="image_edit")
-
-
-def _validate(values: Mapping[str, str]) -> Generation:
-    try:
-        return Generation.model_validate_strings(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidRequest(".".join(map(str, first["loc"])) or "body", first["msg"]) from None
+        raise InvalidRequest("size", f"{fields.size!r} is neither auto nor WIDTHxHEIGHT, as 512x512")
+    size = int(found[1]), int(found[2])
+    for name, side in zip(("width", "height"), size, strict=True):
+        if getattr(fields, name) not in (None, side):
+            raise InvalidRequest(name, f"is {getattr(fields, name)}, and size says {fields.size}; give one of them")
+    return size

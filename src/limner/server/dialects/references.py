@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,16 +18,22 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from limner import grid
+from limner.config import FITS, Fit
 from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
 from limner.server.http.errors import ERRORS
+from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
 
 __all__ = ["routes"]
+
+
+FIT = "how sides become multiples of 16; null: as the service does, which is crop unless it was started with --fit"
+"""What the field `fit` of these bodies means."""
 
 
 class ReferenceInputs(BaseModel):
@@ -37,7 +43,11 @@ class ReferenceInputs(BaseModel):
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
+    fit: Fit | None = Field(None, description=FIT)
     prefill: bool = Field(True, strict=True, description="false: K/V are left to the first job that uses them")
+    background: str | None = Field(
+        None, max_length=100, description="colour behind transparent pictures, as white or #fff"
+    )
 
 
 class Reference(BaseModel):
@@ -77,7 +87,9 @@ _FORM = {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 16},
                         "safety_tolerance": {"type": "string"},
+                        "fit": {"type": "string", "enum": [*FITS], "description": FIT},
                         "prefill": {"type": "string", "enum": ["true", "false"]},
+                        "background": {"type": "string"},
                     },
                 }
             },
@@ -100,7 +112,7 @@ def routes(service: Service) -> APIRouter:
         summary="Upload references once; their K/V are computed and kept",
     )
     async def add_references(request: Request, owner: Owner = Depends(service.paying)) -> dict[str, Any]:
-        return await _add(service, owner, await _read(service, request))
+        return await _add(service, owner, await _read(service, request, owner))
 
     @router.get("/v1/references", response_model=ReferenceList, responses=ERRORS, summary="Your references")
     async def list_references(owner: Owner = Depends(service.owner)) -> dict[str, Any]:
@@ -138,41 +150,49 @@ class _Upload:
     prefill: bool
 
 
-async def _read(service: Service, request: Request) -> _Upload:
+async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
     """Read a JSON body or a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        return await _read_form(service, request)
+        return await _read_form(service, request, owner)
     try:
         inputs = ReferenceInputs.model_validate(await request.json())
     except json.JSONDecodeError as error:
         raise InvalidRequest("body", f"is not JSON ({error})") from None
     except ValidationError as error:
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
-    texts = {f"images {i}": text for i, text in enumerate(inputs.images, start=1)}
-    pictures = await service.pictures.read_texts(texts)
+    sent = [SentPicture(field=f"images[{i}]", data=text) for i, text in enumerate(inputs.images)]
+    pictures = await service.pictures.read(sent, owner=owner, background=inputs.background, fit=inputs.fit)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
 
 
-async def _read_form(service: Service, request: Request) -> _Upload:
-    limit, files, tolerance, prefill = service.settings.max_picture_bytes, [], 2, True
+async def _read_form(service: Service, request: Request, owner: Owner) -> _Upload:
+    limit, tolerance, prefill = service.settings.max_picture_bytes, 2, True
+    sent: list[SentPicture] = []
+    background: str | None = None
+    fit: Fit | None = None
     async with read_form(request, max_fields=20, max_part=limit + 1024) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name in ("image", "image[]"):
-                files.append(await value.read(limit + 1))
+                sent.append(SentPicture(field=name, data=await service.offload.run(value.file.read, limit + 1)))
             elif name == "safety_tolerance" and isinstance(value, str) and value in "012345" and len(value) == 1:
                 tolerance = int(value)
+            elif name == "fit" and isinstance(value, str) and value in FITS:
+                fit = cast(Fit, value)
             elif name == "prefill" and value in ("true", "false"):
                 prefill = value == "true"
+            elif name == "background" and isinstance(value, str) and len(value) <= 100:
+                background = value
             else:
                 raise InvalidRequest(
                     name,
-                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, prefill: true or false",
+                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, "
+                    f"fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
                 )
-    if not files:
+    if not sent:
         raise InvalidRequest("image", "is missing; send one or more pictures")
-    named = {f"image {i}": data for i, data in enumerate(files, start=1)}
-    return _Upload(pictures=await service.pictures.read_files(named), tolerance=tolerance, prefill=prefill)
+    pictures = await service.pictures.read(sent, owner=owner, background=background, fit=fit)
+    return _Upload(pictures=pictures, tolerance=tolerance, prefill=prefill)
 
 
 async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any]:
@@ -202,7 +222,11 @@ async def _add(service: Service, owner: Owner, upload: _Upload) -> dict[str, Any
         prefill_seconds=seconds,
     )
     stored = await service.offload.store(
-        service.jobs.add_handle, handle, pictures, max_handles=service.settings.max_handles
+        service.jobs.add_handle,
+        handle,
+        pictures,
+        max_handles=service.settings.max_handles,
+        files=await service.offload.run(service.jobs.encode, pictures),
     )
     return {**_reference(stored), **now}
 
@@ -233,7 +257,7 @@ def _reference(handle: Handle) -> dict[str, Any]:
     return {
         "id": handle.key,
         "created": handle.created,
-        "references": [asdict(report) for report in handle.references],
+        "references": [report.as_json() for report in handle.references],
         "num_tokens": handle.num_tokens,
         "nbytes": handle.nbytes,
         "prefill_seconds": handle.prefill_seconds,

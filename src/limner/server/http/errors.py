@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -26,7 +27,7 @@ from limner.errors import (
     RemoteError,
 )
 
-__all__ = ["ERRORS", "INTERNAL", "OPENAI_ERRORS", "STATUSES", "answer_of", "error_body", "is_openai"]
+__all__ = ["ERRORS", "INTERNAL", "OPENAI_ERRORS", "STATUSES", "answer_of", "error_body", "is_openai", "renamed"]
 
 _logger = logging.getLogger("limner.server")
 INTERNAL = "an error inside the server; its log has more"
@@ -143,3 +144,9 @@ def answer_of(path: str, error: LimnerError) -> tuple[int, dict[str, Any], dict[
         headers["www-authenticate"] = "Bearer"
     code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
     return status, error_body(path, status, message, field=getattr(error, "field", None), code=code), headers
+
+
+def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """Return an error that names the field which the caller used, where a dialect has another name for it."""
+    name = names.get(error.field)
+    return error if name is None else InvalidRequest(name, error.problem)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from limner.errors import AccessDenied
+from limner.errors import AccessDenied, QueueFull, RateLimited
+from limner.outbound.urls import Origin
+from limner.server.access.bodies import Bodies, Body
+from limner.server.access.keys import Owner
 from limner.server.http.errors import answer_of
 
 __all__ = ["BodyLimits", "ErrorBody", "LocalCallers", "LoopbackCallers"]
@@ -29,9 +32,9 @@ _SMALL = 1 << 20
 
 
 class BodyLimits:
-    """Check the key, then read the body.
+    """Find the owner, then read the body, as far as `bodies` has room for it.
 
-    `check_key(headers)` raises `AccessDenied`; `max_buffered` bytes may be in memory over all requests.
+    `owner_of(headers)` raises `AccessDenied`.
     """
 
     def __init__(
@@ -39,32 +42,33 @@ class BodyLimits:
         app: ASGIApp,
         *,
         max_bytes: int,
-        max_buffered: int,
+        bodies: Bodies,
         seconds: float,
-        check_key: Callable[[Headers], object],
+        owner_of: Callable[[Headers], Owner],
         error_body: ErrorBody,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._max_buffered = max_buffered
+        self._bodies = bodies
         self._seconds = seconds
-        self._check_key = check_key
+        self._owner_of = owner_of
         self._error_body = error_body
-        self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        taken = 0
+        taken: Body | None = None
         try:
-            self._check_key(headers)
+            owner = self._owner_of(headers)
+            scope.setdefault("state", {})["owner"] = owner  # for those who read the body
             length = headers.get("content-length", "0")
             if not length.isdecimal():
                 raise _Refused(400, f"content-length: {length[:40]!r} is not a number")
             if int(length[:20]) > self._max_bytes:
                 raise _Refused(413, f"the body has {length[:20]} bytes; at most {self._max_bytes} are allowed")
+            taken = self._bodies.open(owner)
             chunks: list[bytes] = []
             try:
                 async with asyncio.timeout(self._seconds):
@@ -75,37 +79,43 @@ class BodyLimits:
                             return
                         chunk = message.get("body", b"")
                         more = message.get("more_body", False)
-                        if taken + len(chunk) > self._max_bytes:
+                        if taken.num_bytes + len(chunk) > self._max_bytes:
                             raise _Refused(413, f"the body is over the {self._max_bytes} bytes that are allowed")
-                        if self._buffered + len(chunk) > self._max_buffered:
-                            raise _Refused(503, "too many large requests at once; try again later")
-                        taken += len(chunk)
-                        self._buffered += len(chunk)
+                        taken.take(len(chunk))
                         chunks.append(chunk)
             except TimeoutError:
                 raise _Refused(408, f"the body did not come within {self._seconds:g} seconds") from None
-            body = b"".join(chunks) if taken <= _SMALL else await asyncio.to_thread(b"".join, chunks)
-            chunks.clear()  # so that it is not in memory twice while the route works
+            taken.come()
+            body = _join(chunks) if taken.num_bytes <= _SMALL else await asyncio.to_thread(_join, chunks)
             await self._app(scope, _replay(body, receive), send)
-        except AccessDenied as error:
+        except (AccessDenied, RateLimited, QueueFull) as error:  # routes answer theirs themselves
             await _refuse(send, *answer_of(scope["path"], error))
         except _Refused as refused:
-            content = self._error_body(scope["path"], refused.status, refused.message)
-            await _refuse(send, refused.status, content, {"retry-after": "1"} if refused.status == 503 else {})
+            await _refuse(send, refused.status, self._error_body(scope["path"], refused.status, refused.message), {})
         finally:
-            self._buffered -= taken
+            if taken is not None:
+                taken.close()
+
+
+def _join(chunks: list[bytes]) -> bytes:
+    body = b"".join(chunks)
+    chunks.clear()  # so that it is not in memory twice while the route works
+    return body
 
 
 class LocalCallers:
     """For a server without keys: refuse requests that another site's page makes a browser of this machine send.
 
     Such a page can let a name of its own resolve to 127.0.0.1 (then `Host` is that name), or send a form across sites
-    (then `Origin` is that site). Programs send neither.
+    (then `Origin` is that site). Programs send neither. Pages of `browser_origins` are let through.
     """
 
-    def __init__(self, app: ASGIApp, *, error_body: ErrorBody) -> None:
+    def __init__(
+        self, app: ASGIApp, *, error_body: ErrorBody, browser_origins: Collection[Origin] = frozenset()
+    ) -> None:
         self._app = app
         self._error_body = error_body
+        self._browser_origins = frozenset(map(str, browser_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -114,7 +124,7 @@ class LocalCallers:
             problem = ""
             if len(hosts) != 1 or not _is_local(f"//{hosts[0]}"):
                 problem = "the header Host has to be localhost, 127.0.0.1 or [::1]: this server has no keys"
-            elif not all(map(_is_local, origins)):
+            elif not all(origin in self._browser_origins or _is_local(origin) for origin in origins):
                 problem = "pages of other sites may not use this server, which has no keys"
             if problem:
                 await _refuse(send, 400, self._error_body(scope["path"], 400, problem), {})

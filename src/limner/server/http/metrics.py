@@ -75,6 +75,9 @@ class Metrics(Collector):
         yield GaugeMetricFamily("limner_engine_waiting", "Requests in the queue", engine.waiting)
         yield GaugeMetricFamily("limner_engine_running", "Requests on the device", engine.running)
         yield GaugeMetricFamily("limner_jobs_live", "Accepted jobs that have not ended", self._runner.num_live)
+        yield GaugeMetricFamily(
+            "limner_pictures_bytes", "Bytes of processed pictures in memory", self._jobs.picture_bytes
+        )
         jobs = GaugeMetricFamily("limner_jobs", "Jobs that are known, by status", labels=["status"])
         for status, count in self._jobs.counts().items():
             jobs.add_metric([status], count)

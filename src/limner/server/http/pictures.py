@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from limner import images
+from limner.config import Fit
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest
-from limner.images import PreparedReference
+from limner.images import PreparedReference, ReferenceReport
+from limner.outbound.client import OutboundClient
+from limner.outbound.pictures import decode_picture, read_picture
+from limner.server.access.keys import Owner
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.offload import Offload
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.pictures import decode_picture, read_picture
 
-__all__ = ["PictureReader"]
+__all__ = ["PictureReader", "SentPicture"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SentPicture:
+    """A picture as a caller sent it, and the field it came in: the bytes of a file, or text (base64, data URL, URL)."""
+
+    field: str
+    data: bytes | str
 
 
 class PictureReader:
@@ -28,33 +43,73 @@ class PictureReader:
         self._settings = settings
         self._outbound = outbound if settings.fetch_urls else None
 
-    async def read_files(self, files: Mapping[str, bytes]) -> tuple[PreparedReference, ...]:
-        """Prepare picture files, by the names that errors give them. Raises `InvalidRequest`."""
-        return self._check_number(tuple([await self._prepare(data, name=name) for name, data in files.items()]))
+    async def read(
+        self, sent: Sequence[SentPicture], *, owner: Owner, background: str | None = None, fit: Fit | None = None
+    ) -> tuple[PreparedReference, ...]:
+        """Prepare pictures, in order. `background` is what this caller wants behind transparent ones, `fit` how they
+        get to the grid; None: as the service does.
 
-    async def read_texts(self, texts: Mapping[str, str]) -> tuple[PreparedReference, ...]:
-        """Prepare pictures of a JSON body: base64, data URLs or, if that is allowed, URLs. Raises `InvalidRequest`."""
-        found = []
-        for name, text in texts.items():
-            limit = self._settings.max_picture_bytes
-            if ":" not in text[:64] or text[:5].lower() == "data:":  # in a thread: decoding megabytes takes a while
-                read = functools.partial(decode_picture, text, max_bytes=limit, field=name)
-                data = await self._offload.decode(read, field=name)
-            else:
-                data = await read_picture(text, client=self._outbound, max_bytes=limit, field=name)
-            found.append(await self._prepare(data, name=name))
-        return self._check_number(tuple(found))
+        Raises `InvalidRequest` that names the field of the caller, and which of its pictures if it has several.
+        """
+        if background is not None:
+            images.background_colour(background)
+        self._check_number(sent)
+        fields, found = Counter(picture.field for picture in sent), []
+        for number, picture in enumerate(sent, start=1):
+            try:
+                found.append(await self._prepare(picture, owner=owner, background=background, fit=fit))
+            except InvalidRequest as error:
+                if fields[picture.field] == 1 or error.field != picture.field:
+                    raise
+                raise InvalidRequest(picture.field, f"picture {number}: {error.problem}") from None
+        return tuple(found)
 
-    async def _prepare(self, data: bytes, *, name: str) -> PreparedReference:
-        limit = self._settings.max_picture_bytes
-        if len(data) > limit:
-            raise InvalidRequest(name, f"the file has {len(data)} bytes; at most {limit} are allowed")
+    async def read_mask(
+        self, sent: SentPicture, *, owner: Owner, first: ReferenceReport, drawn: Literal["transparent", "white"]
+    ) -> PreparedReference:
+        """Prepare a mask for the first reference; see `images.prepare_mask`. Raises `InvalidRequest`."""
+        data = await self._bytes(sent, owner=owner)
+        prepare = functools.partial(images.prepare_mask, data, reference=first, drawn=drawn, field=sent.field)
+        return await self._decode(prepare, owner=owner, field=sent.field)
+
+    async def _prepare(
+        self, sent: SentPicture, *, owner: Owner, background: str | None, fit: Fit | None
+    ) -> PreparedReference:
+        data = await self._bytes(sent, owner=owner)
+        changes: dict[str, Any] = {"background": background, "fit": fit}
         policy = self._engine.model.reference_policy
-        prepare = functools.partial(images.prepare_reference, data, policy=policy, field=name)
-        return await self._offload.decode(prepare, field=name)
+        policy = replace(policy, **{name: value for name, value in changes.items() if value is not None})
+        prepare = functools.partial(
+            images.prepare_reference,
+            data,
+            policy=policy,
+            field=sent.field,
+            ask_background='"background": "white" in the request',
+        )
+        return await self._decode(prepare, owner=owner, field=sent.field)
 
-    def _check_number(self, pictures: tuple[PreparedReference, ...]) -> tuple[PreparedReference, ...]:
+    async def _bytes(self, sent: SentPicture, *, owner: Owner) -> bytes:
+        limit, data = self._settings.max_picture_bytes, sent.data
+        if isinstance(data, str):
+            if ":" not in data[:64] or data[:5].lower() == "data:":  # in a thread: decoding megabytes takes a while
+                read = functools.partial(decode_picture, data, max_bytes=limit, field=sent.field)
+                data = await self._offload.decode(read, field=sent.field, owner=owner.id)
+            else:
+                data = await read_picture(data, client=self._outbound, max_bytes=limit, field=sent.field)
+        if len(data) > limit:
+            raise InvalidRequest(sent.field, f"the file has {len(data)} bytes; at most {limit} are allowed")
+        return data
+
+    async def _decode(self, call: Callable[[], _T], *, owner: Owner, field: str) -> _T:
+        """Decode a picture. Errors name the field alone: callers read it as a name, without the size of the file."""
+        try:
+            return await self._offload.decode(call, field=field, owner=owner.id)
+        except InvalidRequest as error:
+            if error.field == field or not error.field.startswith(f"{field} "):
+                raise
+            raise InvalidRequest(field, error.problem) from None
+
+    def _check_number(self, sent: Sequence[SentPicture]) -> None:
         limit = self._settings.max_references
-        if len(pictures) > limit:
-            raise InvalidRequest("references", f"{len(pictures)} pictures are over the {limit} that are allowed")
-        return pictures
+        if len(sent) > limit:
+            raise InvalidRequest(sent[limit].field, f"{len(sent)} pictures are over the {limit} that are allowed")

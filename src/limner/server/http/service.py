@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -17,11 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, NotFound
-from limner.images import PreparedReference
+from limner.images import PreparedReference, ReferenceReport
+from limner.outbound.client import OutboundClient
 from limner.references import CONTENT_KEY
 from limner.server.access.keys import KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
+from limner.server.http.aspect import size_of_aspect
 from limner.server.http.pictures import PictureReader
 from limner.server.http.result_urls import ResultUrls
 from limner.server.http.settings import ServeSettings
@@ -32,7 +34,6 @@ from limner.server.jobs.prefills import Prefills
 from limner.server.jobs.records import Handle, Job, JobOptions, JobRequest, check_idempotency_key
 from limner.server.jobs.runner import JobRunner
 from limner.server.jobs.store import JobStore
-from limner.server.outbound.client import OutboundClient
 from limner.trust.safety import check_tolerance
 
 __all__ = ["KEYS", "Service"]
@@ -122,6 +123,12 @@ class Service:
             raise NotFound(f"id: {id[:80]!r} is not a job of yours, or was forgotten")
         return found
 
+    async def first_reference(self, owner: Owner, request: JobRequest) -> ReferenceReport | None:
+        """Return how the first picture of a request, or of its handle, was processed. Raises `NotFound`."""
+        if request.pictures:
+            return request.pictures[0].report
+        return None if request.handle is None else (await self.handle(owner, request.handle)).references[0]
+
     # new jobs
 
     async def accept(self, owner: Owner, request: JobRequest) -> tuple[Job, bool]:
@@ -131,8 +138,9 @@ class Service:
         """
         check_idempotency_key(request.idempotency)
         check_tolerance(request.tolerance)
-        if "\0" in request.prompt:  # some later readers would cut the text there
-            raise InvalidRequest("prompt", f"has a NUL character at {request.prompt.index(chr(0))}; leave it out")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+            if "\0" in text:  # some later readers would cut the text there
+                raise InvalidRequest(name, f"has a NUL character at {text.index(chr(0))}; leave it out")
         pictures, options = await self._references(owner, request)
         job = self._make_job(owner, request, pictures, options)
         known = await self.offload.store(self.jobs.known, job)
@@ -140,40 +148,44 @@ class Service:
             self.runner.resume(known)
             return known, False
         slot = self.limiter.hold(owner)
-        return await self.runner.accept(job, pictures, slot)
+        return await self.runner.accept(job, pictures, slot, mask=request.mask)
 
     async def _references(self, owner: Owner, request: JobRequest) -> tuple[tuple[PreparedReference, ...], JobOptions]:
         """Return the pictures of a request or of its handle, and what the job notes of them."""
+        options = JobOptions(base_url=request.base_url, without_effect=request.without_effect)
         if request.handle is None:
-            return request.pictures, JobOptions(base_url=request.base_url)
+            return request.pictures, options
         if request.pictures:
             raise InvalidRequest("references", "a handle and pictures are both given; give one of them")
         handle = await self.handle(owner, request.handle)
         pictures = tuple([await self.offload.run(self.jobs.picture, report) for report in handle.references])
         is_checked = handle.tolerance == request.tolerance
-        return pictures, JobOptions(base_url=request.base_url, handle=request.handle, references_checked=is_checked)
+        return pictures, replace(options, handle=request.handle, references_checked=is_checked)
 
     def _make_job(
         self, owner: Owner, request: JobRequest, pictures: tuple[PreparedReference, ...], options: JobOptions
     ) -> Job:
         if not 1 <= request.num_images <= self.engine.max_batch:
             raise InvalidRequest("num_images", f"{request.num_images} images; 1 to {self.engine.max_batch} are allowed")
-        default = pictures[0].report.processed_size if pictures else self.engine.model.default_size
-        width, height = request.width or default[0], request.height or default[1]
+        width, height = self._size(request, pictures)
         if width * height > self.settings.max_output_pixels:
             raise InvalidRequest(
                 "width", f"{width}x{height} is over the {self.settings.max_output_pixels} pixels that are allowed"
             )
         first = secrets.randbelow(2**31) if request.seed is None else request.seed
+        kind = self.engine.model.kind
         return Job(
             owner=owner.id,
             prompt=request.prompt,
             seeds=tuple(first + i for i in range(request.num_images)),
             drawn_seeds=request.seed is None,
             references=tuple(p.report for p in pictures),
+            mask=None if request.mask is None else request.mask.report,
             width=width,
             height=height,
-            num_inference_steps=request.num_inference_steps,
+            num_inference_steps=request.num_inference_steps or kind.num_inference_steps,
+            guidance_scale=None if kind.distilled else request.guidance_scale,
+            negative_prompt=None if kind.distilled else request.negative_prompt,
             priority=request.priority,
             timeout=request.timeout,
             tolerance=request.tolerance,
@@ -183,3 +195,22 @@ class Service:
             webhook=request.webhook,
             idempotency=request.idempotency,
         )
+
+    def _size(self, request: JobRequest, pictures: tuple[PreparedReference, ...]) -> tuple[int, int]:
+        """Return the size of the result: what was asked for, else that of the first picture, else the model's."""
+        model = self.engine.model
+        default = pictures[0].report.processed_size if pictures else model.default_size
+        size = request.width or default[0], request.height or default[1]
+        if request.aspect is not None:
+            learned = () if pictures else model.sizes
+            size = size_of_aspect(
+                request.aspect, width=request.width, height=request.height, like=default, learned=learned
+            )
+        if request.mask is not None and size != default:
+            raise InvalidRequest(
+                "mask",
+                "{}x{} is asked for, and a mask needs the size of the first picture, {}x{}; leave the size out".format(
+                    *size, *default
+                ),
+            )
+        return size

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limner.config import BUNDLED_MODEL
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.access.limits import LimitPolicy
 from limner.server.jobs.settings import RunnerSettings
-from limner.server.outbound.policy import OutboundPolicy
 
 __all__ = ["ServeSettings"]
 
@@ -20,7 +21,8 @@ class ServeSettings:
     `public_url` is the address for callers, if it is not the one their requests name. `fetch_urls`: requests may name
     pictures by URL. `webhooks`: jobs may name a URL that their end is reported to. `max_references` limits one job,
     `max_handles` the uploads that are stored for one key. `shared_references`: with keys, an owner is told of K/V that only
-    others used.
+    others used. `served_names`: further names of the model; without them it answers to names that clients have built in.
+    `browser_origins`: pages of these origins may call the server from a browser.
     """
 
     data: str | Path
@@ -39,3 +41,5 @@ class ServeSettings:
     limits: LimitPolicy = field(default_factory=LimitPolicy)
     runner: RunnerSettings = field(default_factory=RunnerSettings)
     model_name: str = BUNDLED_MODEL
+    served_names: tuple[str, ...] = ()
+    browser_origins: frozenset[Origin] = frozenset()

@@ -5,13 +5,11 @@ Large bodies are read in threads, so that no body holds up the event loop and wi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
@@ -21,7 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from limner.errors import InvalidRequest
+from limner.errors import InvalidRequest, QueueFull
 from limner.server.http.json_body import read_json
 
 __all__ = ["SafeJSON", "StrictRoute", "read_form"]
@@ -31,7 +29,6 @@ _R = TypeVar("_R")
 _SMALL = 64 << 10
 """Bodies of fewer bytes are read in the event loop: it takes less than going to a thread and back."""
 _SLICE = 64 << 10
-_readers = ThreadPoolExecutor(2, thread_name_prefix="limner-bodies")
 
 
 class SafeJSON(JSONResponse):
@@ -65,9 +62,11 @@ class _StrictRequest(Request):
             body = await self.body()
             max_text = 2 * self.app.state.service.settings.max_picture_bytes  # base64, line breaks, escaped slashes
             try:
-                self._json = await _read(len(body), read_json, body, max_text=max_text)
+                self._json = await _read(self, len(body), read_json, body, max_text=max_text)
             except InvalidRequest as error:
                 raise HTTPException(400, str(error)) from None
+            except QueueFull as error:  # FastAPI makes a 400 of other errors here
+                raise HTTPException(503, str(error), headers={"retry-after": "5"}) from None
         return self._json
 
 
@@ -80,7 +79,7 @@ async def read_form(request: Request, *, max_fields: int, max_part: int) -> Asyn
     _check_form(request)
     body = await request.body()
     try:
-        form = await _read(len(body), _parse_form, request.headers, body, max_fields, max_part)
+        form = await _read(request, len(body), _parse_form, request.headers, body, max_fields, max_part)
     except MultiPartException as error:
         raise HTTPException(400, error.message) from None
     try:
@@ -89,11 +88,12 @@ async def read_form(request: Request, *, max_fields: int, max_part: int) -> Asyn
         await form.close()
 
 
-async def _read(num_bytes: int, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """Make a call that takes as long as a body is large."""
+async def _read(request: Request, num_bytes: int, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Make a call that takes as long as a body is large. Owners share the threads for it."""
     if num_bytes <= _SMALL:
         return call(*args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_readers, functools.partial(call, *args, **kwargs))
+    offload, owner = request.app.state.service.offload, request.state.owner
+    return cast(_R, await offload.decode(functools.partial(call, *args, **kwargs), field="body", owner=owner.id))
 
 
 class _InMemory(MultiPartParser):

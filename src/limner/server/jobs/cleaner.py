@@ -1,4 +1,7 @@
-"""Removes old results and jobs from the store, now and then, and has jobs adopted that no task brings to their end."""
+"""Removes old results and jobs from the store, now and then, and gives back memory that is free.
+
+It also has jobs adopted that no task brings to their end.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from limner.errors import LimnerError
+from limner.memory.free import give_back
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.tasks import Tasks
@@ -46,6 +50,7 @@ class Cleaner:
             try:
                 await self._offload.store(self._jobs.clean, forget_seconds=self._keep_jobs)
                 await self._adopt_lost()
+                await self._offload.run(give_back)
             except (LimnerError, OSError):
                 _logger.exception("old results could not be removed")
             await asyncio.sleep(self._every)

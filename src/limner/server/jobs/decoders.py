@@ -1,7 +1,7 @@
-"""Threads that decode callers' pictures, and nothing else, with a time for each picture.
+"""Threads that read callers' large bodies and decode their pictures, and nothing else, with a time for each.
 
-A decoder cannot be stopped. One that takes too long is left: its caller is answered, its thread ends when it ends. Knows
-nothing of pictures.
+A decoder cannot be stopped. One that takes too long is left: its caller is answered, its thread ends when it ends. Owners
+share the threads: a place that is free goes to who has fewest, and no owner has them all. Knows nothing of pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,34 +24,67 @@ _R = TypeVar("_R")
 
 
 class Decoders:
-    """At most `threads` decode at once. Each has `seconds`; at most `max_left` that took longer may still run.
+    """At most `threads` decode at once, of one owner one fewer. Each has `seconds`; `max_left` that took longer may run.
 
-    Use it in one event loop.
+    Of one owner half of those may be left. Use it in one event loop.
     """
 
     def __init__(self, *, threads: int = 4, seconds: float = 30.0, max_left: int = 4) -> None:
-        self._places = asyncio.Semaphore(threads)
+        self._threads, self._of_owner = threads, max(1, threads - 1)
         self._seconds = seconds
-        self._max_left = max_left
-        self._num_left = 0
+        self._max_left, self._left_of_owner = max_left, max(1, max_left // 2)
+        self._running: Counter[str] = Counter()
+        self._left: Counter[str] = Counter()
+        self._waiting: dict[asyncio.Future[None], str] = {}
+        """Who waits, the longest first, with its owner."""
 
-    async def run(self, call: Callable[[], _R], *, field: str) -> _R:
-        """Make a call, for which `field` names the picture.
+    async def run(self, call: Callable[[], _R], *, field: str, owner: str = "") -> _R:
+        """Make a call of an owner, for which `field` names the picture.
 
         Raises what the call raises, `InvalidRequest` when its time is over, and `QueueFull` while too many are left.
         """
-        await self._places.acquire()
-        if self._num_left >= self._max_left:
-            self._places.release()
+        await self._take_place(owner)
+        mine, in_all = self._left[owner], self._left.total()
+        if mine >= self._left_of_owner or in_all >= self._max_left:
+            self._give_place(owner)
             raise QueueFull(
-                f"{field}: {self._num_left} pictures are still being decoded after their {self._seconds:g} s; at most "
-                f"{self._max_left} may be; send it again later"
+                f"{field}: {mine} of your pictures, {in_all} in all, are still being decoded after their "
+                f"{self._seconds:g} s; at most {self._left_of_owner} and {self._max_left} may be; send it again later"
             )
         future: asyncio.Future[_R] = asyncio.get_running_loop().create_future()
-        self._start(call, future, field=field)
+        self._start(call, future, field=field, owner=owner)
         return await future
 
-    def _start(self, call: Callable[[], _R], future: asyncio.Future[_R], *, field: str) -> None:
+    async def _take_place(self, owner: str) -> None:
+        place = asyncio.get_running_loop().create_future()
+        self._waiting[place] = owner
+        self._share()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if self._waiting.pop(place, None) is None and not place.cancelled():  # it was given meanwhile
+                self._give_place(owner)
+            raise
+
+    def _give_place(self, owner: str) -> None:
+        self._running[owner] -= 1
+        if not self._running[owner]:
+            del self._running[owner]
+        self._share()
+
+    def _share(self) -> None:
+        """Give free places to those who wait, first to owners who have fewest."""
+        while self._running.total() < self._threads:
+            waiting = [(self._running[who], n, place) for n, (place, who) in enumerate(self._waiting.items())]
+            fewest, _, place = min(waiting, default=(self._of_owner, 0, None))
+            if place is None or fewest >= self._of_owner:
+                return
+            owner = self._waiting.pop(place)
+            if not place.done():  # its caller has not left
+                self._running[owner] += 1
+                place.set_result(None)
+
+    def _start(self, call: Callable[[], _R], future: asyncio.Future[_R], *, field: str, owner: str) -> None:
         """Work in a thread of its own, which keeps no process from ending, and settle the future in its event loop.
 
         The place is held until the work ends or its time is over, whether or not its caller still waits.
@@ -60,19 +94,19 @@ class Decoders:
         def leave() -> None:
             nonlocal is_left
             is_left = True
-            self._num_left += 1
-            self._places.release()
-            _logger.warning("%s: decoding took over %g s; its thread is left", field, self._seconds)
+            self._left[owner] += 1
+            self._give_place(owner)
+            _logger.warning("%s: reading it took over %g s; its thread is left", field, self._seconds)
             if not future.done():
-                problem = f"decoding took over {self._seconds:g} s, the limit; scale it down, or save it again as a PNG"
+                problem = f"reading it took over {self._seconds:g} s, the limit; send a smaller picture"
                 future.set_exception(InvalidRequest(field, problem))
 
         def settle(done: Callable[[], None]) -> None:
             timer.cancel()
             if is_left:
-                self._num_left -= 1
+                self._left[owner] -= 1
             else:
-                self._places.release()
+                self._give_place(owner)
             if not future.done():
                 done()
 

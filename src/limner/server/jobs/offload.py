@@ -42,9 +42,9 @@ class Offload:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
 
-    async def decode(self, call: Callable[[], _R], *, field: str) -> _R:
-        """Decode what a caller sent as `field`, in threads that no other work waits for; see `Decoders.run`."""
-        return await self._decoders.run(call, field=field)
+    async def decode(self, call: Callable[[], _R], *, field: str, owner: str) -> _R:
+        """Decode what an owner sent as `field`, in threads that no other work waits for; see `Decoders.run`."""
+        return await self._decoders.run(call, field=field, owner=owner)
 
     async def with_retry(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Do work on stored files, again and again while it lacks what may come back, so that no picture is lost.

@@ -11,7 +11,7 @@ import io
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from PIL import Image
 
@@ -32,18 +32,24 @@ class PictureFiles:
         self._storage = storage
         self._cache = _Cache(max_cached_bytes)
 
+    @property
+    def cached_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def encode(self, pictures: Iterable[PreparedReference]) -> dict[str, bytes]:
+        """Return the files of pictures that are missing, by digest: work that is done before the storage is held."""
+        missing = {p.report.digest: p for p in pictures if not self._storage.has_file(_file(p.report.digest))}
+        return {digest: _png(picture) for digest, picture in missing.items()}
+
     @contextlib.contextmanager
-    def written(self, pictures: Sequence[PreparedReference]) -> Iterator[None]:
-        """Write the pictures that are missing; remove them again if the block raises."""
+    def written(self, pictures: Sequence[PreparedReference], files: Mapping[str, bytes]) -> Iterator[None]:
+        """Write the pictures that are missing, from `files` if they are there; remove them again if the block raises."""
         new: list[str] = []
         try:
             for picture in pictures:
                 digest = picture.report.digest
                 if not self._storage.has_file(_file(digest)):
-                    buffer = io.BytesIO()
-                    size = picture.report.processed_size
-                    Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
-                    self._storage.write_file(_file(digest), buffer.getvalue())
+                    self._storage.write_file(_file(digest), files.get(digest) or _png(picture))
                     new.append(digest)
                 self._cache.put(digest, picture.data)
             yield
@@ -58,7 +64,7 @@ class PictureFiles:
         for digest in {report.digest for report in reports}:
             if not self._storage.has_file(_file(digest)):
                 raise LimnerError(f"picture {digest} is not kept; send it again")
-            db.execute("INSERT INTO uses VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, user))
+            db.execute('INSERT INTO uses (digest, "user") VALUES (?, ?) ON CONFLICT DO NOTHING', (digest, user))
 
     def release(self, db: Connection, *, user: str) -> list[str]:
         """End the uses of a user. Return the pictures without users, to be removed after the transaction."""
@@ -111,7 +117,7 @@ class _Cache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pixels: OrderedDict[str, bytes] = OrderedDict()
-        self._nbytes = 0
+        self.nbytes = 0
 
     def get(self, digest: str) -> bytes | None:
         with self._lock:
@@ -122,15 +128,22 @@ class _Cache:
     def put(self, digest: str, pixels: bytes) -> None:
         with self._lock:
             if digest not in self._pixels:
-                self._nbytes += len(pixels)
+                self.nbytes += len(pixels)
                 self._pixels[digest] = pixels
             self._pixels.move_to_end(digest)
-            while self._nbytes > self._max_bytes:
-                self._nbytes -= len(self._pixels.popitem(last=False)[1])
+            while self.nbytes > self._max_bytes:
+                self.nbytes -= len(self._pixels.popitem(last=False)[1])
 
     def drop(self, digest: str) -> None:
         with self._lock:
-            self._nbytes -= len(self._pixels.pop(digest, b""))
+            self.nbytes -= len(self._pixels.pop(digest, b""))
+
+
+def _png(picture: PreparedReference) -> bytes:
+    buffer = io.BytesIO()
+    size = picture.report.processed_size
+    Image.frombytes("RGB", size, picture.data).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _file(digest: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from limner.errors import InvalidRequest
@@ -31,7 +32,9 @@ class JobRequest:
     """What a caller asks for, in the same words for all dialects, before it is a job.
 
     References are `pictures`, or the `handle` of an upload. `seed` None: the server draws one. `base_url` is the address
-    that the caller used, for the URLs in a webhook.
+    that the caller used, for the URLs in a webhook. Steps None are
+    the model's own. `aspect` is width over height where no size is given, or one side. With
+    a `mask` the pixels of the first picture stay where it is black. `without_effect` names fields that were not followed.
     """
 
     prompt: str
@@ -39,9 +42,13 @@ class JobRequest:
     num_images: int = 1
     pictures: tuple[PreparedReference, ...] = ()
     handle: str | None = None
+    mask: PreparedReference | None = None
     width: int | None = None
     height: int | None = None
-    num_inference_steps: int = 4
+    aspect: Fraction | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     priority: int = 0
     timeout: float | None = None
     tolerance: int = 2
@@ -50,6 +57,7 @@ class JobRequest:
     webhook: Webhook | None = None
     base_url: str | None = None
     idempotency: str | None = None
+    without_effect: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,18 +65,21 @@ class JobOptions:
     """What a job carries along that does not change the picture.
 
     `base_url` is the address that the caller used. `references_checked`: the pictures of `handle` passed the safety
-    checks, at the tolerance of this job, when they were uploaded.
+    checks, at the tolerance of this job, when they were uploaded. `without_effect` names fields of the request that were
+    not followed.
     """
 
     base_url: str | None = None
     handle: str | None = None
     references_checked: bool = False
+    without_effect: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """One job. `references` report, in order, which pictures it uses and how this caller's were processed.
 
+    `mask`: where it is black, the pixels of the first reference are put back.
     `drawn_seeds`: the server drew the seeds. `result` depends on the status: `files` and a report of the drawing,
     `finding`, or `error` and `type`. Times are seconds since the epoch. `set_aside`: this version cannot read what another
     version wrote of the job, and leaves it as it is.
@@ -79,9 +90,12 @@ class Job:
     seeds: tuple[int, ...]
     drawn_seeds: bool = False
     references: tuple[ReferenceReport, ...] = ()
+    mask: ReferenceReport | None = None
     width: int | None = None
     height: int | None = None
     num_inference_steps: int = 4
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     priority: int = 0
     timeout: float | None = None
     tolerance: int = 2
@@ -128,6 +142,8 @@ def edit_request(job: Job, references: tuple[PreparedReference, ...]) -> EditReq
         width=job.width,
         height=job.height,
         num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        negative_prompt=job.negative_prompt,
     )
 
 

@@ -24,6 +24,8 @@ from limner.version import __version__
 
 __all__ = ["ResultWriter"]
 
+_MASKED = "drawn whole, then what the mask leaves out was put back from the first picture; the model sees no mask"
+
 
 class ResultWriter:
     """Write the pictures that an engine drew."""
@@ -37,6 +39,16 @@ class ResultWriter:
         self._known = known
         self._signer = signer
 
+    async def finish(self, job: Job, result: EditResult) -> EditResult:
+        """Return a result as it is given out: with a mask, the pixels outside of it are those of the first reference."""
+        return result if job.mask is None else await self._offload.with_retry(self._put_back, job, result)
+
+    def _put_back(self, job: Job, result: EditResult) -> EditResult:
+        assert job.mask is not None
+        first, mask = self._jobs.picture(job.references[0]), self._jobs.picture(job.mask)
+        drawn = tuple(images.keep_outside(image, first=first, mask=mask) for image in result.images)
+        return replace(result, images=drawn, metadata={**result.metadata, "mask": job.mask.digest})
+
     async def write(self, job: Job, result: EditResult) -> dict[str, Any]:
         """Encode and store the pictures of a job. Return what is stored and answered of the result, as JSON values."""
         started = time.perf_counter()
@@ -44,6 +56,8 @@ class ResultWriter:
         suffix = SUFFIXES[job.output_format].removeprefix(".")
         names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
         report = _report(await self._for_owner(job.owner, result))
+        if job.mask is not None:
+            report["mask"] = _MASKED
         return report | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
 
     async def _for_owner(self, owner: str, result: EditResult) -> EditResult:
@@ -105,10 +119,11 @@ def _report(result: EditResult) -> dict[str, Any]:
         "reference_cache": result.reference_cache,
         "reference_key": result.reference_key,
         "seconds_saved": round(result.seconds_saved, 4),
-        "references": [asdict(report) for report in result.references],
+        "references": [report.as_json() for report in result.references],
         "prompt": asdict(result.prompt),
         "timings": {**asdict(result.timings), "total": result.timings.total},
         "waited": round(result.waited, 4),
         "ran": round(result.ran, 4),
         "batch": result.batch,
+        "warnings": list(result.warnings),
     }

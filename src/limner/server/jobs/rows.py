@@ -73,10 +73,13 @@ _NAMES = frozenset(
         "quality",
         "options",
         "references",
+        "mask",
+        "guidance_scale",
+        "negative_prompt",
     }
 )
 """Names of what `_request` writes."""
-_OPTIONS = frozenset({"base_url", "handle", "references_checked"})
+_OPTIONS = frozenset({"base_url", "handle", "references_checked", "without_effect"})
 
 
 def read_job(row: tuple[Any, ...]) -> Job:
@@ -115,6 +118,8 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         width=values["width"],
         height=values["height"],
         num_inference_steps=values["num_steps"],
+        guidance_scale=values.get("guidance_scale"),
+        negative_prompt=values.get("negative_prompt"),
         priority=values["priority"],
         timeout=values["timeout"],
         tolerance=values["tolerance"],
@@ -122,6 +127,7 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         quality=values["quality"],
         options=_read_options(values["options"]),
         references=_read_reports(values["references"]),
+        mask=_read_reports([values["mask"]])[0] if "mask" in values else None,
         ended=ended,
         expires=expires,
         result=json.loads(result),
@@ -137,12 +143,19 @@ def fingerprint(job: Job) -> str:
     values = _request(job)
     del values["options"]
     values["references"] = [report.digest for report in job.references]
+    if job.mask is not None:
+        values["mask"] = job.mask.digest
     values["seeds"] = len(job.seeds) if job.drawn_seeds else job.seeds
     values["webhook"] = asdict(job.webhook) if job.webhook else None
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _request(job: Job) -> dict[str, Any]:
+    newer = {  # older versions read jobs that have none of these
+        "mask": None if job.mask is None else asdict(job.mask),
+        "guidance_scale": job.guidance_scale,
+        "negative_prompt": job.negative_prompt,
+    }
     return {
         "prompt": job.prompt,
         "seeds": job.seeds,
@@ -157,6 +170,7 @@ def _request(job: Job) -> dict[str, Any]:
         "quality": job.quality,
         "options": _options(job.options),
         "references": [asdict(report) for report in job.references],
+        **{name: value for name, value in newer.items() if value is not None},
     }
 
 
@@ -167,6 +181,8 @@ def _options(options: JobOptions) -> dict[str, Any]:
         found["base_url"] = options.base_url
     if options.handle is not None:
         found |= {"handle": options.handle, "references_checked": options.references_checked}
+    if options.without_effect:
+        found["without_effect"] = options.without_effect
     return found
 
 
@@ -175,6 +191,7 @@ def _read_options(values: Mapping[str, Any]) -> JobOptions:
         base_url=values.get("base_url"),
         handle=values.get("handle"),
         references_checked=values.get("references_checked", False),
+        without_effect=tuple(values.get("without_effect", ())),
     )
 
 
@@ -187,9 +204,17 @@ def handle_row(handle: Handle) -> tuple[Any, ...]:
     return handle.owner, handle.key, handle.created, json.dumps(described)
 
 
-def read_handle(row: tuple[Any, ...]) -> Handle:
-    """Return the handle of a whole row of the table `handles`."""
-    owner, key, created, described = row
+def read_handle(row: tuple[Any, ...]) -> Handle | None:
+    """Return the handle of a whole row of the table `handles`; None where this version cannot read it."""
+    try:
+        return _read_handle(row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        _report_once(f"of handle {row[1]}", f"{type(error).__name__}: {error}")
+        return None
+
+
+def _read_handle(row: tuple[Any, ...]) -> Handle:
+    owner, key, created, described = row[:4]
     values = json.loads(described)
     return Handle(
         owner=owner,
@@ -213,6 +238,9 @@ def _read_reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, 
             cut=tuple(values["cut"]),
             processed_size=tuple(values["processed_size"]),
             digest=values["digest"],
+            added=tuple(values.get("added", (0, 0, 0, 0))),
+            upright_size=tuple(values["upright_size"]) if values.get("upright_size") else None,
+            profile=values.get("profile"),
         )
         for values in found
     )

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ from limner.server.jobs.webhook_sender import WebhookSender
 __all__ = ["JobRunner"]
 
 _logger = logging.getLogger("limner.server")
+_ROOM_SECONDS = 0.1
 _LOST_SECONDS = 60.0
 """Age at which a pending job without a task counts as lost."""
 
@@ -74,6 +76,7 @@ class JobRunner:
         self._webhooks = webhooks
         self._settings = settings
         self._live: dict[str, _LiveJob] = {}
+        self._backlog: dict[str, Job] = {}  # of earlier runs, not given to the engine yet
         self._num_admitted = 0  # jobs accepted, or about to be, that are not in the engine's queue yet
         self._tasks = Tasks()
         self._stop_by: float | None = None
@@ -97,11 +100,29 @@ class JobRunner:
             self._adopt([job for job in pending if job.id not in self._live and job.created < old])
 
     def _adopt(self, left: Sequence[Job]) -> None:
+        left = [job for job in left if job.id not in self._live]
+        if not left:
+            return
         for job in left:
             self._num_admitted += 1
-            self._begin(job, self._limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True))
-        if left:
-            _logger.info("%d jobs of an earlier run are taken up again", len(left))
+            slot = self._limiter.hold(Owner(name=job.owner, id=job.owner), beyond_limit=True)
+            self._live[job.id] = _LiveJob(job=job, slot=slot)
+        if not self._backlog:
+            self._tasks.spawn(self._submit_backlog())
+        self._backlog |= {job.id: job for job in _in_turns(left)}
+        _logger.info("%d jobs of an earlier run are taken up again", len(left))
+
+    async def _submit_backlog(self) -> None:
+        """Give adopted jobs to the engine as it has room, since those that wait there have their pictures in memory."""
+        while self._backlog:
+            if self._stop_by is not None:
+                _logger.info("%d jobs are left for the next start", len(self._backlog))
+                self._num_admitted -= len(self._backlog)
+                self._backlog.clear()
+            elif self._engine.stats().waiting >= self._engine.max_waiting:
+                await asyncio.sleep(_ROOM_SECONDS)
+            else:
+                await self._submit(self._backlog.pop(next(iter(self._backlog))))
 
     def refuse(self) -> None:
         """Accept no more jobs; `stop` then waits until `drain` seconds from now."""
@@ -129,7 +150,9 @@ class JobRunner:
 
     # callers
 
-    async def accept(self, job: Job, pictures: Sequence[PreparedReference], slot: Slot) -> tuple[Job, bool]:
+    async def accept(
+        self, job: Job, pictures: Sequence[PreparedReference], slot: Slot, *, mask: PreparedReference | None = None
+    ) -> tuple[Job, bool]:
         """Write a job and queue it. Return it as stored, and whether it is new. Raises what the engine refuses."""
         begun = False
         self._num_admitted += 1
@@ -137,9 +160,12 @@ class JobRunner:
             if self._stop_by is not None:
                 raise QueueFull("the server shuts down; send the request again later")
             self._engine.check(edit_request(job, tuple(pictures)))
+            kept = pictures if mask is None else (*pictures, mask)
             self._engine.check_room(num_admitted=self._num_admitted - 1)
-            stored, new = await self._offload.store(self._jobs.add, job, pictures, budget=self._settings.images_per_key)
-            if new:
+            files = await self._offload.run(self._jobs.encode, kept) if kept else None
+            budget = self._settings.images_per_key
+            stored, new = await self._offload.store(self._jobs.add, job, kept, files=files, budget=budget)
+            if new and stored.id not in self._live:  # one whose writing took long may have been adopted
                 self._begin(stored, slot)
                 begun = True
             else:
@@ -191,6 +217,9 @@ class JobRunner:
         if live is None:
             return False
         live.cancelled = True  # for a job that has not reached the engine
+        if self._backlog.pop(id, None) is not None:
+            self._num_admitted -= 1
+            self._tasks.spawn(self._fail(live.job, Cancelled(f"{id} was cancelled before it began")))
         self._engine.cancel(id)
         return True
 
@@ -222,7 +251,7 @@ class JobRunner:
                 listener=listen,
                 owner=job.owner,
                 priority=job.priority,
-                timeout=None if job.timeout is None else job.created + job.timeout - time.time(),
+                timeout=_seconds_left(job),
                 accepted=True,
             )
         except QueueFull:
@@ -250,6 +279,7 @@ class JobRunner:
     async def _deliver(self, job: Job, result: EditResult) -> None:
         """Check and write the pictures of a job, then end it."""
         try:
+            result = await self._results.finish(job, result)
             finding = await self._moderation.check_results(result.images, tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "content_moderated", {"finding": asdict(finding)})
@@ -290,6 +320,23 @@ class JobRunner:
         )
         if job.webhook is not None:
             self._webhooks.wake()
+
+
+def _in_turns(jobs: Sequence[Job]) -> list[Job]:
+    """Return jobs in an order in which owners take turns; those of one owner stay in order."""
+    turns: Counter[str] = Counter()
+    placed = []
+    for job in jobs:
+        placed.append((turns[job.owner], job))
+        turns[job.owner] += 1
+    return [job for _, job in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _seconds_left(job: Job) -> float | None:
+    """Return how long a job may still take: its time counts from when it was accepted, also before a restart."""
+    if job.timeout is None:
+        return None
+    return min(job.timeout, job.created + job.timeout - time.time())  # the clock may have been set back
 
 
 def _progress(event: Progress, last: Update) -> Update:

@@ -95,8 +95,17 @@ class JobStore:
 
     # jobs
 
+    def encode(self, pictures: Sequence[PreparedReference]) -> dict[str, bytes]:
+        """Return the files of pictures for `add` and `add_handle`, made without holding up other calls."""
+        return self._pictures.encode(pictures)
+
     def add(
-        self, job: Job, pictures: Sequence[PreparedReference] = (), *, budget: int | None = None
+        self,
+        job: Job,
+        pictures: Sequence[PreparedReference] = (),
+        *,
+        files: Mapping[str, bytes] | None = None,
+        budget: int | None = None,
     ) -> tuple[Job, bool]:
         """Write a job and the `pictures` of its references. Return the job as stored, and whether it is new.
 
@@ -109,9 +118,10 @@ class JobStore:
             if known is not None:
                 return known, False
             job = replace(job, created=self._clock())
-            with self._pictures.written(pictures), self._storage.transaction() as db:
+            with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
-                self._pictures.use(db, job.references, user=f"job:{job.id}")
+                used = job.references if job.mask is None else (*job.references, job.mask)
+                self._pictures.use(db, used, user=f"job:{job.id}")
                 db.execute(
                     "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -144,7 +154,7 @@ class JobStore:
                 f"num_images: {num_images} more would be over the budget of this key: {spent} of {budget} images are used"
             )
         db.execute(
-            "INSERT INTO spent VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET images = spent.images + ?",
+            "INSERT INTO spent (owner, images) VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET images = spent.images + ?",
             (owner, num_images, num_images),
         )
 
@@ -220,9 +230,11 @@ class JobStore:
         """Return ended jobs whose webhook is due now: for each owner those due longest, so that none crowds out others."""
         query = (
             "SELECT jobs.* FROM jobs JOIN (SELECT id, row_number() OVER (PARTITION BY owner ORDER BY webhook_due, id) "
-            "AS place FROM jobs WHERE webhook_due <= ?) AS due ON due.id = jobs.id WHERE due.place <= ? "
+            "AS place FROM jobs WHERE webhook_due <= ? OR (webhook_due IS NOT NULL AND webhook_attempts = 0) "
+            ") AS due ON due.id = jobs.id WHERE due.place <= ? "
             "ORDER BY due.place, jobs.webhook_due LIMIT ?"
         )
+        # a first attempt is due at once; its time lies ahead only where the clock was set back
         due = map(read_job, self._rows(query, self._clock(), _DUE_OF_OWNER, _MAX_DUE))
         return [job for job in due if not job.set_aside]
 
@@ -241,11 +253,23 @@ class JobStore:
         """Return a stored reference. Raises `LimnerError` if its file is gone, damaged or changed."""
         return self._pictures.read(report)
 
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of pictures that are kept in memory."""
+        return self._pictures.cached_bytes
+
     def picture_png(self, digest: str) -> bytes:
         """Return the PNG file of a stored reference. Raises `LimnerError` if it is gone."""
         return self._pictures.read_png(digest)
 
-    def add_handle(self, handle: Handle, pictures: Sequence[PreparedReference], *, max_handles: int) -> Handle:
+    def add_handle(
+        self,
+        handle: Handle,
+        pictures: Sequence[PreparedReference],
+        *,
+        max_handles: int,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Handle:
         """Store references under their content key for an owner; the same ones again take no more room.
 
         Raises `InvalidRequest` if the owner has `max_handles` others.
@@ -254,10 +278,10 @@ class JobStore:
             others = self._rows("SELECT count(*) FROM handles WHERE owner = ? AND key != ?", handle.owner, handle.key)
             if others[0][0] >= max_handles:
                 raise InvalidRequest("references", f"{max_handles} are kept for you, which is the most; delete some")
-            with self._pictures.written(pictures), self._storage.transaction() as db:
+            with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._pictures.use(db, handle.references, user=f"handle:{handle.owner}:{handle.key}")
                 db.execute(
-                    "INSERT INTO handles VALUES (?, ?, ?, ?) "
+                    "INSERT INTO handles (owner, key, created, described) VALUES (?, ?, ?, ?) "
                     "ON CONFLICT (owner, key) DO UPDATE SET described = excluded.described",
                     handle_row(replace(handle, created=self._clock())),
                 )
@@ -266,14 +290,14 @@ class JobStore:
         return found
 
     def handle(self, owner: str, key: str) -> Handle | None:
-        """Return references of an owner by their key, or None."""
+        """Return references of an owner by their key, or None, also where this version cannot read them."""
         rows = self._rows("SELECT * FROM handles WHERE owner = ? AND key = ?", owner, key)
         return read_handle(rows[0]) if rows else None
 
     def handles(self, owner: str) -> list[Handle]:
-        """Return all references of an owner, newest first."""
+        """Return all references of an owner that this version can read, newest first."""
         rows = self._rows("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC, key", owner)
-        return [read_handle(row) for row in rows]
+        return [handle for handle in map(read_handle, rows) if handle is not None]
 
     def is_only_owner(self, owner: str, key: str) -> bool:
         """Return whether nobody else has a handle of these references."""
@@ -311,10 +335,14 @@ class JobStore:
         self._remove_expired_results(now, grace_seconds)
 
     def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
-        expires: dict[str, float] = dict(self._rows("SELECT id, expires FROM jobs WHERE status = 'ready'"))
+        rows = self._rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")
+        expires: dict[str, float | None] = dict(rows)
         expired: list[str] = []
         for name, age in self._storage.files("results"):
-            end = expires.get(name.rpartition("-")[0])
-            if age >= grace_seconds if end is None else end <= now:
+            id_ = name.rpartition("-")[0]
+            end = expires.get(id_)
+            # those of a pending job stay, however long it takes to note its end, and whatever the clock says
+            is_left = id_ not in expires and age >= grace_seconds
+            if is_left or (end is not None and end <= now):
                 expired.append(f"results/{name}")
         self._storage.remove_files(expired)

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from limner.errors import LimnerError
+from limner.outbound.client import OutboundClient
 from limner.server.descriptors import reserved
 from limner.server.jobs.offload import LONGEST_PAUSE, Offload
 from limner.server.jobs.places import Places
@@ -25,7 +26,6 @@ from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.tasks import Tasks
 from limner.server.jobs.webhooks import Delivery, Outcome, deliver, next_attempt
-from limner.server.outbound.client import OutboundClient
 
 __all__ = ["WebhookSender"]
 

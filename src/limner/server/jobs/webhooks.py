@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from limner.errors import InvalidRequest, RemoteError
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Target
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Target
 
 __all__ = [
     "MAX_URL_CHARACTERS",
+    "SECRET_HEADER",
     "SIGNATURE_HEADER",
     "Delivery",
     "DeliveryResult",
     "Outcome",
+    "check_webhook_secret",
     "check_webhook_url",
     "deliver",
     "next_attempt",
@@ -34,6 +36,9 @@ __all__ = [
 ]
 
 SIGNATURE_HEADER = "X-BFL-Signature"
+"""What older examples of the hosted service check: an HMAC of the body."""
+SECRET_HEADER = "X-Webhook-Secret"
+"""What the official client of the hosted service checks: the secret as it is."""
 MAX_URL_CHARACTERS = 2083
 """The limit of the hosted service."""
 
@@ -87,11 +92,25 @@ def check_webhook_url(url: str, *, policy: OutboundPolicy, field: str = "webhook
     return policy.check_url(url, field=field, max_characters=MAX_URL_CHARACTERS)
 
 
+def check_webhook_secret(secret: str) -> None:
+    """Raise `InvalidRequest` for a secret that a header cannot carry as it is."""
+    if not _is_for_header(secret):
+        raise InvalidRequest(
+            "webhook_secret", "is empty, or has spaces at an end or control characters, which no header carries"
+        )
+
+
+def _is_for_header(secret: str) -> bool:
+    return bool(secret) and secret == secret.strip() and secret.isprintable()
+
+
 async def deliver(url: str, body: bytes, secret: str | None, *, client: OutboundClient) -> DeliveryResult:
     """Make one attempt to POST a JSON body. Never raises for what the receiver does; redirects are not followed."""
     headers = {"Content-Type": "application/json"}
     if secret is not None:
         headers[SIGNATURE_HEADER] = sign(secret, body)
+        if _is_for_header(secret):  # jobs of older versions may have any
+            headers[SECRET_HEADER] = secret
     try:
         check_webhook_url(url, policy=client.policy)
         reply = await client.request("POST", url, field="webhook_url", headers=headers, content=body)

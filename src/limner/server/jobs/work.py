@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from limner.engine.protocol import Backend
+from limner.outbound.client import OutboundClient
 from limner.server.access.limits import Limiter
 from limner.server.jobs.cleaner import Cleaner
 from limner.server.jobs.known_references import KnownReferences
@@ -19,7 +20,6 @@ from limner.server.jobs.runner import JobRunner
 from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.webhook_sender import WebhookSender
-from limner.server.outbound.client import OutboundClient
 from limner.trust.provenance import Signer
 from limner.trust.safety import Checks
 

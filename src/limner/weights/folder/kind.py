@@ -16,6 +16,7 @@ from typing import Any, get_args
 from limner.errors import CheckpointError, InvalidRequest
 from limner.kinds import DIFFUSERS_KINDS, ISOLATED, ModelKind, ReferencesAttention, check_attention, hinted_kind
 from limner.weights.files import read_json
+from limner.weights.gguf import GgufFile
 from limner.weights.layouts import open_file
 
 __all__ = [
@@ -158,7 +159,8 @@ def kind_of_transformer(source: Path) -> FoundKind | None:
             if (folder / "model_index.json").is_file():
                 return _of_folder(folder)
         return None
-    metadata = open_file(source).metadata
+    file = open_file(source)
+    metadata = file.hyperparameters if isinstance(file, GgufFile) else file.metadata
     if HEADER_KEY in metadata:
         return _of_header(metadata[HEADER_KEY], where=source)
     for name in _HEADER_NAMES:

@@ -35,16 +35,18 @@ def load_transformer(
     device: torch.device,
     quantize: str | None = None,
     like: Path | None = None,
+    variant: str | None = None,
     after: Callable[[Tensor], None] | None = None,
     ranks: Ranks | None = None,
 ) -> Transformer:
-    """Load the transformer of a folder or file; `like` is a config.json for what the shapes of a file do not say.
+    """Load the transformer of a folder or file; `like` is a config.json for what the shapes of a file do not say,
+    `variant` which weights of a folder are read.
 
     `quantize` "int8" makes the blocks' matrices int8; a checkpoint in Limner's int8 has them so already. `after` is
     called with each tensor that was read. With `ranks` this process loads its shard: at most the shard and one whole
     tensor are copied. Raises `CheckpointError`.
     """
-    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like)
+    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like, variant=variant)
     ranks = ranks or Ranks.single()
     whole, sharding = transformer.state_dict(), Sharding(config=transformer.config, ranks=ranks)
     divide(transformer, ranks)
@@ -61,16 +63,23 @@ def load_transformer(
 
 
 def transformer_digest(
-    source: Path, *, dtype: torch.dtype | None, quantize: str | None = None, like: Path | None = None
+    source: Path,
+    *,
+    dtype: torch.dtype | None,
+    quantize: str | None = None,
+    like: Path | None = None,
+    variant: str | None = None,
 ) -> str:
     """Return the digest of the whole transformer that `load_transformer` loads, read tensor by tensor."""
-    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like)
+    checkpoint, transformer = _open_transformer(source, quantize=quantize, like=like, variant=variant)
     return digest_tensors(checkpoint.stream(transformer.state_dict(), dtype))
 
 
-def _open_transformer(source: Path, *, quantize: str | None, like: Path | None) -> tuple[Checkpoint, Transformer]:
+def _open_transformer(
+    source: Path, *, quantize: str | None, like: Path | None, variant: str | None
+) -> tuple[Checkpoint, Transformer]:
     """Return the checkpoint, and its network on the meta device."""
-    checkpoint = open_part("transformer", source, like=like)
+    checkpoint = open_part("transformer", source, like=like, variant=variant)
     config = TransformerConfig.from_diffusers(checkpoint.config, where=str(source))
     int8 = quantize == "int8" or checkpoint.layout.quantization == "int8"
     return checkpoint, empty_transformer(config, int8=int8, where=source)
@@ -82,10 +91,11 @@ def load_autoencoder(
     dtype: torch.dtype | None,
     device: torch.device,
     like: Path | None = None,
+    variant: str | None = None,
     after: Callable[[Tensor], None] | None = None,
 ) -> Autoencoder:
     """Load the autoencoder of a diffusers folder, or of a file with diffusers' or the original's names."""
-    checkpoint = open_part("vae", source, like=like)
+    checkpoint = open_part("vae", source, like=like, variant=variant)
     network = empty_autoencoder(checkpoint.config, where=source / "config.json" if source.is_dir() else source)
     _assign(network, checkpoint, dtype=dtype, device=device, after=after)
     return Autoencoder(network)
@@ -99,6 +109,7 @@ def load_text_encoder(
     device: torch.device,
     out_layers: tuple[int, ...] | None = None,
     like: Path | None = None,
+    variant: str | None = None,
     after: Callable[[Tensor], None] | None = None,
 ) -> TextEncoder:
     """Load a Qwen3 from a folder or file up to the last layer that is read; later layers and the head stay on disk.
@@ -106,7 +117,7 @@ def load_text_encoder(
     Raises `CheckpointError`, also for a tokenizer that does not fit.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    checkpoint = open_part("text_encoder", source, like=like)
+    checkpoint = open_part("text_encoder", source, like=like, variant=variant)
     depth, layers = text_layers(checkpoint.config, out_layers, where=source)
     used = max(layers)
     where = source / "config.json" if source.is_dir() else source

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
 
 from limner.errors import CheckpointError
 from limner.weights import layouts
-from limner.weights.hub import downloading, is_hub_id, local_path
+from limner.weights.hub import Hub, downloading, is_hub_id, local_path
 
 __all__ = ["PARTS", "bundled_model", "resolve_model", "resolve_part"]
 
 PARTS = (*layouts.PARTS, "tokenizer", "scheduler")
 """The folders of a model in the diffusers layout."""
 _PACKAGE = Path(__file__).parents[2]
+_logger = logging.getLogger("limner")
 
 
 def bundled_model() -> Path:
@@ -22,16 +24,18 @@ def bundled_model() -> Path:
     return _PACKAGE / "assets" / "stickers"
 
 
-def resolve_model(model: str | os.PathLike[str] | None, *, without: Collection[str] = ()) -> Path:
+def resolve_model(
+    model: str | os.PathLike[str] | None, *, without: Collection[str] = (), hub: Hub | None = None
+) -> Path:
     """Return the folder, in the diffusers layout, of a path, a hub id, or None (the bundled model).
 
     A hub id is downloaded once and later found in the cache, also without a network. Parts named in `without` come from
-    elsewhere: the folder may lack them, and of a hub id only their configurations are downloaded. Raises
-    `CheckpointError`.
+    elsewhere: the folder may lack them, and of a hub id only their configurations are downloaded. `hub` says how it is
+    downloaded. Raises `CheckpointError`.
     """
     if model is None:
         return bundled_model()
-    folder = _find(model, "model", without=without)
+    folder = _find(model, "model", without=without, hub=hub or Hub())
     if not folder.is_dir():
         raise CheckpointError(
             f"model: {folder} is a file; give the folder that holds model_index.json, and the file as transformer=, vae= "
@@ -43,7 +47,7 @@ def resolve_model(model: str | os.PathLike[str] | None, *, without: Collection[s
     return folder
 
 
-def resolve_part(part: str, given: str | os.PathLike[str] | None, *, model: Path) -> Path:
+def resolve_part(part: str, given: str | os.PathLike[str] | None, *, model: Path, hub: Hub | None = None) -> Path:
     """Return the file or folder of a part: the model's own, or the one given.
 
     Given may be a file, a folder of the part or of a whole model, or the hub id of a whole model. Raises
@@ -51,27 +55,30 @@ def resolve_part(part: str, given: str | os.PathLike[str] | None, *, model: Path
     """
     if given is None:
         return model / part
-    found = _find(given, part, without=[name for name in PARTS if name != part])
+    others = (hub or Hub()).of_others()
+    found = _find(given, part, without=[name for name in PARTS if name != part], hub=others)
     if found.is_dir() and not (found / "config.json").exists() and (found / part).is_dir():
         return found / part
     return found
 
 
-def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str]) -> Path:
+def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str], hub: Hub) -> Path:
     """Return the path on this disk of a path or hub id."""
     path, exists = local_path(given, field=field)
     if exists:
+        if hub.revision is not None:
+            _logger.info("revision=%r has no effect: %s is on this disk", hub.revision, path)
         return path
     text = os.fspath(given)
     if not is_hub_id(text) or path.suffix in (".safetensors", ".gguf", ".sft"):
         raise CheckpointError(f"{field}: {text} is neither a folder nor a hub id (owner/name); check the path")
-    return _download(text, field, without=without)
+    return _download(text, field, without=without, hub=hub)
 
 
-def _download(hub_id: str, field: str, *, without: Collection[str]) -> Path:
+def _download(hub_id: str, field: str, *, without: Collection[str], hub: Hub) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json", "limner.json", *(f"{name}/*" for name in PARTS if name not in without)]
     patterns += [f"{name}/config.json" for name in without]
     with downloading(hub_id, field=field, instead="a folder"):
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, **hub.arguments()))

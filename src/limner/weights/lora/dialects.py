@@ -1,147 +1,121 @@
-"""The dialects of LoRA files: which tensors belong together, and which matrices of the transformer they are for.
+"""The dialects of LoRA files: how the matrices of the transformer are called in each of them.
 
-Names are translated by diffusers' converters, one matrix of the file at a time, so that every unused tensor is known by
-its name in the file. Two things go beyond diffusers: an `.alpha` and lora_down / lora_up names are understood in every
-dialect, and the halves of `final_layer.adaLN_modulation.1`, which original files have in the other order, are known.
+A name is a prefix and a layout's name of the matrix, in some dialects with `_` for `.`. The names of the original layout
+come from the table that whole checkpoints are read with. Knows matrices by name, and no tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
-import torch
-from torch import Tensor
+from limner.weights.names import transformer_names
 
-__all__ = ["Tensors", "fused_parts", "group", "halves_swapped", "is_lokr", "known_names", "pair", "refusal", "widened"]
-
-Tensors = Mapping[str, Tensor]
-
-_KEY = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_[AB]\.weight|lora_(?:down|up)\.weight|alpha|lokr_w[12](?:_[ab])?"
-    r"|dora_scale|lora_magnitude_vector(?:\.weight)?|lora_(?:B|up)\.bias)"
-)
-_FUSED = {"attn.to_qkv": ("to_q", "to_k", "to_v"), "attn.to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
-_SWAPPED = re.compile(r"(?:.+\.)?final_layer\.adaLN_modulation\.1")
+__all__ = ["DIALECTS", "Dialect", "Matrix", "NamedMatrices", "all_blocks_as_one", "matrices_of_one_block"]
 
 
-def group(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return the keys of a file by module and part of its update ("lora_A.weight"), and those of no update."""
-    groups: dict[str, dict[str, str]] = {}
-    others = []
-    for key in keys:
-        match = _KEY.fullmatch(key)
-        if match and not re.search(r"\d{3}", match["module"]):  # converters count up to the block's number
-            groups.setdefault(match["module"], {})[match["part"]] = key
-        else:
-            others.append(key)
-    return groups, others
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dialect:
+    """Names that begin with `prefix`, followed by those of `layout`; with `flat`, each `.` in these is a `_`.
 
-
-def refusal(part: str) -> str | None:
-    """Return why a part of a known update is refused instead of left out; None if it is used."""
-    if part == "dora_scale" or part.startswith("lora_magnitude_vector"):
-        return "is of a DoRA, which rescales the weights too; that is not supported, and the rest alone would be wrong"
-    if part.endswith(".bias"):
-        return "is a bias, and no matrix of this transformer has one; train without lora_bias"
-    return None
-
-
-def known_names(module: str, parts: Tensors, shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of one matrix of the file by the names of the transformer's matrices; {} if there are none.
-
-    A LoRA of a fused matrix becomes several; a LoKr of one keeps the fused name.
+    `writers` are programs whose files are in this dialect.
     """
-    usable = {part: value for part, value in parts.items() if not refusal(part)}
-    lokr = is_lokr(usable)
-    if lokr:  # the converters multiply alpha into a factor, so in float32
-        given = {f"{module}.{part}": value.float() for part, value in usable.items()}
-    else:
-        down, up = pair(usable)
-        if down is None or up is None or down.dim() != 2 or up.dim() != 2:
-            down = up = torch.zeros(3, 3)  # only names matter here; `check_values` refuses bad tensors later
-        names = ("lora_down", "lora_up") if module.startswith("lora_unet_") else ("lora_A", "lora_B")
-        given = {f"{module}.{name}.weight": widened(value) for name, value in zip(names, (down, up), strict=True)}
-        if names[0] == "lora_down":  # an alpha that makes the scale 1; ours stays apart from the tensors
-            given[f"{module}.alpha"] = torch.tensor(float(down.shape[0]))
-    named = _by_diffusers(given)
-    targets = {_split(name)[0] for name in named}
-    if not targets or not all(t in shapes or fused_parts(t) for t in targets):
-        # the converters know names of diffusers only after `transformer.`, or in blocks
-        bare = re.sub(r"^(?:diffusion_model|base_model\.model|transformer)\.", "", module)
-        named = {f"transformer.{bare}.{key[len(module) + 1 :]}": value for key, value in given.items()}
-        if bare not in shapes or (lokr and "alpha" in parts):
-            return {}
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in named.items():
-        target, part = _split(name)
-        found.setdefault(target, {})[part] = value
-    return found
+
+    prefix: str
+    layout: Literal["diffusers", "original"]
+    flat: bool = False
+    writers: str = ""
+
+    @property
+    def title(self) -> str:
+        start = f"{self.prefix!r} before " if self.prefix else ""
+        return f"{start}{self.layout} names{' with _ for .' if self.flat else ''}"
 
 
-def pair(parts: Tensors) -> tuple[Tensor | None, Tensor | None]:
-    """Return the tensors (down, up) of a LoRA, under either of their names."""
-    down = parts.get("lora_A.weight", parts.get("lora_down.weight"))
-    return down, parts.get("lora_B.weight", parts.get("lora_up.weight"))
+DIALECTS = (
+    Dialect(prefix="transformer.", layout="diffusers", writers="diffusers, SimpleTuner, OneTrainer"),
+    Dialect(prefix="", layout="diffusers", writers="DiffSynth-Studio, SimpleTuner (LoKr)"),
+    Dialect(prefix="diffusion_model.", layout="diffusers", writers="exports for ComfyUI"),
+    Dialect(prefix="base_model.model.", layout="diffusers", writers="PEFT around diffusers' network"),
+    Dialect(prefix="diffusion_model.", layout="original", writers="ai-toolkit, SimpleTuner for ComfyUI"),
+    Dialect(prefix="model.diffusion_model.", layout="original", writers="extracted from ComfyUI's checkpoints"),
+    Dialect(prefix="base_model.model.", layout="original", writers="PEFT around the original network, fal"),
+    Dialect(prefix="", layout="original", writers="OneTrainer, SD.Next"),
+    Dialect(prefix="transformer.", layout="original", writers="OneTrainer"),
+    Dialect(prefix="lora_unet_", layout="original", flat=True, writers="musubi-tuner and other scripts of kohya"),
+    Dialect(prefix="lora_unet_", layout="diffusers", flat=True, writers="kohya's names of diffusers' network"),
+    Dialect(prefix="lora_transformer_", layout="diffusers", flat=True, writers="OneTrainer (legacy)"),
+    Dialect(prefix="lora_transformer_", layout="original", flat=True, writers="OneTrainer (legacy)"),
+    Dialect(prefix="lycoris_", layout="diffusers", flat=True, writers="LyCORIS, SimpleTuner"),
+    Dialect(prefix="lycoris_", layout="original", flat=True, writers="LyCORIS around the original network"),
+)
+"""All dialects that are read, each with every kind of update; the first that has a name has it."""
+
+_CUT = "diffusion_model.sformer_blocks."
+"""How some exports begin `diffusion_model.transformer_blocks.`; diffusers reads it too."""
+_FUSED = {"to_q": "to_qkv", "add_q_proj": "to_added_qkv"}
+"""Names that diffusers gives to q, k and v in one matrix, by that of q."""
 
 
-def is_lokr(parts: Iterable[str]) -> bool:
-    """Return True for the parts of a LoKr: a Kronecker product instead of a product."""
-    return any(part.startswith("lokr_") for part in parts)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A matrix of a file: the matrices of the transformer that its rows are for, in order, in equal parts.
+
+    `swapped`: the file has the halves of its rows in the other order. `dialect` is how it is named, `name` what is left of
+    the name without the prefix.
+    """
+
+    targets: tuple[str, ...]
+    swapped: bool
+    dialect: Dialect
+    name: str
 
 
-def fused_parts(target: str) -> tuple[str, ...]:
-    """Return the matrices that a fused one of the original layout stands for, in the order of its rows."""
-    for suffix, names in _FUSED.items():
-        if target.endswith(suffix):
-            return tuple(target.removesuffix(suffix.split(".")[1]) + name for name in names)
-    return ()
+class NamedMatrices:
+    """The names of a transformer's matrices in all dialects."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        found: dict[tuple[str, bool], dict[str, tuple[tuple[str, ...], bool]]] = {}
+        for layout, name, place in _layouts(list(targets)):
+            for flat in (False, True):
+                found.setdefault((layout, flat), {})[name.replace(".", "_") if flat else name] = place
+        self._found = found
+
+    def find(self, module: str) -> Matrix | None:
+        """Return the matrix with this name in a file; None if no dialect has it."""
+        if module.startswith(_CUT):
+            module = f"diffusion_model.transformer_blocks.{module.removeprefix(_CUT)}"
+        for dialect in DIALECTS:
+            if not module.startswith(dialect.prefix):
+                continue
+            name = module.removeprefix(dialect.prefix)
+            if place := self._found.get((dialect.layout, dialect.flat), {}).get(name):
+                return Matrix(targets=place[0], swapped=place[1], dialect=dialect, name=name)
+        return None
 
 
-def halves_swapped(module: str) -> bool:
-    """Return True if the file has the halves of the matrix's rows in the other order."""
-    return _SWAPPED.fullmatch(module) is not None
+def _layouts(targets: list[str]) -> Iterator[tuple[str, str, tuple[tuple[str, ...], bool]]]:
+    """Yield layout and name of each matrix, with the targets that it stands for, and if its halves are swapped."""
+    for target in targets:
+        yield "diffusers", target, ((target,), False)
+    for source, rules in transformer_names().sources(f"{target}.weight" for target in targets).items():
+        names = tuple(rule.target.removesuffix(".weight") for rule in rules)
+        yield "original", source.removesuffix(".weight"), (names, rules[0].swap)
+        if len(names) > 1:
+            block, _, first = names[0].rpartition(".")
+            yield "diffusers", f"{block}.{_FUSED[first]}", (names, False)
 
 
-def widened(value: Tensor) -> Tensor:
-    """Return 8 bit formats in float32, since few operations take them."""
-    return value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
+@cache
+def matrices_of_one_block() -> NamedMatrices:
+    """Return the matrices of any transformer of the family, as if it had one block of each kind, number 0."""
+    names = [rule.with_numbers({"n": "0"}).target for rule in transformer_names().rules]
+    return NamedMatrices(name.removesuffix(".weight") for name in names if ".norm_" not in name)
 
 
-def _by_diffusers(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what diffusers' converters make of the tensors of one matrix; {} if they know no such matrix."""
-    from diffusers.loaders.lora_pipeline import Flux2LoraLoaderMixin
-
-    try:
-        with _quiet():
-            converted = Flux2LoraLoaderMixin.lora_state_dict(dict(given))
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        RuntimeError,
-        AssertionError,
-    ):  # the types that the converters raise
-        return {}
-    usable = all(name.startswith("transformer.") and _split(name)[1] != "alpha" for name in converted)
-    return converted if usable else {}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the converters about unknown names; our own messages list them."""
-    logger = logging.getLogger("diffusers.loaders.lora_conversion_utils")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Split `transformer.x_embedder.lora_A.weight` into `x_embedder` and `lora_A.weight`."""
-    match = re.fullmatch(r"(?:transformer\.)?(.+?)\.((?:lora_|lokr_).+|alpha)", name)
-    return (match[1], match[2]) if match else (name, "")
+def all_blocks_as_one(module: str) -> str:
+    """Return a name with the number of its block replaced by 0."""
+    return re.sub(r"(blocks[._])\d{1,6}(?=[._])", r"\g<1>0", module, count=1)

@@ -5,9 +5,10 @@ Only safetensors are read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from limner.weights.bounds import check_json
 from limner.weights.files import PICKLES, is_pickle, read_json
 from limner.weights.hub import download_failures, downloading, is_hub_id, local_path
 
-__all__ = ["copy_tensors", "read_lora", "resolve_lora"]
+__all__ = ["USUAL_NAMES", "copy_tensors", "lora_config", "read_lora", "resolve_lora"]
 
-_USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
 
 
@@ -49,21 +50,21 @@ def resolve_lora(source: str | os.PathLike[str], *, weight_name: str | None = No
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of a file, and the configuration with its ranks and alphas, if there is one.
+    """Return the tensors of a file, and its configuration (`lora_config`). Raises `CheckpointError`."""
+    with _opened(path) as file:
+        # copies: the next training may overwrite the file
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return tensors, lora_config(path, tensors)
 
-    The configuration is in the header (diffusers) or in adapter_config.json in the same folder (PEFT). Raises
-    `CheckpointError`.
+
+def lora_config(path: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """Return the configuration with the alphas of a file with these names of tensors, if there is one.
+
+    It is in the header (diffusers) or in adapter_config.json in the same folder (PEFT). Raises `CheckpointError`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            # copies: the next training may overwrite the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"lora: {path}: cannot be read ({error}); it is no safetensors file, or truncated or damaged: download it again"
-        ) from error
-    if text := header.get("lora_adapter_metadata"):  # written by diffusers
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata")  # written by diffusers
+    if text:
         try:
             config = json.loads(text)
             check_json(config, where=f"lora: {path}")
@@ -71,11 +72,21 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             raise CheckpointError(f"lora: {path}: lora_adapter_metadata in its header is not JSON ({error})") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"lora: {path}: lora_adapter_metadata in its header is not a JSON object")
-        return tensors, {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
+        return {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     peft = path.with_name(_PEFT_CONFIG)
-    if any(name.startswith("base_model.model.") for name in tensors) and peft.exists():
-        return tensors, read_json(peft)
-    return tensors, None
+    own = path.name == USUAL_NAMES[1] or any(name.startswith("base_model.model.") for name in names)
+    return read_json(peft) if own and peft.exists() else None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"lora: {path}: cannot be read ({error}); it is no safetensors file, or truncated or damaged: download it again"
+        ) from error
 
 
 def copy_tensors(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +106,7 @@ def _choose(names: list[str], weight_name: str | None, *, where: str) -> str:
                 f"lora: {where} has no {weight_name!r}; it has {', '.join(found) or 'no safetensors'}"
             )
         return weight_name
-    found = [name for name in _USUAL_NAMES if name in found][:1] or found
+    found = [name for name in USUAL_NAMES if name in found][:1] or found
     if len(found) != 1:
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles and not found:

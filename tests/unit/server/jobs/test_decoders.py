@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 
 import pytest
@@ -30,14 +31,15 @@ def test_what_takes_too_long_is_refused_and_few_of_it_may_be_left() -> None:
     released = threading.Event()
 
     async def run() -> None:
-        decoders = Decoders(threads=4, seconds=0.05, max_left=2)
+        decoders = Decoders(threads=4, seconds=0.05, max_left=4)
         for number in (1, 2):
             with pytest.raises(
-                InvalidRequest, match=rf"image {number}: decoding took over 0.05 s, the limit; scale it"
+                InvalidRequest, match=rf"image {number}: reading it took over 0.05 s, the limit; send a"
             ):
                 await decoders.run(released.wait, field=f"image {number}")
         with pytest.raises(
-            QueueFull, match=r"image 3: 2 pictures are still being decoded after their 0.05 s; at most 2"
+            QueueFull,
+            match=r"image 3: 2 of your pictures, 2 in all, are still being decoded after their 0.05 s; at most 2 and 4",
         ):
             await decoders.run(lambda: 7, field="image 3")
         released.set()
@@ -47,6 +49,60 @@ def test_what_takes_too_long_is_refused_and_few_of_it_may_be_left() -> None:
                 break
             except QueueFull:
                 await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_owners_share_the_places() -> None:
+    """One owner never has all of them, and who has fewest is next."""
+    released, begun = threading.Event(), []
+
+    def decode(name: str) -> None:
+        begun.append(name)
+        assert released.wait(60)
+
+    async def run() -> None:
+        decoders = Decoders(threads=4, seconds=60)
+
+        def start(owner: str, number: int) -> list[asyncio.Task[None]]:
+            calls = [functools.partial(decode, f"{owner} {i}") for i in range(number)]
+            return [asyncio.create_task(decoders.run(call, field="image", owner=owner)) for call in calls]
+
+        async def settle(number: int) -> list[str]:
+            while len(begun) < number:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            return sorted(begun)
+
+        anna = start("anna", 50)
+        assert await settle(3) == ["anna 0", "anna 1", "anna 2"]
+        bob = start("bob", 2)
+        assert await settle(4) == ["anna 0", "anna 1", "anna 2", "bob 0"]
+        anna[-1].cancel()  # one that waits
+        carl = start("carl", 1)
+        await asyncio.sleep(0.01)
+        released.set()
+        await asyncio.gather(*bob, *carl, *anna[:-1])
+        assert begun.index("carl 0") == 4
+        assert begun.index("bob 1") < 9
+        assert len(begun) == 52
+        assert (decoders._running.total(), decoders._left.total(), len(decoders._waiting)) == (0, 0, 0)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_those_of_one_owner_that_are_left_do_not_stop_others() -> None:
+    released = threading.Event()
+
+    async def run() -> None:
+        decoders = Decoders(threads=4, seconds=0.05, max_left=4)
+        for _ in range(2):
+            with pytest.raises(InvalidRequest):
+                await decoders.run(released.wait, field="image 1", owner="anna")
+        with pytest.raises(QueueFull):
+            await decoders.run(released.wait, field="image 1", owner="anna")
+        assert await decoders.run(lambda: 7, field="image 1", owner="bob") == 7
+        released.set()
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -76,7 +132,9 @@ def test_other_work_does_not_wait_for_decoding() -> None:
 
     async def run() -> None:
         offload = Offload(Decoders(threads=4, seconds=60))
-        decoding = [asyncio.create_task(offload.decode(released.wait, field=f"image {i}")) for i in range(8)]
+        decoding = [
+            asyncio.create_task(offload.decode(released.wait, field=f"image {i}", owner="anna")) for i in range(8)
+        ]
         await asyncio.sleep(0.01)
         try:
             assert await offload.run(max, 3, 7) == 7

@@ -69,6 +69,6 @@ def test_memory_for_pictures_is_bounded(store: JobStore) -> None:
     for seed in range(5):
         own = reference(seed)
         store.add(job(own), [own])
-    assert (len(cache._pixels), cache._nbytes) == (3, 3 * size)
+    assert (len(cache._pixels), cache.nbytes) == (3, 3 * size)
     assert store.picture(reference(0).report).data == reference(0).data
-    assert cache._nbytes == 3 * size
+    assert cache.nbytes == 3 * size

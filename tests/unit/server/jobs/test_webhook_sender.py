@@ -11,13 +11,13 @@ import pytest
 from tests.support.jobs import Clock, job, sqlite
 
 from limner.errors import OutputError
+from limner.outbound.policy import OutboundPolicy
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.places import Places
 from limner.server.jobs.records import Job, Webhook
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.webhook_sender import WebhookSender
 from limner.server.jobs.webhooks import Delivery
-from limner.server.outbound.policy import OutboundPolicy
 
 
 class Receivers:

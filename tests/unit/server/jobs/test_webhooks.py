@@ -11,6 +11,9 @@ import pytest
 from tests.support.network import PUBLIC, Network, default_context, redirect, reply, serving
 
 from limner.errors import InvalidRequest
+from limner.outbound.client import OutboundClient
+from limner.outbound.policy import OutboundPolicy
+from limner.outbound.urls import Origin
 from limner.server.jobs.webhooks import (
     SIGNATURE_HEADER,
     Delivery,
@@ -23,9 +26,6 @@ from limner.server.jobs.webhooks import (
     sign,
     verify,
 )
-from limner.server.outbound.client import OutboundClient
-from limner.server.outbound.policy import OutboundPolicy
-from limner.server.outbound.urls import Origin
 
 BODY = b'{"id":"1","status":"Ready"}'
 HOOK = "https://hooks.example.org/done?job=1"

@@ -20,7 +20,7 @@ def test_unknown_tensors_are_named(pipe: Pipeline, tmp_path: Path, caplog: pytes
     strange = {
         "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
         "diffusion_model.double_blocks.999999999.img_attn.qkv.lora_A.weight": torch.zeros(4, 32),
-        "diffusion_model.double_blocks.0.img_attn.qkv.diff": torch.zeros(96, 32),
+        "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff": torch.zeros(8),
         "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 16),
         "diffusion_model.guidance_in.in_layer.lora_A.weight": torch.zeros(4, 32),
     }

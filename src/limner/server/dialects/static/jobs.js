@@ -175,7 +175,9 @@ export class Jobs extends EventTarget {
     const told = entry.result?.limner, cache = told?.reference_cache;
     const hit = ["memory", "disk", "remote"].includes(cache);
     const meta = [size([entry.width, entry.height]), plural(entry.num_inference_steps, "step"), told ? `drawn in ${seconds(told.timings.total)}` : ""];
+    const warnings = (told?.warnings ?? []).map((text) => h("p", { className: "small error warning", textContent: text }));
     return h("div", { className: "foot" },
+      ...warnings,
       thumbs.length ? h("div", { className: "thumbs" }, ...thumbs) : null,
       h("p", { className: "small muted" }, meta.filter(Boolean).join(" · "),
         references(entry) ? h("span", { className: `cache ${hit ? "hit" : ""}`, textContent: references(entry) }) : null),

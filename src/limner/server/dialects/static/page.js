@@ -18,8 +18,8 @@ const EXAMPLES = [
 ];
 
 const fields = Object.fromEntries(
-  ["prompt", "size", "width", "height", "variations", "seed", "steps", "format"].map((name) => [name, byId(name)]));
-const FIELD_OF = { num_images: "variations", num_inference_steps: "steps", output_format: "format" };
+  ["prompt", "size", "width", "height", "variations", "seed", "steps", "guidance", "negative", "format"].map((name) => [name, byId(name)]));
+const FIELD_OF = { num_images: "variations", num_inference_steps: "steps", guidance: "guidance", negative_prompt: "negative", output_format: "format" };
 const references = new References();
 const jobs = new Jobs();
 let able = { default_size: [1024, 1024], grid: 16, max_images: MAX_VARIATIONS };
@@ -76,6 +76,10 @@ function asked() {
     prompt: fields.prompt.value.trim(), seed: whole(fields.seed, "seed"), num_images: Number(fields.variations.value),
     num_inference_steps: whole(fields.steps, "steps"), output_format: fields.format.value,
   };
+  if (!able.is_distilled) {
+    if (fields.guidance.value.trim()) body.guidance = Number(fields.guidance.value);
+    if (fields.negative.value.trim()) body.negative_prompt = fields.negative.value.trim();
+  }
   if (!body.prompt) throw new api.Refused(422, "Say what to draw or to change.", "prompt");
   if (fields.size.value === "custom") {
     Object.assign(body, { width: whole(fields.width, "width"), height: whole(fields.height, "height") });
@@ -155,6 +159,8 @@ async function reuse({ entry, all }) {
     fields.seed.value = entry.seeds[0];
     fields.variations.value = Math.min(entry.num_images, MAX_VARIATIONS);
     fields.steps.value = entry.num_inference_steps;
+    fields.guidance.value = entry.guidance_scale ?? able.guidance_scale;
+    fields.negative.value = entry.negative_prompt ?? "";
     fields.format.value = entry.output_format;
     chooseSize(entry.width, entry.height);
   }
@@ -278,6 +284,10 @@ async function start() {
   try {
     able = await api.get("/v1/capabilities");
     byId("model").textContent = able.model;
+    byId("model").title = `${able.references_attention} references, ${able.is_distilled ? "distilled" : "base, drawn with guidance"}`;
+    fields.steps.value = able.num_inference_steps;
+    fields.guidance.value = able.guidance_scale;
+    for (const label of document.querySelectorAll(".guided")) label.hidden = able.is_distilled;
     for (const option of [...fields.variations.options]) if (option.value > able.max_images) option.remove();
     for (const field of [fields.width, fields.height]) field.step = able.grid;
     await restore();

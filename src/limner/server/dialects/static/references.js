@@ -213,11 +213,14 @@ export class References extends EventTarget {
 /** What was done to a reference, in a few words. */
 export function describe(report) {
   const sides = ["left", "top", "right", "bottom"];
-  const cut = report.cut.map((pixels, i) => (pixels ? `${pixels} ${sides[i]}` : "")).filter(Boolean);
+  const counted = (box) => (box ?? []).map((pixels, i) => (pixels ? `${pixels} ${sides[i]}` : "")).filter(Boolean);
+  const cut = counted(report.cut), added = counted(report.added);
   const parts = [
+    report.profile ? `colour profile ${report.profile}` : "",
     report.oriented ? "turned upright" : "",
     report.resized_to ? `scaled to ${size(report.resized_to)}` : "",
     cut.length ? `cut ${cut.join(", ")}` : "",
+    added.length ? `padded ${added.join(", ")}` : "",
   ].filter(Boolean);
   if (!parts.length) return `${size(report.original_size)}, whole`;
   return `${size(report.original_size)}, ${parts.join(", ")}: used as ${size(report.processed_size)}`;

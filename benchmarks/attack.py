@@ -1,0 +1,186 @@
+"""One caller against all others: what each attack on a running service does to a bystander who has another key.
+
+For each attack a server with the bundled model (a process of its own, on 127.0.0.1 alone) is attacked by one owner for some
+seconds, while another one sends an edit each second and reads its picture. Measured are the bystander's jobs, lost and
+failed ones, and the seconds until a picture is read and a webhook came; the longest pause of the server's event loop; and
+the server's memory before and afterwards, without the K/V and pictures that it keeps on purpose.
+
+A pause is the longest answer to GET /healthz, asked for every 10 ms by a process of its own with a higher priority, less
+the median answer of an idle server. The attacker's process has a lower priority than the server, as a machine
+elsewhere is. "idle" is the same without an attack.
+
+Targets: no job lost or failed; the worst delay below three times the idle median and a second; no pause of 0.1 s; memory
+back within 10 %. `heavy_jobs` has none for the delay: a job that runs is not interrupted for one that waits.
+
+    .venv/bin/python benchmarks/attack.py -o benchmarks/results/attack.json
+    .venv/bin/python benchmarks/attack.py --attacks crumbs jobs --seconds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from attacks.catalog import ATTACKS, OF_TLS, hanging
+from attacks.witness import Seen
+from service import Server, free_port, machine
+
+HERE = Path(__file__).parent
+KEYS = {name: f"{name}-key-of-a-benchmark" for name in ("attacker", "bystander", "operator")}
+_SETTLE = 60.0
+"""Seconds that an attack may take to be over once it is stopped."""
+_CLEAN = 70.0
+"""Seconds in which a server cleans once, and gives back memory that is free."""
+_PAUSE, _MEMORY = 0.1, 1.10
+_UNBOUNDED = ("heavy_jobs",)
+
+
+class Attacked:
+    """A server and what is measured of it."""
+
+    def __init__(self, folder: Path, *options: str, hang: str, webhooks: int) -> None:
+        allowed = [word for origin in (hang, f"http://127.0.0.1:{webhooks}") for word in ("--allow-origin", origin)]
+        os.environ["LIMNER_KEYS"] = ",".join(f"{name}:{key}" for name, key in KEYS.items())
+        self.server = Server(folder, *allowed, *options, key=KEYS["operator"])
+        self.server.wait()
+        self.process = psutil.Process(self.server.process.pid)
+        self.hang, self.webhooks = hang, webhooks
+        self.run(None, 3.0)  # what is made once
+
+    def run(self, name: str | None, seconds: float) -> dict[str, Any]:
+        """Attack for a time, or not at all, and say what the bystander saw."""
+        before = self._memory()
+        words = [self.server.url, KEYS["bystander"], str(seconds), str(self.webhooks)]
+        witness = _start("attacks.witness", *words)
+        attacker = None
+        if name is not None:
+            attacker = _start("attacks.catalog", name, self.server.url, KEYS["attacker"], str(seconds), self.hang)
+        output, _ = witness.communicate(timeout=seconds + 300)
+        found = {k: Seen(**v) for line in output.splitlines() for k, v in json.loads(line).items()}
+        bystander, pulse = found["bystander"], found.get("pulse", Seen())
+        bystander.pings = pulse.pings
+        bystander.problems += pulse.problems
+        report: dict[str, Any] = {"attack": name or "idle", **bystander.summary()}
+        if attacker is not None:
+            try:
+                report["answers"] = json.loads(attacker.communicate(timeout=_SETTLE)[0] or "{}")
+            except subprocess.TimeoutExpired:
+                attacker.kill()
+                report["answers"] = "not stopped in time"
+        report["settled_seconds"] = self._settle(before)
+        return report | {"mib_before": before, "mib_after": self._memory()}
+
+    def _settle(self, before: float) -> float:
+        """Wait until nothing is under way; return how long that took."""
+        start = time.monotonic()
+        while time.monotonic() - start < _SETTLE and self.server.metrics()["limner_jobs_live"]:
+            time.sleep(0.2)
+        taken = time.monotonic() - start
+        time.sleep(1.0)  # for connections that are closed, and what they held
+        start = time.monotonic()
+        while time.monotonic() - start < _CLEAN and self._memory() > _MEMORY * before:  # it gives back now and then
+            time.sleep(1.0)
+        return round(taken, 1)
+
+    def _memory(self) -> float:
+        """MiB that are resident, without K/V and pictures that are kept on purpose."""
+        metrics = self.server.metrics()
+        kept = metrics["limner_references_bytes"] + metrics["limner_pictures_bytes"]
+        return round((self.process.memory_info().rss - kept) / 2**20, 1)
+
+
+def _start(module: str, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", module, *words], cwd=HERE, stdout=subprocess.PIPE, text=True)
+
+
+def judge(report: dict[str, Any], idle: dict[str, Any]) -> dict[str, Any]:
+    """Add the pause and which targets were missed."""
+    missed = [] if not report["problems"] and report["jobs"] else ["jobs"]
+    if report["worst"] is not None and report["worst"] > 3 * idle["p50"] + 1 and report["attack"] not in _UNBOUNDED:
+        missed.append("delay")
+    pause = None
+    if report["ping_worst"] is not None:
+        pause = round(report["ping_worst"] - idle["ping_p50"], 3)
+        missed += ["pause"] if pause >= _PAUSE else []
+    if report["mib_after"] > _MEMORY * report["mib_before"]:
+        missed.append("memory")
+    return report | {"pause": pause, "missed": missed}
+
+
+def certificate(folder: Path) -> tuple[str, ...]:
+    """Options for a server that speaks TLS with a key made here."""
+    key, chain = folder / "key.pem", folder / "chain.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    subprocess.run(["openssl", *words, "-keyout", key, "-out", chain], check=True, capture_output=True)
+    return ("--tls-certificate", str(chain), "--tls-key", str(key))
+
+
+COLUMNS = ("attack", "jobs", "lost", "p50", "worst", "webhook", "pause", "MiB before", "MiB after", "missed")
+
+
+def line(report: dict[str, Any]) -> str:
+    shown = [report["attack"], report["jobs"], len(report["problems"]), report["p50"], report["worst"]]
+    shown += [report["webhook_worst"], report["pause"], report["mib_before"], report["mib_after"]]
+    widths = (18, 5, 5, 7, 7, 8, 7, 11, 10)
+    return " ".join(f"{value!s:>{width}}" for value, width in zip(shown, widths, strict=True)) + (
+        "  " + (" ".join(report["missed"]) or "-")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", nargs="+", choices=tuple(ATTACKS), default=tuple(ATTACKS), metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each attack")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    reports: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as base, hanging() as hang:
+        folder = Path(base)
+        for options, names in (
+            ((), [name for name in args.attacks if name not in OF_TLS]),
+            (("tls",), [name for name in args.attacks if name in OF_TLS]),
+        ):
+            if not names:
+                continue
+            webhooks = free_port()
+            more = certificate(folder) if options else ()
+            attacked = Attacked(folder / f"data{len(more)}", *more, hang=hang, webhooks=webhooks)
+            idle = attacked.run(None, args.seconds)
+            if not reports:
+                print("{:>18} {:>5} {:>5} {:>7} {:>7} {:>8} {:>7} {:>11} {:>10}  {}".format(*COLUMNS), flush=True)
+            for report in itertools.chain([idle], (attacked.run(name, args.seconds) for name in names)):
+                reports.append(judge(report, idle))
+                print(line(reports[-1]), flush=True)
+                for problem in reports[-1]["problems"][:3]:
+                    print(f"    {problem}", file=sys.stderr, flush=True)
+            attacked.server.stop()
+    missed = {one["attack"]: one["missed"] for one in reports if one["missed"]}
+    report = {
+        "benchmark": "attack",
+        **machine(),
+        "command": shlex.join(sys.argv),
+        "seconds_of_each": args.seconds,
+        "missed": missed,
+        "median_of_medians": round(statistics.median(one["p50"] for one in reports if one["p50"]), 3),
+        "attacks": reports,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({name: report[name] for name in ("benchmark", "device", "date", "missed")}))
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()

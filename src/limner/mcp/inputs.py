@@ -1,0 +1,109 @@
+"""The arguments of the tools: their names, types and bounds, and one line on what is wrong with those of a call.
+
+The schemas that assistants read are made of these classes. Knows nothing of the protocol, of files and of models.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from limner.errors import InvalidRequest
+from limner.grid import MIN_SIDE, PIXELS
+from limner.options import ServiceOptions
+from limner.requests import MAX_STEPS
+
+__all__ = ["EditInputs", "ForgetInputs", "GenerateInputs", "Inputs", "KeepInputs", "read_inputs"]
+
+MAX_PICTURES = 16
+"""References of one picture, as of a job of the service."""
+MAX_SEED = 2**53 - 1
+"""Readers of JSON that have one type of number round larger ones."""
+_SIDE = f"in pixels, a multiple of {PIXELS}, at least {MIN_SIDE}"
+_PICTURES = (
+    "Reference pictures in order: image 1, 2, ... of the prompt. Each is the path of a PNG, JPEG or WebP file in the "
+    "allowed folder, the URI of kept references (limner://references/NAME for all of them, limner://references/NAME/1.png "
+    "for one), or base64 (plain or as a data URL)."
+)
+I = TypeVar("I", bound="Inputs")  # noqa: E741
+
+
+class Inputs(BaseModel):
+    """What all tools' arguments share: an argument that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Drawing(Inputs):
+    prompt: str = Field(description="What to draw or to change.")
+    width: int | None = Field(None, strict=True, description=f"Width {_SIDE}.")
+    height: int | None = Field(None, strict=True, description=f"Height {_SIDE}.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        strict=True,
+        description="Seed of the first picture; the next has seed + 1. Default: drawn.",
+    )
+    steps: int | None = Field(
+        None, ge=1, le=MAX_STEPS, strict=True, description="Number of steps; default: what the model was trained for."
+    )
+    guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale of base models; others ignore it.")
+    negative_prompt: str | None = Field(None, description="What guidance goes away from (base models).")
+    num_images: int = Field(1, ge=1, le=ServiceOptions.max_batch, strict=True, description="Pictures to draw.")
+    save_as: str | None = Field(
+        None,
+        min_length=1,
+        description="Also save the picture in the allowed folder under this new name, .png, .jpg, .jpeg or .webp; of "
+        "several pictures they get -1, -2, ...",
+    )
+    answer: Literal["png", "jpeg", "webp", "none"] = Field(
+        "png", description="Format of the pictures in the answer; none, with save_as, leaves them out."
+    )
+
+
+class GenerateInputs(_Drawing):
+    """Arguments of `generate`."""
+
+
+class EditInputs(_Drawing):
+    """Arguments of `edit`."""
+
+    pictures: Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES, description=_PICTURES)]
+
+
+class KeepInputs(Inputs):
+    """Arguments of `keep_references`."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="Letters, digits, - and _; what the URI ends in."
+    )
+    pictures: Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES, description=_PICTURES)]
+    replace: bool = Field(False, strict=True, description="Whether other pictures that have this name are forgotten.")
+
+
+class ForgetInputs(Inputs):
+    """Arguments of `forget_references`."""
+
+    name: str = Field(description="The name they were kept under.")
+
+
+def read_inputs(kind: type[I], arguments: dict[str, Any]) -> I:
+    """Return the arguments of a call. Raises `InvalidRequest` that names the first that is wrong."""
+    try:
+        return kind.model_validate(arguments)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(kind.model_fields)
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InvalidRequest(field, f"is not an argument of this tool; {hint}they are: {', '.join(known)}")
+    if problem["type"] == "missing":
+        raise InvalidRequest(field, "is missing; give it")
+    given = repr(problem["input"])
+    shown = given if len(given) <= 80 else f"{given[:80]}..."
+    raise InvalidRequest(field, f"{shown} is not allowed: {problem['msg'][0].lower()}{problem['msg'][1:]}")

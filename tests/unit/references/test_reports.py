@@ -1,0 +1,22 @@
+"""Reports in packs: what is at its default is not written, what is not comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.tiny import picture
+
+from limner import Pipeline, ReferencePolicy, References
+from limner.images import prepare_reference
+
+
+def test_reports_outlive_a_pack(pipe: Pipeline, tmp_path: Path) -> None:
+    image = picture(100, 70)
+    plain = prepare_reference(image, policy=ReferencePolicy())
+    image.info["icc_profile"] = b"damaged"
+    padded = prepare_reference(image, policy=ReferencePolicy(fit="pad"))
+    refs = pipe.prefill([plain, padded])
+    refs.save(tmp_path / "a.safetensors")
+    assert References.load(tmp_path / "a.safetensors").reports == refs.reports == (plain.report, padded.report)
+    head = (tmp_path / "a.safetensors").read_bytes()[:4000]
+    assert head.count(b'\\"added\\"') == head.count(b'\\"profile\\"') == 1
