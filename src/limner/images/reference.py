@@ -22,7 +22,7 @@ from limner.images.decode import check_header, decode, describe_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PreparedReference", "ReferenceReport", "prepare_reference"]
+__all__ = ["PreparedReference", "ReferenceReport", "open_picture", "prepare_reference", "upright"]
 
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,7 +89,7 @@ def prepare_reference(
     """
     if isinstance(image, PreparedReference):
         return image
-    image, field = _open(image, field=field)
+    image, field = open_picture(image, field=field)
     rgb, oriented = _upright_rgb(image, background=policy.background, field=field)
     _check_size(rgb.size, policy, field=field)
     rgb, resized = _scale_down(rgb, policy, field=field)
@@ -112,8 +112,8 @@ def prepare_reference(
     )
 
 
-def _open(image: Image.Image | str | os.PathLike[str] | bytes, *, field: str) -> tuple[Image.Image, str]:
-    """Return the decoded picture, and the field with the file's name, for messages."""
+def open_picture(image: Image.Image | str | os.PathLike[str] | bytes, *, field: str) -> tuple[Image.Image, str]:
+    """Return the decoded picture, and the field with the file's name, for messages. Raises `InvalidRequest`."""
     if isinstance(image, (str, os.PathLike, bytes)):
         return decode(image, field=field), f"{field} {describe_source(image)}"
     if not isinstance(image, Image.Image):
@@ -128,16 +128,19 @@ def _open(image: Image.Image | str | os.PathLike[str] | bytes, *, field: str) ->
 
 def _upright_rgb(image: Image.Image, *, background: str | None, field: str) -> tuple[Image.Image, bool]:
     """Return the picture as RGB with its EXIF orientation applied, and True if that changed it."""
-    transpose = _TRANSPOSES.get(_orientation(image, field=field))
-    oriented = transpose is not None
-    if transpose is not None:
-        image = image.transpose(transpose)
+    image, oriented = upright(image, field=field)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _flatten(image.convert("RGBA"), background=background, field=field), oriented
     if image.mode in ("RGB", "L", "P", "1"):
         return image if image.mode == "RGB" else image.convert("RGB"), oriented
     remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
     raise InvalidRequest(field, f"its colour mode is {image.mode}; {remedy.get(image.mode, 'save it as 8 bit RGB')}")
+
+
+def upright(image: Image.Image, *, field: str) -> tuple[Image.Image, bool]:
+    """Return the picture with its EXIF orientation applied, and True if that changed it. Raises `InvalidRequest`."""
+    transpose = _TRANSPOSES.get(_orientation(image, field=field))
+    return (image, False) if transpose is None else (image.transpose(transpose), True)
 
 
 def _orientation(image: Image.Image, *, field: str) -> int:
