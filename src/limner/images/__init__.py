@@ -1,11 +1,15 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
+from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, plan_canvas, stitch
 from limner.images.decode import decode
 from limner.images.encode import check_output, encode, save
+from limner.images.expand import expand_canvas
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
+from limner.images.mask import describe_mask, read_alpha_mask, read_mask
 from limner.images.metadata import picture_metadata, read_metadata
+from limner.images.preserve import Preserved, preserve
 from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
 from limner.images.tensors import to_pil, to_pixels
 
@@ -15,17 +19,29 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MEDIA_TYPES",
     "SUFFIXES",
+    "CanvasPlan",
+    "CanvasReport",
     "PreparedReference",
+    "Preserved",
     "ReferenceReport",
     "check_output",
+    "cut",
     "decode",
+    "describe_mask",
     "encode",
+    "expand_canvas",
+    "feathered",
     "format_of",
     "picture_metadata",
+    "plan_canvas",
     "prepare_reference",
+    "preserve",
     "printable",
+    "read_alpha_mask",
+    "read_mask",
     "read_metadata",
     "save",
+    "stitch",
     "to_pil",
     "to_pixels",
 ]
