@@ -92,7 +92,7 @@ def test_reference_guidance_is_its_formula(control: Pipeline) -> None:
 def test_requests_with_other_weights_share_references(control: Pipeline) -> None:
     prepared = control._prefiller.prepare(REFERENCES)
     requests = [
-        EditRequest(prompt="a dog", seeds=(1,), references=prepared, reference_weights=weights)
+        EditRequest(prompt="a dog", seeds=(1,), references=prepared, control={"reference_weights": weights})
         for weights in (None, (0.5, 1.0), (1.0, 1.5))
     ]
     keys = {control.draw([request], output_type="latent").reference_key for request in requests}

@@ -50,8 +50,10 @@ class Job:
         else:
             digests = tuple(r.report.digest for r in self.request.references)
             one = self.request
-            of_references = (one.reuse, one.reference_weights, one.reference_guidance)
-            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, of_references)
+            # masks aside: each may have its own
+            control = tuple(sorted((name, repr(x)) for name, x in one.control.items() if name != "mask_image"))
+            has_mask = "mask_image" in one.control
+            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse, control, has_mask)
 
     @property
     def num_images(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -78,9 +78,9 @@ def describe_mask(mask: np.ndarray, *, field: str = "mask_image") -> list[str]:
     return []
 
 
-def _is_tensor(mask: Any) -> Any:
+def _is_tensor(mask: Any) -> TypeGuard[Tensor]:
     torch = sys.modules.get("torch")  # who has a tensor has imported it
-    return torch is not None and isinstance(mask, torch.Tensor)
+    return torch is not None and bool(isinstance(mask, torch.Tensor))
 
 
 def _open(mask: Any, field: str) -> tuple[Image.Image, str]:

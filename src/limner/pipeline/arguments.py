@@ -13,11 +13,12 @@ from limner.images import PreparedReference
 from limner.memory import Workload
 from limner.model.shards import Ranks
 from limner.pipeline.adapters import AppliedLora
+from limner.pipeline.canvas import Canvas
 from limner.pipeline.noise import NoiseSource, short_digest
 from limner.pipeline.progress import Progress
 from limner.references import References
 
-__all__ = ["CanvasPart", "DrawRequest", "Guidance", "StepHook"]
+__all__ = ["DrawRequest", "Guidance", "StepHook"]
 
 StepHook = Callable[[int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
 """A step callback with its pipeline bound: (step, timestep, tensors) to what it changed."""
@@ -35,19 +36,6 @@ class Guidance:
     prompts: tuple[str, ...] | None
     prompt_embeds: Tensor | None
     together: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class CanvasPart:
-    """What is repainted: a picture of the output's size, and where.
-
-    `mask` (1 or B, S_img, 1) is 1 where it is repainted and 0 where the picture stays. `strength` in (0, 1] is the share of
-    the steps that are drawn; 1: all, from noise alone.
-    """
-
-    picture: PreparedReference
-    mask: Tensor
-    strength: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -74,7 +62,7 @@ class DrawRequest:
     reuse: str | None
     reference_weights: tuple[tuple[float, ...], ...] | None
     reference_guidance: float
-    canvas: CanvasPart | None
+    canvas: Canvas | None
     loras: tuple[AppliedLora, ...]
     output_type: str
     callback: StepHook | None
@@ -110,8 +98,8 @@ class DrawRequest:
             "reuse": self.reuse,
             "reference_weights": self.reference_weights,
             "reference_guidance": self.reference_guidance,
-            "mask_image": self.canvas and short_digest(self.canvas.mask),
-            "canvas": self.canvas and self.canvas.picture.report.digest,
+            "mask_image": self.canvas and short_digest(self.canvas.mask(num_images_per_prompt=1)),
+            "canvas": self.canvas and self.canvas.prepared.report.digest,
         }
         ranks.check_same(values)
         return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,13 @@ from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_token
 from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
+from limner.pipeline.canvas import open_canvas
+from limner.pipeline.control import check_reference_guidance, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
 from limner.references import References
-from limner.requests import EditRequest, check_guidance, check_length, check_prompt
+from limner.requests import Control, EditRequest, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
 
 __all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
@@ -29,8 +30,6 @@ _logger = logging.getLogger("limner")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised", "preview")
 _MAX_SEQUENCE_LENGTH = 512
-_MAX_WEIGHT = 10.0
-"""Of a reference, and of reference guidance; pictures fall apart long before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +60,6 @@ class ArgumentChecker:
         negative_prompt: str | Sequence[str] | None,
         negative_prompt_embeds: Tensor | None,
         reuse: str | None,
-        reference_weights: Sequence[float] | Sequence[Sequence[float]] | None,
-        reference_guidance: float,
         num_images_per_prompt: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
@@ -74,6 +71,7 @@ class ArgumentChecker:
         text_encoder_out_layers: Sequence[int] | None,
         progress: Progress | None,
         size_policy: str = "refuse",
+        control: Control | None = None,
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
         networks = self.prefiller.networks
@@ -94,12 +92,16 @@ class ArgumentChecker:
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
+        num_prompts = len(prompts or ())
+        control = control or {}
+        canvas, image = open_canvas(
+            control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
+        )
         pictures = self.prefiller.prepare(image) if image is not None else ()
         references = check_given(references, self.prefiller) if references is not None else None
 
         config = networks.transformer.config
         num_txt = max_sequence_length
-        num_prompts = len(prompts or ())
         if prompts is None:
             num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
         batch = num_prompts * num_images_per_prompt
@@ -108,15 +110,20 @@ class ArgumentChecker:
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
+        if canvas is not None:
+            size = _check_canvas_size(canvas.size, width=width, height=height)
+            warnings += canvas.warnings
         warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_reuse(reuse)
-        weights = self._check_weights(reference_weights, num_references=len(sizes))
+        weights = check_weights(control.get("reference_weights"), num_references=len(sizes))
+        self._check_parallel_weights(weights)
         num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
         self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch)
         self.prefiller.admission.check_limit(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
+        levels = levels if canvas is None else canvas.sigmas(levels)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
@@ -138,8 +145,10 @@ class ArgumentChecker:
             guidance=guidance,
             reuse=reuse if workload.references else None,
             reference_weights=weights,
-            reference_guidance=_check_reference_guidance(reference_guidance, num_references=len(sizes)),
-            canvas=None,
+            reference_guidance=check_reference_guidance(
+                control.get("reference_guidance", 1.0), num_references=len(sizes)
+            ),
+            canvas=canvas,
             loras=loras,
             output_type=output_type,
             callback=callback,
@@ -190,29 +199,12 @@ class ArgumentChecker:
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
 
-    def _check_weights(
-        self, weights: Sequence[float] | Sequence[Sequence[float]] | None, *, num_references: int
-    ) -> tuple[tuple[float, ...], ...] | None:
-        """Return the weights of all references for each step, or once for all steps."""
-        if weights is None:
-            return None
-        rows = weights if isinstance(weights, (list, tuple)) and weights else [weights]
-        per_step: list[Any] = list(rows) if all(isinstance(row, (list, tuple)) for row in rows) else [rows]
-        for row in per_step:
-            if not all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w <= _MAX_WEIGHT for w in row):
-                raise InvalidRequest(
-                    "reference_weights", f"{weights!r} are not numbers of 0 to {_MAX_WEIGHT}, one for each reference"
-                )
-            if len(row) != num_references:
-                raise InvalidRequest(
-                    "reference_weights", f"there are {len(row)} for {num_references} references; give one for each"
-                )
+    def _check_parallel_weights(self, weights: tuple[tuple[float, ...], ...] | None) -> None:
         networks = self.prefiller.networks
-        if networks.kind.joint and networks.ranks.mode == "sequence":
+        if weights is not None and networks.kind.joint and networks.ranks.mode == "sequence":
             raise InvalidRequest(
                 "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
             )
-        return tuple(tuple(float(w) for w in row) for row in per_step)
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -240,15 +232,7 @@ def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
     for request in requests:
         if not request.seeds:
             raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in (
-            "width",
-            "height",
-            "num_inference_steps",
-            "guidance_scale",
-            "reuse",
-            "reference_weights",
-            "reference_guidance",
-        ):
+        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
             if getattr(request, field) != getattr(first, field):
                 raise InvalidRequest(
                     field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
@@ -402,15 +386,12 @@ def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, i
     return width, check_size("height", default[1] if height is None else height)
 
 
-def _check_reference_guidance(scale: float, *, num_references: int) -> float:
-    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not (is_number and 0 <= scale <= _MAX_WEIGHT):
-        raise InvalidRequest(
-            "reference_guidance", f"{scale!r} is not a number of 0 to {_MAX_WEIGHT}; 1 is none, people use about 1.5"
-        )
-    if scale != 1 and not num_references:
-        raise InvalidRequest("reference_guidance", "needs references; leave it out for text to image")
-    return float(scale)
+def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return the size in which a canvas is drawn. Raises `InvalidRequest` where another one is asked for."""
+    for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
+        if given is not None and given != drawn:
+            raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
+    return size
 
 
 def _check_count(name: str, value: int) -> None:

@@ -84,7 +84,8 @@ def denoise(
     sigmas, surroundings, tokens = request.sigmas.to(device), None, pack(noise)
     if canvas is not None:
         assert request.canvas is not None
-        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=request.canvas.mask.to(device))
+        mask = request.canvas.mask(num_images_per_prompt=request.num_images_per_prompt)
+        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=mask.to(device))
         tokens = surroundings.noised(sigmas[0])
     batch = Batch(
         latents=tokens,

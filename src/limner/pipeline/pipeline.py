@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.check import ArgumentChecker, check_shared
+from limner.pipeline.control import shared_control
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
 from limner.pipeline.memory_errors import typed_memory_errors
@@ -41,7 +42,7 @@ from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
-from limner.requests import EditRequest
+from limner.requests import Control, EditRequest
 from limner.schedule import Schedule
 from limner.store import ReferenceStore, Source
 from limner.weights.digest import WeightDigests
@@ -378,21 +379,20 @@ class Pipeline:
         first = check_shared(requests)
         out = self(
             [request.prompt for request in requests for _ in request.seeds],
-            image=list(first.references) or None,
+            image=first.pictures or None,
             references=references,
             width=first.width,
             height=first.height,
             num_inference_steps=first.num_inference_steps,
             guidance_scale=first.guidance_scale,
             reuse=first.reuse,
-            reference_weights=first.reference_weights,
-            reference_guidance=first.reference_guidance,
             negative_prompt=[request.negative_prompt or "" for request in requests for _ in request.seeds],
             generator=[torch.Generator().manual_seed(seed) for request in requests for seed in request.seeds],
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
             progress=progress,
+            **shared_control(requests),
         )
         assert isinstance(out, PipelineOutput)
         return out
@@ -414,8 +414,6 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         reuse: str | None = None,
-        reference_weights: Sequence[float] | Sequence[Sequence[float]] | None = None,
-        reference_guidance: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -428,17 +426,17 @@ class Pipeline:
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
         size_policy: str = "refuse",
+        **control: Unpack[Control],
     ) -> PipelineOutput | tuple[Any]:
-        """Draw (no references) or edit.
+        """Draw (no references), edit, or repaint a part of a picture.
 
         `image` is one picture or an ordered list; `references` is what `prefill` returned instead. Height and width are
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
         Steps and guidance left out are those that the model was trained for (`pipe.kind`): 4 steps; for base models 50
         and a `guidance_scale` of 4, away from `negative_prompt` (left out: an empty one). `reuse` "step0" is for joint
-        references, and approximate: the K/V that they have in the first step serve the others. `reference_weights`, one
-        for each reference (or a list of them for each step), multiply what it counts in attention, from the same K/V: 1
-        changes no bit, 0 leaves it out. `reference_guidance` r over 1 holds a likeness: away from what is drawn without
-        references, with a second forward in every step. `latents` are noise (B, 4 C, height/16, width/16).
+        references, and approximate: the K/V that they have in the first step serve the others. `control` are the
+        arguments of `limner.pipeline.control`, which docs/control.md explains: weights of references, masks, outpainting,
+        strength, and leaving the rest alone. `latents` are noise (B, 4 C, height/16, width/16).
         `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left out is 512, or what the
         tokenizer declares if that is less. With `latents` given, `generator` has nothing to draw. The callback gets
         (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may return changed latents and
@@ -463,8 +461,6 @@ class Pipeline:
                 negative_prompt=negative_prompt,
                 negative_prompt_embeds=negative_prompt_embeds,
                 reuse=reuse,
-                reference_weights=reference_weights,
-                reference_guidance=reference_guidance,
                 num_images_per_prompt=num_images_per_prompt,
                 generator=generator,
                 latents=latents,
@@ -476,6 +472,7 @@ class Pipeline:
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
                 size_policy=size_policy,
+                control=control,
             )
             output = self._draw(request, interrupted=lambda: call.interrupted)
         return output if return_dict else (output.images,)
@@ -493,6 +490,7 @@ class Pipeline:
         text_seconds = clock.lap()
         # 4. Get the References: those given, or from the store, or computed
         refs, source = self._prefiller.get_for(request)
+        canvas = self._prefiller.canvas_tokens(request.canvas)
         reference_seconds = clock.lap()
         # 5. Denoise
         batch = denoise(
@@ -502,7 +500,7 @@ class Pipeline:
             prompt_embeds=txt,
             negative_embeds=negative,
             references=refs,
-            canvas=None,
+            canvas=canvas,
             preview=self.latent_preview,
             interrupted=interrupted,
         )
