@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture
 
+import limner
 from limner import EditRequest, InvalidRequest, Pipeline
 from limner.images import feathered
 
@@ -66,6 +67,37 @@ def test_latents_of_diffusers(how: dict[str, Any], standard_folder: Path, inpain
     out = pipe(image=image, mask_image=MASK, generator=generators(*range(num)), **settings, **common)
     assert isinstance(out.images, torch.Tensor)
     torch.testing.assert_close(out.images, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"strength": 0.5, "image_reference": OTHER, "mask_image": mask_of(CANVAS.size, (9, 5, 61, 50))},
+        {"image": picture(101, 75, seed=4), "mask_image": mask_of((101, 75), (30, 21, 60, 50))},
+        {"padding_mask_crop": 8, "mask_image": mask_of(CANVAS.size, (41, 20, 70, 45))},
+    ],
+    ids=["default", "weak, with a reference", "off the grid", "padding"],
+)
+def test_the_drop_in_has_diffusers_pictures(how: dict[str, Any], standard_folder: Path, inpaint: Any) -> None:
+    settings = {
+        "prompt": "a dog",
+        "image": CANVAS,
+        "mask_image": MASK,
+        "num_inference_steps": 4,
+        "strength": 1.0,
+        **how,
+    }
+    settings |= {"max_sequence_length": MAX_TOKENS, "text_encoder_out_layers": TEXT_LAYERS}
+    settings["output_type"] = "pil" if "padding_mask_crop" in how else "np"
+    expected = inpaint(**settings, generator=generators(1)[0]).images
+    ours = limner.Flux2KleinInpaintPipeline.from_pretrained(standard_folder)
+    found = ours(**settings, generator=generators(1)[0]).images
+    if settings["output_type"] == "pil":
+        assert found[0].size == expected[0].size
+        assert np.abs(np.asarray(found[0]).astype(int) - np.asarray(expected[0])).max() <= 1
+    else:
+        assert np.abs(found - expected).mean() <= TOLERANCE
 
 
 @pytest.fixture(params=["isolated", "joint"])

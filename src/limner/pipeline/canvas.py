@@ -38,7 +38,7 @@ from limner.images.sources import as_list, open_picture
 from limner.pipeline.control import MASK_BLUR, check_strength
 from limner.requests import Control
 
-__all__ = ["Canvas", "open_canvas"]
+__all__ = ["Canvas", "open_canvas", "whole_canvas"]
 
 _OF_CANVAS = ("canvas", "mask_image", "strength", "expand", "padding_mask_crop", "preserve")
 
@@ -60,6 +60,8 @@ class Canvas:
     masked: bool
     preserves: bool
     warnings: tuple[str, ...]
+    tokens: Tensor | None = None
+    """The masks of tokens, where they are not made of those of pixels."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,6 +73,8 @@ class Canvas:
 
         A token draws all of its pixels at once. What of them is outside of the mask is put back afterwards.
         """
+        if self.tokens is not None:
+            return self.tokens
         if not self.masked:
             return torch.ones(1, 1, 1)
         masks = []
@@ -100,6 +104,24 @@ class Canvas:
         return preserve(self.picture.convert("RGB"), drawn)
 
 
+def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float) -> Canvas:
+    """Return a canvas that is drawn as it is, with a mask of tokens (1 or B, S_img, 1), and put back nowhere."""
+    size = prepared.report.processed_size
+    picture = Image.frombytes("RGB", size, prepared.data)
+    mask = np.full((size[1], size[0]), 255, np.uint8)
+    plan = CanvasPlan(size=size, box=(0, 0, *size), drawn_size=size, mask=mask, mask_blur=0)
+    return Canvas(
+        picture=picture,
+        plans=(plan,),
+        prepared=prepared,
+        strength=strength,
+        masked=False,
+        preserves=False,
+        warnings=(),
+        tokens=tokens,
+    )
+
+
 def open_canvas(
     control: Control, image: Any, *, policy: ReferencePolicy, sizes: Sequence[tuple[int, int]], num_prompts: int
 ) -> tuple[Canvas | None, Any]:
@@ -108,6 +130,8 @@ def open_canvas(
     The canvas is the first picture, or `canvas`, which is then no reference. `sizes` are those that the model draws; none:
     any. Raises `InvalidRequest`.
     """
+    if isinstance(ready := control.get("canvas"), Canvas):
+        return ready, image
     if all(control.get(name) is None for name in _OF_CANVAS):
         if "mask_blur" in control:
             raise InvalidRequest("mask_blur", "needs mask_image or expand")
