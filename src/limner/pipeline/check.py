@@ -180,7 +180,7 @@ class ArgumentChecker:
                 raise InvalidRequest("negative_prompt_embeds", f"are of {found} prompts, prompt has {num_prompts}")
             embeds = embeds.expand(num_prompts, -1, -1)
         if kind.distilled:
-            if scale > 1 or negative or embeds is not None:
+            if scale > 1 or any(prompts or ()) or embeds is not None:
                 _logger.warning(
                     "guidance_scale and negative prompts have no effect: this model is distilled to draw without them"
                 )
