@@ -66,9 +66,7 @@ def _filled(picture: Image.Image, margins: tuple[int, int, int, int]) -> Image.I
     share = np.minimum(beside.astype(np.float32) / (2 * radius), 1)  # of the blurred continuation; 0 in the picture
     edges = Image.fromarray(pixels)
     weight = Image.fromarray((share * 255).round().astype(np.uint8))
-    result = Image.composite(edges.filter(ImageFilter.GaussianBlur(radius)), edges, weight)
-    result.paste(picture, (left, top))
-    return result
+    return Image.composite(edges.filter(ImageFilter.GaussianBlur(radius)), edges, weight)
 
 
 def _beside(side: int, before: int, after: int) -> np.ndarray:
