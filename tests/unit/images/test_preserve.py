@@ -113,7 +113,7 @@ def test_small_and_faint_changes_are_not_undone() -> None:
 
 def test_another_light_is_not_undone_where_contrast_hides_it() -> None:
     tiles = np.random.default_rng(0).integers(0, 240, (16, 24, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    canvas, result = Image.fromarray(tiles), Image.fromarray(tiles + np.uint8(14))
+    canvas, result = Image.fromarray(tiles), Image.fromarray(tiles + np.uint8(11))
     found = preserve(canvas, result)
     assert found.share_kept == 0
     assert same(found.picture, result).all()
