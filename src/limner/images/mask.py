@@ -18,6 +18,7 @@ from limner.images.reference import open_picture, upright
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeIs
 
 __all__ = ["MaskSource", "describe_mask", "read_alpha_mask", "read_mask"]
 
@@ -41,9 +42,8 @@ def read_mask(mask: MaskSource, *, size: tuple[int, int], field: str = "mask_ima
     Raises `InvalidRequest` that names `field`.
     """
     if _is_tensor(mask):
-        values = _from_array(
-            mask.detach().float().cpu().numpy() if mask.is_floating_point() else mask.cpu().numpy(), field
-        )
+        mask = mask.detach().cpu()
+        values = _from_array((mask.float() if mask.is_floating_point() else mask).numpy(), field)
     elif isinstance(mask, np.ndarray):
         values = _from_array(mask, field)
     else:
@@ -77,7 +77,7 @@ def describe_mask(mask: np.ndarray, *, field: str = "mask_image") -> list[str]:
     return []
 
 
-def _is_tensor(mask: Any) -> Any:
+def _is_tensor(mask: object) -> TypeIs[Tensor]:
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     return torch is not None and isinstance(mask, torch.Tensor)
 

@@ -150,7 +150,7 @@ def _change(before: Array, after: Array) -> Image.Image:
 
 
 def _widened(marks: Array, radius: int) -> Array:
-    """Return marks (height, width) with `radius` pixels, at most 10, around them in rows and columns, by a mean of bytes."""
+    """Return marks (height, width) with `radius` pixels, at most 10, around them in rows and columns."""
     blurred = Image.fromarray(marks.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(radius))
     return np.asarray(blurred) > 0
 
@@ -283,7 +283,8 @@ def _halved(values: Array) -> Array:
     height, width = values.shape[:2]
     odd = [(0, height % 2), (0, width % 2), (0, 0)][: values.ndim]
     values = np.pad(values, odd, mode="edge")
-    return (values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) / 4
+    means: Array = (values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) / 4
+    return means
 
 
 def _enlarged(values: Array, size: tuple[int, int], factor: int) -> Array:
