@@ -66,9 +66,7 @@ def _filled(picture: Image.Image, margins: tuple[int, int, int, int]) -> Image.I
     share = np.minimum(beside.astype(np.float32) / (2 * radius), 1)  # of the blurred continuation; 0 in the picture
     edges = Image.fromarray(pixels)
     weight = Image.fromarray((share * 255).round().astype(np.uint8))
-    result = Image.composite(edges.filter(ImageFilter.GaussianBlur(radius)), edges, weight)
-    result.paste(picture, (left, top))
-    return result
+    return Image.composite(edges.filter(ImageFilter.GaussianBlur(radius)), edges, weight)
 
 
 def _beside(side: int, before: int, after: int) -> np.ndarray:
@@ -82,13 +80,15 @@ def _margins(
     if (expand is None) == (size is None):
         raise InvalidRequest("expand", "give either expand=(left, top, right, bottom) or a new size with an anchor")
     if expand is not None:
-        margins = _counts("expand", expand, 4, "(left, top, right, bottom)")
+        left, top, right, bottom = _counts("expand", expand, 4, "(left, top, right, bottom)")
+        margins = (left, top, right, bottom)
         if not any(margins):
             raise InvalidRequest("expand", "(0, 0, 0, 0) adds nothing; give pixels at one side at least")
         new = (old[0] + margins[0] + margins[2], old[1] + margins[1] + margins[3])
         field = "expand"
     else:
-        new = _counts("size", size, 2, "(width, height)")
+        width, height = _counts("size", size, 2, "(width, height)")
+        new = (width, height)
         field = "size"
         if anchor not in ANCHORS:
             raise InvalidRequest("anchor", f"{anchor!r} is not one of {', '.join(ANCHORS)}")

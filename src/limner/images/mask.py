@@ -19,6 +19,7 @@ from limner.images.sources import open_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeIs
 
 __all__ = ["MaskSource", "describe_mask", "read_alpha_mask", "read_mask"]
 
@@ -42,9 +43,8 @@ def read_mask(mask: MaskSource, *, size: tuple[int, int], field: str = "mask_ima
     Raises `InvalidRequest` that names `field`.
     """
     if _is_tensor(mask):
-        values = _from_array(
-            mask.detach().float().cpu().numpy() if mask.is_floating_point() else mask.cpu().numpy(), field
-        )
+        mask = mask.detach().cpu()
+        values = _from_array((mask.float() if mask.is_floating_point() else mask).numpy(), field)
     elif isinstance(mask, np.ndarray):
         values = _from_array(mask, field)
     else:
@@ -78,9 +78,9 @@ def describe_mask(mask: np.ndarray, *, field: str = "mask_image") -> list[str]:
     return []
 
 
-def _is_tensor(mask: Any) -> TypeGuard[Tensor]:
+def _is_tensor(mask: object) -> TypeIs[Tensor]:
     torch = sys.modules.get("torch")  # who has a tensor has imported it
-    return torch is not None and bool(isinstance(mask, torch.Tensor))
+    return torch is not None and isinstance(mask, torch.Tensor)
 
 
 def _open(mask: Any, field: str) -> tuple[Image.Image, str]:

@@ -42,6 +42,8 @@ Chosen on 150 edits of the bundled model with rendered truth: of a dozen sets on
 """
 _WEAK = 0.6
 """What differs by this share of a change belongs to the change beside it."""
+_SWEEPS = 24
+"""Rounds in which that is looked for; a round goes around two corners at least."""
 _GAP = PIXELS // 2
 """What lies between changes less than twice this far apart belongs to them: a token draws all of its pixels at once."""
 _FEATHER = 2
@@ -142,16 +144,21 @@ def _change(before: Array, after: Array) -> Image.Image:
         differs = np.abs(smooth - _smooth(after)).max(-1)
         score = np.maximum(score, _enlarged(differs / (constant / 255 + share * contrast), (width, height), 2**level))
     changed = _spread(score >= 1, score >= _WEAK)
-    marked = Image.fromarray(changed.astype(np.uint8) * np.uint8(255))
-    closed = marked.filter(ImageFilter.MaxFilter(2 * _GAP + 1)).filter(ImageFilter.MinFilter(2 * _GAP + 1))
-    grown = closed.filter(ImageFilter.MaxFilter(4 * _FEATHER - 1))
-    return grown.filter(ImageFilter.BoxBlur(_FEATHER - 1))
+    closed = ~_widened(~_widened(changed, _GAP), _GAP)
+    grown = _widened(closed, 2 * _FEATHER - 1)
+    return Image.fromarray(grown.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(_FEATHER - 1))
+
+
+def _widened(marks: Array, radius: int) -> Array:
+    """Return marks (height, width) with `radius` pixels, at most 10, around them in rows and columns."""
+    blurred = Image.fromarray(marks.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(radius))
+    return np.asarray(blurred) > 0
 
 
 def _spread(seeds: Array, allowed: Array) -> Array:
-    """Return what of `allowed` is connected with `seeds`, which it contains."""
+    """Return what of `allowed` is connected with `seeds`, which it contains; all of it if the ways are too winding."""
     found = seeds
-    while True:
+    for _ in range(_SWEEPS):
         wider = found
         for axis in (0, 1):
             for backwards in (False, True):
@@ -159,6 +166,7 @@ def _spread(seeds: Array, allowed: Array) -> Array:
         if (wider == found).all():
             return found
         found = wider
+    return allowed
 
 
 def _swept(found: Array, allowed: Array, axis: int, *, backwards: bool) -> Array:
@@ -275,7 +283,8 @@ def _halved(values: Array) -> Array:
     height, width = values.shape[:2]
     odd = [(0, height % 2), (0, width % 2), (0, 0)][: values.ndim]
     values = np.pad(values, odd, mode="edge")
-    return (values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) / 4
+    means: Array = (values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]) / 4
+    return means
 
 
 def _enlarged(values: Array, size: tuple[int, int], factor: int) -> Array:

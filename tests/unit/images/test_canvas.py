@@ -90,6 +90,9 @@ def test_the_feather_lies_around_the_mask() -> None:
     mask = rectangle((40, 30), (12, 10, 18, 16))
     assert feathered(mask, 4)[12, 6:24].tolist() == [0, 0, 51, 102, 153, 204, *[255] * 6, 204, 153, 102, 51, 0, 0]
     assert feathered(mask, 0) is mask
+    plan = plan_canvas((64, 64), rectangle((64, 64), (12, 10, 18, 16)), max_pixels=1 << 20, mask_blur=4)
+    mixed = stitch(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white"), plan)
+    assert np.array_equal(np.asarray(mixed)[..., 0], feathered(plan.mask, 4))
     one = rectangle((9, 9), (4, 4, 5, 5))
     assert feathered(one, 1)[4].tolist() == [0, 0, 0, 255, 255, 255, 0, 0, 0]
     corner = feathered(rectangle((30, 30), (29, 29, 30, 30)), 9)

@@ -99,14 +99,33 @@ def test_edits_of_the_whole_are_not_undone(edit) -> None:  # type: ignore[no-unt
 def test_small_and_faint_changes_are_not_undone() -> None:
     canvas = Image.new("RGB", (192, 128), (120, 140, 160))
     ImageDraw.Draw(canvas).line((20, 100, 60, 100), fill=(250, 250, 250))  # one pixel wide, and taken away
+    ImageDraw.Draw(canvas).point((80, 110), fill=(0, 0, 0))  # a single pixel, too
     result = Image.new("RGB", canvas.size, (120, 140, 160))
     draw = ImageDraw.Draw(result)
-    draw.rectangle((100, 20, 140, 60), fill=(132, 140, 160))  # a faint tint
+    draw.rectangle((100, 20, 140, 60), fill=(129, 140, 160))  # a faint tint
     draw.text((20, 20), "word", fill=(0, 0, 0))
     found = np.asarray(preserve(canvas, redrawn(result)).picture).astype(int)
     assert np.abs(found[100, 22:58] - (120, 140, 160)).max() < 12
-    assert found[25:55, 105:135, 0].mean() > 130
+    assert found[25:55, 105:135, 0].mean() > 127
+    assert np.abs(found[110, 80] - (120, 140, 160)).max() < 12
     assert (found[20:32, 20:46].min(-1) < 60).sum() > 20
+
+
+def test_another_light_is_not_undone_where_contrast_hides_it() -> None:
+    tiles = np.random.default_rng(0).integers(0, 240, (16, 24, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    canvas, result = Image.fromarray(tiles), Image.fromarray(tiles + np.uint8(11))
+    found = preserve(canvas, result)
+    assert found.share_kept == 0
+    assert same(found.picture, result).all()
+
+
+def test_a_change_that_fades_is_taken_to_where_it_is_faint() -> None:
+    glow = np.clip(40 - 0.1 * np.hypot(*np.mgrid[-64:64, 0:1600].astype(float)), 0, None)
+    canvas = Image.new("RGB", (1600, 128), (90, 90, 90))
+    result = Image.fromarray((np.asarray(canvas) + glow[..., None]).round().astype(np.uint8))
+    change = np.asarray(preserve(canvas, result).change)
+    assert (change[glow > 6] == 255).all()
+    assert not change[glow < 3].any()
 
 
 def test_colours_of_the_change_are_corrected_with_the_rest() -> None:
