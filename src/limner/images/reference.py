@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -84,6 +84,10 @@ class ReferenceReport:
             (scaled[0] - right) * width / scaled[0],
             (scaled[1] - bottom) * height / scaled[1],
         )
+
+    def as_stored(self) -> dict[str, Any]:
+        """Return the report without fields at their defaults, so that those of plain pictures are what they always were."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
 
     def as_json(self) -> dict[str, Any]:
         """Return the report with both boxes, for JSON."""
