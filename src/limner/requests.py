@@ -82,11 +82,15 @@ class PrefillRequest:
 
 
 def check_length(field: str, text: str) -> None:
-    """Raises `InvalidRequest` where a prompt or negative prompt is too long to be read."""
+    """Raises `InvalidRequest` where a prompt or negative prompt is too long to be read, or no Unicode."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
             field, f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(field, f"is not valid Unicode at character {error.start}; give it as UTF-8") from None
 
 
 def check_guidance(scale: float | None) -> None:
@@ -103,7 +107,3 @@ def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     check_length("prompt", text)
     if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8") from None

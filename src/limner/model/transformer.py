@@ -7,7 +7,7 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         ref_ids: Tensor | None = None,
         ref_weights: Sequence[tuple[int, float]] | None = None,
         rope: Rope | None = None,
-        kept: list[LayerKV] | None = None,
+        kept: Callable[[LayerKV], None] | None = None,
     ) -> Tensor:
         """Return the velocity (B, S_img, out_channels) of image tokens at noise level `sigma`, a number or (B,).
 
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `ref_weights` are (tokens, weight) of
         each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it.
         `rope`, if given, is the table of
-        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` gets the K/V (B, S_ref, H, D) that joint
+        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` is called with the K/V (B, S_ref, H, D) that joint
         references have at this noise level, layer by layer. Raises `ValueError` for references of another number of
         layers.
         """

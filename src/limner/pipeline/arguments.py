@@ -37,6 +37,11 @@ class Guidance:
     prompt_embeds: Tensor | None
     together: bool
 
+    @property
+    def named(self) -> list[str]:
+        """The negative prompts, or a digest of their tokens."""
+        return list(self.prompts or ()) if self.prompt_embeds is None else [short_digest(self.prompt_embeds)]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class DrawRequest:
@@ -94,7 +99,7 @@ class DrawRequest:
             "image": [p.report.digest for p in self.pictures],
             "lora": [asdict(lora) for lora in self.loras],
             "guidance_scale": self.guidance and self.guidance.scale,
-            "negative_prompt": self.guidance and list(self.guidance.prompts or ()),
+            "negative_prompt": self.guidance and self.guidance.named,
             "reuse": self.reuse,
             "reference_weights": self.reference_weights,
             "reference_guidance": self.reference_guidance,

@@ -68,6 +68,11 @@ class Canvas:
         """(width, height) of what is drawn."""
         return self.plans[0].drawn_size
 
+    @property
+    def is_plain(self) -> bool:
+        """True if all is drawn, from noise alone: steps have no use for the canvas."""
+        return not self.masked and self.tokens is None and self.strength == 1
+
     def mask(self, *, num_images_per_prompt: int) -> Tensor:
         """Return the masks of tokens (1 or B, S_img, 1): 1 where a pixel of the token is repainted, 0 where none is.
 
@@ -101,7 +106,10 @@ class Canvas:
 
     def preserve(self, drawn: Image.Image) -> Preserved:
         """Return a drawn picture in which what the edit did not change is the canvas' own."""
-        return preserve(self.picture.convert("RGB"), drawn)
+        plan = self.plans[0]
+        if plan.box != (0, 0, *plan.size):  # it was continued beyond its edges, to the grid
+            drawn = stitch(self.picture, drawn, plan)
+        return preserve(self.picture, drawn)
 
 
 def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float) -> Canvas:
@@ -133,8 +141,8 @@ def open_canvas(
     if isinstance(ready := control.get("canvas"), Canvas):
         return ready, image
     if all(control.get(name) is None for name in _OF_CANVAS):
-        if "mask_blur" in control:
-            raise InvalidRequest("mask_blur", "needs mask_image or expand")
+        if control.get("mask_blur") is not None:
+            raise InvalidRequest("mask_blur", "needs mask_image or expand; without them everything is drawn")
         return None, image
     pictures = None if image is None else as_list(image)
     is_first = control.get("canvas") is None
@@ -190,8 +198,10 @@ def _plan(
         masks = [read_mask(one, size=picture.size) for one in given]
         warnings = list(dict.fromkeys(text for mask in masks for text in describe_mask(mask)))
     else:
+        picture = _flat(picture, background=policy.background or "white")
         masks = [np.full((picture.height, picture.width), 255, np.uint8)]
     masked = mask_image is not None or expand is not None
+    _check_names(control, masked=masked)
     plans = tuple(
         plan_canvas(
             picture.size,
@@ -199,7 +209,7 @@ def _plan(
             max_pixels=policy.pixels,
             sizes=tuple(sizes),
             padding=control.get("padding_mask_crop") if masked else None,
-            mask_blur=control.get("mask_blur", MASK_BLUR) if masked else 0,
+            mask_blur=MASK_BLUR if (blur := control.get("mask_blur")) is None else blur,
         )
         for mask in masks
     )
@@ -219,6 +229,23 @@ def _plan(
         preserves=preserves,
         warnings=tuple(warnings),
     )
+
+
+def _flat(picture: Image.Image, *, background: str) -> Image.Image:
+    """Return a picture without transparency, on `background`."""
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
+
+
+def _check_names(control: Control, *, masked: bool) -> None:
+    """Refuse what would have no effect."""
+    for name in ("mask_blur", "padding_mask_crop"):
+        if not masked and control.get(name) is not None:
+            raise InvalidRequest(name, "needs mask_image or expand; without them everything is drawn")
+    others = ("mask_image", "expand", "strength", "preserve")
+    if control.get("canvas") is not None and all(control.get(name) is None for name in others):
+        raise InvalidRequest("canvas", f"says which picture is repainted; give one of {', '.join(others)} too")
 
 
 def _expansion(expand: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
+from limner.kinds import guides
 from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
@@ -20,6 +21,7 @@ from limner.pipeline.control import check_reference_guidance, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
+from limner.pipeline.velocity import reuse_bytes
 from limner.references import References
 from limner.requests import Control, EditRequest, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
@@ -117,13 +119,15 @@ class ArgumentChecker:
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_reuse(reuse)
-        weights = check_weights(control.get("reference_weights"), num_references=len(sizes))
-        self._check_parallel_weights(weights)
+        sides = 2 if guides(kind, guidance_scale) else 1
+        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
         num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
-        self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch)
+        self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch, kept=kept)
         self.prefiller.admission.check_limit(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         levels = levels if canvas is None else canvas.sigmas(levels)
+        weights = check_weights(control.get("reference_weights"), num_references=len(sizes), num_steps=len(levels) - 1)
+        self._check_parallel_weights(weights)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
@@ -188,6 +192,7 @@ class ArgumentChecker:
         if scale <= 1:
             return None
         both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        both = all(self.prefiller.networks.ranks.all_gather(both))  # the same in all processes
         return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 
     def _check_reuse(self, reuse: str | None) -> None:

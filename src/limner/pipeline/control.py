@@ -27,6 +27,8 @@ def shared_control(requests: Sequence[EditRequest]) -> Control:
     """
     first = requests[0].control
     for request in requests[1:]:
+        if request.canvas is not requests[0].canvas:
+            raise InvalidRequest("canvas", "those of the requests differ; draw such requests one after another")
         for name in {*first, *request.control} - {"mask_image"}:
             if first.get(name) != request.control.get(name):
                 raise InvalidRequest(
@@ -41,13 +43,18 @@ def shared_control(requests: Sequence[EditRequest]) -> Control:
 
 
 def check_weights(
-    weights: Sequence[float] | Sequence[Sequence[float]] | None, *, num_references: int
+    weights: Sequence[float] | Sequence[Sequence[float]] | None, *, num_references: int, num_steps: int
 ) -> tuple[tuple[float, ...], ...] | None:
     """Return the weights of all references for each step, or once for all steps. Raises `InvalidRequest`."""
     if weights is None:
         return None
     rows: list[Any] = list(weights) if isinstance(weights, (list, tuple)) and weights else [weights]
     per_step = rows if all(isinstance(row, (list, tuple)) for row in rows) else [rows]
+    if len(per_step) not in (1, num_steps):
+        raise InvalidRequest(
+            "reference_weights",
+            f"there are lists for {len(per_step)} of {num_steps} steps that are drawn; give one for each",
+        )
     for row in per_step:
         if not all(_is_number(w) and 0 <= w <= _MAX_WEIGHT for w in row):
             raise InvalidRequest(

@@ -95,7 +95,7 @@ def denoise(
         rows=list(range(len(noise))),
     )
     timesteps = (request.sigmas[:-1] * 1000).to(device)
-    with networks.working("denoise", request.workload):
+    with networks.working("denoise", request.workload, cached=velocity_of.kept_bytes):
         for i, timestep in enumerate(timesteps):
             request.progress("step", i, len(timesteps))
             clock = Stopwatch(device)
@@ -115,7 +115,8 @@ def denoise(
                 if {"denoised", "preview"} & {*request.callback_inputs}:
                     clean = euler_step(before, velocity, sigma=sigmas[i], next_sigma=torch.zeros_like(sigmas[i]))
                 _call_back(request, batch, i, timestep, clean=clean, preview=preview)
-                if references is not None and references.kv and networks.adapters.applied != request.loras:
+                depends = references is not None and bool(references.kv or request.reuse)
+                if depends and networks.adapters.applied != request.loras:
                     raise InvalidRequest(
                         "callback_on_step_end",
                         "changed the LoRAs, and the K/V of the references were made with those before; change them between "

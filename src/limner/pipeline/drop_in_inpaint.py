@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
 from limner.grid import PIXELS
 from limner.images import Picture, prepare_reference
@@ -124,7 +125,7 @@ def _prepare(pipe: Manners, image: Any, mask: Any, *, padding: int | None, stren
     """Return the canvas and the mask of tokens as diffusers makes them."""
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
-    pictures = as_list(image)
+    pictures = pipe._fetched(image)
     if len(pictures) != 1:
         raise InvalidRequest("image", f"there are {len(pictures)}; give one canvas, and others as image_reference")
     original = open_picture(pictures[0], field="image")[0].convert("RGB")
@@ -136,8 +137,15 @@ def _prepare(pipe: Manners, image: Any, mask: Any, *, padding: int | None, stren
         scale = math.sqrt(_MAX_PIXELS / (original.width * original.height))
         original = processor.resize(original, int(original.height * scale), int(original.width * scale))
     width, height = (side // PIXELS * PIXELS for side in original.size)
-    mask = mask[0] if isinstance(mask, (list, tuple)) and len(mask) == 1 else mask
-    mask = open_picture(mask, field="mask_image")[0] if not isinstance(mask, (np.ndarray, Tensor, list)) else mask
+    if isinstance(mask, (list, tuple)):
+        if len(mask) != 1:
+            raise InvalidRequest("mask_image", f"there are {len(mask)}; give one for all prompts")
+        mask = mask[0]
+    if isinstance(mask, (np.ndarray, Tensor)):
+        if padding is not None:
+            raise InvalidRequest("mask_image", "is no picture; padding_mask_crop needs one, as in diffusers")
+    else:
+        mask = open_picture(pipe._fetched(mask)[0], field="mask_image")[0]
     crop = None if padding is None else masks.get_crop_region(mask, width, height, pad=padding)
     mode = "default" if crop is None else "fill"
     drawn = processor.preprocess(original, height, width, crops_coords=crop, resize_mode=mode)
@@ -145,6 +153,8 @@ def _prepare(pipe: Manners, image: Any, mask: Any, *, padding: int | None, stren
     grid = (height // PIXELS, width // PIXELS)
     tokens = torch.nn.functional.interpolate(values.float(), size=grid, mode="bilinear").flatten(2).transpose(1, 2)
     pixels = ((drawn[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    prepared = prepare_reference(Image.fromarray(pixels), policy=pipe.reference_policy, field="image")
+    prepared = prepare_reference(
+        Image.fromarray(pixels), policy=ReferencePolicy(max_pixels=width * height, max_aspect=1e9)
+    )
     canvas = whole_canvas(prepared, tokens=tokens, strength=check_strength(strength))
     return _Prepared(canvas=canvas, original=original, mask=mask, crop=crop)

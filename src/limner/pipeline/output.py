@@ -81,7 +81,7 @@ def _finish(request: DrawRequest, pictures: Any, rows: list[int]) -> _Finished:
         made = [one.picture for one in preserved]
     else:
         made = canvas.finish(drawn, rows, num_images=request.workload.batch)
-    return _Finished(pictures=_as_type(made, request.output_type), preserved=preserved)
+    return _Finished(pictures=_as_type(made, like=pictures), preserved=preserved)
 
 
 def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
@@ -91,11 +91,12 @@ def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
     return [Image.fromarray(values) for values in (array * 255).round().astype(np.uint8)]
 
 
-def _as_type(pictures: list[Image.Image], output_type: str) -> Any:
-    if output_type == "pil":
+def _as_type(pictures: list[Image.Image], *, like: Any) -> Any:
+    """Return pictures as `like` is: a list as they are, an array or a tensor without alpha."""
+    if isinstance(like, list):
         return pictures
-    array = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255
-    return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2)
+    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]).astype(np.float32) / 255
+    return torch.from_numpy(array).permute(0, 3, 1, 2).to(like) if isinstance(like, Tensor) else array
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -146,7 +147,7 @@ def make_output(
     if canvas is not None:
         metadata |= {"canvas": canvas.prepared.report.digest, "strength": canvas.strength}
         if canvas.masked:
-            metadata["box"] = list(canvas.plans[0].box)
+            metadata |= {"box": list(canvas.plans[0].box), "canvas_size": list(canvas.picture.size)}
         if canvas.preserves:
             metadata["preserve"] = "auto"
     if request.reuse is not None:

@@ -486,6 +486,7 @@ class Pipeline:
         # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
         noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
         txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+        negative = None if negative is None else networks.ranks.broadcast_tensor(negative)
         request.progress("text", 1, 1)
         text_seconds = clock.lap()
         # 4. Get the References: those given, or from the store, or computed

@@ -83,7 +83,7 @@ class Prefiller:
 
     def canvas_tokens(self, canvas: Canvas | None) -> Tensor | None:
         """Return the tokens (1, S_img, C) of a canvas, from the store or encoded; None without one."""
-        if canvas is None:
+        if canvas is None or canvas.is_plain:
             return None
         networks = self.networks
         weights, prepared = networks.token_weights(), (canvas.prepared,)

@@ -12,14 +12,22 @@ import torch
 from torch import Tensor
 
 from limner.grid import PIXELS, num_tokens
-from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
+from limner.memory import Workload, kv_bytes
+from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.references import References
 from limner.tokens import image_ids, reference_ids, text_ids
 
-__all__ = ["Velocity"]
+__all__ = ["Velocity", "reuse_bytes"]
+
+
+def reuse_bytes(networks: Networks, workload: Workload, *, sides: int) -> int:
+    """Return the bytes of K/V that joint references have in one step, for a batch and each of its `sides`."""
+    config, kv = networks.transformer.config, networks.kv_cache_dtype
+    one = kv_bytes(config, workload.num_ref, itemsize=networks.dtype.itemsize, kv=kv)
+    return sides * workload.batch * one // (networks.ranks.shard[1] if networks.ranks.shard else 1)
 
 
 class Velocity:
@@ -38,8 +46,16 @@ class Velocity:
         self._num_tokens = [num_tokens(size) for size in sizes]
         self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
         self._reuses = request.reuse == "step0" and tokens is not None
+        self._kept_bytes = (
+            reuse_bytes(networks, request.workload, sides=1 + (self._guidance is not None)) if self._reuses else 0
+        )
         self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
         self._ropes: dict[tuple[int, bool], Rope] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of K/V that are used again, once the first step has made them."""
+        return self._kept_bytes
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, *, prompt_embeds: Tensor, negative_embeds: Tensor | None, rows: list[int]
@@ -88,7 +104,7 @@ class Velocity:
         uses = side != "without"
         again = self._again(rows, side)
         as_tokens = uses and self._ref_tokens is not None and again is None
-        kept: list[LayerKV] | None = [] if as_tokens and self._reuses else None
+        kept = _Kept(self._networks.kv_cache_dtype) if as_tokens and self._reuses else None
         velocity: Tensor = transformer(
             latents,
             txt,
@@ -100,12 +116,10 @@ class Velocity:
             ref_tokens=self._ref_tokens if as_tokens else None,
             ref_ids=self._ref_ids if as_tokens else None,
             rope=self._rope(num_txt, with_references=as_tokens),
-            kept=kept,
+            kept=kept and kept.append,
         )
         if kept is not None:
-            quantization = self._networks.kv_cache_dtype
-            layers = tuple(kept) if quantization is None else tuple(quantize_layer(x, quantization) for x in kept)
-            self._kept[side] = list(rows), ReferenceKV(layers=layers)
+            self._kept[side] = list(rows), ReferenceKV(layers=tuple(kept.layers))
         return velocity
 
     def _again(self, rows: list[int], side: str) -> ReferenceKV | None:
@@ -127,3 +141,14 @@ class Velocity:
                 ids = [*ids, self._ref_ids]
             self._ropes[key] = self._networks.transformer.rope(torch.cat(list(ids)))
         return self._ropes[key]
+
+
+class _Kept:
+    """The K/V of joint references in the first step, layer by layer, quantized as soon as they are there."""
+
+    def __init__(self, quantization: str | None) -> None:
+        self.layers: list[AnyLayerKV] = []
+        self._quantization = quantization
+
+    def append(self, layer: LayerKV) -> None:
+        self.layers.append(layer if self._quantization is None else quantize_layer(layer, self._quantization))
