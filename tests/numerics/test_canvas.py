@@ -46,7 +46,7 @@ def inpaint(standard_folder: Path) -> Any:
         {"strength": 0.5, "image_reference": OTHER},
         {"strength": 1.0, "num_images_per_prompt": 2, "prompt": ["a dog", "a fox"]},
     ],
-    ids=str,
+    ids=["all steps", "fewer", "a reference", "a batch"],
 )
 def test_latents_of_diffusers(how: dict[str, Any], standard_folder: Path, inpaint: Any) -> None:
     settings = {"prompt": "a dog", "num_inference_steps": 4, **how}

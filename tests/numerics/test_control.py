@@ -54,7 +54,7 @@ def test_weights_of_steps(control: Pipeline) -> None:
         assert np.array_equal(
             draw(control, reference_weights=alike).images, draw(control, reference_weights=[0.5, 2]).images
         )
-    early = draw(control, reference_weights=[[0.5, 2.0], [1, 1]]).images
+    early = draw(control, reference_weights=[[0.5, 2.0], [1, 1], [1, 1], [1, 1]]).images
     assert np.abs(early - draw(control).images).mean() > TOLERANCE
     assert np.abs(early - draw(control, reference_weights=[0.5, 2]).images).mean() > TOLERANCE
 
@@ -108,7 +108,8 @@ def test_requests_with_other_weights_share_references(control: Pipeline) -> None
         ({"reference_weights": [1.0]}, "there are 1 for 2 references; give one for each"),
         ({"reference_weights": [1.0, -1]}, "are not numbers of 0 to 10"),
         ({"reference_weights": 0.5}, "are not numbers|there are 1 for 2"),
-        ({"reference_weights": [[1, 1], [1]]}, "there are 1 for 2 references"),
+        ({"reference_weights": [[1, 1]] * 3 + [[1]]}, "there are 1 for 2 references"),
+        ({"reference_weights": [[1, 1]] * 3}, "there are lists for 3 of 4 steps"),
         ({"reference_guidance": -1}, "reference_guidance: -1 is not a number of 0 to 10"),
         ({"reference_guidance": 1.5, "image": None}, "reference_guidance: needs references"),
     ],

@@ -80,8 +80,7 @@ class ArgumentChecker:
         height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
         num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
-        if output_type not in _OUTPUT_TYPES:
-            raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
+        _check_output_type(output_type)
         _check_count("num_images_per_prompt", num_images_per_prompt)
         kind = networks.kind
         if num_inference_steps is None:
@@ -118,23 +117,15 @@ class ArgumentChecker:
         warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
-        self._check_reuse(reuse)
-        sides = 2 if guides(kind, guidance_scale) else 1
-        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
-        num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
-        self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch, kept=kept)
-        self.prefiller.admission.check_limit(workload)
+        self._check_memory(workload, reuse=reuse, guidance_scale=guidance_scale)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         levels = levels if canvas is None else canvas.sigmas(levels)
-        weights = check_weights(control.get("reference_weights"), num_references=len(sizes), num_steps=len(levels) - 1)
-        self._check_parallel_weights(weights)
+        weights = self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
         )
-        if self.sizes and size not in self.sizes:
-            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+        self._warn_of_size(size)
         return DrawRequest(
             prompts=prompts,
             prompt_embeds=prompt_embeds,
@@ -204,12 +195,31 @@ class ArgumentChecker:
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
 
-    def _check_parallel_weights(self, weights: tuple[tuple[float, ...], ...] | None) -> None:
+    def _check_memory(self, workload: Workload, *, reuse: str | None, guidance_scale: float | None) -> None:
+        """Refuse what does not fit. K/V of isolated references may be cached, and are counted where they are computed."""
+        networks, admission = self.prefiller.networks, self.prefiller.admission
+        self._check_reuse(reuse)
+        sides = 2 if guides(networks.kind, guidance_scale) else 1
+        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
+        num_ref = workload.num_ref if workload.joint else 0
+        admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=workload.batch, kept=kept)
+        admission.check_limit(workload)
+
+    def _warn_of_size(self, size: tuple[int, int]) -> None:
+        if self.sizes and size not in self.sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+
+    def _check_weights(
+        self, control: Control, *, num_references: int, num_steps: int
+    ) -> tuple[tuple[float, ...], ...] | None:
         networks = self.prefiller.networks
+        weights = check_weights(control.get("reference_weights"), num_references=num_references, num_steps=num_steps)
         if weights is not None and networks.kind.joint and networks.ranks.mode == "sequence":
             raise InvalidRequest(
                 "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
             )
+        return weights
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -323,6 +333,11 @@ def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     if not found or not all(isinstance(i, int) for i in found):
         raise InvalidRequest("text_encoder_out_layers", f"{layers!r} is not a list of layer numbers; leave it out")
     return found
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in _OUTPUT_TYPES:
+        raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
 
 
 def _check_prompts(
