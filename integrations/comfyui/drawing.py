@@ -69,11 +69,11 @@ class _Drawing:
             seeds=tuple(range(seed, seed + batch_size)),
             width=width or None,
             height=height or None,
-            num_inference_steps=steps,
+            num_inference_steps=steps or None,
         )
         host.check_stopped()
         with model.pipeline() as pipe:
-            watch = host.Watch(steps, previews=pipe.latent_preview is not None)
+            watch = host.Watch(steps or pipe.kind.num_inference_steps, previews=pipe.latent_preview is not None)
 
             def call() -> PipelineOutput:
                 return pipe.draw(
@@ -140,7 +140,7 @@ def _drawing(size: str) -> dict[str, Any]:
     return {
         "prompt": ("STRING", {"default": "", "multiline": True, "dynamicPrompts": True}),
         "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
-        "steps": ("INT", {"default": 4, "min": 1, "max": MAX_STEPS}),
+        "steps": ("INT", {"default": 0, "min": 0, "max": MAX_STEPS, "tooltip": "0: the model's own"}),
         "width": ("INT", side),
         "height": ("INT", dict(side)),
         "batch_size": ("INT", {"default": 1, "min": 1, "max": ServiceOptions.max_batch}),

@@ -82,6 +82,7 @@ class SharedPipeline:
             try:
                 _check_state(lora, "while it was read")
             except CheckpointError:
+                self._pipe.set_adapters([], [])
                 self._pipe.delete_adapters(name)
                 raise
         self._used.append(name)

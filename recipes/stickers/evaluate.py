@@ -5,6 +5,7 @@ right, beside two baselines: copying reference 1 (for `draw` a grey picture), an
 as the training sets are (the median, and `in_training`, the share of cases whose very picture it
 holds: plain scenes and single stickers repeat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
 `held_out` are edits and combinations of stickers that no training picture shows: only copying from a reference can bring them.
+`mask`, `outpaint` and `preserve` keep a part of the picture; `controls.py` says what else is measured of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 
 from common import find_font
+from controls import CONTROLS, Control, control_cases
 from judge import Pixels, judge, pixels, psnr
 from limner import Pipeline
 from tasks import Example, Grammar
@@ -38,6 +40,8 @@ MARKS = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
 def cases(task: str, num: int, *, seed: int = 0) -> list[Example]:
     """Fixed cases of a task; those of `held_out` show the sticker that only a reference can bring."""
+    if task in CONTROLS:
+        return [*control_cases(task, num, seed=seed)]
     rng = random.Random(f"{seed}/{task}/evaluation")
     if task != "held_out":
         grammar = Grammar([*STICKERS.values()], evaluation=True)
@@ -117,12 +121,13 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
             continue
         references = [renderer.render(p) for p in case.references]
         truth = renderer.render(case.result)
+        given = case.arguments(renderer) if isinstance(case, Control) else {"image": references or None}
         if args.ceiling:
             out = restored(pipe, truth)
         else:
             out = pipe(
                 case.prompt,
-                image=references or None,
+                **given,
                 width=truth.width,
                 height=truth.height,
                 num_inference_steps=args.steps,
@@ -134,6 +139,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
         row = {
             name: getattr(verdict, name) for name in ("psnr", "ssim", "success", "sticker", "place", "form", "scene")
         }
+        row |= case.kept(out, renderer) if isinstance(case, Control) else {}
         row["copy"] = psnr(copy, right)
         differs = np.abs(copy - right).max(-1) > DIFFERENT
         if references and differs.any():
@@ -192,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder; default: the bundled model")
     parser.add_argument("--cases", type=int, default=200, help="cases a task")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *CONTROLS), default=TASKS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")

@@ -302,7 +302,7 @@ class Bench:
                 references=kept,
                 ref_tokens=given["ref"] if joint else None,
                 ref_ids=given["ref_ids"] if joint else None,
-                kept=found if reuse and joint else None,
+                kept=found.append if reuse and joint else None,
             )
             kept = ReferenceKV(layers=tuple(found)) if found else kept
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])

@@ -12,7 +12,15 @@ from typing import Literal, get_args
 
 from limner.errors import InvalidRequest
 
-__all__ = ["DIFFUSERS_KINDS", "ISOLATED", "ModelKind", "ReferencesAttention", "check_attention", "hinted_kind"]
+__all__ = [
+    "DIFFUSERS_KINDS",
+    "ISOLATED",
+    "ModelKind",
+    "ReferencesAttention",
+    "check_attention",
+    "guides",
+    "hinted_kind",
+]
 
 ReferencesAttention = Literal["isolated", "joint"]
 _GUIDED_STEPS, _DISTILLED_STEPS = 50, 4
@@ -57,6 +65,11 @@ DIFFUSERS_KINDS = {
     "Flux2KleinInpaintPipeline": ModelKind(references="joint", distilled=False),
 }
 """The classes of diffusers that klein models name, and their kinds where `is_distilled` is left out (diffusers 0.42.1)."""
+
+
+def guides(kind: ModelKind, scale: float | None) -> bool:
+    """Whether a call with this `guidance_scale` runs negative prompts too: base models, and scales over 1."""
+    return not kind.distilled and (kind.guidance_scale if scale is None else scale) > 1
 
 
 def check_attention(value: object) -> ReferencesAttention | None:

@@ -7,14 +7,20 @@ Knows nothing of pipelines, queues or HTTP.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from PIL import Image
 
 from limner.errors import InvalidRequest
-from limner.images import PreparedReference
+from limner.images import Picture, PreparedReference
+from limner.images.mask import MaskSource
 
 __all__ = [
     "MAX_PROMPT_CHARACTERS",
     "MAX_STEPS",
+    "Control",
     "EditRequest",
     "PrefillRequest",
     "check_guidance",
@@ -28,11 +34,26 @@ MAX_PROMPT_CHARACTERS = 32_000
 """Longer prompts are refused: the text encoder reads some hundred words, and tokenizing megabytes takes seconds."""
 
 
+class Control(TypedDict, total=False):
+    """What a request may ask for beyond prompt and references; `docs/control.md` explains it."""
+
+    reference_weights: Sequence[float] | Sequence[Sequence[float]] | None
+    reference_guidance: float
+    canvas: Picture | None
+    mask_image: MaskSource | Sequence[MaskSource] | None
+    strength: float | None
+    expand: Sequence[int] | Mapping[str, Any] | None
+    mask_blur: int
+    padding_mask_crop: int | None
+    preserve: str | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditRequest:
     """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice.
 
-    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse` as of `Pipeline.__call__`.
+    Steps and guidance None: what the model was trained for (`limner.kinds`). `reuse` and `control` as of
+    `Pipeline.__call__`. `canvas` is the first reference as its caller has it, where it is repainted.
     """
 
     prompt: str
@@ -44,6 +65,13 @@ class EditRequest:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     reuse: str | None = None
+    control: Control = field(default_factory=lambda: Control())
+    canvas: Image.Image | None = None
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The references, the first as its caller has it where it is repainted."""
+        return [*((self.canvas,) if self.canvas is not None else self.references[:1]), *self.references[1:]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +82,15 @@ class PrefillRequest:
 
 
 def check_length(field: str, text: str) -> None:
-    """Raises `InvalidRequest` where a prompt or negative prompt is too long to be read."""
+    """Raises `InvalidRequest` where a prompt or negative prompt is too long to be read, or no Unicode."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
             field, f"has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(field, f"is not valid Unicode at character {error.start}; give it as UTF-8") from None
 
 
 def check_guidance(scale: float | None) -> None:
@@ -75,7 +107,3 @@ def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     check_length("prompt", text)
     if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("prompt", f"is not valid Unicode at character {error.start}; give it as UTF-8") from None

@@ -99,7 +99,7 @@ COMFYUI = {  # Flux2ProGenerateRequest, nulls and all
         (AI_SDK, []),
         (
             AI_SDK_ALL,
-            ["safety_tolerance", "prompt_upsampling", "guidance", "raw", "image_prompt", "image_prompt_strength"],
+            ["safety_tolerance", "guidance", "prompt_upsampling", "raw", "image_prompt", "image_prompt_strength"],
         ),
         (OFFICIAL, ["guidance", "interval"]),
         (COMFYUI, []),

@@ -199,6 +199,7 @@ def test_guidance_has_no_effect_on_distilled_models(standard_folder: Path, caplo
     pipe = Pipeline.from_pretrained(standard_folder)
     arguments = {"prompt": "a dog", "height": 64, "width": 64, "output_type": "np"}
     plain = pipe(**arguments, generator=generators(1)[0]).images
+    pipe.draw([EditRequest(prompt="a dog", seeds=(1,), width=64, height=64)])
     assert "no effect" not in caplog.text
     asked = pipe(**arguments, generator=generators(1)[0], guidance_scale=4.0)
     assert np.array_equal(plain, asked.images)

@@ -355,3 +355,33 @@ def test_tokens_know_their_sticker() -> None:
     assert grey.count_nonzero() == 13
     assert (mirrored[6:, 6:] == 2).all()
     assert mirrored.count_nonzero() == 4  # a robot looks straight ahead
+
+
+@needs_font
+def test_cases_that_keep_a_part_know_what_stays() -> None:
+    from common import find_font
+    from controls import CONTROLS, control_cases
+    from evaluate import cases
+    from world import Renderer
+
+    renderer = Renderer(find_font())
+    for task in CONTROLS:
+        found = control_cases(task, 12)
+        assert found == control_cases(task, 12)
+        for case in found:
+            given, truth = case.arguments(renderer), renderer.render(case.result)
+            for name, value in case.kept(truth, renderer).items():
+                assert value == (0 if name == "changed_outside" else 100), (task, name)
+            if task == "outpaint":
+                left, top, right, bottom = given["expand"]
+                (kept,) = given["image"]
+                assert (kept.width + left + right, kept.height + top + bottom) == truth.size
+                assert kept.tobytes() == truth.crop((left, top, truth.width - right, truth.height - bottom)).tobytes()
+            else:
+                grey = Image.new("RGB", truth.size, "grey")
+                assert all(
+                    value != (0 if name == "changed_outside" else 100)
+                    for name, value in case.kept(grey, renderer).items()
+                )
+    edits = [(case.prompt, case.references, case.result) for case in cases("edit", 8)]
+    assert [(case.prompt, case.references, case.result) for case in cases("preserve", 8)] == edits

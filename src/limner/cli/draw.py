@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limner import ranks
+from limner.cli.control import add_control, control_of
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
 from limner.cli.output import DrawProgress
 from limner.errors import InvalidRequest
@@ -45,6 +46,7 @@ def add_commands(commands: Commands) -> None:
         help="approximate, for joint references: the K/V that they have in the first step serve the others",
     )
     _add_drawing(parser)
+    add_control(parser)
     add_options(parser, ModelOptions, StoreOptions)
     parser.set_defaults(run=edit, under_torchrun=True)
 
@@ -188,7 +190,7 @@ def _draw(
         )
     ) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
-        request = _request(args, prepared, pipe)
+        request = _request(args, prepared, pipe, images=images)
         out = pipe.draw(
             [request], references=references, output_type="pil" if process.writes else "latent", progress=progress
         )
@@ -200,13 +202,16 @@ def _draw(
         _print(args, pipe, out, files=files, names=images or [str(pack)] * len(out.references))
 
 
-def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...], pipe: Pipeline) -> EditRequest:
+def _request(
+    args: argparse.Namespace, references: tuple[PreparedReference, ...], pipe: Pipeline, *, images: list[str]
+) -> EditRequest:
     """Return what the command asks the model for."""
     from limner.pipeline.noise import draw_seeds
-    from limner.requests import EditRequest
+    from limner.requests import Control, EditRequest
 
     width, height = args.size or (None, None)
     first = args.seed
+    control, canvas = control_of(args, images) if args.command == "edit" else (Control(), None)
     return EditRequest(
         prompt=args.prompt,
         seeds=tuple(
@@ -221,6 +226,8 @@ def _request(args: argparse.Namespace, references: tuple[PreparedReference, ...]
         guidance_scale=args.guidance,
         negative_prompt=args.negative_prompt,
         reuse=getattr(args, "reuse", None),
+        control=control,
+        canvas=canvas,
     )
 
 
@@ -246,6 +253,8 @@ def _print(
             ],
             "reference_cache": out.reference_cache,
             "warnings": out.warnings,
+            **({"canvas": [asdict(report) for report in out.canvas]} if out.canvas else {}),
+            **({"preserved": [one.describe() for one in out.preserved]} if out.preserved else {}),
             "timings": {**asdict(out.timings), "total": out.timings.total},
             "version": __version__,
             "model": pipe.digest,
@@ -258,6 +267,8 @@ def _print(
     if out.prompts[0].cut:
         cut = out.prompts[0]
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
+    for line in (*(one.describe() for one in out.canvas), *(one.describe() for one in out.preserved)):
+        print(line)
     for warning in out.warnings:
         print(f"warning: {warning}")
     for file, drawn_from in zip(files, out.seeds, strict=True):

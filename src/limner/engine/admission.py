@@ -65,6 +65,8 @@ class Admission:
         if steps is not None and not 1 <= steps <= MAX_STEPS:
             raise InvalidRequest("num_inference_steps", f"{steps} is not within 1 to {MAX_STEPS}")
         check_guidance(request.guidance_scale)
+        if repaints := [name for name in request.control if not name.startswith("reference_")]:
+            raise InvalidRequest(repaints[0], "is not offered by engines yet; call the pipeline itself")
         if request.negative_prompt is not None:
             check_length("negative_prompt", request.negative_prompt)
         sizes = [r.report.processed_size for r in request.references] or [self.model.default_size]

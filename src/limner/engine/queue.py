@@ -50,7 +50,10 @@ class Job:
         else:
             digests = tuple(r.report.digest for r in self.request.references)
             one = self.request
-            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse)
+            # masks aside: each may have its own
+            control = tuple(sorted((name, repr(x)) for name, x in one.control.items() if name != "mask_image"))
+            has_mask = "mask_image" in one.control
+            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse, control, has_mask)
 
     @property
     def num_images(self) -> int:

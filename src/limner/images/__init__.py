@@ -1,12 +1,16 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
+from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, plan_canvas, stitch
 from limner.images.decode import decode
 from limner.images.encode import check_output, encode, numbered, save
+from limner.images.expand import expand_canvas
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.kept import keep_outside, prepare_mask
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
+from limner.images.mask import describe_mask, read_alpha_mask, read_mask
 from limner.images.metadata import picture_metadata, read_metadata
+from limner.images.preserve import Preserved, preserve
 from limner.images.reference import (
     Picture,
     PreparedReference,
@@ -24,24 +28,36 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MEDIA_TYPES",
     "SUFFIXES",
+    "CanvasPlan",
+    "CanvasReport",
     "Picture",
     "PreparedReference",
+    "Preserved",
     "ReferenceReport",
     "background_colour",
     "check_output",
+    "cut",
     "decode",
+    "describe_mask",
     "encode",
+    "expand_canvas",
+    "feathered",
     "format_of",
     "keep_outside",
     "numbered",
     "picture_metadata",
+    "plan_canvas",
     "prepare_mask",
     "prepare_reference",
     "prepare_references",
+    "preserve",
     "printable",
     "put_back",
+    "read_alpha_mask",
+    "read_mask",
     "read_metadata",
     "save",
+    "stitch",
     "to_pil",
     "to_pixels",
 ]

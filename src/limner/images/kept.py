@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from limner.config import ReferencePolicy
@@ -27,10 +28,12 @@ def prepare_mask(
     image = decode(data, field=field)
     left, top, right, bottom = reference.cut
     width, height = reference.processed_size
-    scaled = reference.resized_to or (width + left + right, height + top + bottom)
-    upright = reference.original_size
-    if reference.oriented and (upright[0] > upright[1]) != (scaled[0] > scaled[1]):
-        upright = upright[1], upright[0]
+    added = reference.added
+    content = (width - added[0] - added[2] + left + right, height - added[1] - added[3] + top + bottom)
+    scaled = reference.resized_to or content
+    upright = reference.upright_size or reference.original_size
+    if reference.upright_size is None and reference.oriented and (upright[0] > upright[1]) != (scaled[0] > scaled[1]):
+        upright = upright[1], upright[0]  # written by an earlier version
     if image.size != upright:
         raise InvalidRequest(
             field, "has {}x{} pixels, the first picture {}x{}; send them alike".format(*image.size, *upright)
@@ -45,7 +48,10 @@ def prepare_mask(
         raise InvalidRequest(field, f"no pixel is {drawn}, so nothing would be drawn; mark what is to change")
     if scaled != upright:
         grey = grey.resize(scaled, Image.Resampling.LANCZOS)
-    grey = grey.crop((left, top, left + width, top + height))
+    grey = grey.crop((left, top, scaled[0] - right, scaled[1] - bottom))
+    if any(added):  # padding continues the picture's edges, and the mask's
+        padding = ((added[1], added[3]), (added[0], added[2]))
+        grey = Image.fromarray(np.pad(np.asarray(grey), padding, mode="edge"))
     return prepare_reference(grey, policy=ReferencePolicy(max_pixels=width * height, max_aspect=1e9))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "prepare_reference",
     "prepare_references",
     "put_back",
+    "upright",
 ]
 
 _ASK_BACKGROUND = "ReferencePolicy(background='white'), --background white"
@@ -83,6 +84,10 @@ class ReferenceReport:
             (scaled[0] - right) * width / scaled[0],
             (scaled[1] - bottom) * height / scaled[1],
         )
+
+    def as_stored(self) -> dict[str, Any]:
+        """Return the report without fields at their defaults, so that those of plain pictures are what they always were."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
 
     def as_json(self) -> dict[str, Any]:
         """Return the report with both boxes, for JSON."""
@@ -211,10 +216,7 @@ def _upright_rgb(
     image: Image.Image, *, background: str | None, field: str, ask_background: str
 ) -> tuple[Image.Image, bool]:
     """Return the picture as RGB with its EXIF orientation applied, and True if that changed it."""
-    transpose = _TRANSPOSES.get(_orientation(image, field=field))
-    oriented = transpose is not None
-    if transpose is not None:
-        image = image.transpose(transpose)
+    image, oriented = upright(image, field=field)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return _flatten(image, background=background, field=field, ask_background=ask_background), oriented
@@ -222,6 +224,12 @@ def _upright_rgb(
         return image if image.mode == "RGB" else image.convert("RGB"), oriented
     remedy = {"CMYK": "convert it to RGB with its colour profile", "YCCK": "convert it to RGB"}
     raise InvalidRequest(field, f"its colour mode is {image.mode}; {remedy.get(image.mode, 'save it as 8 bit RGB')}")
+
+
+def upright(image: Image.Image, *, field: str) -> tuple[Image.Image, bool]:
+    """Return the picture with its EXIF orientation applied, and True if that changed it. Raises `InvalidRequest`."""
+    transpose = _TRANSPOSES.get(_orientation(image, field=field))
+    return (image, False) if transpose is None else (image.transpose(transpose), True)
 
 
 def _orientation(image: Image.Image, *, field: str) -> int:

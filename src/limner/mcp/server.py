@@ -158,6 +158,7 @@ class Assistant:
             raise InvalidRequest(
                 "save_as", "no folder is allowed; start limner mcp with --folder DIR, or leave save_as out"
             )
+        self.folder.check_new(inputs.save_as, field="save_as")
         named = numbered(Path(inputs.save_as), inputs.num_images)
         return [self.folder.check_new(str(path), field="save_as") for path in named]
 
@@ -181,7 +182,7 @@ class Assistant:
         about_all = {
             "pictures": pictures,
             "prompt": asdict(result.prompt),
-            "references": [asdict(report) for report in result.references],
+            "references": [report.as_json() for report in result.references],
             "reference_cache": result.reference_cache,
             "seconds_saved": round(result.seconds_saved, 4),
             "seconds": round(result.timings.total, 4),
@@ -310,7 +311,7 @@ def _about(kept: Kept) -> dict[str, Any]:
         "name": kept.name,
         "key": kept.key,
         "references": [
-            {**asdict(p.report), "uri": f"{_uri(kept.name)}/{i}.png"} for i, p in enumerate(kept.pictures, 1)
+            {**p.report.as_json(), "uri": f"{_uri(kept.name)}/{i}.png"} for i, p in enumerate(kept.pictures, 1)
         ],
     }
 

@@ -25,6 +25,8 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from limner.model.arithmetic import fast_dtype
 from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV
 from limner.native import kernels as native
 
-__all__ = ["KERNELS", "attend", "choose_kernel"]
+__all__ = ["KERNELS", "KeyWeights", "attend", "choose_kernel"]
 
 _logger = logging.getLogger("limner")
 _CHUNK = 256
@@ -72,19 +74,68 @@ def _has_amx() -> bool:
 
 
 def attend(
-    q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, references: AnyLayerKV | None = None, kernel: str | None = None
+    q_BSHD: Tensor,
+    k_BSHD: Tensor,
+    v_BSHD: Tensor,
+    *,
+    references: AnyLayerKV | None = None,
+    weights: KeyWeights | None = None,
+    kernel: str | None = None,
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 
-    K/V of `references` have batch 1 or B. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or
-    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
+    K/V of `references` have batch 1 or B. `weights` multiply the softmax's terms of some keys: log w is added to their
+    scores. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or the differentiable one while
+    gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
     """
     if kernel is None:
         records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
+    if kernel == "native" and references is not None and not _is_int8(references):
+        references = LayerKV(*(x.to(q_BSHD.dtype) for x in references.dense(q_BSHD.dtype)))
+    parts = _parts(k_BSHD, v_BSHD, references, weights)
     if kernel == "native":
-        return _native(q_BSHD, k_BSHD, v_BSHD, references)
-    return _PLAIN[kernel](q_BSHD, k_BSHD, v_BSHD, None if references is None else references.dense(v_BSHD.dtype))
+        return _native(q_BSHD, parts)
+    return _PLAIN[kernel](q_BSHD, [(kv.dense(v_BSHD.dtype), bias) for kv, bias in parts])
+
+
+class KeyWeights(NamedTuple):
+    """Weights of keys, as (number of keys, weight) one after the other: of cached references, and of own keys.
+
+    None: all have weight 1. A weight of 0 leaves its keys out.
+    """
+
+    cached: tuple[tuple[int, float], ...] | None = None
+    own: tuple[tuple[int, float], ...] | None = None
+
+
+_Part = tuple[AnyLayerKV, float]
+"""Keys and values (1 or B, R, H, D), and the bias of their scores."""
+_DensePart = tuple[LayerKV, float]
+
+
+def _parts(
+    k: Tensor, v: Tensor, references: AnyLayerKV | None, weights: KeyWeights | None
+) -> list[tuple[AnyLayerKV, float]]:
+    """Return the keys in their order, cached ones first, divided where their weights differ."""
+    weights = weights or KeyWeights()
+    own = _weighted(LayerKV(k, v), weights.own)
+    return own if references is None else _weighted(references, weights.cached) + own
+
+
+def _weighted(kv: AnyLayerKV, weights: tuple[tuple[int, float], ...] | None) -> list[_Part]:
+    if weights is None:
+        return [(kv, 0.0)]
+    found: list[_Part] = []
+    start = 0
+    for weight, spans in groupby(weights, key=lambda span: span[1]):
+        end = start + sum(num for num, _ in spans)
+        if weight > 0 and end > start:
+            found.append((type(kv)(*(x[:, start:end] for x in kv)), math.log(weight)))
+        start = end
+    if start != kv.num_tokens:
+        raise ValueError(f"weights are of {start} keys, there are {kv.num_tokens}")
+    return found
 
 
 def _records(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> bool:
@@ -92,66 +143,78 @@ def _records(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> 
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(references or ())))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None) -> Tensor:
-    if references is not None:
-        k = torch.cat([references.k.expand(q.shape[0], -1, -1, -1), k], dim=1)
-        v = torch.cat([references.v.expand(q.shape[0], -1, -1, -1), v], dim=1)
+def _dense(q: Tensor, parts: list[_DensePart]) -> Tensor:
+    k, v = (torch.cat([kv[i].expand(q.shape[0], -1, -1, -1) for kv, _ in parts], dim=1) for i in range(2))
     q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q_BHSD / math.sqrt(q.shape[-1])) @ k_BHSD.transpose(-1, -2)
+    if any(bias for _, bias in parts):
+        scores = scores + torch.cat([scores.new_full((kv.num_tokens,), bias) for kv, bias in parts])
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None) -> Tensor:
+def _native(q: Tensor, parts: list[_Part]) -> Tensor:
     if not native.takes(q.device, q.dtype, q.shape[-1]):
         raise InvalidRequest(
             "kernel",
             f"'native' does not run on {q.device} in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples "
             "of 16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
         )
-    if _records(q, k, v, references):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, *(x for kv, _ in parts for x in kv))):
         raise InvalidRequest("kernel", "'native' records no gradients; leave kernel out, or use torch.no_grad()")
-    if references is not None:
-        if not (isinstance(references, QuantizedLayerKV) and references.k.dtype == torch.int8):
-            references = LayerKV(*(x.to(q.dtype) for x in references.dense(q.dtype)))
-        if references.k.shape[0] not in (1, q.shape[0]):
-            raise ValueError(f"references of batch {references.k.shape[0]} do not fit {q.shape[0]} images")
+    for kv, _ in parts:
+        if kv[0].shape[0] not in (1, q.shape[0]):
+            raise ValueError(f"references of batch {kv[0].shape[0]} do not fit {q.shape[0]} images")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
-        cached = [] if references is None else [native.Segment(*(x[b if len(x) > 1 else 0] for x in references))]
-        native.attend(q[b], [*cached, native.Segment(k[b], v[b])], out[b])
+        segments = [_segment(kv, b, bias) for kv, bias in parts]
+        native.attend(q[b], segments, out[b])
     return out
 
 
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None, *, dtype: torch.dtype | None = None
-) -> Tensor:
+def _segment(kv: AnyLayerKV, b: int, bias: float) -> native.Segment:
+    """The keys of image `b` of the batch, as views."""
+    k, v, *scales = (x[b if len(x) > 1 else 0] for x in kv)
+    k_scale, v_scale = scales or (None, None)
+    return native.Segment(k, v, k_scale, v_scale, bias)
+
+
+def _is_int8(kv: AnyLayerKV) -> bool:
+    return isinstance(kv, QuantizedLayerKV) and kv.k.dtype == torch.int8
+
+
+def _chunked(q: Tensor, parts: list[_DensePart], *, dtype: torch.dtype | None = None) -> Tensor:
     """Some heads and queries at a time: scores in one buffer, softmax in place; products in `dtype`, None: that of q."""
     dtype = dtype or q.dtype
     batch, num_q, heads, dim = q.shape
-    num_own, num_ref = k.shape[1], 0 if references is None else references.num_tokens
+    num = [kv.num_tokens for kv, _ in parts]
+    total = sum(num)
+    ends = [sum(num[: i + 1]) for i in range(len(num))]
     out_BSHD = torch.empty_like(q, memory_format=torch.contiguous_format)
-    heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * (num_ref + num_own))))
-    scores = q.new_empty(heads_at_once * min(_CHUNK, num_q) * (num_ref + num_own), dtype=dtype)
-    ref: tuple[Tensor, Tensor] | None = None
+    heads_at_once = max(1, min(heads, _SCORES // (_CHUNK * total)))
+    scores = q.new_empty(heads_at_once * min(_CHUNK, num_q) * total, dtype=dtype)
+    read: list[tuple[Tensor, Tensor]] = [(q, q)] * len(parts)
     for b in range(batch):
-        if references is not None and (b == 0 or references.k.shape[0] == batch):
-            ref = _heads_first(references.k[b], dtype), _heads_first(references.v[b], dtype)
-        q_HSD, k_HSD, v_HSD = (_heads_first(x[b], dtype) for x in (q, k, v))
-        q_HSD = q_HSD * (1 / math.sqrt(dim))
+        for i, (kv, _) in enumerate(parts):
+            if b == 0 or len(kv.k) == batch:  # shared ones are read once
+                own = b if len(kv.k) > 1 else 0
+                read[i] = _heads_first(kv.k[own], dtype), _heads_first(kv.v[own], dtype)
+        q_HSD = _heads_first(q[b], dtype) * (1 / math.sqrt(dim))
         for h in range(0, heads, heads_at_once):
             some = slice(h, h + heads_at_once)
             for start in range(0, num_q, _CHUNK):
                 q_HQD = q_HSD[some, start : start + _CHUNK]
                 # contiguous for the last chunk too: softmax in place is wrong for anything else
-                shape = (*q_HQD.shape[:2], num_ref + num_own)
-                weights = scores[: math.prod(shape)].view(shape)
-                if ref is not None:
-                    torch.bmm(q_HQD, ref[0][some].transpose(1, 2), out=weights[..., :num_ref])
-                torch.bmm(q_HQD, k_HSD[some].transpose(1, 2), out=weights[..., num_ref:])
-                torch._softmax(weights, -1, False, out=weights)
-                part = torch.bmm(weights[..., num_ref:], v_HSD[some])
-                if ref is not None:
-                    part.baddbmm_(weights[..., :num_ref], ref[1][some])
+                shape = (*q_HQD.shape[:2], total)
+                terms = scores[: math.prod(shape)].view(shape)
+                places = [terms[..., end - n : end] for n, end in zip(num, ends, strict=True)]
+                for place, (k_HSD, _), (_, bias) in zip(places, read, parts, strict=True):
+                    torch.bmm(q_HQD, k_HSD[some].transpose(1, 2), out=place)
+                    if bias:
+                        place.add_(bias)
+                torch._softmax(terms, -1, False, out=terms)
+                part = torch.bmm(places[-1], read[-1][1][some])  # own ones first, as they are the last part
+                for place, (_, v_HSD) in zip(places[:-1], read[:-1], strict=True):
+                    part.baddbmm_(place, v_HSD[some])
                 out_BSHD[b, start : start + _CHUNK, some] = part.transpose(0, 1)
     return out_BSHD
 
@@ -163,19 +226,29 @@ def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, references: LayerKV | None) -> Tensor:
-    own, lse_own = _flash_with_lse(q, k, v)
-    if references is None:
-        return own
-    k_ref, v_ref = references
+def _flash(q: Tensor, parts: list[_DensePart]) -> Tensor:
+    """Each part by itself, merged by their log-sum-exp, to which the logarithm of a weight is added."""
+    *cached, last = parts
+    out, lse = _flash_part(q, last)
+    wide = out
+    for part in cached:
+        other, lse_other = _flash_part(q, part)
+        share_BSH1 = torch.sigmoid(lse_other - lse).unsqueeze(-1)
+        wide = torch.lerp(wide.float(), other.float(), share_BSH1)
+        lse = torch.logaddexp(lse, lse_other)
+    return wide.to(q.dtype)
+
+
+def _flash_part(q: Tensor, part: _DensePart) -> tuple[Tensor, Tensor]:
+    """Return attention (B, S, H, D) to one part, and its log-sum-exp (B, S, H), its bias added."""
+    (k, v), bias = part
     batch, num_own, heads, dim = q.shape
-    if k_ref.shape[0] == batch:
-        ref, lse_ref = _flash_with_lse(q, k_ref, v_ref)
+    if k.shape[0] == batch:
+        out, lse = _flash_with_lse(q, k, v)
     else:  # one set of references: the batch is one long row of queries
-        ref, lse_ref = _flash_with_lse(q.reshape(1, batch * num_own, heads, dim), k_ref, v_ref)
-        ref, lse_ref = ref.reshape(q.shape), lse_ref.reshape(batch, num_own, heads)
-    share_BSH1 = torch.sigmoid(lse_ref - lse_own).unsqueeze(-1)
-    return torch.lerp(own.float(), ref.float(), share_BSH1).to(q.dtype)
+        out, lse = _flash_with_lse(q.reshape(1, batch * num_own, heads, dim), k, v)
+        out, lse = out.reshape(q.shape), lse.reshape(batch, num_own, heads)
+    return out, lse + bias if bias else lse
 
 
 def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +261,7 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.float().transpose(1, 2)
 
 
-_PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, LayerKV | None], Tensor]] = {
+_PLAIN: dict[str, Callable[[Tensor, list[_DensePart]], Tensor]] = {
     "chunked": _chunked,
     "chunked_float32": partial(_chunked, dtype=torch.float32),
     "flash": _flash,

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from limner.model.attention import KeyWeights
 from limner.model.rope import Rope
 from limner.model.shards import Ranks, TokenSlices
 from limner.tokens import TokenLayout
@@ -50,3 +51,5 @@ class BlockContext:
     layout: TokenLayout
     kernel: str | None
     slices: TokenSlices
+    weights: KeyWeights | None = None
+    """Weights of the keys of references; None: all are 1."""

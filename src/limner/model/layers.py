@@ -185,7 +185,9 @@ class DoubleBlock(nn.Module):
         q_img, k_img, v_img = self.attn.project_img(mod_img[0].norm(img, eps), rope_img)
         q_txt, k_txt, v_txt = self.attn.project_txt(mod_txt[0].norm(txt, eps), rope_txt)
         k, v = context.slices.gather(layout.join(k_txt, k_img), layout.join(v_txt, v_img))
-        out = attend(layout.join(q_txt, q_img), k, v, references=references, kernel=context.kernel).flatten(2)
+        out = attend(
+            layout.join(q_txt, q_img), k, v, references=references, weights=context.weights, kernel=context.kernel
+        ).flatten(2)
         out_txt, out_img = layout.split(out)
         img = mod_img[0].add(img, self.attn.to_out[0](out_img))
         txt = mod_txt[0].add(txt, self.attn.to_add_out(out_txt))
@@ -262,7 +264,7 @@ class SingleBlock(nn.Module):
         """(B, S, C) of the sequence to the same; tokens attend to the K/V of `references` too."""
         q, k, v, mlp = self.attn.project(mod.norm(x, self.eps), context.rope)
         k, v = context.slices.gather(k, v)
-        out = attend(q, k, v, references=references, kernel=context.kernel)
+        out = attend(q, k, v, references=references, weights=context.weights, kernel=context.kernel)
         return mod.add(x, self.attn.merge(out, mlp))
 
     def forward_last(self, x: Tensor, *, mod: Shift, context: BlockContext, references: AnyLayerKV | None) -> Tensor:
@@ -270,7 +272,7 @@ class SingleBlock(nn.Module):
         normed, layout = mod.norm(x, self.eps), context.layout
         k, v = context.slices.gather(*self.attn.project_kv(normed, context.rope))
         q, mlp = self.attn.project_q_mlp(normed[:, layout.img], context.rope.at(layout.img))
-        out = attend(q, k, v, references=references, kernel=context.kernel)
+        out = attend(q, k, v, references=references, weights=context.weights, kernel=context.kernel)
         return mod.add(x[:, layout.img], self.attn.merge(out, mlp))
 
     def prefill(self, ref: Tensor, *, mod: Shift, context: BlockContext) -> tuple[Tensor, LayerKV]:

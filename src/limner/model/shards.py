@@ -11,7 +11,7 @@ transformer, nor who starts processes (`limner.ranks`). Records no gradients.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -157,14 +157,14 @@ class TokenSlices:
 
 
 class RecordedTokens(TokenSlices):
-    """The tokens of a process that has all of them; `kept` gets the K/V of those at `places`, layer after layer."""
+    """The tokens of a process that has all of them; `kept` is called with the K/V of those at `places`, by layer."""
 
-    def __init__(self, places: slice, kept: list[LayerKV]) -> None:
+    def __init__(self, places: slice, kept: Callable[[LayerKV], None]) -> None:
         self._places, self._kept = places, kept
 
     def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         # copies: k and v are views of the projections of all tokens
-        self._kept.append(LayerKV(k[:, self._places].clone(), v[:, self._places].clone()))
+        self._kept(LayerKV(k[:, self._places].clone(), v[:, self._places].clone()))
         return k, v
 
 

@@ -7,7 +7,7 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
+from limner.model.attention import KeyWeights
 from limner.model.context import BlockContext, Execution, Staging
 from limner.model.fingerprint import arithmetic_name
 from limner.model.int8 import Int8Linear
@@ -151,14 +152,17 @@ class Transformer(nn.Module):
         references: ReferenceKV | None = None,
         ref_tokens: Tensor | None = None,
         ref_ids: Tensor | None = None,
+        ref_weights: Sequence[tuple[int, float]] | None = None,
         rope: Rope | None = None,
-        kept: list[LayerKV] | None = None,
+        kept: Callable[[LayerKV], None] | None = None,
     ) -> Tensor:
         """Return the velocity (B, S_img, out_channels) of image tokens at noise level `sigma`, a number or (B,).
 
         `references` are the K/V of isolated references, shared by the batch. Joint ones are `ref_tokens` (1 or B, S_ref,
-        in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `rope`, if given, is the table of
-        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` gets the K/V (B, S_ref, H, D) that joint
+        in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `ref_weights` are (tokens, weight) of
+        each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it.
+        `rope`, if given, is the table of
+        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` is called with the K/V (B, S_ref, H, D) that joint
         references have at this noise level, layer by layer. Raises `ValueError` for references of another number of
         layers.
         """
@@ -173,7 +177,13 @@ class Transformer(nn.Module):
         layout = TokenLayout(num_txt=num_txt, num_img=num_img, num_ref=num_ref)
         if kept is not None:
             slices = RecordedTokens(layout.ref, kept)
-        context = BlockContext(rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices)
+        weights = None
+        if ref_weights is not None:
+            own = ((num_txt + num_img, 1.0), *ref_weights)
+            weights = KeyWeights(own=own) if num_ref else KeyWeights(cached=tuple(ref_weights))
+        context = BlockContext(
+            rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices, weights=weights
+        )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)
         mod_img = self.double_stream_modulation_img(embedding)

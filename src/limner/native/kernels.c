@@ -22,12 +22,14 @@
 typedef uint16_t bf16;
 typedef int64_t i64;
 
-/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous. */
+/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous.
+   `bias` is added to the scores of all its keys, as log2 of a weight. */
 typedef struct {
     const void *k, *v;
     i64 k_row, k_head, v_row, v_head;
     const float *k_scale, *v_scale;
     i64 num;
+    float bias;
 } Segment;
 
 /* 2^x for x <= 0, relative error 3e-7 (Taylor series of degree 5 around the nearest integer). What rounding has put above
@@ -147,7 +149,8 @@ static void start(Group *group, const bf16 *q, i64 q_row, i64 num, i64 dim)
         }
 }
 
-static void add_block(Group *group, Workspace *own, i64 some, i64 rows, i64 dim, __m512 scale)
+/* `bias` is added to the scores after their scaling, in units of log2. */
+static void add_block(Group *group, Workspace *own, i64 some, i64 rows, i64 dim, __m512 scale, __m512 bias)
 {
     const bf16 *k = own->k, *v = own->v;
     float *scores = own->scores;
@@ -167,13 +170,14 @@ static void add_block(Group *group, Workspace *own, i64 some, i64 rows, i64 dim,
             }
     }
     for (int j = 0; j < 4; j++) {
-        __m512 before = group->top[j], top = _mm512_max_ps(before, _mm512_mul_ps(highest[j], scale));
+        __m512 before = group->top[j], top = _mm512_max_ps(before, _mm512_fmadd_ps(highest[j], scale, bias));
+        const __m512 less = _mm512_sub_ps(top, bias);
         __m512 shrink = exp2_negative(_mm512_sub_ps(before, top)), sum = _mm512_setzero_ps();
         for (i64 i = 0; i < rows; i += 2) {
             __m512 even = _mm512_load_ps(scores + i * QUERIES + 16 * j);
             __m512 odd = _mm512_load_ps(scores + (i + 1) * QUERIES + 16 * j);
-            even = exp2_negative(_mm512_fmsub_ps(even, scale, top));
-            odd = exp2_negative(_mm512_fmsub_ps(odd, scale, top));
+            even = exp2_negative(_mm512_fmsub_ps(even, scale, less));
+            odd = exp2_negative(_mm512_fmsub_ps(odd, scale, less));
             sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
             _mm512_store_si512(weights + i / 2 * QUERIES + 16 * j, pairs(even, odd));
         }
@@ -231,7 +235,8 @@ void limner_attend(const bf16 *q, i64 q_row, i64 q_head, i64 num_q, i64 heads, i
                 i64 some = segments[s].num - key < KEYS ? segments[s].num - key : KEYS, rows = (some + 3) / 4 * 4;
                 stage(&segments[s], head, heads, key, some, rows, dim, own->k, own->v);
                 for (i64 g = 0; g < used; g++)
-                    add_block(&own->groups[g], own, some, rows, dim, _mm512_set1_ps(factor));
+                    add_block(&own->groups[g], own, some, rows, dim, _mm512_set1_ps(factor),
+                              _mm512_set1_ps(segments[s].bias));
             }
         for (i64 g = 0; g < used; g++)
             finish(&own->groups[g], num[g], dim, out + (first + g * QUERIES) * out_row + head * out_head, out_row);

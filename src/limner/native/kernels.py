@@ -54,12 +54,16 @@ _pointer: Any = ctypes.c_void_p
 
 
 class Segment(NamedTuple):
-    """K and V (R, H, D) that queries attend to: bfloat16, or int8 with scales (R, H, 1) float32."""
+    """K and V (R, H, D) that queries attend to: bfloat16, or int8 with scales (R, H, 1) float32.
+
+    `bias` is added to the scores of these keys: the natural logarithm of their weight.
+    """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    bias: float = 0.0
 
 
 class _Segment(ctypes.Structure):
@@ -68,6 +72,7 @@ class _Segment(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head")),
         *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale")),
         ("num", ctypes.c_int64),
+        ("bias", ctypes.c_float),
     ]
 
 
@@ -236,6 +241,7 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
                 None if s.k_scale is None else s.k_scale.data_ptr(),
                 None if s.v_scale is None else s.v_scale.data_ptr(),
                 s.k.shape[0],
+                s.bias * math.log2(math.e),
             )
             for s in read
         )
@@ -260,7 +266,7 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
 
 def _checked(segment: Segment, heads: int, dim: int) -> Segment:
     """Return the segment in a layout that the kernel reads. Raises `ValueError`."""
-    k, v, k_scale, v_scale = segment
+    k, v, k_scale, v_scale, bias = segment
     scaled = k_scale is not None and v_scale is not None
     dtype = torch.int8 if scaled else torch.bfloat16
     shape = (k.shape[0], heads, dim)
@@ -268,11 +274,11 @@ def _checked(segment: Segment, heads: int, dim: int) -> Segment:
         found = f"k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}"
         raise ValueError(f"{found} do not fit queries of {heads} heads of {dim} ({dtype} is read)")
     if k_scale is None or v_scale is None:
-        return Segment(_last_contiguous(k), _last_contiguous(v))
+        return Segment(_last_contiguous(k), _last_contiguous(v), bias=bias)
     if any(x.shape[:2] != shape[:2] or x.numel() != k.shape[0] * heads for x in (k_scale, v_scale)):
         raise ValueError(f"scales {tuple(k_scale.shape)} and {tuple(v_scale.shape)} are not one for each key and head")
     k_scale, v_scale = (x.float().contiguous() for x in (k_scale, v_scale))
-    return Segment(_last_contiguous(k), _last_contiguous(v), k_scale, v_scale)
+    return Segment(_last_contiguous(k), _last_contiguous(v), k_scale, v_scale, bias)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

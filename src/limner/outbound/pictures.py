@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 from limner.errors import InvalidRequest, RemoteError
 from limner.outbound.client import OutboundClient
 
-__all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "read_picture"]
+__all__ = ["MAX_REDIRECTS", "decode_picture", "fetch_picture", "is_url", "read_picture"]
 
 MAX_REDIRECTS = 3
 """Longer chains are loops or traps."""
@@ -27,12 +27,17 @@ _WHITESPACE = b" \t\r\n"
 _NOT_BASE64 = "is not base64: A-Z a-z 0-9 + / and = at the end, spaces and line breaks between them"
 
 
+def is_url(text: str) -> bool:
+    """Whether a picture is named by a URL, and not sent as base64 or a data URL."""
+    found = _SCHEME.match(text)
+    return found is not None and found[0].lower() != "data:"
+
+
 async def read_picture(
     text: str, *, client: OutboundClient | None, max_bytes: int, field: str = "input_image"
 ) -> bytes:
     """Return the bytes of a picture given as base64, data URL or URL. Without `client`, URLs are refused."""
-    found = _SCHEME.match(text)
-    if found is None or found[0].lower() == "data:":
+    if not is_url(text):
         return decode_picture(text, max_bytes=max_bytes, field=field)
     if client is None:
         raise InvalidRequest(field, "pictures by URL are switched off on this server; send the file as base64")

@@ -3,6 +3,7 @@
 from limner.grid import check_size
 from limner.pipeline.admission import check_fits
 from limner.pipeline.drop_in import Flux2KleinKVPipeline, Flux2KleinPipeline
+from limner.pipeline.drop_in_inpaint import Flux2KleinInpaintPipeline
 from limner.pipeline.load import check_device
 from limner.pipeline.output import PipelineOutput
 from limner.pipeline.pipeline import Pipeline, StepCallback
@@ -12,6 +13,7 @@ from limner.pipeline.prompts import PromptReport
 from limner.requests import check_prompt
 
 __all__ = [
+    "Flux2KleinInpaintPipeline",
     "Flux2KleinKVPipeline",
     "Flux2KleinPipeline",
     "Picture",

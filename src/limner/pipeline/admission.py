@@ -47,16 +47,17 @@ class Admission:
             - in_other_processes
         )
 
-    def check_free(self, *, num_ref: int, num_own: int, batch: int) -> None:
-        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
-        needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+    def check_free(self, *, num_ref: int, num_own: int, batch: int, kept: int = 0) -> None:
+        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`.
+
+        `kept` bytes are kept from step to step in addition.
+        """
+        needed = kept + self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
         check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
 
     def is_free(self, workload: Workload) -> bool:
-        """Whether a call fits in free memory now, its references kept already; False where memory is limited."""
-        needed = self.memory_needed(
-            num_ref=workload.num_ref if workload.joint else 0, num_own=workload.num_own, batch=workload.batch
-        )
+        """Whether a call fits in free memory now, its references computed too; False where memory is limited."""
+        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=workload.batch)
         return self.networks.residency.limit is None and needed <= free_bytes(self.networks.device)
 
     def check_limit(self, workload: Workload) -> None:

@@ -13,6 +13,7 @@ from limner.images import PreparedReference
 from limner.memory import Workload
 from limner.model.shards import Ranks
 from limner.pipeline.adapters import AppliedLora
+from limner.pipeline.canvas import Canvas
 from limner.pipeline.noise import NoiseSource, short_digest
 from limner.pipeline.progress import Progress
 from limner.references import References
@@ -36,13 +37,20 @@ class Guidance:
     prompt_embeds: Tensor | None
     together: bool
 
+    @property
+    def named(self) -> list[str]:
+        """The negative prompts, or a digest of their tokens."""
+        return list(self.prompts or ()) if self.prompt_embeds is None else [short_digest(self.prompt_embeds)]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
     `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
-    `guidance` None: there is none. `reuse` "step0": K/V that joint references have in the first step serve the others.
+    `guidance` None: there is none. `reference_weights` are those of each reference, for each step or once for all;
+    None: all are 1. `reference_guidance` 1: none. `canvas` is the picture that is repainted. `reuse` "step0": K/V that
+    joint references have in the first step serve the others.
     """
 
     prompts: tuple[str, ...] | None
@@ -57,6 +65,9 @@ class DrawRequest:
     noise: NoiseSource
     guidance: Guidance | None
     reuse: str | None
+    reference_weights: tuple[tuple[float, ...], ...] | None
+    reference_guidance: float
+    canvas: Canvas | None
     loras: tuple[AppliedLora, ...]
     output_type: str
     callback: StepHook | None
@@ -88,8 +99,12 @@ class DrawRequest:
             "image": [p.report.digest for p in self.pictures],
             "lora": [asdict(lora) for lora in self.loras],
             "guidance_scale": self.guidance and self.guidance.scale,
-            "negative_prompt": self.guidance and list(self.guidance.prompts or ()),
+            "negative_prompt": self.guidance and self.guidance.named,
             "reuse": self.reuse,
+            "reference_weights": self.reference_weights,
+            "reference_guidance": self.reference_guidance,
+            "mask_image": self.canvas and short_digest(self.canvas.mask(num_images_per_prompt=1)),
+            "canvas": self.canvas and self.canvas.prepared.report.digest,
         }
         ranks.check_same(values)
         return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

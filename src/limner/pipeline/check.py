@@ -12,14 +12,18 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
+from limner.kinds import guides
 from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
+from limner.pipeline.canvas import open_canvas
+from limner.pipeline.control import check_reference_guidance, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
+from limner.pipeline.velocity import reuse_bytes
 from limner.references import References
-from limner.requests import EditRequest, check_guidance, check_length, check_prompt
+from limner.requests import Control, EditRequest, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
 
 __all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
@@ -69,14 +73,14 @@ class ArgumentChecker:
         text_encoder_out_layers: Sequence[int] | None,
         progress: Progress | None,
         size_policy: str = "refuse",
+        control: Control | None = None,
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
         networks = self.prefiller.networks
         height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
         num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
-        if output_type not in _OUTPUT_TYPES:
-            raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
+        _check_output_type(output_type)
         _check_count("num_images_per_prompt", num_images_per_prompt)
         kind = networks.kind
         if num_inference_steps is None:
@@ -89,12 +93,16 @@ class ArgumentChecker:
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
+        num_prompts = len(prompts or ())
+        control = control or {}
+        canvas, image = open_canvas(
+            control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
+        )
         pictures = self.prefiller.prepare(image) if image is not None else ()
         references = check_given(references, self.prefiller) if references is not None else None
 
         config = networks.transformer.config
         num_txt = max_sequence_length
-        num_prompts = len(prompts or ())
         if prompts is None:
             num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
         batch = num_prompts * num_images_per_prompt
@@ -103,21 +111,21 @@ class ArgumentChecker:
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
+        if canvas is not None:
+            size = _check_canvas_size(canvas.size, width=width, height=height)
+            warnings += canvas.warnings
         warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
-        self._check_reuse(reuse)
-        num_ref = workload.num_ref if kind.joint else 0  # K/V of isolated ones may be cached, and are counted later
-        self.prefiller.admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=batch)
-        self.prefiller.admission.check_limit(workload)
+        self._check_memory(workload, reuse=reuse, guidance_scale=guidance_scale)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
+        levels = levels if canvas is None else canvas.sigmas(levels)
+        weights = self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
         )
-        if self.sizes and size not in self.sizes:
-            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+        self._warn_of_size(size)
         return DrawRequest(
             prompts=prompts,
             prompt_embeds=prompt_embeds,
@@ -131,6 +139,11 @@ class ArgumentChecker:
             noise=noise,
             guidance=guidance,
             reuse=reuse if workload.references else None,
+            reference_weights=weights,
+            reference_guidance=check_reference_guidance(
+                control.get("reference_guidance", 1.0), num_references=len(sizes)
+            ),
+            canvas=canvas,
             loras=loras,
             output_type=output_type,
             callback=callback,
@@ -162,7 +175,7 @@ class ArgumentChecker:
                 raise InvalidRequest("negative_prompt_embeds", f"are of {found} prompts, prompt has {num_prompts}")
             embeds = embeds.expand(num_prompts, -1, -1)
         if kind.distilled:
-            if scale > 1 or negative or embeds is not None:
+            if scale > 1 or any(prompts or ()) or embeds is not None:
                 _logger.warning(
                     "guidance_scale and negative prompts have no effect: this model is distilled to draw without them"
                 )
@@ -170,6 +183,7 @@ class ArgumentChecker:
         if scale <= 1:
             return None
         both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        both = all(self.prefiller.networks.ranks.all_gather(both))  # the same in all processes
         return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 
     def _check_reuse(self, reuse: str | None) -> None:
@@ -180,6 +194,32 @@ class ArgumentChecker:
             raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
+
+    def _check_memory(self, workload: Workload, *, reuse: str | None, guidance_scale: float | None) -> None:
+        """Refuse what does not fit. K/V of isolated references may be cached, and are counted where they are computed."""
+        networks, admission = self.prefiller.networks, self.prefiller.admission
+        self._check_reuse(reuse)
+        sides = 2 if guides(networks.kind, guidance_scale) else 1
+        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
+        num_ref = workload.num_ref if workload.joint else 0
+        admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=workload.batch, kept=kept)
+        admission.check_limit(workload)
+
+    def _warn_of_size(self, size: tuple[int, int]) -> None:
+        if self.sizes and size not in self.sizes:
+            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+
+    def _check_weights(
+        self, control: Control, *, num_references: int, num_steps: int
+    ) -> tuple[tuple[float, ...], ...] | None:
+        networks = self.prefiller.networks
+        weights = check_weights(control.get("reference_weights"), num_references=num_references, num_steps=num_steps)
+        if weights is not None and networks.kind.joint and networks.ranks.mode == "sequence":
+            raise InvalidRequest(
+                "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
+            )
+        return weights
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -295,6 +335,11 @@ def check_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     return found
 
 
+def _check_output_type(output_type: str) -> None:
+    if output_type not in _OUTPUT_TYPES:
+        raise InvalidRequest("output_type", f"{output_type!r} is not one of {', '.join(_OUTPUT_TYPES)}")
+
+
 def _check_prompts(
     prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None, *, allow_empty: bool
 ) -> tuple[str, ...] | None:
@@ -359,6 +404,14 @@ def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[i
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:
     width = check_size("width", default[0] if width is None else width)
     return width, check_size("height", default[1] if height is None else height)
+
+
+def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return the size in which a canvas is drawn. Raises `InvalidRequest` where another one is asked for."""
+    for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
+        if given is not None and given != drawn:
+            raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
+    return size
 
 
 def _check_count(name: str, value: int) -> None:

@@ -24,6 +24,28 @@ from limner.tokens import pack, unpack
 __all__ = ["Batch", "denoise"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Surroundings:
+    """What stays of a canvas: its clean tokens (1 or B, S_img, C), the noise (B, S_img, C), the mask (1 or B, S_img, 1)."""
+
+    canvas: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def noised(self, sigma: Tensor) -> Tensor:
+        """The canvas at a noise level: sigma noise + (1 - sigma) canvas, as `scale_noise` of diffusers' scheduler."""
+        return sigma * self.noise + (1.0 - sigma) * self.canvas
+
+    def keep(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Return latents at a noise level with the canvas outside of the mask."""
+        return (1 - self.mask) * self.noised(sigma) + self.mask * latents
+
+    def of(self, rows: list[int]) -> Surroundings:
+        """Return those of some images of the batch."""
+        canvas, mask = (x[rows] if len(x) > 1 else x for x in (self.canvas, self.mask))
+        return Surroundings(canvas=canvas, noise=self.noise[rows], mask=mask)
+
+
 @dataclass(kw_only=True, eq=False, slots=True)
 class Batch:
     """The images that are being drawn: tokens (B, S_img, C) in float32, and text tokens (B, S_txt, text_width).
@@ -35,6 +57,7 @@ class Batch:
     latents: Tensor
     prompt_embeds: Tensor
     negative_embeds: Tensor | None
+    surroundings: Surroundings | None
     rows: list[int]
     seconds: tuple[float, ...] = ()
 
@@ -47,19 +70,32 @@ def denoise(
     prompt_embeds: Tensor,
     negative_embeds: Tensor | None,
     references: References | None,
+    canvas: Tensor | None,
     preview: Preview | None,
     interrupted: Callable[[], bool],
 ) -> Batch:
-    """Take all steps from noise (B, C, h, w) on; after a step for which `interrupted()` is true the others are left out.
+    """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1, S_img, C) of a canvas.
+
+    After a step for which `interrupted()` is true the others are left out.
 
     Raises `InvalidRequest` for what a callback returns, and `NumericalError` if the result is not finite.
     """
     device, velocity_of = networks.device, Velocity(networks, request, references)
+    sigmas, surroundings, tokens = request.sigmas.to(device), None, pack(noise)
+    if canvas is not None:
+        assert request.canvas is not None
+        mask = request.canvas.mask(num_images_per_prompt=request.num_images_per_prompt)
+        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=mask.to(device))
+        tokens = surroundings.noised(sigmas[0])
     batch = Batch(
-        latents=pack(noise), prompt_embeds=prompt_embeds, negative_embeds=negative_embeds, rows=list(range(len(noise)))
+        latents=tokens,
+        prompt_embeds=prompt_embeds,
+        negative_embeds=negative_embeds,
+        surroundings=surroundings,
+        rows=list(range(len(noise))),
     )
-    timesteps, sigmas = (request.sigmas[:-1] * 1000).to(device), request.sigmas.to(device)
-    with networks.working("denoise", request.workload):
+    timesteps = (request.sigmas[:-1] * 1000).to(device)
+    with networks.working("denoise", request.workload, cached=velocity_of.kept_bytes):
         for i, timestep in enumerate(timesteps):
             request.progress("step", i, len(timesteps))
             clock = Stopwatch(device)
@@ -72,12 +108,15 @@ def denoise(
             )
             before = batch.latents
             batch.latents = euler_step(before, velocity, sigma=sigmas[i], next_sigma=sigmas[i + 1])
+            if batch.surroundings is not None:
+                batch.latents = batch.surroundings.keep(batch.latents, sigmas[i + 1])
             if request.callback is not None:
                 clean = None
                 if {"denoised", "preview"} & {*request.callback_inputs}:
                     clean = euler_step(before, velocity, sigma=sigmas[i], next_sigma=torch.zeros_like(sigmas[i]))
                 _call_back(request, batch, i, timestep, clean=clean, preview=preview)
-                if references is not None and references.kv and networks.adapters.applied != request.loras:
+                depends = references is not None and bool(references.kv or request.reuse)
+                if depends and networks.adapters.applied != request.loras:
                     raise InvalidRequest(
                         "callback_on_step_end",
                         "changed the LoRAs, and the K/V of the references were made with those before; change them between "
@@ -126,3 +165,4 @@ def _call_back(
         batch.rows = [batch.rows[i] for i in rows]
         batch.latents, batch.prompt_embeds = batch.latents[rows], batch.prompt_embeds[rows]
         batch.negative_embeds = None if batch.negative_embeds is None else batch.negative_embeds[rows]
+        batch.surroundings = batch.surroundings and batch.surroundings.of(rows)

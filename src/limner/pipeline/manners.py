@@ -50,6 +50,7 @@ __all__ = ["DropInOutput", "Manners", "as_diffusers"]
 _logger = logging.getLogger("limner")
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 _LARGEST_SEED = 2**63 - 1
+_MOST_IMAGES = 10_000
 _CASTABLE = ("transformer", "vae", "text_encoder")
 
 
@@ -261,10 +262,12 @@ class Manners(Pipeline):
         if seed is not None:
             if generator is not None:
                 raise InvalidRequest("seed", "seed and generator are both given; give one of them")
-            num_prompts = (
-                1 if isinstance(prompt, str) else len(prompt if prompt is not None else given["prompt_embeds"])
-            )
-            generator = _generators(seed, num_prompts * whole_number(given["num_images_per_prompt"]))
+            prompts = given["prompt_embeds"] if prompt is None else prompt
+            num_prompts = len(prompts) if isinstance(prompts, (list, tuple, Tensor)) else 1
+            per_prompt = whole_number(given["num_images_per_prompt"])
+            if not isinstance(per_prompt, int) or not 1 <= per_prompt <= _MOST_IMAGES:
+                raise InvalidRequest("num_images_per_prompt", f"{per_prompt!r} is not within 1 to {_MOST_IMAGES}")
+            generator = _generators(seed, num_prompts * per_prompt)
         sigmas = given.get("sigmas")
         self._num_timesteps = whole_number(given["num_inference_steps"]) if sigmas is None else len(sigmas)
         self._current_timestep = None

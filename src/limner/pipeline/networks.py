@@ -82,9 +82,10 @@ class Networks:
 
         Tokens depend on the autoencoder alone, so LoRAs leave them as they are.
         """
-        return self._autoencoder_digest() if self.kind.joint else self._drawing_weights()
+        return self.token_weights() if self.kind.joint else self._drawing_weights()
 
-    def _autoencoder_digest(self) -> str:
+    def token_weights(self) -> str:
+        """Return the digest of what the tokens of a picture depend on."""
         return _joined_digest(self.digests.of(self.autoencoder), self._autoencoder_geometry(), "tokens")
 
     def _autoencoder_geometry(self) -> str:

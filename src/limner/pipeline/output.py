@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from limner.images import ReferenceReport, to_pil
+from limner.images import CanvasReport, Preserved, ReferenceReport, to_pil
 from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
@@ -46,6 +47,8 @@ class PipelineOutput:
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    canvas: tuple[CanvasReport, ...] = ()
+    preserved: tuple[Preserved, ...] = ()
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
@@ -56,6 +59,44 @@ def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: t
     pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
     request.progress("decode", 1, 1)
     return pictures, clock.lap()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class _Finished:
+    """Pictures as `output_type` says, and what was kept of the canvas."""
+
+    pictures: Any
+    preserved: tuple[Preserved, ...] = ()
+
+
+def _finish(request: DrawRequest, pictures: Any, rows: list[int]) -> _Finished:
+    """Put drawn pictures back into their canvas, bit for bit outside of the mask. Latents stay as they are."""
+    canvas = request.canvas
+    if canvas is None or request.output_type == "latent" or not (canvas.masked or canvas.preserves):
+        return _Finished(pictures=pictures)
+    drawn = _as_pil(pictures, request.output_type)
+    preserved: tuple[Preserved, ...] = ()
+    if canvas.preserves:
+        preserved = tuple(canvas.preserve(image) for image in drawn)
+        made = [one.picture for one in preserved]
+    else:
+        made = canvas.finish(drawn, rows, num_images=request.workload.batch)
+    return _Finished(pictures=_as_type(made, like=pictures), preserved=preserved)
+
+
+def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
+    if output_type == "pil":
+        return list(pictures)
+    array = pictures if output_type == "np" else pictures.float().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(values) for values in (array * 255).round().astype(np.uint8)]
+
+
+def _as_type(pictures: list[Image.Image], *, like: Any) -> Any:
+    """Return pictures as `like` is: a list as they are, an array or a tensor without alpha."""
+    if isinstance(like, list):
+        return pictures
+    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]).astype(np.float32) / 255
+    return torch.from_numpy(array).permute(0, 3, 1, 2).to(like) if isinstance(like, Tensor) else array
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -98,12 +139,25 @@ def make_output(
     }
     if request.guidance is not None:
         metadata["guidance_scale"] = request.guidance.scale
+    if request.reference_weights is not None:
+        metadata["reference_weights"] = [list(row) for row in request.reference_weights]
+    if request.reference_guidance != 1:
+        metadata["reference_guidance"] = request.reference_guidance
+    finished, canvas = _finish(request, pictures, rows), request.canvas
+    if canvas is not None:
+        metadata |= {"canvas": canvas.prepared.report.digest, "strength": canvas.strength}
+        if canvas.masked:
+            metadata |= {"box": list(canvas.plans[0].box), "canvas_size": list(canvas.picture.size)}
+        if canvas.preserves:
+            metadata["preserve"] = "auto"
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(
-        images=pictures,
+        images=finished.pictures,
+        canvas=tuple(plan.report for plan in canvas.plans) if canvas is not None and canvas.masked else (),
+        preserved=finished.preserved,
         seeds=tuple(request.noise.seeds[row] for row in rows),
         timings=timings,
         reference_cache=source,

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.check import ArgumentChecker, check_shared
+from limner.pipeline.control import shared_control
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
 from limner.pipeline.memory_errors import typed_memory_errors
@@ -41,7 +42,7 @@ from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
-from limner.requests import EditRequest
+from limner.requests import Control, EditRequest
 from limner.schedule import Schedule
 from limner.store import ReferenceStore, Source
 from limner.weights.digest import WeightDigests
@@ -378,7 +379,7 @@ class Pipeline:
         first = check_shared(requests)
         out = self(
             [request.prompt for request in requests for _ in request.seeds],
-            image=list(first.references) or None,
+            image=first.pictures or None,
             references=references,
             width=first.width,
             height=first.height,
@@ -391,6 +392,7 @@ class Pipeline:
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
             progress=progress,
+            **shared_control(requests),
         )
         assert isinstance(out, PipelineOutput)
         return out
@@ -424,24 +426,26 @@ class Pipeline:
         text_encoder_out_layers: Sequence[int] | None = None,
         progress: Progress | None = None,
         size_policy: str = "refuse",
+        **control: Unpack[Control],
     ) -> PipelineOutput | tuple[Any]:
-        """Draw (no references) or edit.
+        """Draw (no references), edit, or repaint a part of a picture.
 
         `image` is one picture or an ordered list; `references` is what `prefill` returned instead. Height and width are
         multiples of 16, at least 64; left out, they are those of the first processed reference, else the model's own.
         Steps and guidance left out are those that the model was trained for (`pipe.kind`): 4 steps; for base models 50
         and a `guidance_scale` of 4, away from `negative_prompt` (left out: an empty one). `reuse` "step0" is for joint
-        references, and approximate: the K/V that they have in the first step serve the others. `latents` are noise (B,
-        4 C, height/16, width/16). `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left
-        out is 512, or what the tokenizer declares if that is less. With `latents` given, `generator` has nothing to
-        draw. The callback gets (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may
-        return changed latents and prompt_embeds, and rows, the list of those images of the batch that go on (the others
-        are dropped, also from the output); it may also ask for denoised, the clean tokens that this step predicts, and
-        preview, these as small pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run,
-        `pipe._interrupt = True` leaves out the remaining steps of this call. `progress(part, done, of)` is called for
-        every part. `size_policy` "floor" takes sides of the output down to multiples of 16, with a warning. With a
-        parallel model callbacks run in every process and have to do the same. Raises `InvalidRequest`, `CapacityError`
-        and `NumericalError`.
+        references, and approximate: the K/V that they have in the first step serve the others. `control` are the
+        arguments of `limner.pipeline.control`, which docs/control.md explains: weights of references, masks, outpainting,
+        strength, and leaving the rest alone. `latents` are noise (B, 4 C, height/16, width/16).
+        `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left out is 512, or what the
+        tokenizer declares if that is less. With `latents` given, `generator` has nothing to draw. The callback gets
+        (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may return changed latents and
+        prompt_embeds, and rows, the list of those images of the batch that go on (the others are dropped, also from the
+        output); it may also ask for denoised, the clean tokens that this step predicts, and preview, these as small
+        pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run, `pipe._interrupt = True`
+        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. `size_policy`
+        "floor" takes sides of the output down to multiples of 16, with a warning. With a parallel model callbacks run
+        in every process and have to do the same. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
         with self._interruption.call() as call:
             # 1. Check the arguments: what can be refused is refused before any work is done
@@ -468,6 +472,7 @@ class Pipeline:
                 text_encoder_out_layers=text_encoder_out_layers,
                 progress=progress,
                 size_policy=size_policy,
+                control=control,
             )
             output = self._draw(request, interrupted=lambda: call.interrupted)
         return output if return_dict else (output.images,)
@@ -481,10 +486,12 @@ class Pipeline:
         # 3. Draw the noise (B, 4 C, h, w); the processes of one model use the tokens and the noise of process 0
         noise = request.noise.draw(networks.latents_shape(request.workload), device=self.device, dtype=txt.dtype)
         txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
+        negative = None if negative is None else networks.ranks.broadcast_tensor(negative)
         request.progress("text", 1, 1)
         text_seconds = clock.lap()
         # 4. Get the References: those given, or from the store, or computed
         refs, source = self._prefiller.get_for(request)
+        canvas = self._prefiller.canvas_tokens(request.canvas)
         reference_seconds = clock.lap()
         # 5. Denoise
         batch = denoise(
@@ -494,6 +501,7 @@ class Pipeline:
             prompt_embeds=txt,
             negative_embeds=negative,
             references=refs,
+            canvas=canvas,
             preview=self.latent_preview,
             interrupted=interrupted,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from limner.config import ReferencePolicy
 from limner.grid import PIXELS, num_tokens
@@ -18,6 +19,7 @@ from limner.memory import Workload
 from limner.model.kv import ReferenceKV, ReferenceTokens
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.canvas import Canvas
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
 from limner.references import References, reference_key
@@ -61,7 +63,7 @@ class Prefiller:
         def compute() -> References:
             sizes = [p.report.processed_size for p in prepared]
             self.admission.check_free(num_ref=num_tokens(*sizes), num_own=num_own, batch=batch)
-            return self._compute(prepared, weights=weights, arithmetic=arithmetic)
+            return self._compute(prepared, weights=weights)
 
         key = self._key(prepared, weights=weights, arithmetic=arithmetic)
         if self.networks.ranks.alone:
@@ -78,6 +80,26 @@ class Prefiller:
         found = self.get(request.pictures, num_own=request.workload.num_own, batch=request.workload.batch)
         request.progress("references", 1, 1)
         return found
+
+    def canvas_tokens(self, canvas: Canvas | None) -> Tensor | None:
+        """Return the tokens (1, S_img, C) of a canvas, from the store or encoded; None without one."""
+        if canvas is None or canvas.is_plain:
+            return None
+        networks = self.networks
+        weights, prepared = networks.token_weights(), (canvas.prepared,)
+
+        def encode() -> References:
+            return self._make(ReferenceKV(layers=(ReferenceTokens(self._encode(prepared)),)), prepared, weights=weights)
+
+        key = reference_key(
+            weights=weights,
+            dtype=networks.dtype,
+            arithmetic=networks.arithmetic,
+            digests=[canvas.prepared.report.digest],
+            joint=True,
+        )
+        found = self.store.get(key, encode, device=networks.device)[0] if networks.ranks.alone else encode()
+        return found.tokens
 
     def _key(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> str:
         return reference_key(
@@ -105,31 +127,43 @@ class Prefiller:
         return made, "miss"
 
     @torch.no_grad()
-    def _compute(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> References:
+    def _encode(self, prepared: Sequence[PreparedReference]) -> Tensor:
+        """Return the tokens (1, S_ref, C) of pictures in their order, equal bit for bit in all processes."""
+        networks = self.networks
+        sizes = tuple(p.report.processed_size for p in prepared)
+        with networks.working("encode references", Workload(size=(PIXELS, PIXELS), references=sizes)):
+            latents = [networks.autoencoder.encode(to_pixels(p.pixels)) for p in prepared]
+        tokens = torch.cat([pack(x) for x in latents], dim=1).to(networks.device, networks.dtype)
+        return networks.ranks.broadcast_tensor(tokens)
+
+    @torch.no_grad()
+    def _compute(self, prepared: Sequence[PreparedReference], *, weights: str) -> References:
         networks = self.networks
         clock = Stopwatch(networks.device)
         clock.lap()  # work that was queued before is not counted
-        sizes = tuple(p.report.processed_size for p in prepared)
-        joint = networks.kind.joint
-        workload = Workload(size=(PIXELS, PIXELS), references=sizes, joint=joint)
-        with networks.working("encode references", workload):
-            latents = [networks.autoencoder.encode(to_pixels(p.pixels)) for p in prepared]
-        ref_tokens = torch.cat([pack(x) for x in latents], dim=1).to(networks.device, networks.dtype)
-        ref_tokens = networks.ranks.broadcast_tensor(ref_tokens)  # (1, S_ref, C), equal bit for bit in all processes
-        if joint:
+        ref_tokens = self._encode(prepared)
+        if networks.kind.joint:
             kv = ReferenceKV(layers=(ReferenceTokens(ref_tokens),))
         else:
-            ids = reference_ids([(x.shape[2], x.shape[3]) for x in latents])
+            sizes = tuple(p.report.processed_size for p in prepared)
+            workload = Workload(size=(PIXELS, PIXELS), references=sizes)
+            ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
                 kv = networks.transformer.prefill(ref_tokens, ids)
+        return self._make(kv, prepared, weights=weights, seconds=clock.lap())
+
+    def _make(
+        self, kv: ReferenceKV, prepared: Sequence[PreparedReference], *, weights: str, seconds: float = 0.0
+    ) -> References:
+        networks, joint = self.networks, kv.tokens is not None
         return References.make(
             kv,
             weights=weights,
-            kernel=arithmetic,
+            kernel=networks.arithmetic,
             quantization=None if joint else networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
-            prefill_seconds=clock.lap(),
-            shard=networks.reference_shard,
+            prefill_seconds=seconds,
+            shard=None if joint else networks.reference_shard,
         )
 
 

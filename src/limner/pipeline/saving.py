@@ -33,7 +33,7 @@ def model_index(pipe: Any) -> dict[str, Any]:
     import diffusers
 
     return {
-        "_class_name": type(pipe).__name__,
+        "_class_name": pipe._diffusers_class or type(pipe).__name__,  # of a user's subclass too
         "_diffusers_version": diffusers.__version__,
         "is_distilled": pipe.is_distilled,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -91,6 +91,8 @@ def _write(pipe: Any, folder: Path, text_source: Path | ReferenceType[Any] | Non
         "default_size": pipe.default_size,
         "sizes": pipe.sizes,
         "max_reference_pixels": pipe.reference_policy.pixels,
+        "references": pipe.kind.references,
+        "is_distilled": pipe.kind.distilled,
     }
     if pipe.latent_preview is not None:
         preview = pipe.latent_preview

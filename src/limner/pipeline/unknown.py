@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 from limner.errors import InvalidRequest
 
-__all__ = ["UnknownArgument", "check_names", "named_arguments"]
+__all__ = ["UnknownArgument", "check_names", "known_names", "named_arguments"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -44,6 +45,17 @@ class UnknownArgument(InvalidRequest, TypeError):
     """A function has no such argument. A `TypeError` too, as Python raises."""
 
 
+def known_names(call: Callable[..., object]) -> list[str]:
+    """Return the names of a function's arguments, with those of a `TypedDict` that it unpacks."""
+    found: list[str] = []
+    for one in inspect.signature(call).parameters.values():
+        if one.kind is not one.VAR_KEYWORD:
+            found.append(one.name)
+        elif unpacked := re.fullmatch(r"Unpack\[(\w+)\]", str(one.annotation)):
+            found += inspect.unwrap(call).__globals__[unpacked[1]].__annotations__
+    return found
+
+
 def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:
     """Raise `UnknownArgument` for the first name that is not known, with the one that may have been meant."""
     allowed = list(known)
@@ -57,9 +69,11 @@ def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> No
 
 
 def named_arguments(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function or method so that an unknown name raises `UnknownArgument`."""
-    parameters = inspect.signature(call).parameters.values()
-    known = [p.name for p in parameters if p.name not in ("self", "cls") and p.kind is not p.VAR_KEYWORD]
+    """Decorate a function or method so that an unknown name raises `UnknownArgument`.
+
+    Names that `**more: Unpack[...]` stands for are known.
+    """
+    known = [name for name in known_names(call) if name not in ("self", "cls")]
 
     @functools.wraps(call)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:

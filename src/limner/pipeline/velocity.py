@@ -1,4 +1,4 @@
-"""The velocity of all images of a batch at a step: with isolated or joint references, and with guidance.
+"""The velocity of all images of a batch at a step: with isolated or joint references, their weights, and guidance.
 
 Owns what is computed once for all steps: rotary tables, tokens of joint references, and K/V that are used again. Does not
 know prompts, pictures or the Euler step.
@@ -11,15 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limner.grid import PIXELS
-from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
+from limner.grid import PIXELS, num_tokens
+from limner.memory import Workload, kv_bytes
+from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.references import References
 from limner.tokens import image_ids, reference_ids, text_ids
 
-__all__ = ["Velocity"]
+__all__ = ["Velocity", "reuse_bytes"]
+
+
+def reuse_bytes(networks: Networks, workload: Workload, *, sides: int) -> int:
+    """Return the bytes of K/V that joint references have in one step, for a batch and each of its `sides`."""
+    config, kv = networks.transformer.config, networks.kv_cache_dtype
+    one = kv_bytes(config, workload.num_ref, itemsize=networks.dtype.itemsize, kv=kv)
+    return sides * workload.batch * one // (networks.ranks.shard[1] if networks.ranks.shard else 1)
 
 
 class Velocity:
@@ -27,61 +35,91 @@ class Velocity:
 
     def __init__(self, networks: Networks, request: DrawRequest, references: References | None) -> None:
         self._networks, self._guidance = networks, request.guidance
+        self._reference_guidance = request.reference_guidance if references is not None else 1.0
+        self._weights = request.reference_weights if references is not None else None
+        self._step = -1
         self._img_ids = image_ids(request.grid)
         tokens = references.tokens if references is not None else None
         self._isolated = references if tokens is None else None
         self._ref_tokens = None if tokens is None else tokens.to(networks.device, networks.dtype)
         sizes = references.sizes if references is not None else ()
+        self._num_tokens = [num_tokens(size) for size in sizes]
         self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
         self._reuses = request.reuse == "step0" and tokens is not None
+        self._kept_bytes = (
+            reuse_bytes(networks, request.workload, sides=1 + (self._guidance is not None)) if self._reuses else 0
+        )
         self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
         self._ropes: dict[tuple[int, bool], Rope] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of K/V that are used again, once the first step has made them."""
+        return self._kept_bytes
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, *, prompt_embeds: Tensor, negative_embeds: Tensor | None, rows: list[int]
     ) -> Tensor:
         """Return the velocity (B, S_img, C) of latents (B, S_img, C) at noise level `sigma`, in float32 with guidance.
 
-        With guidance s it is v_neg + s (v - v_neg) (Ho and Salimans, "Classifier-Free Diffusion Guidance"; written as in
-        diffusers). `negative_embeds` (B, S, text_width) are for that. `rows` are the numbers of these images in the batch
-        that the call began with.
+        It is called once a step. With reference guidance r, v is v_without + r (v_with - v_without): a second forward
+        without references. With guidance s it is v_neg + s (v - v_neg) (Ho and Salimans, "Classifier-Free Diffusion
+        Guidance"; written as in diffusers). `negative_embeds` (B, S, text_width) are for that. `rows` are the numbers
+        of these images in the batch that the call began with.
         """
         device, dtype = self._networks.device, self._networks.dtype
+        self._step += 1
         latents, prompt_embeds = latents.to(dtype), prompt_embeds.to(device, dtype)
         if self._guidance is None or negative_embeds is None:
-            return self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+            return self._guided(latents, prompt_embeds, sigma, rows=rows)
         negative_embeds = negative_embeds.to(device, dtype)
-        # K/V that are used again belong to one side
-        if self._guidance.together and negative_embeds.shape == prompt_embeds.shape and not self._reuses:
+        alike = negative_embeds.shape == prompt_embeds.shape
+        # K/V that are used again belong to one side, as does guidance by references
+        if self._guidance.together and alike and not self._reuses and self._reference_guidance == 1:
             both = torch.cat([negative_embeds, prompt_embeds])
             negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
         else:
-            positive = self._forward(latents, prompt_embeds, sigma, rows=rows, side="prompt")
+            positive = self._guided(latents, prompt_embeds, sigma, rows=rows)
             negative = self._forward(latents, negative_embeds, sigma, rows=rows, side="negative")
         return negative.float() + self._guidance.scale * (positive.float() - negative.float())
 
+    def _guided(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int]) -> Tensor:
+        """The velocity for the prompts, away from what it is without references where that is asked for."""
+        velocity = self._forward(latents, txt, sigma, rows=rows, side="prompt")
+        if self._reference_guidance == 1:
+            return velocity
+        without = self._forward(latents, txt, sigma, rows=rows, side="without").float()
+        return without + self._reference_guidance * (velocity.float() - without)
+
+    def _reference_weights(self) -> list[tuple[int, float]] | None:
+        """(tokens, weight) of each reference in this step; None where all are 1."""
+        if self._weights is None:
+            return None
+        weights = self._weights[min(self._step, len(self._weights) - 1)]
+        return None if set(weights) == {1.0} else list(zip(self._num_tokens, weights, strict=True))
+
     def _forward(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int], side: str) -> Tensor:
-        """`side` says which prompts `txt` are of: K/V that are used again belong to one."""
+        """`side` says which prompts `txt` are of ("without": no references): K/V that are used again belong to one."""
         transformer, num_txt = self._networks.transformer, txt.shape[1]
+        uses = side != "without"
         again = self._again(rows, side)
-        as_tokens = self._ref_tokens is not None and again is None
-        kept: list[LayerKV] | None = [] if as_tokens and self._reuses else None
+        as_tokens = uses and self._ref_tokens is not None and again is None
+        kept = _Kept(self._networks.kv_cache_dtype) if as_tokens and self._reuses else None
         velocity: Tensor = transformer(
             latents,
             txt,
             sigma,
             img_ids=self._img_ids,
             txt_ids=text_ids(num_txt),
-            references=self._isolated or again,
+            references=(self._isolated or again) if uses else None,
+            ref_weights=self._reference_weights() if uses else None,
             ref_tokens=self._ref_tokens if as_tokens else None,
             ref_ids=self._ref_ids if as_tokens else None,
             rope=self._rope(num_txt, with_references=as_tokens),
-            kept=kept,
+            kept=kept and kept.append,
         )
         if kept is not None:
-            quantization = self._networks.kv_cache_dtype
-            layers = tuple(kept) if quantization is None else tuple(quantize_layer(x, quantization) for x in kept)
-            self._kept[side] = list(rows), ReferenceKV(layers=layers)
+            self._kept[side] = list(rows), ReferenceKV(layers=tuple(kept.layers))
         return velocity
 
     def _again(self, rows: list[int], side: str) -> ReferenceKV | None:
@@ -103,3 +141,14 @@ class Velocity:
                 ids = [*ids, self._ref_ids]
             self._ropes[key] = self._networks.transformer.rope(torch.cat(list(ids)))
         return self._ropes[key]
+
+
+class _Kept:
+    """The K/V of joint references in the first step, layer by layer, quantized as soon as they are there."""
+
+    def __init__(self, quantization: str | None) -> None:
+        self.layers: list[AnyLayerKV] = []
+        self._quantization = quantization
+
+    def append(self, layer: LayerKV) -> None:
+        self.layers.append(layer if self._quantization is None else quantize_layer(layer, self._quantization))

@@ -139,19 +139,13 @@ def _to_json(identity: PackIdentity) -> str:
         "dtype": str(identity.dtype).removeprefix("torch."),
         "quantization": identity.quantization,
         "num_layers": identity.num_layers,
-        "reports": [_stored(report) for report in identity.reports],
+        "reports": [report.as_stored() for report in identity.reports],
         "digests": identity.digests,
         "prefill_seconds": identity.prefill_seconds,
         **({"shard": list(identity.shard)} if identity.shard else {}),
         **({"holds": "tokens"} if identity.joint else {}),
     }
     return json.dumps(values, sort_keys=True)
-
-
-def _stored(report: ReferenceReport) -> dict[str, Any]:
-    """Return a report without fields at their defaults, so that packs of plain pictures are what they were."""
-    fields = dataclasses.fields(report)
-    return {one.name: value for one in fields if (value := getattr(report, one.name)) != one.default}
 
 
 # reading

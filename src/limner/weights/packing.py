@@ -135,7 +135,7 @@ _ABOUT = frozenset(
     )
 )
 """What a marker may say: the first line changes how weights are read, the second does not. Anything else is refused."""
-_ROTATED = re.compile(r"convrot|quarot|spinquant|hadamard|quip", re.IGNORECASE)
+_ROTATED = re.compile(r"convrot|quarot|spinquant|hadamard|(?<![a-z])quip(?![a-z])", re.IGNORECASE)
 _GROUPS = (4, 16, 64, 256, 1024, 4096)
 """Sizes of a rotation: powers of four, whose Hadamard matrix is regular."""
 _SIDES = tuple(1 << n for n in range(4, 11))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.support.tiny import relative_error
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.model.attention import KERNELS, attend, choose_kernel
+from limner.model.attention import KERNELS, KeyWeights, attend, choose_kernel
 from limner.model.kv import LayerKV, quantize_layer
 from limner.native import kernels as native
 
@@ -215,3 +216,37 @@ def test_each_input_alone_gets_its_gradient(which: int) -> None:
     assert gradient.abs().sum() > 0
     with pytest.raises(InvalidRequest):
         attend(q, k, v, references=LayerKV(*kept), kernel="native")
+
+
+# weights of keys
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_weights_multiply_the_terms_of_keys(kernel: str, dtype: torch.dtype, quantized: bool) -> None:
+    """Against the formula; 1 changes no bit; 0 is as if the keys were not there."""
+    if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):
+        pytest.skip("the native kernel is for bfloat16 on CPUs with AVX-512 BF16")
+    q, k, v = (torch.randn(2, 70, 3, 32).to(dtype) for _ in range(3))
+    kept: LayerKV = LayerKV(*(torch.randn(1, 133, 3, 32).to(dtype) for _ in range(2)))
+    references = quantize_layer(kept, "int8") if quantized else kept
+    dense = references.dense(dtype)
+    spans, own = ((50, 0.6), (60, 1.2), (23, 0.0)), ((30, 1.0), (40, 0.3))
+
+    def run(**weights: Any) -> Tensor:
+        return attend(q, k, v, references=references, weights=KeyWeights(**weights), kernel=kernel)
+
+    limit = LIMITS[dtype] * (5 if (kernel, dtype) in (("chunked", torch.bfloat16), ("dense", torch.bfloat16)) else 2)
+    weight = torch.tensor([w for num, w in (*spans, *own) for _ in range(num)]).double()
+    keys, values = (torch.cat([r.expand(2, -1, -1, -1), x], 1).double() for r, x in zip(dense, (k, v), strict=True))
+    terms = torch.einsum("bqhd,bkhd->bhqk", q.double(), keys).div(32**0.5).exp() * weight
+    expected = torch.einsum("bhqk,bkhd->bqhd", terms / terms.sum(-1, keepdim=True), values)
+    assert relative_error(run(cached=spans, own=own), expected) <= limit
+    plain = attend(q, k, v, references=references, kernel=kernel)
+    assert relative_error(plain, expected) > 10 * limit
+    assert torch.equal(run(cached=((50, 1.0), (83, 1.0))), plain)
+    without = attend(q, k, v, kernel=kernel)
+    assert torch.equal(run(cached=((50, 0.0), (83, 0.0))), without)
+    with pytest.raises(ValueError, match="weights are of 7 keys, there are 133"):
+        run(cached=((7, 1.0),))

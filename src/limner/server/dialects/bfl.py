@@ -194,6 +194,8 @@ async def _submit(
     fit = getattr(inputs, "fit", None)
     if fit is not None and inputs.references is not None:
         raise InvalidRequest("fit", "references with a handle were fitted when they were uploaded; leave it out")
+    if inputs.references is not None and inputs.background is not None:
+        unused = (*unused, "background")  # it stood behind them when they were uploaded
     sent = [SentPicture(field=name, data=text) for name in _FIELDS if (text := getattr(inputs, name)) is not None]
     job_request = JobRequest(
         prompt=inputs.prompt,

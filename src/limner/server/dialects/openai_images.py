@@ -133,7 +133,10 @@ async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idemp
         negative_prompt=fields.negative_prompt,
         output_format=fields.output_format or "png",
         quality=max(1, 95 if fields.output_compression is None else fields.output_compression),
-        without_effect=without_effect(fields, kind=service.engine.model.kind),
+        without_effect=(
+            *(("background",) if background is not None and fields.references is not None else ()),
+            *without_effect(fields, kind=service.engine.model.kind),
+        ),
     )
     if inputs.mask is None:
         return job_request

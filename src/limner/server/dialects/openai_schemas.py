@@ -41,7 +41,7 @@ class Generation(BaseModel):
     partial_images: int | None = Field(0, ge=0, le=MAX_PARTIAL)
     user: str | None = Field(None, max_length=1000)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    num_inference_steps: int | None = Field(4, ge=1, le=50)
+    num_inference_steps: int | None = Field(None, ge=1, le=50, description="null: the model's own")
     references: str | None = Field(None, max_length=200)
     safety_identifier: str | None = Field(None, max_length=1000)
 

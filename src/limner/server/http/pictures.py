@@ -14,7 +14,7 @@ from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference, ReferenceReport
 from limner.outbound.client import OutboundClient
-from limner.outbound.pictures import decode_picture, read_picture
+from limner.outbound.pictures import decode_picture, is_url, read_picture
 from limner.server.access.keys import Owner
 from limner.server.http.settings import ServeSettings
 from limner.server.jobs.offload import Offload
@@ -91,7 +91,7 @@ class PictureReader:
     async def _bytes(self, sent: SentPicture, *, owner: Owner) -> bytes:
         limit, data = self._settings.max_picture_bytes, sent.data
         if isinstance(data, str):
-            if ":" not in data[:64] or data[:5].lower() == "data:":  # in a thread: decoding megabytes takes a while
+            if not is_url(data):  # in a thread: decoding megabytes takes a while
                 read = functools.partial(decode_picture, data, max_bytes=limit, field=sent.field)
                 data = await self._offload.decode(read, field=sent.field, owner=owner.id)
             else:

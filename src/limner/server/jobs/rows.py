@@ -152,7 +152,7 @@ def fingerprint(job: Job) -> str:
 
 def _request(job: Job) -> dict[str, Any]:
     newer = {  # older versions read jobs that have none of these
-        "mask": None if job.mask is None else asdict(job.mask),
+        "mask": None if job.mask is None else job.mask.as_stored(),
         "guidance_scale": job.guidance_scale,
         "negative_prompt": job.negative_prompt,
     }
@@ -169,7 +169,7 @@ def _request(job: Job) -> dict[str, Any]:
         "output_format": job.output_format,
         "quality": job.quality,
         "options": _options(job.options),
-        "references": [asdict(report) for report in job.references],
+        "references": [report.as_stored() for report in job.references],
         **{name: value for name, value in newer.items() if value is not None},
     }
 
@@ -200,7 +200,7 @@ def handle_row(handle: Handle) -> tuple[Any, ...]:
     described: dict[str, Any] = {"tolerance": handle.tolerance}
     if handle.nbytes is not None:
         described |= {"nbytes": handle.nbytes, "prefill_seconds": handle.prefill_seconds}
-    described |= {"num_tokens": handle.num_tokens, "references": [asdict(report) for report in handle.references]}
+    described |= {"num_tokens": handle.num_tokens, "references": [report.as_stored() for report in handle.references]}
     return handle.owner, handle.key, handle.created, json.dumps(described)
 
 

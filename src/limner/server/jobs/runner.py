@@ -233,6 +233,8 @@ class JobRunner:
         """Check prompt and references, and give the job to the engine. The caller has counted it in `_num_admitted`."""
         try:
             finding = await self._moderation.check_prompt(job.prompt, tolerance=job.tolerance)
+            if finding is None and job.negative_prompt:
+                finding = await self._moderation.check_prompt(job.negative_prompt, tolerance=job.tolerance)
             pictures = [await self._offload.with_retry(self._jobs.picture, report) for report in job.references]
             if finding is None and not job.options.references_checked:
                 finding = await self._moderation.check_references(pictures, tolerance=job.tolerance)

@@ -98,13 +98,13 @@ def chosen_kind(
     hinted = hinted_kind(found.name) if found.name is not None else None
     if hinted is not None and hinted != kind:
         _logger.warning(
-            "%s is named as one of %s, and nothing in it says so; it is drawn with %s. If the name is right, give "
-            "references=%r (--references-attention %s)",
+            "%s is named as one of %s, and nothing in it says so; it is drawn with %s. If the name is right, write "
+            '{"references": "%s", "is_distilled": %s} into limner.json in the model\'s folder',
             found.name,
             hinted,
             kind,
             hinted.references,
-            hinted.references,
+            str(hinted.distilled).lower(),
         )
     if not found.stated:
         _logger.info(

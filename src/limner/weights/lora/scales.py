@@ -93,8 +93,9 @@ class Scales:
         for name in names:
             for pattern, value in patterns.items():
                 try:
-                    if not re.fullmatch(r"[\w.^*$]*", str(pattern)):  # some others would take exponential time
-                        raise re.error("it may hold letters, digits, _ . ^ * $")
+                    text = str(pattern)  # others, and many stars, would take exponential time
+                    if not re.fullmatch(r"[\w.^*$]{0,500}", text) or text.count("*") > 3:
+                        raise re.error("it may hold letters, digits, _ . ^ $ and up to three *")
                     if re.match(rf"(.*\.)?({pattern})$", name):
                         self._used.add(pattern)
                         return value

@@ -137,7 +137,7 @@ def test_rows_are_written_as_an_earlier_version_wrote_them(on_disk: JobStore, mo
 
 
 NEWER: dict[str, dict[str, object]] = {
-    "another field": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "negative_prompt": "a dog"})},
+    "another field": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "voice": "a dog"})},
     "another option": {"request": OLD_PLAIN[4].replace('"options": {}', '"options": {"lora": "x"}')},
     "a field less": {"request": OLD_PLAIN[4].replace('"num_steps"', '"steps"')},
     "another format": {"request": "\x01not JSON"},
@@ -175,7 +175,7 @@ def test_a_row_of_a_newer_version_is_set_aside(on_disk: JobStore, caplog: pytest
 
 def test_an_ended_job_with_fields_of_a_newer_version_is_shown(on_disk: JobStore) -> None:
     row = list(OLD_FULL)
-    row[4] = json.dumps({**json.loads(row[4]), "negative_prompt": "a dog"})
+    row[4] = json.dumps({**json.loads(row[4]), "voice": "a dog"})
     sqlite(on_disk).execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(row))})", row)
     assert on_disk.get(FULL.id) == FULL
 

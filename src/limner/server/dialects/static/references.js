@@ -173,9 +173,10 @@ export class References extends EventTarget {
           if (version === this.#version) { this.#render(); say(""); this.dispatchEvent(new Event("report")); }
           return told.id;
         } catch (error) {
-          const number = /^image (\d+)/.exec(error.field ?? "")?.[1];
-          if (!number) throw error;
-          items[number - 1].problem = error.message.replace(/^image \d+ ?(\(\d+ bytes\))?[: ]*/, "");
+          if (error.field !== "image") throw error;
+          const number = items.length === 1 ? 1 : Number(/picture (\d+): /.exec(error.message)?.[1]);
+          if (!items[number - 1]) throw error;
+          items[number - 1].problem = error.message.replace(/^image: /, "").replace(/^picture \d+: /, "");
           this.#render();
           announce(`${items[number - 1].name} cannot be used: ${items[number - 1].problem}`);
         }

@@ -1,0 +1,128 @@
+"""Cases of the tasks that keep part of a picture: a mask, new area around it, or what an edit leaves alone.
+
+Each has a truth that is rendered, as those of `tasks.py`, whose prompts they use. Owns masks and margins of the cases, and what is
+measured of what should not change. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from judge import Pixels, pixels, psnr
+from tasks import Example, Grammar
+from world import GRID, STICKERS, Picture, Renderer, Sticker
+
+CONTROLS = ("mask", "outpaint", "preserve")
+Box = tuple[int, int, int, int]
+NEW_AREA = 2 * GRID
+"""Pixels that a picture is continued by, at one side or at two."""
+BESIDE = GRID // 2
+"""Pixels beside a change of the truth, half a token, where no model can tell what is still old from what is new."""
+EVERYTHING = 0.01
+"""Where less than this share is left, untouched pixels are not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control(Example):
+    """An example with what the call is given besides: boxes that are repainted, (left, top, right, bottom) of new area, or neither."""
+
+    boxes: tuple[Box, ...] = ()
+    expand: Box | None = None
+
+    def arguments(self, renderer: Renderer) -> dict[str, Any]:
+        """Return what the pipeline takes besides prompt, size and noise."""
+        images = [renderer.render(picture) for picture in self.references]
+        if self.expand is not None:
+            width, height = self.result.size
+            left, top, right, bottom = self.expand
+            kept = renderer.render(self.result).crop((left, top, width - right, height - bottom))
+            return {"image": [kept], "expand": self.expand}
+        if self.boxes:
+            return {"image": images, "mask_image": Image.fromarray(self.mask()), "mask_blur": 0}
+        return {"image": images, "preserve": "auto"}
+
+    def mask(self) -> np.ndarray:
+        """Return what is repainted, (height, width) uint8 of 0 and 255."""
+        width, height = self.result.size
+        mask = np.zeros((height, width), np.uint8)
+        for left, top, right, bottom in self.boxes:
+            mask[top:bottom, left:right] = 255
+        return mask
+
+    def kept(self, image: Image.Image, renderer: Renderer) -> dict[str, float]:
+        """Return what is measured where the result should be as before, by name.
+
+        Of masks `changed_outside`, the pixels outside of the mask that are not those of the canvas. Of `preserve`
+        `untouched`, the PSNR in dB of all pixels that the truth leaves as they were, and `untouched_away` of those further
+        than half a token from what it changes.
+        """
+        if self.expand is not None:
+            return {}
+        found, before = pixels(image), pixels(renderer.render(self.references[0]))
+        if self.boxes:
+            return {"changed_outside": float((found != before).any(-1)[self.mask() == 0].sum())}
+        truth = pixels(renderer.render(self.result))
+        changed = (truth != before).any(-1)
+        near = Image.fromarray(changed.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.MaxFilter(2 * BESIDE + 1))
+        return _measured({"untouched": ~changed, "untouched_away": np.asarray(near) == 0}, found, truth)
+
+
+def control_cases(task: str, num: int, *, seed: int = 0) -> list[Control]:
+    """Return fixed cases of a task; those of `preserve` are the edits of the evaluation."""
+    if task == "preserve":
+        rng = random.Random(f"{seed}/edit/evaluation")
+        grammar = Grammar([*STICKERS.values()], evaluation=True)
+        return [Control(**vars(grammar.draw(rng, "edit"))) for _ in range(num)]
+    rng = random.Random(f"{seed}/{task}/evaluation")
+    grammar = Grammar([*STICKERS.values()], evaluation=True)
+    found: list[Control] = []
+    while len(found) < num:
+        case = _outpainted(rng, grammar) if task == "outpaint" else _masked(rng, grammar, remove=len(found) % 2 == 1)
+        if case is not None:
+            found.append(case)
+    return found
+
+
+def _masked(rng: random.Random, grammar: Grammar, *, remove: bool) -> Control | None:
+    """Return an example that only adds stickers to image 1, replaces them or takes them away, with the boxes of these."""
+    example = grammar.draw(rng, "edit" if remove else "combine2")
+    before, after = example.references[0], example.result
+    gone = [s for s in before.stickers if s not in after.stickers]
+    new = [s for s in after.stickers if s not in before.stickers]
+    if before.scene != after.scene or (remove and new) or not (gone or new):
+        return None
+    boxes = {_box(sticker, after) for sticker in (*gone, *new)}
+    return Control(**vars(replace(example, task="mask")), boxes=tuple(sorted(boxes)))
+
+
+def _outpainted(rng: random.Random, grammar: Grammar) -> Control | None:
+    """Return a picture asked for by name, of which up to two sides without sticker are missing."""
+    example = grammar.draw(rng, "draw")
+    width, height = example.result.size
+    boxes = [_box(sticker, example.result) for sticker in example.result.stickers]
+    free = (
+        min(left for left, _, _, _ in boxes),
+        min(top for _, top, _, _ in boxes),
+        width - max(right for _, _, right, _ in boxes),
+        height - max(bottom for _, _, _, bottom in boxes),
+    )
+    sides = [side for side in range(4) if free[side] >= NEW_AREA and (width, height)[side % 2] > 4 * NEW_AREA - GRID]
+    chosen = rng.sample(sides, min(len(sides), rng.choice((1, 2))))
+    if not chosen or {0, 2} <= set(chosen) or {1, 3} <= set(chosen):
+        return None
+    expand = tuple(NEW_AREA if side in chosen else 0 for side in range(4))
+    return Control(**vars(replace(example, task="outpaint")), expand=(expand[0], expand[1], expand[2], expand[3]))
+
+
+def _box(sticker: Sticker, picture: Picture) -> Box:
+    left, top = sticker.box(picture.size)
+    return (left, top, left + sticker.scale, top + sticker.scale)
+
+
+def _measured(where: dict[str, np.ndarray], found: Pixels, truth: Pixels) -> dict[str, float]:
+    return {name: psnr(found, truth, mask) for name, mask in where.items() if mask.mean() > EVERYTHING}

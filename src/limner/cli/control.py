@@ -1,0 +1,95 @@
+"""Options of `limner edit` that say how much references count, and what of a picture is repainted.
+
+Owns their names on the command line. What they mean is `limner.pipeline`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from limner.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from limner.requests import Control
+
+__all__ = ["add_control", "control_of"]
+
+_REPAINTS = ("mask", "expand", "strength", "preserve", "canvas", "padding_mask_crop")
+
+
+def add_control(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = parser.add_argument_group("what is repainted")
+    group.add_argument(
+        "--mask", metavar="FILE", help="picture of image 1's size: white is repainted, black stays to the pixel"
+    )
+    group.add_argument(
+        "--expand", type=_margins, metavar="L,T,R,B", help="new pixels at left, top, right and bottom of image 1"
+    )
+    group.add_argument(
+        "--strength", type=float, metavar="X", help="over 0 to 1: the share of the steps that are drawn over image 1"
+    )
+    group.add_argument(
+        "--preserve", choices=("auto",), help="take what the edit did not change from image 1, without a mask"
+    )
+    group.add_argument("--canvas", metavar="FILE", help="repaint this picture instead of image 1; it is no reference")
+    group.add_argument(
+        "--mask-blur", type=int, metavar="PX", help="pixels over which the repainted place fades out (default: 8)"
+    )
+    group.add_argument(
+        "--padding-mask-crop", type=int, metavar="PX", help="draw the mask and so many pixels around it, enlarged"
+    )
+    group = parser.add_argument_group("how much references count")
+    group.add_argument(
+        "--reference-weight",
+        action="append",
+        type=float,
+        metavar="X",
+        help="weight of image 1, again for image 2, ...: 1 as it is, less or more, 0 not at all",
+    )
+    group.add_argument(
+        "--reference-guidance", type=float, metavar="X", help="over 1 holds a likeness, at twice the time (about 1.5)"
+    )
+
+
+def control_of(args: argparse.Namespace, images: list[str]) -> tuple[Control, Image.Image | None]:
+    """Return what is asked for, and image 1 as its file has it if it is repainted. Raises `InvalidRequest`."""
+    found: Control = {}
+    if args.mask is not None:
+        found["mask_image"] = args.mask
+    if args.expand is not None:
+        found["expand"] = args.expand
+    if args.strength is not None:
+        found["strength"] = args.strength
+    if args.preserve is not None:
+        found["preserve"] = args.preserve
+    if args.canvas is not None:
+        found["canvas"] = args.canvas
+    if args.mask_blur is not None:
+        found["mask_blur"] = args.mask_blur
+    if args.padding_mask_crop is not None:
+        found["padding_mask_crop"] = args.padding_mask_crop
+    if args.reference_weight is not None:
+        found["reference_weights"] = args.reference_weight
+    if args.reference_guidance is not None:
+        found["reference_guidance"] = args.reference_guidance
+    repaints = any(getattr(args, name) is not None for name in _REPAINTS)
+    if not repaints or args.canvas is not None:
+        return found, None
+    if not images:
+        raise InvalidRequest("--canvas", "a pack holds no pictures; give the picture to repaint as --canvas FILE")
+    from limner.images.sources import open_picture
+
+    return found, open_picture(images[0], field="image 1")[0]
+
+
+def _margins(text: str) -> tuple[int, int, int, int]:
+    match = re.fullmatch(r"(\d{1,6}),(\d{1,6}),(\d{1,6}),(\d{1,6})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels, as 0,0,64,0")
+    left, top, right, bottom = map(int, match.groups())
+    return left, top, right, bottom

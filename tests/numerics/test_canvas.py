@@ -1,0 +1,232 @@
+"""Masks and strength: the latents are those of diffusers' `Flux2KleinInpaintPipeline`; outside of the mask nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture
+
+import limner
+from limner import EditRequest, InvalidRequest, Pipeline
+from limner.images import feathered
+
+TOLERANCE = 2e-5
+CANVAS, OTHER = picture(96, 64), picture(64, 80, seed=1)
+
+
+def mask_of(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+MASK = mask_of(CANVAS.size, (32, 16, 80, 48))
+"""On the grid of tokens, where diffusers' mask of tokens is the same."""
+
+
+@pytest.fixture(scope="module")
+def inpaint(standard_folder: Path) -> Any:
+    from diffusers import Flux2KleinInpaintPipeline
+
+    pipe = Flux2KleinInpaintPipeline.from_pretrained(standard_folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"strength": 1.0},
+        {"strength": 0.8, "num_inference_steps": 6},
+        {"strength": 0.5, "image_reference": OTHER},
+        {"strength": 1.0, "num_images_per_prompt": 2, "prompt": ["a dog", "a fox"]},
+    ],
+    ids=["all steps", "fewer", "a reference", "a batch"],
+)
+def test_latents_of_diffusers(how: dict[str, Any], standard_folder: Path, inpaint: Any) -> None:
+    settings = {"prompt": "a dog", "num_inference_steps": 4, **how}
+    reference = settings.pop("image_reference", None)
+    num = len(settings["prompt"]) * 2 if isinstance(settings["prompt"], list) else 1
+    common = {"max_sequence_length": MAX_TOKENS, "output_type": "latent"}
+    expected = inpaint(
+        image=CANVAS,
+        mask_image=MASK,
+        image_reference=reference,
+        generator=generators(*range(num)),
+        text_encoder_out_layers=TEXT_LAYERS,
+        **settings,
+        **common,
+    ).images
+    pipe = Pipeline.from_pretrained(standard_folder)
+    image = [CANVAS] if reference is None else [CANVAS, reference]
+    out = pipe(image=image, mask_image=MASK, generator=generators(*range(num)), **settings, **common)
+    assert isinstance(out.images, torch.Tensor)
+    torch.testing.assert_close(out.images, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"strength": 0.5, "image_reference": OTHER, "mask_image": mask_of(CANVAS.size, (9, 5, 61, 50))},
+        {"image": picture(101, 75, seed=4), "mask_image": mask_of((101, 75), (30, 21, 60, 50))},
+        {"padding_mask_crop": 8, "mask_image": mask_of(CANVAS.size, (41, 20, 70, 45))},
+    ],
+    ids=["default", "weak, with a reference", "off the grid", "padding"],
+)
+def test_the_drop_in_has_diffusers_pictures(how: dict[str, Any], standard_folder: Path, inpaint: Any) -> None:
+    settings = {
+        "prompt": "a dog",
+        "image": CANVAS,
+        "mask_image": MASK,
+        "num_inference_steps": 4,
+        "strength": 1.0,
+        **how,
+    }
+    settings |= {"max_sequence_length": MAX_TOKENS, "text_encoder_out_layers": TEXT_LAYERS}
+    settings["output_type"] = "pil" if "padding_mask_crop" in how else "np"
+    expected = inpaint(**settings, generator=generators(1)[0]).images
+    ours = limner.Flux2KleinInpaintPipeline.from_pretrained(standard_folder)
+    found = ours(**settings, generator=generators(1)[0]).images
+    if settings["output_type"] == "pil":
+        assert found[0].size == expected[0].size
+        assert np.abs(np.asarray(found[0]).astype(int) - np.asarray(expected[0])).max() <= 1
+    else:
+        assert np.abs(found - expected).mean() <= TOLERANCE
+
+
+@pytest.fixture(params=["isolated", "joint"])
+def pipe(request: pytest.FixtureRequest, tiny_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_folder, references=request.param)
+
+
+def draw(pipe: Pipeline, **how: Any) -> Any:
+    return pipe(**{"prompt": "a dog", "image": [CANVAS], "generator": generators(1)[0], **how})
+
+
+def test_outside_of_the_mask_pixels_are_the_canvas_own(pipe: Pipeline) -> None:
+    out = draw(pipe, mask_image=MASK, mask_blur=4)
+    made, canvas = np.asarray(out.images[0]), np.asarray(CANVAS)
+    outside = feathered(np.asarray(MASK), 4) == 0
+    assert outside.mean() > 0.3
+    assert np.array_equal(made[outside], canvas[outside])
+    inside = np.asarray(MASK) == 255
+    assert np.abs(made[inside].astype(int) - canvas[inside]).mean() > 5
+    (report,) = out.canvas
+    assert report.size == CANVAS.size
+    assert report.drawn_size == (96, 64)
+
+
+def test_outside_of_the_mask_stays_in_a_picture_off_the_grid_and_over_the_cap(tiny_folder: Path) -> None:
+    from limner import ReferencePolicy
+
+    pipe = Pipeline.from_pretrained(tiny_folder, reference_policy=ReferencePolicy(max_pixels=96 * 96))
+    canvas = picture(301, 217, seed=3)
+    mask = mask_of(canvas.size, (201, 101, 231, 121))
+    out = draw(pipe, image=[canvas, OTHER], mask_image=mask, mask_blur=3)
+    made = out.images[0]
+    assert made.size == canvas.size
+    outside = feathered(np.asarray(mask), 3) == 0
+    assert np.array_equal(np.asarray(made)[outside], np.asarray(canvas)[outside])
+    (report,) = out.canvas
+    assert report.box != (0, 0, *canvas.size)
+    assert report.scale >= 1  # a small place is not drawn smaller than it is
+    assert out.metadata["box"] == list(report.box)
+
+
+def test_strength_of_one_is_a_plain_edit(pipe: Pipeline) -> None:
+    assert np.array_equal(np.asarray(draw(pipe, strength=1.0).images[0]), np.asarray(draw(pipe).images[0]))
+    weak = draw(pipe, strength=0.5)
+    assert weak.metadata["num_inference_steps"] == 2
+    plain, canvas = np.asarray(draw(pipe).images[0]).astype(int), np.asarray(CANVAS).astype(int)
+    decoded = pipe.autoencoder  # a tiny autoencoder does not give pictures back, so compare with its own reconstruction
+    with torch.no_grad():
+        x = torch.from_numpy(np.asarray(CANVAS).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        again = decoded.decode(decoded.denormalise(decoded.encode(x)))
+    seen = ((again[0] * 0.5 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    weak_picture = np.asarray(weak.images[0]).astype(int)
+    assert np.abs(weak_picture - seen).mean() < np.abs(plain - seen).mean()
+    assert canvas.shape == weak_picture.shape
+
+
+def test_a_full_mask_is_a_plain_edit_and_an_empty_one_is_the_canvas(pipe: Pipeline) -> None:
+    full = draw(pipe, mask_image=Image.new("L", CANVAS.size, 255))
+    assert np.array_equal(np.asarray(full.images[0]), np.asarray(draw(pipe).images[0]))
+    assert "mask_image: it is white everywhere" in full.warnings[0]
+    empty = draw(pipe, mask_image=Image.new("L", CANVAS.size))
+    assert np.array_equal(np.asarray(empty.images[0]), np.asarray(CANVAS))
+    assert "mask_image: it is black everywhere" in empty.warnings[0]
+
+
+def test_masks_share_references(pipe: Pipeline) -> None:
+    """Eight masks over the same pictures: one prefill, and the canvas is encoded once."""
+    prepared = pipe._prefiller.prepare([CANVAS, OTHER])
+    masks = [mask_of(CANVAS.size, (16 * i % 80, 16, 16 * i % 80 + 16, 48)) for i in range(8)]
+    requests = [
+        EditRequest(prompt="a dog", seeds=(i,), references=prepared, control={"mask_image": mask})
+        for i, mask in enumerate(masks)
+    ]
+    together = pipe.draw(requests)
+    assert pipe.store.stats().misses <= 2  # References, and the tokens of the canvas
+    misses = pipe.store.stats().misses
+    for i in (0, 5):
+        alone = pipe.draw([requests[i]])
+        difference = np.asarray(alone.images[0]).astype(int) - np.asarray(together.images[i])
+        assert np.abs(difference).max() <= 1  # a value on the edge of rounding
+    assert pipe.store.stats().misses == misses
+
+
+def test_outpainting(pipe: Pipeline) -> None:
+    out = draw(pipe, expand=(0, 0, 32, 16), mask_blur=0)
+    made = np.asarray(out.images[0])
+    assert made.shape[:2] == (80, 128)
+    assert np.array_equal(made[: 64 - 16, : 96 - 16], np.asarray(CANVAS)[: 64 - 16, : 96 - 16])
+    named = draw(pipe, expand={"size": (128, 80), "anchor": "top-left"}, mask_blur=0)
+    assert np.array_equal(np.asarray(named.images[0]), made)
+
+
+def test_preserve_takes_what_did_not_change(pipe: Pipeline) -> None:
+    out = draw(pipe, preserve="auto")
+    (found,) = out.preserved
+    assert out.images[0].size == CANVAS.size
+    assert 0 <= found.share_kept <= 1
+    kept = np.asarray(found.change) == 0
+    assert np.array_equal(np.asarray(out.images[0])[kept], np.asarray(CANVAS)[kept])
+    assert out.metadata["preserve"] == "auto"
+
+
+def test_another_canvas_is_no_reference(pipe: Pipeline) -> None:
+    out = draw(pipe, image=[OTHER], canvas=CANVAS, mask_image=MASK)
+    assert len(out.references) == 1
+    assert out.references[0].processed_size == OTHER.size
+    assert out.images[0].size == CANVAS.size
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ({"mask_image": Image.new("L", (64, 64))}, "mask_image: it is 64x64 and the canvas 96x64"),
+        ({"image": None, "mask_image": MASK}, "canvas: mask_image needs a picture to repaint"),
+        ({"strength": 0}, "strength: 0 is not a number over 0"),
+        ({"mask_image": MASK, "expand": (1, 0, 0, 0)}, "expand: mask_image and expand are both given"),
+        ({"mask_image": MASK, "preserve": "auto"}, "preserve: is for edits without a mask"),
+        ({"preserve": "all"}, "preserve: 'all' is not one of"),
+        ({"mask_image": MASK, "width": 64}, "width: 64 is not that of the canvas as it is drawn, 96"),
+        ({"mask_image": [MASK, MASK]}, "mask_image: there are 2 for 1 prompts"),
+        ({"expand": {"side": 3}}, "expand: side are not expand, size, anchor or overlap"),
+        ({"mask_blur": 3}, "mask_blur: needs mask_image or expand"),
+    ],
+)
+def test_what_is_refused(how: dict[str, Any], problem: str, tiny_folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        draw(Pipeline.from_pretrained(tiny_folder), **how)
+
+
+def test_an_unknown_name_suggests_the_right_one(tiny_folder: Path) -> None:
+    with pytest.raises(TypeError, match="mask_images: is not an argument of a call; did you mean mask_image"):
+        draw(Pipeline.from_pretrained(tiny_folder), mask_images=MASK)
