@@ -93,8 +93,7 @@ class ArgumentChecker:
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
-        num_prompts = len(prompts or ())
-        control = control or {}
+        control, num_prompts = control or {}, len(prompts or ())
         canvas, image = open_canvas(
             control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
         )
@@ -140,9 +139,7 @@ class ArgumentChecker:
             guidance=guidance,
             reuse=reuse if workload.references else None,
             reference_weights=weights,
-            reference_guidance=check_reference_guidance(
-                control.get("reference_guidance", 1.0), num_references=len(sizes)
-            ),
+            reference_guidance=check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes)),
             canvas=canvas,
             loras=loras,
             output_type=output_type,

@@ -67,7 +67,7 @@ def check_weights(
     return tuple(tuple(float(w) for w in row) for row in per_step)
 
 
-def check_reference_guidance(scale: float, *, num_references: int) -> float:
+def check_reference_guidance(scale: float, num_references: int) -> float:
     """Return a scale of reference guidance. Raises `InvalidRequest`."""
     if not (_is_number(scale) and 0 <= scale <= _MAX_WEIGHT):
         raise InvalidRequest(
