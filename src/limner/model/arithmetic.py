@@ -85,4 +85,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or input.numel() < _FEW * input.shape[-1]:
             return F.linear(input, weight)
         wanted = self.arithmetic or fast_dtype(input.device, input.dtype)
-        return F.linear(input, weight) if wanted == input.dtype else _wide_linear(input, weight)
+        if wanted != input.dtype:
+            return _wide_linear(input, weight)
+        # as one matrix: of three dimensions that are a part of a sequence, torch copies the weight for a batched product
+        return F.linear(input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], -1)

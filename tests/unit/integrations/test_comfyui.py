@@ -344,7 +344,7 @@ def test_parts_and_models_are_chosen_from_comfyuis_folders(host: Host, tiny_fold
 BAD = [
     ({"width": 500}, "width: 500 is not a multiple of 16"),
     ({"prompt": " "}, "prompt: ' ' is empty"),
-    ({"steps": 0}, "steps: 0 is beyond the bounds"),
+    ({"steps": -1}, "steps: -1 is beyond the bounds"),
     ({"seed": 2**53}, "seed: 9007199254740992 is beyond"),
 ]
 
