@@ -429,6 +429,22 @@ def test_a_mask_of_a_picture_that_is_scaled() -> None:
     assert prepare_mask(half_mask((400, 300), kind="white"), reference=turned, drawn="white").data == mask.data
 
 
+@pytest.mark.parametrize(("size", "cap"), [((500, 300), 512 * 304), ((301, 107), 128 * 64)], ids=["as it is", "scaled"])
+def test_a_mask_of_a_picture_that_is_padded(size: tuple[int, int], cap: int) -> None:
+    """It lies where the picture lies: a picture of the mask's own pixels, prepared the same way, is the mask."""
+    policy = ReferencePolicy(fit="pad", max_pixels=cap)
+    drawn = half_mask(size, kind="white")
+    same = prepare_reference(drawn, policy=policy)
+    assert any(same.report.added)
+    mask = prepare_mask(drawn, reference=same.report, drawn="white")
+    shape = (same.report.processed_size[1], same.report.processed_size[0], 3)
+    difference = np.frombuffer(mask.data, np.uint8).astype(int) - np.frombuffer(same.data, np.uint8)
+    inside = np.abs(difference.reshape(shape))[
+        same.report.box[1] : same.report.box[3], same.report.box[0] : same.report.box[2]
+    ]
+    assert inside.max() <= 1
+
+
 def test_masks_that_do_not_fit_are_refused(served: Served) -> None:
     image = ("image", ("a.png", png(80, 64)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from limner.errors import InvalidRequest
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["add_control", "control_of"]
 
+_NAMES = {
+    "mask": "mask_image",
+    "expand": "expand",
+    "strength": "strength",
+    "preserve": "preserve",
+    "canvas": "canvas",
+    "mask_blur": "mask_blur",
+    "padding_mask_crop": "padding_mask_crop",
+    "reference_weight": "reference_weights",
+    "reference_guidance": "reference_guidance",
+}
+"""The options, and what they are called in a call."""
 _REPAINTS = ("mask", "expand", "strength", "preserve", "canvas", "padding_mask_crop")
 
 
@@ -58,25 +70,8 @@ def add_control(parser: argparse.ArgumentParser) -> None:
 
 def control_of(args: argparse.Namespace, images: list[str]) -> tuple[Control, Image.Image | None]:
     """Return what is asked for, and image 1 as its file has it if it is repainted. Raises `InvalidRequest`."""
-    found: Control = {}
-    if args.mask is not None:
-        found["mask_image"] = args.mask
-    if args.expand is not None:
-        found["expand"] = args.expand
-    if args.strength is not None:
-        found["strength"] = args.strength
-    if args.preserve is not None:
-        found["preserve"] = args.preserve
-    if args.canvas is not None:
-        found["canvas"] = args.canvas
-    if args.mask_blur is not None:
-        found["mask_blur"] = args.mask_blur
-    if args.padding_mask_crop is not None:
-        found["padding_mask_crop"] = args.padding_mask_crop
-    if args.reference_weight is not None:
-        found["reference_weights"] = args.reference_weight
-    if args.reference_guidance is not None:
-        found["reference_guidance"] = args.reference_guidance
+    given = {name: getattr(args, flag) for flag, name in _NAMES.items()}
+    found = cast("Control", {name: value for name, value in given.items() if value is not None})
     repaints = any(getattr(args, name) is not None for name in _REPAINTS)
     if not repaints or args.canvas is not None:
         return found, None

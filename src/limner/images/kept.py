@@ -12,6 +12,7 @@ from PIL import Image
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
+from limner.grid import PIXELS
 from limner.images.decode import decode
 from limner.images.reference import PreparedReference, ReferenceReport, prepare_reference
 
@@ -52,7 +53,7 @@ def prepare_mask(
     if any(added):  # padding continues the picture's edges, and the mask's
         padding = ((added[1], added[3]), (added[0], added[2]))
         grey = Image.fromarray(np.pad(np.asarray(grey), padding, mode="edge"))
-    return prepare_reference(grey, policy=ReferencePolicy(max_pixels=width * height, max_aspect=1e9))
+    return prepare_reference(grey, policy=ReferencePolicy(max_pixels=width * height, max_aspect=1e9, min_side=PIXELS))
 
 
 def keep_outside(drawn: Image.Image, *, first: PreparedReference, mask: PreparedReference) -> Image.Image:

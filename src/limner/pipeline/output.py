@@ -145,7 +145,7 @@ def make_output(
         metadata["reference_guidance"] = request.reference_guidance
     finished, canvas = _finish(request, pictures, rows), request.canvas
     if canvas is not None:
-        metadata |= {"canvas": canvas.prepared.report.digest, "strength": canvas.strength}
+        metadata |= {"canvas_digest": canvas.prepared.report.digest, "strength": canvas.strength}
         if canvas.masked:
             metadata |= {"box": list(canvas.plans[0].box), "canvas_size": list(canvas.picture.size)}
         if canvas.preserves:
