@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING
 from limner import ranks
 from limner.cli.control import add_control, control_of
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
-from limner.cli.output import DrawProgress
 from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError
-from limner.kinds import ISOLATED
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
@@ -228,18 +226,13 @@ def _draw(
     prepared = prepare(images, options)  # bad ones are refused before a model is loaded
 
     from limner.engine.load import check_model, load_pipeline
+    from limner.pipeline.progress_bar import LOADING, reporting
     from limner.references import References
 
     check_model(options)
     references = References.load(pack) if pack else None
     store = open_optional_store(from_args(StoreOptions, args))
-    with contextlib.closing(
-        DrawProgress(
-            num_inference_steps=args.steps or ISOLATED.num_inference_steps,
-            references=bool(prepared),
-            silent=not process.writes,
-        )
-    ) as progress:
+    with reporting(None if process.writes else False, parts=LOADING) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
         request = _request(args, prepared, pipe, images=images)
         out = pipe.draw(
