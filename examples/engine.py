@@ -4,8 +4,9 @@ import limner
 from limner.engine import future_of
 from limner.images import prepare_references
 
-engine = limner.Engine(limner.Pipeline.from_pretrained())
-cast = prepare_references(["samples/beach.png", "samples/cat.png"])
+pipe = limner.Pipeline.from_pretrained()
+engine = limner.Engine(pipe)
+cast = prepare_references(["samples/beach.png", "samples/cat.png"], policy=pipe.reference_policy)
 jobs = [
     future_of(
         engine, limner.EditRequest(prompt=f"put the cat from image 2 into image 1 {place}", seeds=(1,), references=cast)

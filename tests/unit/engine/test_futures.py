@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.tiny import picture
 
-from limner import EditRequest, Engine, InvalidRequest, Pipeline
+from limner import EditRequest, Engine, InvalidRequest, Pipeline, ReferencePolicy
 from limner.engine import future_of
 from limner.images import prepare_references
 
@@ -21,7 +21,11 @@ def engine(pipe: Pipeline) -> Iterator[Engine]:
 
 def request(seed: int) -> EditRequest:
     return EditRequest(
-        prompt="a cat", seeds=(seed,), references=prepare_references([picture(64, 64)]), width=64, height=64
+        prompt="a cat",
+        seeds=(seed,),
+        references=prepare_references([picture(64, 64)], policy=ReferencePolicy()),
+        width=64,
+        height=64,
     )
 
 
