@@ -194,13 +194,13 @@ class MidBlock(nn.Module):
 
     def __init__(self, width: int, *, groups: int, attention: bool) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(width, groups=groups) if attention else None])
+        self.attentions = nn.ModuleList([Attention(width, groups=groups)] if attention else [])
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups=groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
-        if self.attentions[0] is not None:
-            x = self.attentions[0](x)
+        for part in self.attentions:
+            x = part(x)
         out: Tensor = self.resnets[1](x)
         return out
 

@@ -70,8 +70,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float | None:
     if not isinstance(rope, dict) or not rope.keys() <= {"rope_theta", "rope_type"}:
         return None
     theta = rope.get("rope_theta")
-    is_plain = rope.get("rope_type", "default") == "default" and isinstance(theta, (int, float))
-    return float(theta) if is_plain else None
+    if rope.get("rope_type", "default") != "default" or not isinstance(theta, (int, float)):
+        return None
+    return float(theta)
 
 
 class Qwen3(nn.Module):
@@ -80,9 +81,9 @@ class Qwen3(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = NetworkConfig(config)
-        # not nn.Embedding(...), whose random values on the meta device import torch's compiler
-        table = torch.zeros(config["vocab_size"], config["hidden_size"])
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        sizes = config["vocab_size"], config["hidden_size"]
+        # given a table, since random values on the meta device import torch's compiler
+        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.zeros(sizes))
         self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config["num_hidden_layers"]))
         self.norm: nn.Module = RMSNorm(config["hidden_size"], eps=config["rms_norm_eps"])
 

@@ -67,12 +67,13 @@ class NoiseSource:
 
         Raises `InvalidRequest` for a generator of a device that is neither the CPU nor `device`.
         """
-        noise = self.latents
-        if noise is None and isinstance(self.generators, torch.Generator):
+        if self.latents is not None:
+            noise = self.latents.to(device, dtype)
+        elif isinstance(self.generators, torch.Generator):
             noise = _noise(self.generators, shape, device=device, dtype=dtype)
-        elif noise is None:
+        else:
             noise = torch.cat([_noise(one, (1, *shape[1:]), device=device, dtype=dtype) for one in self.generators])
-        return noise.to(device, dtype).float()
+        return noise.float()
 
 
 def _noise(generator: torch.Generator, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -50,9 +50,9 @@ def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
     check_autoencoder(config, where=where)
 
     def make() -> nn.Module:
-        if autoencoder_network.is_plain(config):
-            return AutoencoderNetwork(config)
-        return diffusers_autoencoder(config)
+        plain = autoencoder_network.is_plain(config)
+        network: nn.Module = AutoencoderNetwork(config) if plain else diffusers_autoencoder(config)
+        return network
 
     return _build(make, where=where)
 

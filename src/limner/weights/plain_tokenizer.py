@@ -145,7 +145,7 @@ class PlainTokenizer:
 
         assert max_length is not None
         ids = ids[:max_length]
-        pad = self._tokenizer.token_to_id(self._named["pad_token"])
+        pad: int = self._tokenizer.token_to_id(self._named["pad_token"])  # type: ignore[assignment]  # it has one
         missing, mask = [pad] * (max_length - len(ids)), [1] * len(ids)
         unread = [0] * len(missing)
         rows = (missing + ids, unread + mask) if self._pads_left else (ids + missing, mask + unread)
