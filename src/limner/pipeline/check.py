@@ -83,7 +83,7 @@ class ArgumentChecker:
         control: Control | None = None,
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
-        networks = self.prefiller.networks
+        networks, control = self.prefiller.networks, control or {}
         height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
         num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
@@ -93,11 +93,10 @@ class ArgumentChecker:
         num_inference_steps = _count("num_inference_steps", num_inference_steps, default=kind.num_inference_steps)
         most_text = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
         max_sequence_length = _count("max_sequence_length", max_sequence_length, default=most_text)
-        out_layers = check_layers(text_encoder_out_layers)
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
-        control, num_prompts = control or {}, len(prompts or ())
+        num_prompts = len(prompts or ())
         canvases, image = open_canvases(
             control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
         )
@@ -124,7 +123,6 @@ class ArgumentChecker:
             reference_guidance=reference_guidance,
             reuse=reuse,
         )
-        loras = networks.adapters.applied
         self.prefiller.admission.check_call(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         levels = drawn_levels(canvases, levels)
@@ -139,7 +137,7 @@ class ArgumentChecker:
             prompt_embeds=prompt_embeds,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
-            text_encoder_out_layers=out_layers,
+            text_encoder_out_layers=check_layers(text_encoder_out_layers),
             pictures=pictures,
             references=references,
             workload=workload,
@@ -150,7 +148,7 @@ class ArgumentChecker:
             reference_weights=of_images(weights, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt),
             reference_guidance=reference_guidance,
             canvases=canvases,
-            loras=loras,
+            loras=networks.adapters.applied,
             output_type=output_type,
             callback=callback,
             callback_inputs=tuple(callback_inputs),
