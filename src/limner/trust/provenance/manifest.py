@@ -122,11 +122,5 @@ def _manifest(
     return {
         "claim_generator_info": [agent],
         "title": title,
-        "assertions": [
-            {"label": "c2pa.actions.v2", "data": {"actions": actions}},
-            {
-                "label": ASSERTION,
-                "data": {**as_assertion(metadata), "version": __version__, "development": signer.development},
-            },
-        ],
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}, {"label": ASSERTION, "data": about}],
     }
