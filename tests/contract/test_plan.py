@@ -19,7 +19,7 @@ def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", "klein-9b-kv", "--references", "4", "--size", "1024x1024", "--quantize", "int8"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    for word in ("klein-9b on cpu", "transformer weights", "K/V of references", "denoise", "peak", "layers"):
+    for word in ("klein-9b-kv on cpu", "transformer weights", "K/V of references", "denoise", "peak", "layers"):
         assert word in text
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -392,7 +392,7 @@ class Pipeline:
         requests = [self.opened(request) for request in requests]
         size = references.sizes[0] if references is not None else self.default_size
         first = check_shared(requests, kind=self.kind, default_size=size)
-        return self(
+        out: PipelineOutput = self(
             [request.prompt for request in requests for _ in request.seeds],
             image=first.references or None,
             references=references,
@@ -409,6 +409,7 @@ class Pipeline:
             progress=progress or False,
             **per_prompt(requests),
         )
+        return out
 
     @overload
     def __call__(
