@@ -13,12 +13,14 @@ from tests.support.tiny import relative_error
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.model.attention import KERNELS, KeyWeights, attend, choose_kernel
+from limner.model.attention import KERNELS as ALL_KERNELS
+from limner.model.attention import KeyWeights, attend, choose_kernel
 from limner.model.kv import LayerKV, quantize_layer
 from limner.native import kernels as native
 
 # rounding of the result alone: 2^-9; `chunked` rounds scores and weights too
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+KERNELS = set(ALL_KERNELS) - {"triton", "flash3", "flash4", "cudnn", "efficient"}  # those of GPUs: tests/unit/model/gpu
 has_native = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
 
 
