@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from limner.model.gpu import launch
 
@@ -32,6 +32,7 @@ def interpreted_kernels() -> Iterator[None]:
     """Run the kernels in the interpreter, on tensors of any device that is the CPU's memory."""
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -43,6 +44,15 @@ def interpreted_kernels() -> Iterator[None]:
                 if isinstance(value, JITFunction):
                     setattr(module, name, InterpretedFunction(value.fn))
                     stack.callback(setattr, module, name, value)
+        # Triton patches its language at every call, and after a call inside a kernel never takes that back: once is enough
+        scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        stack.callback(scope.restore)
+        for owner, name, value in (
+            (interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope()),
+            (InterpretedFunction, "__call__", lambda self, *args, **options: self.rewrite()(*args, **options)),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         launch.use(interpreted_copy(), interpreter=True)
         stack.callback(launch.use, None)
         yield

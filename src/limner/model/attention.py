@@ -41,7 +41,7 @@ from limner.model.gpu.with_lse import attend_parts
 from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV, quantize_layer
 from limner.native import kernels as native
 
-__all__ = ["KERNELS", "KeyWeights", "attend", "choose_kernel"]
+__all__ = ["CPU_KERNELS", "KERNELS", "KeyWeights", "attend", "choose_kernel"]
 
 _logger = logging.getLogger("limner")
 _CHUNK = 256
@@ -82,10 +82,10 @@ def _choose_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     def check(name: str) -> float:
         q, k, v, kept = case(75)
         weights = KeyWeights(cached=((40, 0.5), (40, 1.0)))
-        found = attend(q, k, v, references=kept, weights=weights, kernel=name).float()
+        found = attend(q, k, v, references=kept, weights=weights, kernel=name)
         wide = LayerKV(*(x.float() for x in kept))
         expected = attend(q.float(), k.float(), v.float(), references=wide, weights=weights, kernel="dense")
-        return ((found - expected).norm() / expected.norm()).item()
+        return choice.relative_error(found, expected)
 
     def measure(name: str) -> float:
         q, k, v, kept = case(1024)
@@ -108,9 +108,9 @@ def _reads_narrow(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
 
     def check(kind: str) -> float:
         narrow = quantize_layer(LayerKV(*kept), kind)
-        found = attention_triton.attend(q, *kept, references=narrow).float()
-        expected = attend(q, *kept, references=narrow, kernel="dense").float()
-        return ((found - expected).norm() / expected.norm()).item()
+        found = attention_triton.attend(q, *kept, references=narrow)
+        expected = attend(q, *kept, references=narrow, kernel="dense")
+        return choice.relative_error(found, expected)
 
     def right(kind: str) -> bool:
         what = f"attention to {kind} references on {device}"
@@ -150,6 +150,10 @@ def attend(
         return _triton(q_BSHD, k_BSHD, v_BSHD, references, weights or KeyWeights())
     if kernel == "native" and references is not None and not _is_int8(references):
         references = LayerKV(*(x.to(q_BSHD.dtype) for x in references.dense(q_BSHD.dtype)))
+    if q_BSHD.device.type == "cpu" and kernel not in CPU_KERNELS:
+        raise InvalidRequest(
+            "kernel", f"{kernel!r} does not run on a CPU (allowed: {', '.join(CPU_KERNELS)}); leave it out"
+        )
     parts = _parts(k_BSHD, v_BSHD, references, weights)
     if kernel == "native":
         return _native(q_BSHD, parts)
@@ -317,3 +321,4 @@ _PLAIN: dict[str, Callable[[Tensor, list[_DensePart]], Tensor]] = {
     "dense": _dense,
 }
 KERNELS = ("native", "triton", *_PLAIN)
+CPU_KERNELS = tuple(name for name in KERNELS if name not in ("triton", "flash3", "flash4", "cudnn", "efficient"))

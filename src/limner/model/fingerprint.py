@@ -5,6 +5,8 @@ The name is part of the content key of references: K/V of one arithmetic are nev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ def arithmetic_name(network: nn.Module, execution: Execution, *, like: Linear, h
     """Return the name for a network whose matrices have the device, dtype and arithmetic of `like`."""
     device, dtype = like.weight.device, like.weight.dtype
     kernel = execution.kernel or choose_kernel(device, dtype, head_dim)
-    digests = {"native": native_digest, "triton": triton_digest}
+    digests: dict[str, Callable[[], str]] = {"native": native_digest, "triton": triton_digest}
     kernel = f"{kernel} {digests[kernel]()}" if kernel in digests else kernel
     products = like.arithmetic or fast_dtype(device, dtype)
     names = [device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(device)]

@@ -148,7 +148,7 @@ class Int8Linear(nn.Module):
         if x.values.dtype != torch.uint8:
             weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
             multiply = products.fp8_product if weight.dtype == products.FP8 else products.int8_product
-            return multiply(x.values, x.scale, weight, scale, dtype=x.dtype).view(*x.shape[:-1], -1)
+            return multiply(x.values, x.scale, weight, scale, dtype=x.dtype).view(*x.shape[:-1], len(weight))
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         out_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         product: Tensor = torch.ops.onednn.qlinear_pointwise(

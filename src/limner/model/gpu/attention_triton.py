@@ -136,10 +136,10 @@ def _as_kept(refs: AnyLayerKV, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None
     if isinstance(refs, LayerKV):
         return _last_contiguous(refs.k.to(q.dtype)), _last_contiguous(refs.v.to(q.dtype)), None, None, ""
     k, v = _last_contiguous(refs.k), _last_contiguous(refs.v)
-    scales = [x.float().contiguous() for x in (refs.k_scale, refs.v_scale)]
+    k_scale, v_scale = refs.k_scale.float().contiguous(), refs.v_scale.float().contiguous()
     if k.dtype == torch.int8:
-        return k, v, *scales, "int8"
-    return k.view(torch.uint8), v.view(torch.uint8), *scales, "fp8"
+        return k, v, k_scale, v_scale, "int8"
+    return k.view(torch.uint8), v.view(torch.uint8), k_scale, v_scale, "fp8"
 
 
 def _check(

@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limner.model.gpu import attention_triton
 
-__all__ = ["MARGIN", "attention_candidates", "capability", "choose", "products_candidates", "seconds"]
+__all__ = ["MARGIN", "attention_candidates", "capability", "choose", "products_candidates", "relative_error", "seconds"]
 
 _logger = logging.getLogger("limner")
 MARGIN = 1.15
@@ -127,14 +128,21 @@ def choose(
     return best
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return ||found - expected|| / ||expected||."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
 def seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """Return the shortest of five runs on a device, after two to warm up."""
+    """Return the shortest of five runs on a device, after two to warm up; 0 where torch has no CUDA to time it."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return 0.0
     call()
     call()
     best = float("inf")
     for _ in range(5):
-        if device.type == "cuda" and torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()

@@ -33,14 +33,14 @@ _WIDEST = 1 << 15
 """The widest row that a program holds in registers."""
 
 
-def runs(x: Tensor) -> bool:
+def runs(x: Tensor, *, width: int | None = None) -> bool:
     """Return True if these kernels take x: a GPU with Triton, no gradients being recorded, no `torch.compile`.
 
-    The latter makes such kernels itself, of torch's operators.
+    The latter makes such kernels itself, of torch's operators. `width` is what a program holds of a row; None: all of it.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return x.dtype in _DTYPES and x.shape[-1] <= _WIDEST and available(x.device)
+    return x.dtype in _DTYPES and (width or x.shape[-1]) <= _WIDEST and available(x.device)
 
 
 def norm_rope(

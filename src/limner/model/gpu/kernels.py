@@ -101,42 +101,15 @@ def _attend_part(
     return acc, total, top
 
 
+# fmt: off
 @triton.jit
 def attend(
-    q,
-    k_ref,
-    v_ref,
-    k_scale,
-    v_scale,
-    ref_bias,
-    k_own,
-    v_own,
-    own_bias,
-    out,
-    num_q,
-    num_ref,
-    num_own,
-    heads,
-    q_image,
-    q_row,
-    q_head,
-    kr_image,
-    kr_row,
-    kr_head,
-    vr_image,
-    vr_row,
-    vr_head,
-    scale_image,
-    scale_row,
-    ko_image,
-    ko_row,
-    ko_head,
-    vo_image,
-    vo_row,
-    vo_head,
-    out_image,
-    out_row,
-    out_head,
+    q, k_ref, v_ref, k_scale, v_scale, ref_bias, k_own, v_own, own_bias, out,
+    num_q, num_ref, num_own, heads,
+    q_image, q_row, q_head,
+    kr_image, kr_row, kr_head, vr_image, vr_row, vr_head, scale_image, scale_row,
+    ko_image, ko_row, ko_head, vo_image, vo_row, vo_head,
+    out_image, out_row, out_head,
     factor,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -150,6 +123,7 @@ def attend(
     EVEN_OWN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    # fmt: on
     """softmax(q [k_ref | k_own]^T / sqrt(D)) [v_ref | v_own] in one pass; `factor` is log2(e) / sqrt(D).
 
     Nothing is joined before and nothing merged after. References may be int8 or fp8 with a scale for each key and head,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limner.model.gpu import fused
-from limner.model.gpu.choice import choose, products_candidates, seconds
+from limner.model.gpu.choice import choose, products_candidates, relative_error, seconds
 
 __all__ = ["FP8", "choose_products", "fits", "fp8_product", "fp8_weight", "int8_product", "quantize", "quantize_plain"]
 
@@ -84,7 +84,7 @@ def int8_product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
         if rows < _LEAST_ROWS:
             part = torch.nn.functional.pad(part, (0, 0, 0, _LEAST_ROWS - rows))
         whole = torch._int_mm(part, weight.t())[:rows]
-        if fused.runs(place):
+        if fused.runs(place, width=1):  # some columns at a time
             fused.scale_product(whole, part_scale, weight_scale, place)
         else:
             torch.mul(whole.float(), part_scale * weight_scale, out=place)
@@ -120,9 +120,8 @@ def _choose(device: torch.device, dtype: torch.dtype) -> str | None:
 
     def check(name: str) -> float:
         values, scale, weight, weight_scale = operands = case(7, 64)[name]
-        found = run(name, operands).float()
         expected = (values.float() * scale) @ (weight.float() * weight_scale[:, None]).t()
-        return ((found - expected).norm() / expected.norm()).item()
+        return relative_error(run(name, operands), expected)
 
     def measure(name: str) -> float:
         operands = case(2048, 4096)[name]

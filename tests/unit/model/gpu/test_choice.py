@@ -101,6 +101,7 @@ def test_attention_on_a_card_is_checked_and_measured(monkeypatch: pytest.MonkeyP
     """On the CPU in place of a card: its flash kernel is right, one that forgets the log-sum-exp is not."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(choice, "attention_candidates", lambda *a: ["cudnn", "flash3", "flash", "sdpa"])
+    monkeypatch.setattr(attention, "CPU_KERNELS", attention.KERNELS)
     flash = with_lse.CALLS["flash"]
     monkeypatch.setitem(with_lse.CALLS, "cudnn", lambda q, k, v: (flash(q, k, v)[0], flash(q, k, v)[1] * 0))
     monkeypatch.setattr(choice, "seconds", lambda device, call: call() is None)
