@@ -127,8 +127,8 @@ def attend(
     """softmax(q [k_ref | k_own]^T / sqrt(D)) [v_ref | v_own] in one pass; `factor` is log2(e) / sqrt(D).
 
     Nothing is joined before and nothing merged after. References may be int8 or fp8 with a scale for each key and head,
-    applied to scores and weights; fp8 comes as
-    bytes that `FP8` says how to read. Biases are powers of 2 that are added to the scores of keys; -inf leaves a key out.
+    applied to scores and weights; fp8 comes as bytes, and `FP8` says how to read them. Biases are powers of 2, added to the
+    scores of keys; -inf leaves a key out.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     image = (tl.program_id(1) // heads).to(tl.int64)

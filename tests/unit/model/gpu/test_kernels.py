@@ -73,15 +73,18 @@ def test_attention_without_references_and_with_left_out_ones() -> None:
     assert attend(q, k, v, references=kept, kernel="triton")[:, :, 0].isnan().all()
 
 
-def test_attention_is_one_operator_of_a_compiled_graph() -> None:
+def test_attention_is_one_operator_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = views(1, 9, 2, 16, dtype=torch.float32, num=3)
-    kept = quantize_layer(LayerKV(*views(1, 7, 2, 16, dtype=torch.float32, num=2)), "int8")
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def step(q: Tensor) -> Tensor:
-        return attend(q * 2, k, v, references=kept, kernel="triton")
-
-    assert torch.equal(step(q), attend(q * 2, k, v, references=kept, kernel="triton"))
+    plain = LayerKV(*views(1, 7, 2, 16, dtype=torch.float32, num=2))
+    kept = [None, plain, quantize_layer(plain, "int8")]
+    expected = [attend(q, k, v, references=one, kernel="triton") for one in kept]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    called: list[int] = []
+    operator = torch.ops.limner.attend
+    monkeypatch.setattr(torch.ops.limner, "attend", lambda *args: (called.append(len(args[3])), operator(*args)))
+    for one, result in zip(kept, expected, strict=True):
+        assert torch.equal(attend(q, k, v, references=one, kernel="triton"), result)
+    assert called == [2, 2, 4]
 
 
 def test_attention_refuses_what_it_cannot_do() -> None:
