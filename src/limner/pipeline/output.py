@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner.images import CanvasReport, Preserved, ReferenceReport, to_pil
+from limner.images import CanvasReport, Preserved, ReferenceReport, side_by_side, to_pil
 from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
@@ -49,6 +49,18 @@ class PipelineOutput:
     warnings: tuple[str, ...] = ()
     canvas: tuple[CanvasReport, ...] = ()
     preserved: tuple[Preserved, ...] = ()
+
+    def __repr__(self) -> str:
+        shape = f"{self.metadata.get('width')}x{self.metadata.get('height')}"
+        seeds = ", ".join(map(str, self.seeds))
+        return (
+            f"PipelineOutput({len(self.seeds)} of {shape}, seeds {seeds}, references: {self.reference_cache}, "
+            f"{self.timings.total:.2f} s)"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """Show the pictures side by side in notebooks."""
+        return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:

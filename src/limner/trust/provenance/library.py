@@ -7,7 +7,7 @@ from typing import Any
 
 from limner.errors import MissingExtra
 
-__all__ = ["ASSERTION", "DEVELOPMENT_NAME", "require", "settings"]
+__all__ = ["ASSERTION", "DEVELOPMENT_NAME", "has_c2pa", "require", "settings"]
 
 ASSERTION = "limner.generation"
 """Label of the assertion with a picture's metadata."""
@@ -27,6 +27,11 @@ def settings(*, trust: bytes | None = None) -> dict[str, Any]:
         "trust": {"user_anchors": trust.decode("ascii", "replace")} if trust else {},
         "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
     }
+
+
+def has_c2pa() -> bool:
+    """Return True if the c2pa library is installed."""
+    return importlib.util.find_spec("c2pa") is not None
 
 
 def require(module: str, *, package: str) -> None:
