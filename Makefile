@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo docs first-hour serve attack fuzz test test-clients test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo docs first-hour serve attack fuzz test test-clients test-gpu-kernels test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,10 @@ test-clients: $(READY)
 	-test -x build/clients/litellm/bin/litellm || { $(PYTHON) -m venv build/clients/litellm && \
 	    build/clients/litellm/bin/pip install --quiet --disable-pip-version-check litellm==1.110.2; }
 	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py
+
+# The Triton kernels compiled for every card, without one; prints registers, shared memory and spills (a few minutes).
+test-gpu-kernels: $(READY)
+	LIMNER_COMPILE=1 $(BIN)/python -m pytest -s tests/unit/model/gpu
 
 # Start and stop Ray clusters on this machine, one test after another.
 test-ray: $(READY)

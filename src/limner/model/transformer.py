@@ -7,7 +7,12 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+=======
 from collections.abc import Callable, Iterable, Iterator
+>>>>>>> main
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -19,8 +24,8 @@ from limner.model.arithmetic import Linear
 from limner.model.attention import KeyWeights
 from limner.model.context import BlockContext, Execution, Staging
 from limner.model.fingerprint import arithmetic_name
-from limner.model.int8 import Int8Linear
-from limner.model.kv import LayerKV, ReferenceKV
+from limner.model.int8 import Int8Linear, settle_products
+from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
 from limner.model.shards import Ranks, RecordedTokens
@@ -29,8 +34,12 @@ from limner.tokens import TokenLayout
 
 __all__ = ["RefWeights", "Transformer"]
 
+<<<<<<< HEAD
+_logger = logging.getLogger("limner")
+=======
 RefWeights = tuple[tuple[int, float], ...] | None
 """(tokens, weight) of each reference; None: all weights are 1."""
+>>>>>>> main
 _Block = TypeVar("_Block", bound=nn.Module)
 
 
@@ -106,6 +115,16 @@ class Transformer(nn.Module):
         """ "int8" if the blocks' matrices are `Int8Linear`, else None."""
         return "int8" if any(isinstance(module, Int8Linear) for module in self.modules()) else None
 
+    def settle(self) -> None:
+        """Try and measure the kernels of a GPU now, not in a step, and round int8 weights to fp8 where that is faster.
+
+        To be called when the weights are where they stay. On other devices nothing is done.
+        """
+        if self.device.type == "cuda":
+            if self.execution.ranks.alone:  # several processes would have to agree
+                settle_products(self, self.dtype)
+            _logger.info("arithmetic: %s", self.arithmetic)
+
     def use_arithmetic(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of matrix products (float32, or that of the weights); None lets the device choose."""
         for module in self.modules():
@@ -116,11 +135,12 @@ class Transformer(nn.Module):
         """Return the rotary table of positions `ids` (S, 4)."""
         return rope_table(ids.to(self.device), axes=self.config.rope_axes, theta=self.config.rope_theta)
 
-    def prefill(self, ref_tokens: Tensor, ref_ids: Tensor) -> ReferenceKV:
+    def prefill(self, ref_tokens: Tensor, ref_ids: Tensor, *, quantization: str | None = None) -> ReferenceKV:
         """Return the K/V of reference tokens (1, S_ref, in_channels) at positions `ref_ids` (S_ref, 4), in every layer.
 
         References attend to references only and are modulated at noise level 0, so the result depends on weights and
-        references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training.
+        references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training. With
+        `quantization` (`kv.KV_FORMATS`) each layer is quantized as soon as it is there: never two of them are wide.
         """
         slices = self.execution.ranks.token_slices(ref_tokens.shape[1])
         ref_tokens = slices.own(ref_tokens, 0)
@@ -130,17 +150,21 @@ class Transformer(nn.Module):
         mod_double = self.double_stream_modulation_img(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
 
-        layers: list[LayerKV] = []
+        layers: list[AnyLayerKV] = []
+
+        def keep(layer: LayerKV) -> None:
+            layers.append(layer if quantization is None else quantize_layer(layer, quantization))
+
         *single, last = self.single_transformer_blocks
         ref = self.x_embedder(ref_tokens)
         for block in self._staged(DoubleBlock, self.transformer_blocks):
             ref, kv = block.prefill(ref, mod=mod_double, context=context)
-            layers.append(kv)
+            keep(kv)
         for single_block in self._staged(SingleBlock, single):
             ref, kv = single_block.prefill(ref, mod=mod_single, context=context)
-            layers.append(kv)
+            keep(kv)
         for last_block in self._staged(SingleBlock, [last]):
-            layers.append(last_block.prefill_last(ref, mod=mod_single, context=context))
+            keep(last_block.prefill_last(ref, mod=mod_single, context=context))
         return ReferenceKV(layers=tuple(layers))
 
     def forward(

@@ -141,6 +141,7 @@ def load(
         after=after,
         ranks=ranks,
     )
+    transformer.settle()
     report("load", 1, 3)
     autoencoder = load_autoencoder(
         sources["vae"], dtype=dtype, device=device, like=like["vae"], variant=variant, after=after

@@ -157,6 +157,8 @@ class Networks:
             for part in (self.transformer, self.autoencoder, self.text_encoder):
                 with nullcontext() if is_cast else self.digests.moving(part):
                     part.to(target)
+                    if part is self.transformer:
+                        self.transformer.settle()
         self.text_encoder.rebuild_rotary()
         self.adopt()
 

@@ -163,7 +163,7 @@ class Prefiller:
             workload = Workload(size=(PIXELS, PIXELS), references=sizes)
             ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
-                kv = networks.transformer.prefill(ref_tokens, ids)
+                kv = networks.transformer.prefill(ref_tokens, ids, quantization=networks.kv_cache_dtype)
         return self._make(kv, prepared, weights=weights, seconds=clock.lap())
 
     def _make(
@@ -176,6 +176,7 @@ class Prefiller:
             kernel=networks.arithmetic,
             quantization=None if joint else networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
+            dtype=networks.dtype,
             prefill_seconds=seconds,
             shard=None if joint else networks.reference_shard,
         )

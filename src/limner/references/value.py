@@ -56,17 +56,19 @@ class References(ReferenceKV):
         kernel: str,
         quantization: str | None,
         reports: tuple[ReferenceReport, ...],
+        dtype: torch.dtype | None = None,
         prefill_seconds: float = 0.0,
         shard: tuple[int, int] | None = None,
     ) -> References:
-        """Return the result of a prefill as References: quantized if asked for, with its content key.
+        """Return the result of a prefill as References: quantized if asked for and not done yet, with its content key.
 
-        `kernel` names the arithmetic that computed `kv`.
+        `kernel` names the arithmetic that computed `kv`; `dtype` is that of K/V before they were quantized, by default
+        theirs.
         """
-        dtype = kv.layers[0][0].dtype
+        dtype = dtype or kv.layers[0][0].dtype
         layers = kv.layers
         if quantization is not None:
-            layers = tuple(quantize_layer(layer, quantization) for layer in kv.kv if isinstance(layer, LayerKV))
+            layers = tuple(quantize_layer(x, quantization) if isinstance(x, LayerKV) else x for x in kv.kv)
         made = cls(
             layers=layers,
             key="",
