@@ -76,7 +76,11 @@ class Admission:
 
     def fits(self, references: Sequence[PreparedReference], *, size: tuple[int, int], batch: int) -> bool:
         """Whether `batch` images of a size over these references fit in memory."""
-        return self.model.memory_needed(**self._num_tokens(references, size=size, batch=batch)) <= self.memory_bytes
+        return self.needed(references, size=size, batch=batch) <= self.memory_bytes
+
+    def needed(self, references: Sequence[PreparedReference], *, size: tuple[int, int], batch: int) -> int:
+        """Bytes that `batch` images of a size over these references may take."""
+        return self.model.memory_needed(**self._num_tokens(references, size=size, batch=batch))
 
     def _num_tokens(
         self, references: Sequence[PreparedReference], *, size: tuple[int, int], batch: int

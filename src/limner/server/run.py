@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
 import signal
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from limner.engine import Engine
 from limner.engine.load import load_in_thread
 from limner.errors import OutputError
+from limner.memory.free import spare_garbage_collector
 from limner.options import ServeOptions
 from limner.pipeline import Pipeline
 from limner.server import descriptors
@@ -80,15 +80,6 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
         raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
 
 
-def spare_garbage_collector() -> None:
-    """Let Python's collector of cycles leave alone what is there now: modules and networks, half a million objects.
-
-    They live as long as the process. Going through all of them held every thread for a quarter of a second, now and then.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 def _check_port(host: str, port: int) -> None:
     """Raise `OutputError` if the port cannot be listened at, before a model is loaded for nothing."""
     try:
@@ -136,12 +127,13 @@ def make_server(
     """Return uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.http.connection import Handshake, HastyProtocol
+    from limner.server.http.connection import Handshake, HastyProtocol, Intake
 
     most = descriptors.max_connections()
 
     class Protocol(HastyProtocol):
         max_connections = most
+        intake = Intake()
 
     class Config(uvicorn.Config):
         def load(self) -> None:
