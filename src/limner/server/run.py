@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -39,6 +40,8 @@ __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
 _logger = logging.getLogger("limner.server")
 _STANDBY_SECONDS = 1.0
+_MAX_BACKLOG = 512
+"""Connections that wait until they are accepted."""
 _SWITCH_SECONDS = 0.001
 """The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
@@ -146,6 +149,13 @@ def make_server(
                 )
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for server in self.servers:
+                for listening in server.sockets:  # asyncio has one number for those that wait and those of a round
+                    with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                        same.listen(_MAX_BACKLOG)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.service.refuse()  # before it waits for callers whose jobs run
             await super().shutdown(sockets)
@@ -156,7 +166,9 @@ def make_server(
             host=host,
             port=port,
             http=Protocol,
-            backlog=max(16, min(512, descriptors.reserved() // 2)),  # so many are accepted before one is counted
+            backlog=max(
+                16, min(64, descriptors.reserved() // 2)
+            ),  # accepted in a round of the loop, before one is counted
             loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,

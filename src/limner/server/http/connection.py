@@ -175,6 +175,8 @@ class HastyProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _make_room(self) -> None:
+        if len(self.connections) <= self.max_connections:  # those that close included: nobody has to be looked at
+            return
         others = [one for one in self.connections if isinstance(one, HastyProtocol) and one is not self]
         others = [one for one in others if not one.transport.is_closing()]
         if len(others) < self.max_connections:
