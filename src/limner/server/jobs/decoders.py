@@ -104,6 +104,7 @@ class Decoders:
         The place is held until the work ends or its time is over, whether or not its caller still waits.
         """
         loop, is_left, started = future.get_loop(), False, time.monotonic()
+        timer = loop.call_later(min(_SHORT_SECONDS, self._seconds), lambda: check())
 
         def check() -> None:
             nonlocal is_left, timer
@@ -139,7 +140,6 @@ class Decoders:
                 loop.call_soon_threadsafe(settle, done)
 
         thread = threading.Thread(target=decode, name="limner-decoder", daemon=True)
-        timer = loop.call_later(min(_SHORT_SECONDS, self._seconds), check)
         try:
             thread.start()
         except RuntimeError as error:  # the machine has no thread left

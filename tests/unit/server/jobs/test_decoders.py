@@ -95,26 +95,40 @@ def test_owners_share_the_places() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
 def test_long_work_steps_back_and_has_the_longer_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    released, niceness = threading.Event(), os.getpriority(os.PRIO_PROCESS, 0)
+    stepped_back, niceness = threading.Event(), os.getpriority(os.PRIO_PROCESS, 0)
 
     def own() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    def long() -> tuple[int, int]:
-        before = own()
-        assert released.wait(60)
-        return before, own()
+    def long() -> int:
+        assert stepped_back.wait(60)
+        return own()
+
+    def worked(thread: threading.Thread, taken: float) -> float:
+        stepped_back.set()
+        return 0.0  # it only waited for a processor
+
+    async def run() -> None:
+        decoders = Decoders(seconds=15)
+        monkeypatch.setattr("limner.server.jobs.decoders._worked", worked)
+        assert await decoders.run(long, field="image") == max(niceness, 10)
+        assert await decoders.run(own, field="image") == niceness
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_waiting_for_a_processor_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    told = iter([0.0, 0.04, 0.06])
 
     async def run() -> None:
         decoders = Decoders(seconds=0.05)
-        monkeypatch.setattr(
-            "limner.server.jobs.decoders._worked", lambda thread, taken: taken / 2
-        )  # no processor is free
-        working = asyncio.create_task(decoders.run(long, field="image"))
-        await asyncio.sleep(0.075)
+        monkeypatch.setattr("limner.server.jobs.decoders._PATIENCE", 1e6)
+        monkeypatch.setattr("limner.server.jobs.decoders._worked", lambda thread, taken: next(told))
+        with pytest.raises(InvalidRequest, match=r"reading it took over 0\.05 s"):
+            await decoders.run(released.wait, field="image")
+        assert next(told, None) is None  # it was looked at again
         released.set()
-        assert await working == (niceness, max(niceness, 10))
-        assert await decoders.run(own, field="image") == niceness
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
