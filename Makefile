@@ -90,7 +90,7 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
-# What one caller can do to the others: each attack for 20 seconds, about half an hour with nothing else running.
+# What one caller can do to the others: each attack for 8 seconds, about 10 minutes with nothing else running.
 attack: $(READY)
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 

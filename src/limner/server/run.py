@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from limner.engine import Engine
 from limner.engine.load import load_in_thread
 from limner.errors import OutputError
+from limner.memory.free import spare_garbage_collector
 from limner.options import ServeOptions
 from limner.pipeline import Pipeline
 from limner.server import descriptors
@@ -39,6 +40,8 @@ __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
 _logger = logging.getLogger("limner.server")
 _STANDBY_SECONDS = 1.0
+_MAX_BACKLOG = 512
+"""Connections that wait until they are accepted."""
 _SWITCH_SECONDS = 0.001
 """The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
@@ -80,15 +83,6 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
         server.run()
     if not server.started:
         raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
-
-
-def spare_garbage_collector() -> None:
-    """Let Python's collector of cycles leave alone what is there now: modules and networks, half a million objects.
-
-    They live as long as the process. Going through all of them held every thread for a quarter of a second, now and then.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _check_port(host: str, port: int) -> None:
@@ -138,12 +132,13 @@ def make_server(
     """Return uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.http.connection import Handshake, HastyProtocol
+    from limner.server.http.connection import Handshake, HastyProtocol, Intake
 
     most = descriptors.max_connections()
 
     class Protocol(HastyProtocol):
         max_connections = most
+        intake = Intake()
 
     class Config(uvicorn.Config):
         def load(self) -> None:
@@ -156,6 +151,13 @@ def make_server(
                 )
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for server in self.servers:
+                for listening in server.sockets:  # asyncio has one number for those that wait and those of a round
+                    with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                        same.listen(_MAX_BACKLOG)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.service.refuse()  # before it waits for callers whose jobs run
             await super().shutdown(sockets)
@@ -166,7 +168,9 @@ def make_server(
             host=host,
             port=port,
             http=Protocol,
-            backlog=max(16, min(512, descriptors.reserved() // 2)),  # so many are accepted before one is counted
+            backlog=max(
+                16, min(64, descriptors.reserved() // 2)
+            ),  # accepted in a round of the loop, before one is counted
             loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,

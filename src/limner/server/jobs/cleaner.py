@@ -21,7 +21,10 @@ _logger = logging.getLogger("limner.server")
 
 
 class Cleaner:
-    """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired."""
+    """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired.
+
+    Free memory is given back every `give_back_every` seconds.
+    """
 
     def __init__(
         self,
@@ -29,18 +32,21 @@ class Cleaner:
         jobs: JobStore,
         offload: Offload,
         every: float,
+        give_back_every: float,
         keep_jobs: float,
         adopt_lost: Callable[[], Awaitable[None]],
     ) -> None:
         self._jobs = jobs
         self._offload = offload
         self._every = every
+        self._give_back_every = give_back_every
         self._keep_jobs = keep_jobs
         self._adopt_lost = adopt_lost
         self._tasks = Tasks()
 
     def start(self) -> None:
         self._tasks.spawn(self._run())
+        self._tasks.spawn(self._give_back())
 
     async def stop(self) -> None:
         await self._tasks.cancel()
@@ -50,7 +56,11 @@ class Cleaner:
             try:
                 await self._offload.store(self._jobs.clean, forget_seconds=self._keep_jobs)
                 await self._adopt_lost()
-                await self._offload.run(give_back)
             except (LimnerError, OSError):
                 _logger.exception("old results could not be removed")
             await asyncio.sleep(self._every)
+
+    async def _give_back(self) -> None:
+        while True:
+            await self._offload.run(give_back)
+            await asyncio.sleep(self._give_back_every)

@@ -22,5 +22,6 @@ class RunnerSettings:
     keep_jobs: float = 86400.0
     drain: float = ServiceOptions.drain
     clean_every: float = 60.0
+    give_back_every: float = 10.0
     webhooks: Delivery = field(default_factory=Delivery)
     images_per_key: int | None = ServiceOptions.images_per_key

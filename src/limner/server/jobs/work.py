@@ -76,6 +76,7 @@ class JobWork:
             jobs=jobs,
             offload=offload,
             every=settings.clean_every,
+            give_back_every=settings.give_back_every,
             keep_jobs=settings.keep_jobs,
             adopt_lost=runner.adopt_lost,
         )
