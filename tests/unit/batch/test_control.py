@@ -114,6 +114,23 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
     assert found[-1]["warnings"][0].startswith("mask: it is black everywhere")
 
 
+def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline) -> None:
+    write(rows, ROWS[1:5])
+    left = []
+
+    def look(done: int, of: int, failed: int) -> None:
+        pipe.store.flush()
+        left.append(len(list((rows / "out" / ".limner-batch" / "store").glob("*.safetensors"))))
+
+    run(rows, pipe, look)
+    assert max(left) == 2  # K/V of a group, and the tokens of a canvas
+    with Batch(BatchOptions(manifest=rows / "rows.jsonl", folder=rows / "again")) as batch:
+        pipe.store = batch.store
+        batch.draw(pipe, batch.plan(pipe))
+        batch.store.flush()
+        assert not list((rows / "again" / ".limner-batch" / "store").glob("*.safetensors"))
+
+
 def test_a_mask_that_changes_while_it_runs(rows: Path, pipe: Pipeline) -> None:
     with Batch(BatchOptions(manifest=rows / "rows.jsonl", folder=rows / "out")) as batch:
         pipe.store = batch.store
