@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from limner.cli.options import Commands, add_json, add_options, from_args
 from limner.cli.output import BatchProgress, print_result
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError, RemoteError
 from limner.options import ModelOptions, StoreOptions
 
@@ -30,10 +31,15 @@ _NUM_SHOWN = 10
 
 def add_commands(commands: Commands) -> None:
     """Add `batch`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "batch",
         help="draw all rows of a manifest; goes on where it was stopped",
         description="Draw all rows of a manifest; run again, it goes on where it was stopped. Exit code 1 if a row failed.",
+        examples=(
+            "limner batch rows.jsonl -o drawn",
+            "limner batch rows.jsonl -o drawn --images-at-once 4 --format webp",
+        ),
     )
     parser.add_argument(
         "manifest",

@@ -6,16 +6,19 @@ Owns the table. The numbers are `limner.memory`'s.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.cli.options import DTYPES, Commands, add_json, add_options, check_at_least, size
 from limner.cli.output import print_result
+from limner.cli.parser import add_command
 from limner.grid import check_size
-from limner.kinds import ISOLATED, ModelKind, guides
+from limner.kinds import guides
 from limner.options import ModelOptions
 
 if TYPE_CHECKING:
     from limner.config import ModelGeometry
+    from limner.kinds import ModelKind
     from limner.memory import Formats, MemoryPlan, Request, Staging
 
 __all__ = ["add_commands", "plan"]
@@ -23,13 +26,20 @@ __all__ = ["add_commands", "plan"]
 
 def add_commands(commands: Commands) -> None:
     """Add `plan`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
         help="how much memory a request takes, and the cheapest setting that fits",
         description="The budget of memory of a request, by component and phase, without loading or computing anything.",
+        examples=(
+            "limner plan --model klein-9b --references 2 --memory 24GiB",
+            "limner plan --model klein-4b --size 512x512 --device cuda",
+        ),
     )
     parser.add_argument(
-        "--model", metavar="MODEL", help="klein-9b, klein-4b, a folder or hub id; default: the bundled one"
+        "--model",
+        metavar="MODEL",
+        help="klein-9b-kv or another short name, a folder or hub id; default: the bundled one",
     )
     parser.add_argument(
         "--references", type=int, default=0, metavar="N", help="number of references (default: %(default)s)"
@@ -125,10 +135,11 @@ def _request(args: argparse.Namespace, kind: ModelKind) -> Request:
 
 def _geometry(model: str | None) -> tuple[ModelGeometry, bool, ModelKind]:
     """Return a geometry by name or from a folder's configurations, whether its transformer is int8, and the kind."""
-    from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+    from limner.config import AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+    from limner.models import published
 
-    if model is not None and model.lower() in MODELS:
-        return MODELS[model.lower()], False, ISOLATED
+    if model is not None and not Path(model).exists() and (known := published(model)):
+        return known.geometry, False, known.kind
     from limner.weights.folder import find_kind, read_json, resolve_model
 
     folder = resolve_model(model)
