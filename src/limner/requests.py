@@ -26,6 +26,7 @@ __all__ = [
     "check_guidance",
     "check_length",
     "check_prompt",
+    "with_mask",
 ]
 
 MAX_STEPS = 100
@@ -107,3 +108,9 @@ def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     check_length("prompt", text)
     if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+
+
+def with_mask(error: InvalidRequest) -> InvalidRequest:
+    """Return an error in the words of callers whose field for `mask_image` is `mask`."""
+    field = "mask" if error.field == "mask_image" else error.field
+    return InvalidRequest(field, error.problem.replace("mask_image", "mask"))

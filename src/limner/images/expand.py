@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from limner.errors import InvalidRequest
 from limner.images.limits import MAX_DECODED_PIXELS
 
-__all__ = ["ANCHORS", "OVERLAP", "expand_canvas"]
+__all__ = ["ANCHORS", "OVERLAP", "expand_canvas", "expanded_size"]
 
 OVERLAP = 16
 """Pixels of the old picture beside the new area that are drawn again, which hides the seam: the side of a token."""
@@ -55,6 +55,20 @@ def expand_canvas(
     kept = [(overlap if new else 0) for new in margins]
     mask[top + kept[1] : top + height - kept[3], left + kept[0] : left + width - kept[2]] = 0
     return _filled(picture, margins), mask
+
+
+def expanded_size(
+    old: tuple[int, int],
+    *,
+    expand: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+    anchor: str = "center",
+    overlap: int = OVERLAP,
+) -> tuple[int, int]:
+    """Return the (width, height) that `expand_canvas` gives to a picture of size `old`. Raises as it does."""
+    margins = _margins(old, expand=expand, size=size, anchor=anchor)
+    _check_overlap(overlap, old, margins)
+    return old[0] + margins[0] + margins[2], old[1] + margins[1] + margins[3]
 
 
 def _filled(picture: Image.Image, margins: tuple[int, int, int, int]) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -66,6 +67,14 @@ class Preserved:
     drift_colour: tuple[float, float, float]
     share_kept: float
     change: Image.Image
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report without the pictures, for JSON."""
+        return {
+            "drift_pixels": list(self.drift_pixels),
+            "drift_colour": list(self.drift_colour),
+            "share_kept": round(self.share_kept, 6),
+        }
 
     def describe(self) -> str:
         """Return the report as one line of text."""

@@ -27,6 +27,7 @@ __all__ = [
     "PreparedReference",
     "ReferenceReport",
     "background_colour",
+    "prepare_canvas",
     "prepare_reference",
     "prepare_references",
     "put_back",
@@ -139,6 +140,36 @@ def prepare_reference(
     """
     if isinstance(image, PreparedReference):
         return image
+    read = _read(image, policy=policy, field=field, ask_background=ask_background)
+    fitted = fit_picture(read.rgb, policy, field=read.field)
+    return _prepared(read, fitted.image, resized_to=fitted.resized_to, cut=fitted.cut, added=fitted.added)
+
+
+def prepare_canvas(
+    image: Picture, *, policy: ReferencePolicy, field: str = "canvas", ask_background: str = _ASK_BACKGROUND
+) -> PreparedReference:
+    """Return a picture that is repainted: upright sRGB without transparency, at its own size, on no grid and under no cap.
+
+    What is refused of a reference is refused of it too. Raises `InvalidRequest` that names `field`.
+    """
+    if isinstance(image, PreparedReference):
+        return image
+    read = _read(image, policy=policy, field=field, ask_background=ask_background)
+    return _prepared(read, read.rgb)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Read:
+    """A picture as RGB and upright, what was done to it, and how messages name it."""
+
+    rgb: Image.Image
+    size: tuple[int, int]
+    oriented: bool
+    profile: str | None
+    field: str
+
+
+def _read(image: PictureSource, *, policy: ReferencePolicy, field: str, ask_background: str) -> _Read:
     opened, field = open_picture(image, field=field)
     converted, profile = to_srgb(opened)
     try:
@@ -151,20 +182,30 @@ def prepare_reference(
         problem = str(error).removeprefix(f"{field}: ")
         raise InvalidRequest(field, f"{problem} (its colour profile: {profile})") from None
     _check_size(rgb.size, policy, field=field)
-    fitted = fit_picture(rgb, policy, field=field)
-    data = fitted.image.tobytes()
+    return _Read(rgb=rgb, size=opened.size, oriented=oriented, profile=profile, field=field)
+
+
+def _prepared(
+    read: _Read,
+    image: Image.Image,
+    *,
+    resized_to: tuple[int, int] | None = None,
+    cut: Box = (0, 0, 0, 0),
+    added: Box = (0, 0, 0, 0),
+) -> PreparedReference:
+    data = image.tobytes()
     return PreparedReference(
         data=data,
         report=ReferenceReport(
-            original_size=opened.size,
-            oriented=oriented,
-            resized_to=fitted.resized_to,
-            cut=fitted.cut,
-            processed_size=fitted.image.size,
-            digest=_digest(data, fitted.image.size),
-            added=fitted.added,
-            upright_size=None if rgb.size == opened.size else rgb.size,
-            profile=profile,
+            original_size=read.size,
+            oriented=read.oriented,
+            resized_to=resized_to,
+            cut=cut,
+            processed_size=image.size,
+            digest=_digest(data, image.size),
+            added=added,
+            upright_size=None if read.rgb.size == read.size else read.rgb.size,
+            profile=read.profile,
         ),
     )
 

@@ -79,15 +79,17 @@ def attend(
     v_BSHD: Tensor,
     *,
     references: AnyLayerKV | None = None,
-    weights: KeyWeights | None = None,
+    weights: KeyWeights | list[KeyWeights | None] | None = None,
     kernel: str | None = None,
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 
     K/V of `references` have batch 1 or B. `weights` multiply the softmax's terms of some keys: log w is added to their
-    scores. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or the differentiable one while
-    gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
+    scores; a list has those of each image. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or
+    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
     """
+    if isinstance(weights, list):
+        return _by_weights(q_BSHD, k_BSHD, v_BSHD, references, weights, kernel)
     if kernel is None:
         records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
@@ -97,6 +99,21 @@ def attend(
     if kernel == "native":
         return _native(q_BSHD, parts)
     return _PLAIN[kernel](q_BSHD, [(kv.dense(v_BSHD.dtype), bias) for kv, bias in parts])
+
+
+def _by_weights(
+    q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None, weights: list[KeyWeights | None], kernel: str | None
+) -> Tensor:
+    """Neighbours of equal weights together: each image as alone, from the same K/V."""
+    outs, start = [], 0
+    for one, images in groupby(weights):
+        rows = slice(start, start + len(list(images)))
+        start = rows.stop
+        held = references
+        if held is not None and len(held[0]) > 1:
+            held = type(held)(*(x[rows] for x in held))
+        outs.append(attend(q[rows], k[rows], v[rows], references=held, weights=one, kernel=kernel))
+    return torch.cat(outs)
 
 
 class KeyWeights(NamedTuple):

@@ -51,5 +51,5 @@ class BlockContext:
     layout: TokenLayout
     kernel: str | None
     slices: TokenSlices
-    weights: KeyWeights | None = None
-    """Weights of the keys of references; None: all are 1."""
+    weights: KeyWeights | list[KeyWeights | None] | None = None
+    """Weights of the keys of references, of all images or of each; None: all are 1."""

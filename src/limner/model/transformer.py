@@ -7,7 +7,7 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -27,8 +27,10 @@ from limner.model.shards import Ranks, RecordedTokens
 from limner.model.transfer import layer_kv
 from limner.tokens import TokenLayout
 
-__all__ = ["Transformer"]
+__all__ = ["RefWeights", "Transformer"]
 
+RefWeights = tuple[tuple[int, float], ...] | None
+"""(tokens, weight) of each reference; None: all weights are 1."""
 _Block = TypeVar("_Block", bound=nn.Module)
 
 
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         references: ReferenceKV | None = None,
         ref_tokens: Tensor | None = None,
         ref_ids: Tensor | None = None,
-        ref_weights: Sequence[tuple[int, float]] | None = None,
+        ref_weights: RefWeights | list[RefWeights] = None,
         rope: Rope | None = None,
         kept: Callable[[LayerKV], None] | None = None,
     ) -> Tensor:
@@ -160,11 +162,10 @@ class Transformer(nn.Module):
 
         `references` are the K/V of isolated references, shared by the batch. Joint ones are `ref_tokens` (1 or B, S_ref,
         in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `ref_weights` are (tokens, weight) of
-        each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it.
-        `rope`, if given, is the table of
-        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` is called with the K/V (B, S_ref, H, D) that joint
-        references have at this noise level, layer by layer. Raises `ValueError` for references of another number of
-        layers.
+        each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it. A
+        list has those of each image. `rope`, if given, is the table of [txt_ids, img_ids, ref_ids], computed once for all
+        steps. `kept` is called with the K/V (B, S_ref, H, D) that joint references have at this noise level, layer by
+        layer. Raises `ValueError` for references of another number of layers.
         """
         if ref_tokens is None:
             ref_tokens, ref_ids = img_tokens[:, :0], img_ids[:0]
@@ -177,12 +178,18 @@ class Transformer(nn.Module):
         layout = TokenLayout(num_txt=num_txt, num_img=num_img, num_ref=num_ref)
         if kept is not None:
             slices = RecordedTokens(layout.ref, kept)
-        weights = None
-        if ref_weights is not None:
-            own = ((num_txt + num_img, 1.0), *ref_weights)
-            weights = KeyWeights(own=own) if num_ref else KeyWeights(cached=tuple(ref_weights))
+
+        def weights_of(image: RefWeights) -> KeyWeights | None:
+            if image is None:
+                return None
+            return KeyWeights(own=((num_txt + num_img, 1.0), *image)) if num_ref else KeyWeights(cached=image)
+
         context = BlockContext(
-            rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices, weights=weights
+            rope=slices.rope(rope),
+            layout=layout,
+            kernel=self.kernel,
+            slices=slices,
+            weights=[*map(weights_of, ref_weights)] if isinstance(ref_weights, list) else weights_of(ref_weights),
         )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)

@@ -16,17 +16,18 @@ from limner.kinds import guides
 from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
-from limner.pipeline.canvas import open_canvas
-from limner.pipeline.control import check_reference_guidance, check_weights
+from limner.pipeline.canvas import open_canvases
+from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
+from limner.pipeline.repaint import canvas_sizes, canvas_warnings, drawn_levels, of_images
 from limner.pipeline.velocity import reuse_bytes
 from limner.references import References
-from limner.requests import Control, EditRequest, check_guidance, check_length, check_prompt
+from limner.requests import Control, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
 
-__all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
+__all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers"]
 
 _logger = logging.getLogger("limner")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -94,7 +95,7 @@ class ArgumentChecker:
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
         control, num_prompts = control or {}, len(prompts or ())
-        canvas, image = open_canvas(
+        canvases, image = open_canvases(
             control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
         )
         pictures = self.prefiller.prepare(image) if image is not None else ()
@@ -109,17 +110,22 @@ class ArgumentChecker:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
-        size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
-        if canvas is not None:
-            size = _check_canvas_size(canvas.size, width=width, height=height)
-            warnings += canvas.warnings
+        size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
+        for drawn in canvas_sizes(canvases):
+            _check_canvas_size(drawn, width=width, height=height)
+        canvases = of_images(canvases, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt)
+        warnings += canvas_warnings(canvases)
         warnings += missing_pictures(prompts or (), num_references=len(sizes))
         workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
         loras = networks.adapters.applied
         self._check_memory(workload, reuse=reuse, guidance_scale=guidance_scale)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
-        levels = levels if canvas is None else canvas.sigmas(levels)
-        weights = self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1)
+        levels = drawn_levels(canvases, levels)
+        weights = of_images(
+            self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1),
+            num_prompts=num_prompts,
+            num_images_per_prompt=num_images_per_prompt,
+        )
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
@@ -140,7 +146,7 @@ class ArgumentChecker:
             reuse=reuse if workload.references else None,
             reference_weights=weights,
             reference_guidance=check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes)),
-            canvas=canvas,
+            canvases=canvases,
             loras=loras,
             output_type=output_type,
             callback=callback,
@@ -207,16 +213,20 @@ class ArgumentChecker:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
 
-    def _check_weights(
-        self, control: Control, *, num_references: int, num_steps: int
-    ) -> tuple[tuple[float, ...], ...] | None:
-        networks = self.prefiller.networks
-        weights = check_weights(control.get("reference_weights"), num_references=num_references, num_steps=num_steps)
-        if weights is not None and networks.kind.joint and networks.ranks.mode == "sequence":
+    def _check_weights(self, control: Control, *, num_references: int, num_steps: int) -> tuple[Weights | None, ...]:
+        """Return the weights for all prompts, or for each; () if there are none."""
+        networks, given = self.prefiller.networks, control.get("reference_weights")
+        found = tuple(
+            check_weights(one, num_references=num_references, num_steps=num_steps)
+            for one in (given if isinstance(given, PerPrompt) else (given,))
+        )
+        if all(one is None for one in found):
+            return ()
+        if networks.kind.joint and networks.ranks.mode == "sequence":
             raise InvalidRequest(
                 "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
             )
-        return weights
+        return found
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -231,27 +241,6 @@ class ArgumentChecker:
                 "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
                 "one with limner.model.preview.LatentPreview.fit, give preview_decoder, or ask for denoised and decode it",
             )
-
-
-def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
-    """Return the first of requests that can be drawn together. Raises `InvalidRequest` if they cannot.
-
-    Together are drawn requests with the same references, size and number of steps, and a seed at least.
-    """
-    if not requests:
-        raise InvalidRequest("requests", "there are none; give at least one")
-    first = requests[0]
-    for request in requests:
-        if not request.seeds:
-            raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
-            if getattr(request, field) != getattr(first, field):
-                raise InvalidRequest(
-                    field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
-                )
-        if [r.report.digest for r in request.references] != [r.report.digest for r in first.references]:
-            raise InvalidRequest("references", "those of the requests differ; draw such requests one after another")
-    return first
 
 
 def check_given(references: References, prefiller: Prefiller) -> References:
@@ -403,12 +392,11 @@ def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, i
     return width, check_size("height", default[1] if height is None else height)
 
 
-def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> tuple[int, int]:
-    """Return the size in which a canvas is drawn. Raises `InvalidRequest` where another one is asked for."""
+def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> None:
+    """Raise `InvalidRequest` where another size is asked for than that in which a canvas is drawn."""
     for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
         if given is not None and given != drawn:
             raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
-    return size
 
 
 def _check_count(name: str, value: int) -> None:

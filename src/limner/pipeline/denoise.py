@@ -16,6 +16,7 @@ from limner.model.preview import Preview
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
+from limner.pipeline.repaint import token_masks
 from limner.pipeline.velocity import Velocity
 from limner.references import References
 from limner.schedule import euler_step
@@ -74,7 +75,7 @@ def denoise(
     preview: Preview | None,
     interrupted: Callable[[], bool],
 ) -> Batch:
-    """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1, S_img, C) of a canvas.
+    """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1 or B, S_img, C) of canvases.
 
     After a step for which `interrupted()` is true the others are left out.
 
@@ -83,9 +84,7 @@ def denoise(
     device, velocity_of = networks.device, Velocity(networks, request, references)
     sigmas, surroundings, tokens = request.sigmas.to(device), None, pack(noise)
     if canvas is not None:
-        assert request.canvas is not None
-        mask = request.canvas.mask(num_images_per_prompt=request.num_images_per_prompt)
-        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=mask.to(device))
+        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=token_masks(request.canvases).to(device))
         tokens = surroundings.noised(sigmas[0])
     batch = Batch(
         latents=tokens,

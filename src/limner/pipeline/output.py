@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from limner.images import CanvasReport, Preserved, ReferenceReport, to_pil
@@ -17,6 +16,7 @@ from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
 from limner.pipeline.progress import Stopwatch, Timings
 from limner.pipeline.prompts import PromptReport
+from limner.pipeline.repaint import finish
 from limner.references import References
 from limner.tokens import unpack
 
@@ -34,7 +34,9 @@ class PipelineOutput:
     latents, as `output_type` says. `seeds` has one entry an image: the seed that reproduces it by itself, or None if
     there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
-    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant.
+    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant. `canvas`
+    says for each image what was drawn of its canvas, () without masks; `preserved` what an edit left alone, () where that
+    was not asked. `metadata` is what all images have in common, `own` what each has for itself.
     """
 
     images: Any
@@ -47,8 +49,13 @@ class PipelineOutput:
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    canvas: tuple[CanvasReport, ...] = ()
-    preserved: tuple[Preserved, ...] = ()
+    canvas: tuple[CanvasReport | None, ...] = ()
+    preserved: tuple[Preserved | None, ...] = ()
+    own: tuple[dict[str, Any], ...] = ()
+
+    def metadata_of(self, number: int) -> dict[str, Any]:
+        """Return the metadata of one image, by its number from 0."""
+        return {**self.metadata, **(self.own[number] if self.own else {})}
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
@@ -59,44 +66,6 @@ def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: t
     pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
     request.progress("decode", 1, 1)
     return pictures, clock.lap()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class _Finished:
-    """Pictures as `output_type` says, and what was kept of the canvas."""
-
-    pictures: Any
-    preserved: tuple[Preserved, ...] = ()
-
-
-def _finish(request: DrawRequest, pictures: Any, rows: list[int]) -> _Finished:
-    """Put drawn pictures back into their canvas, bit for bit outside of the mask. Latents stay as they are."""
-    canvas = request.canvas
-    if canvas is None or request.output_type == "latent" or not (canvas.masked or canvas.preserves):
-        return _Finished(pictures=pictures)
-    drawn = _as_pil(pictures, request.output_type)
-    preserved: tuple[Preserved, ...] = ()
-    if canvas.preserves:
-        preserved = tuple(canvas.preserve(image) for image in drawn)
-        made = [one.picture for one in preserved]
-    else:
-        made = canvas.finish(drawn, rows, num_images=request.workload.batch)
-    return _Finished(pictures=_as_type(made, like=pictures), preserved=preserved)
-
-
-def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
-    if output_type == "pil":
-        return list(pictures)
-    array = pictures if output_type == "np" else pictures.float().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(values) for values in (array * 255).round().astype(np.uint8)]
-
-
-def _as_type(pictures: list[Image.Image], *, like: Any) -> Any:
-    """Return pictures as `like` is: a list as they are, an array or a tensor without alpha."""
-    if isinstance(like, list):
-        return pictures
-    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]).astype(np.float32) / 255
-    return torch.from_numpy(array).permute(0, 3, 1, 2).to(like) if isinstance(like, Tensor) else array
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -139,25 +108,19 @@ def make_output(
     }
     if request.guidance is not None:
         metadata["guidance_scale"] = request.guidance.scale
-    if request.reference_weights is not None:
-        metadata["reference_weights"] = [list(row) for row in request.reference_weights]
     if request.reference_guidance != 1:
         metadata["reference_guidance"] = request.reference_guidance
-    finished, canvas = _finish(request, pictures, rows), request.canvas
-    if canvas is not None:
-        metadata |= {"canvas_digest": canvas.prepared.report.digest, "strength": canvas.strength}
-        if canvas.masked:
-            metadata |= {"box": list(canvas.plans[0].box), "canvas_size": list(canvas.picture.size)}
-        if canvas.preserves:
-            metadata["preserve"] = "auto"
+    finished = finish(request, pictures, rows)
+    metadata |= {k: v for k, v in finished.metadata[0].items() if all(x.get(k) == v for x in finished.metadata)}
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(
         images=finished.pictures,
-        canvas=tuple(plan.report for plan in canvas.plans) if canvas is not None and canvas.masked else (),
+        canvas=finished.canvas,
         preserved=finished.preserved,
+        own=finished.metadata,
         seeds=tuple(request.noise.seeds[row] for row in rows),
         timings=timings,
         reference_cache=source,

@@ -30,8 +30,7 @@ from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
-from limner.pipeline.check import ArgumentChecker, check_shared
-from limner.pipeline.control import shared_control
+from limner.pipeline.check import ArgumentChecker
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
 from limner.pipeline.memory_errors import typed_memory_errors
@@ -40,6 +39,7 @@ from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.prompts import PromptEncoder
+from limner.pipeline.together import check_shared, opened, per_prompt
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import Control, EditRequest
@@ -361,6 +361,10 @@ class Pipeline:
 
     # the call
 
+    def opened(self, request: EditRequest) -> EditRequest:
+        """Return a request whose canvas and masks were read: its references are the pictures that the model gets."""
+        return opened(request, policy=self.reference_policy, sizes=self.sizes)
+
     def draw(
         self,
         requests: Sequence[EditRequest],
@@ -371,15 +375,17 @@ class Pipeline:
         output_type: str = "pil",
         progress: Progress | None = None,
     ) -> PipelineOutput:
-        """Draw requests that share references, size and number of steps as one batch: an image for each seed, in order.
+        """Draw requests as one batch, that share what `together.shared_of` names: an image for each seed, in order.
 
         `references`, for requests without pictures, is what `prefill` returned. Other arguments and errors are those of
         a call.
         """
-        first = check_shared(requests)
+        requests = [self.opened(request) for request in requests]
+        size = references.sizes[0] if references is not None else self.default_size
+        first = check_shared(requests, kind=self.kind, default_size=size)
         out = self(
             [request.prompt for request in requests for _ in request.seeds],
-            image=first.pictures or None,
+            image=first.references or None,
             references=references,
             width=first.width,
             height=first.height,
@@ -392,7 +398,7 @@ class Pipeline:
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
             progress=progress,
-            **shared_control(requests),
+            **per_prompt(requests),
         )
         assert isinstance(out, PipelineOutput)
         return out
@@ -491,7 +497,7 @@ class Pipeline:
         text_seconds = clock.lap()
         # 4. Get the References: those given, or from the store, or computed
         refs, source = self._prefiller.get_for(request)
-        canvas = self._prefiller.canvas_tokens(request.canvas)
+        canvas = self._prefiller.canvas_tokens(request.canvases)
         reference_seconds = clock.lap()
         # 5. Denoise
         batch = denoise(

@@ -81,24 +81,38 @@ class Prefiller:
         request.progress("references", 1, 1)
         return found
 
-    def canvas_tokens(self, canvas: Canvas | None) -> Tensor | None:
-        """Return the tokens (1, S_img, C) of a canvas, from the store or encoded; None without one."""
-        if canvas is None or canvas.is_plain:
-            return None
+    def canvas_tokens(self, canvases: Sequence[Canvas | None]) -> Tensor | None:
+        """Return the tokens (1 or B, S_img, C) of the canvases of images, from the store or encoded.
+
+        None: the steps have no use for them. An image without canvas gets the tokens of another, and a mask that hides
+        them.
+        """
+        used = [None if canvas is None or canvas.is_plain else canvas.prepared for canvas in canvases]
+        tokens = {one.report.digest: one for one in used if one is not None}
+        found = {digest: self._tokens_of(one) for digest, one in tokens.items()}
+        if len(found) < 2:
+            return next(iter(found.values()), None)
+        any_other = next(iter(found))
+        return torch.cat([found[any_other if one is None else one.report.digest] for one in used])
+
+    def _tokens_of(self, prepared: PreparedReference) -> Tensor:
+        """Return the tokens (1, S, C) of a picture, from the store or encoded."""
         networks = self.networks
-        weights, prepared = networks.token_weights(), (canvas.prepared,)
+        weights = networks.token_weights()
 
         def encode() -> References:
-            return self._make(ReferenceKV(layers=(ReferenceTokens(self._encode(prepared)),)), prepared, weights=weights)
+            kv = ReferenceKV(layers=(ReferenceTokens(self._encode((prepared,))),))
+            return self._make(kv, (prepared,), weights=weights)
 
         key = reference_key(
             weights=weights,
             dtype=networks.dtype,
             arithmetic=networks.arithmetic,
-            digests=[canvas.prepared.report.digest],
+            digests=[prepared.report.digest],
             joint=True,
         )
         found = self.store.get(key, encode, device=networks.device)[0] if networks.ranks.alone else encode()
+        assert found.tokens is not None
         return found.tokens
 
     def _key(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> str:

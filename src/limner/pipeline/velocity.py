@@ -15,6 +15,7 @@ from limner.grid import PIXELS, num_tokens
 from limner.memory import Workload, kv_bytes
 from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
+from limner.model.transformer import RefWeights
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.references import References
@@ -36,7 +37,7 @@ class Velocity:
     def __init__(self, networks: Networks, request: DrawRequest, references: References | None) -> None:
         self._networks, self._guidance = networks, request.guidance
         self._reference_guidance = request.reference_guidance if references is not None else 1.0
-        self._weights = request.reference_weights if references is not None else None
+        self._weights = request.reference_weights if references is not None else ()
         self._step = -1
         self._img_ids = image_ids(request.grid)
         tokens = references.tokens if references is not None else None
@@ -77,7 +78,8 @@ class Velocity:
         # K/V that are used again belong to one side, as does guidance by references
         if self._guidance.together and alike and not self._reuses and self._reference_guidance == 1:
             both = torch.cat([negative_embeds, prompt_embeds])
-            negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
+            joined = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows * 2, side="both")
+            negative, positive = joined.chunk(2)
         else:
             positive = self._guided(latents, prompt_embeds, sigma, rows=rows)
             negative = self._forward(latents, negative_embeds, sigma, rows=rows, side="negative")
@@ -91,12 +93,14 @@ class Velocity:
         without = self._forward(latents, txt, sigma, rows=rows, side="without").float()
         return without + self._reference_guidance * (velocity.float() - without)
 
-    def _reference_weights(self) -> list[tuple[int, float]] | None:
-        """(tokens, weight) of each reference in this step; None where all are 1."""
-        if self._weights is None:
-            return None
-        weights = self._weights[min(self._step, len(self._weights) - 1)]
-        return None if set(weights) == {1.0} else list(zip(self._num_tokens, weights, strict=True))
+    def _reference_weights(self, rows: list[int]) -> RefWeights | list[RefWeights]:
+        """(tokens, weight) of each reference in this step; a list of them where those of the images differ."""
+        found = [self._weighted(self._weights[row]) for row in rows] if self._weights else [None]
+        return found[0] if all(one == found[0] for one in found) else found
+
+    def _weighted(self, weights: tuple[tuple[float, ...], ...] | None) -> RefWeights:
+        now = () if weights is None else weights[min(self._step, len(weights) - 1)]
+        return None if set(now) <= {1.0} else tuple(zip(self._num_tokens, now, strict=True))
 
     def _forward(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int], side: str) -> Tensor:
         """`side` says which prompts `txt` are of ("without": no references): K/V that are used again belong to one."""
@@ -112,7 +116,7 @@ class Velocity:
             img_ids=self._img_ids,
             txt_ids=text_ids(num_txt),
             references=(self._isolated or again) if uses else None,
-            ref_weights=self._reference_weights() if uses else None,
+            ref_weights=self._reference_weights(rows) if uses else None,
             ref_tokens=self._ref_tokens if as_tokens else None,
             ref_ids=self._ref_ids if as_tokens else None,
             rope=self._rope(num_txt, with_references=as_tokens),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from limner.server.access.keys import Owner
-from limner.server.dialects.job_view import as_result
+from limner.server.dialects.job_view import as_result, controls
 from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute
@@ -39,6 +39,9 @@ class JobEntry(BaseModel):
     negative_prompt: str | None = None
     output_format: str
     num_references: int
+    controls: dict[str, Any] | None = Field(
+        None, description="what was asked for beyond prompt and references; mask and canvas: true if there is one"
+    )
     references: str | None = Field(None, description="content key of its references, also their handle if you have one")
     result: dict[str, Any] | None = None
     progress: float | None = None
@@ -103,6 +106,7 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "negative_prompt": job.negative_prompt,
         "output_format": job.output_format,
         "num_references": len(job.references),
+        "controls": controls(job),
         "references": job.result.get("reference_key") or job.options.handle,
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }

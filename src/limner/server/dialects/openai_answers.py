@@ -155,7 +155,9 @@ def _usage(job: Job) -> dict[str, Any]:
     """Return the number of tokens that the model read and drew."""
     text = job.result["prompt"]["num_tokens"]
     pictures = grid.num_tokens(*(report["processed_size"] for report in job.result["references"]))
-    drawn = len(job.seeds) * grid.num_tokens((job.result["width"], job.result["height"]))
+    canvas = job.result.get("canvas")  # of which a part may be drawn, at another scale
+    drawn_size = canvas["drawn_size"] if canvas else (job.result["width"], job.result["height"])
+    drawn = len(job.seeds) * grid.num_tokens(drawn_size)
     return {
         "total_tokens": text + pictures + drawn,
         "input_tokens": text + pictures,
@@ -176,11 +178,13 @@ def _preview_steps(num: int, num_inference_steps: int) -> set[int]:
 
 
 def _enlarge(preview: bytes, job: Job) -> bytes:
-    """Scale a preview to the size of the result."""
+    """Scale a preview to the size of the result, or what fits in it if a part of a picture is drawn."""
     with Image.open(io.BytesIO(preview)) as image:
         assert job.width is not None
         assert job.height is not None
-        large = image.resize((job.width, job.height), Image.Resampling.BICUBIC)
+        scale = min(job.width / image.width, job.height / image.height)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        large = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     large.save(buffer, job.output_format.upper())
     return buffer.getvalue()

@@ -5,7 +5,7 @@ however often the job was begun. No picture of a refused job stays. Knows nothin
 databases.
 
     tables                jobs, handles of references, which pictures they use, images made for each owner
-    inputs/<digest>.png   processed reference pictures, each once, without loss
+    inputs/<digest>.png   pictures of requests (processed references, canvases, masks), each once, without loss
     results/<id>-<n>.png  results, until they expire
     secret                key of signed URLs, 32 random bytes
 """
@@ -23,7 +23,7 @@ from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
 from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
-from limner.server.jobs.records import Handle, Job, Status
+from limner.server.jobs.records import Handle, Job, JobPictures, Status
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -107,7 +107,7 @@ class JobStore:
         files: Mapping[str, bytes] | None = None,
         budget: int | None = None,
     ) -> tuple[Job, bool]:
-        """Write a job and the `pictures` of its references. Return the job as stored, and whether it is new.
+        """Write a job and its `pictures` (references, canvas, mask). Return the job as stored, and whether it is new.
 
         The same request again under an idempotency key of its owner gives the first job; another request under that key
         raises `Conflict`. Raises `BudgetSpent` if the owner would have more than `budget` images over all jobs. A job
@@ -120,8 +120,7 @@ class JobStore:
             job = replace(job, created=self._clock())
             with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
-                used = job.references if job.mask is None else (*job.references, job.mask)
-                self._pictures.use(db, used, user=f"job:{job.id}")
+                self._pictures.use(db, job.pictures, user=f"job:{job.id}")
                 db.execute(
                     "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -248,6 +247,11 @@ class JobStore:
             )
 
     # references
+
+    def pictures(self, job: Job) -> JobPictures:
+        """Return the stored pictures of a job. Raises `LimnerError` if a file is gone, damaged or changed."""
+        canvas, mask = (None if one is None else self.picture(one) for one in (job.canvas, job.mask))
+        return JobPictures(references=tuple(map(self.picture, job.references)), canvas=canvas, mask=mask)
 
     def picture(self, report: ReferenceReport) -> PreparedReference:
         """Return a stored reference. Raises `LimnerError` if its file is gone, damaged or changed."""
