@@ -35,7 +35,7 @@ export function newItem(values, act) {
 
 function showWeight(item) {
   const text = item.weight.toFixed(2).replace(/0$/, "");
-  item.counts.textContent = `×${text}`;
+  item.counts.textContent = text;
   item.slider.setAttribute("aria-valuetext", item.weight === 0 ? "0, left out" : text);
 }
 
