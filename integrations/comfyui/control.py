@@ -46,10 +46,7 @@ def control_inputs() -> dict[str, Any]:
     return {
         "mask": ("MASK", {"tooltip": "of image 1's size: what is masked is repainted, the rest stays to the pixel"}),
         "canvas": ("IMAGE", {"tooltip": "repaint this picture instead of image 1"}),
-        "strength": (
-            "FLOAT",
-            {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01, "tooltip": "under 1: image to image"},
-        ),
+        "strength": ("FLOAT", strength),
         "preserve": (["off", "auto"], {"tooltip": "auto: what the edit did not change comes from image 1"}),
         **{f"expand_{name}": ("INT", {**side, "tooltip": f"new pixels at the {name}"}) for name in _SIDES},
         "mask_blur": ("INT", blur),

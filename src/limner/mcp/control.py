@@ -12,19 +12,9 @@ from limner.errors import InvalidRequest
 from limner.images import PreparedReference
 from limner.mcp.inputs import EditInputs
 from limner.mcp.pictures import PictureReader
-from limner.requests import Control
+from limner.requests import CONTROL_VALUES, Control, repaints
 
 __all__ = ["Asked", "read_asked"]
-
-_VALUES = (
-    "expand",
-    "strength",
-    "preserve",
-    "mask_blur",
-    "padding_mask_crop",
-    "reference_weights",
-    "reference_guidance",
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -38,14 +28,14 @@ class Asked:
 
 async def read_asked(pictures: PictureReader, inputs: EditInputs) -> Asked:
     """Read the pictures of a call. Raises `InvalidRequest`."""
-    values = {name: value for name in _VALUES if (value := getattr(inputs, name)) is not None}
+    values = {name: value for name in CONTROL_VALUES if (value := getattr(inputs, name)) is not None}
     control = cast("Control", values)
-    repaints = inputs.mask is not None or any(name in values for name in ("expand", "strength", "preserve"))
-    if not repaints and inputs.canvas is not None:
+    is_repainted = repaints(control, mask=inputs.mask)
+    if not is_repainted and inputs.canvas is not None:
         raise InvalidRequest("canvas", "says which picture is repainted; give one of mask, expand, strength, preserve")
-    is_first = repaints and inputs.canvas is None
+    is_first = is_repainted and inputs.canvas is None
     references = await pictures.read(inputs.pictures, first_whole=is_first)
-    if not repaints:
+    if not is_repainted:
         return Asked(references=references, control=control)
     canvas = references[0] if inputs.canvas is None else await pictures.read_canvas(inputs.canvas)
     if inputs.mask is not None:

@@ -70,7 +70,7 @@ class PictureReader:
         return [await self.in_thread(self._prepare, await self._bytes(text, field=field), field=field, whole=whole)]
 
     async def read_canvas(self, text: str, *, field: str = "canvas") -> PreparedReference:
-        """Return a picture that is repainted: a kept one as it is kept, others at their own size. Raises `InvalidRequest`."""
+        """Return a picture to repaint: a kept one as it is kept, others at their own size. Raises `InvalidRequest`."""
         found = await self._read(text, field=field, whole=True)
         if len(found) != 1:
             raise InvalidRequest(field, f"{text!r} are {len(found)} pictures; name one, as {text}/1.png")

@@ -89,8 +89,8 @@ class Assistant:
             "generate": _Tool(inputs=GenerateInputs, description="Draw pictures from text alone.", run=self._generate),
             "edit": _Tool(
                 inputs=EditInputs,
-                description="Edit, or combine, reference pictures as the prompt says: all of image 1, or what a mask marks; or "
-                "continue it beyond its edges.",
+                description="Edit, or combine, reference pictures as the prompt says: all of image 1, or what a mask "
+                "marks. Or continue image 1 beyond its edges.",
                 run=self._edit,
             ),
             "keep_references": _Tool(

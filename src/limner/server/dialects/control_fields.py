@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from limner.errors import InvalidRequest
-from limner.requests import MAX_STEPS
+from limner.requests import CONTROL_VALUES, MAX_STEPS, repaints
 from limner.server.access.keys import Owner
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import Service
-from limner.server.jobs.records import CONTROLS, JobRequest, repaints
+from limner.server.jobs.records import JobRequest
 
 __all__ = ["CONTROL_FIELDS", "ControlFields", "Expansion", "control_of", "read_controls"]
 
@@ -82,14 +82,14 @@ class ControlFields(BaseModel):
     )
 
 
-CONTROL_FIELDS = ("mask", "canvas", *CONTROLS)
+CONTROL_FIELDS = ("mask", "canvas", *CONTROL_VALUES)
 """Names of all fields, as `GET /v1/capabilities` lists them."""
-assert set(CONTROLS) == set(ControlFields.model_fields)
+assert set(CONTROL_VALUES) == set(ControlFields.model_fields)
 
 
 def control_of(fields: ControlFields) -> dict[str, Any]:
     """Return what is asked for, as values of JSON by the names of `limner.requests.Control`."""
-    found = {name: getattr(fields, name) for name in CONTROLS}
+    found = {name: getattr(fields, name) for name in CONTROL_VALUES}
     if isinstance(found["expand"], Expansion):
         found["expand"] = found["expand"].model_dump(exclude_none=True)
     return {name: value for name, value in found.items() if value is not None}

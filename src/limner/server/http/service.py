@@ -20,9 +20,9 @@ from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, NotFound
 from limner.images import PreparedReference, expanded_size
 from limner.outbound.client import OutboundClient
-from limner.pipeline.canvas import Canvas
+from limner.pipeline.together import canvases_of
 from limner.references import CONTENT_KEY
-from limner.requests import EditRequest
+from limner.requests import CONTROL_VALUES, EditRequest, repaints
 from limner.server.access.keys import KeyRing, Owner
 from limner.server.access.limits import Limiter
 from limner.server.access.streams import Streams
@@ -35,7 +35,6 @@ from limner.server.jobs.moderation import Moderation
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.prefills import Prefills
 from limner.server.jobs.records import (
-    CONTROLS,
     Handle,
     Job,
     JobOptions,
@@ -43,7 +42,6 @@ from limner.server.jobs.records import (
     JobRequest,
     check_idempotency_key,
     edit_request,
-    repaints,
 )
 from limner.server.jobs.runner import JobRunner
 from limner.server.jobs.store import JobStore
@@ -179,7 +177,7 @@ class Service:
         """
         first = job.canvas or next(iter(job.references), None)
         if first is None:
-            name = "mask" if job.mask is not None else next(name for name in CONTROLS if name in job.control)
+            name = "mask" if job.mask is not None else next(name for name in CONTROL_VALUES if name in job.control)
             raise InvalidRequest(name, "needs a picture to repaint; send canvas, or a picture")
         size, field = first.processed_size, "canvas"
         if expand := job.control.get("expand"):
@@ -189,9 +187,9 @@ class Service:
         field = "canvas" if job.mask is None else "mask"
         opened = functools.partial(self.engine.opened, asked)  # in a thread: large pictures take a while
         asked = await self.offload.decode(opened, field=field, owner=job.owner)
-        canvas = asked.control["canvas"]
-        assert isinstance(canvas, Canvas)
-        return asked, canvas.picture.size if canvas.masked or canvas.preserves else canvas.size
+        (canvas, *_) = canvases_of(asked)
+        assert canvas is not None
+        return asked, canvas.picture.size if canvas.puts_back else canvas.size
 
     async def _references(self, owner: Owner, request: JobRequest) -> tuple[tuple[PreparedReference, ...], JobOptions]:
         """Return the pictures of a request or of its handle, and what the job notes of them."""

@@ -13,10 +13,9 @@ from typing import Any, Literal, cast
 
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference, ReferenceReport, mask_of_picture
-from limner.requests import Control, EditRequest
+from limner.requests import Control, EditRequest, repaints
 
 __all__ = [
-    "CONTROLS",
     "Handle",
     "Job",
     "JobOptions",
@@ -26,19 +25,7 @@ __all__ = [
     "Webhook",
     "check_idempotency_key",
     "edit_request",
-    "repaints",
 ]
-
-CONTROLS = (
-    "strength",
-    "expand",
-    "mask_blur",
-    "padding_mask_crop",
-    "preserve",
-    "reference_weights",
-    "reference_guidance",
-)
-"""Of `limner.requests.Control` what is no picture: values of JSON."""
 
 Status = Literal["pending", "ready", "error", "request_moderated", "content_moderated", "cancelled"]
 
@@ -56,8 +43,8 @@ class JobRequest:
     """What a caller asks for, in the same words for all dialects, before it is a job.
 
     References are `pictures`, or the `handle` of an upload. `seed` None: the server draws one. `base_url` is the address
-    that the caller used, for the URLs in a webhook. Steps None are
-    the model's own. `aspect` is width over height where no size is given, or one side. `control` has values of `CONTROLS`.
+    that the caller used, for the URLs in a webhook. Steps None are the model's own. `aspect` is width over height where
+    no size is given, or one side. `control` has values of `CONTROL_VALUES`.
     `mask` (white is repainted) is of the size of the picture that is repainted: `canvas`, at its own size, which is no
     reference; without it the first one, which is in `pictures` at its own size then. `without_effect` names fields that
     were not followed.
@@ -107,7 +94,8 @@ class JobOptions:
 class Job:
     """One job. `references` report, in order, which pictures it uses and how this caller's were processed.
 
-    `canvas` is what is repainted and no reference, `mask` says where, `control` has what else is asked for (`CONTROLS`).
+    `canvas` is what is repainted and no reference, `mask` says where, `control` has what else is asked for
+    (`CONTROL_VALUES`).
     Where something is repainted without a `canvas`, it is the first reference, at its own size, and `width` and `height`
     are those of the result.
     `drawn_seeds`: the server drew the seeds. `result` depends on the status: `files` and a report of the drawing,
@@ -187,11 +175,6 @@ class Handle:
     nbytes: int | None = None
     prefill_seconds: float | None = None
     created: float = 0.0
-
-
-def repaints(control: Mapping[str, Any], *, mask: object) -> bool:
-    """Return whether a picture is repainted."""
-    return mask is not None or any(name in control for name in ("expand", "strength", "preserve"))
 
 
 def edit_request(job: Job, pictures: JobPictures) -> EditRequest:

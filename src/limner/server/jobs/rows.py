@@ -15,7 +15,8 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from limner.images import ReferenceReport
-from limner.server.jobs.records import CONTROLS, Handle, Job, JobOptions, Status, Webhook
+from limner.requests import CONTROL_VALUES
+from limner.server.jobs.records import Handle, Job, JobOptions, Status, Webhook
 
 __all__ = ["SCHEMA", "VERSION", "fingerprint", "handle_row", "job_row", "read_handle", "read_job"]
 
@@ -80,7 +81,7 @@ _NAMES = frozenset(
     }
 )
 """Names of what `_request` writes, and `mask`, which earlier versions wrote of pictures that were drawn whole."""
-_CONTROL = frozenset({*CONTROLS, "canvas", "mask"})
+_CONTROL = frozenset({*CONTROL_VALUES, "canvas", "mask"})
 _OPTIONS = frozenset({"base_url", "handle", "references_checked", "without_effect"})
 
 
@@ -136,7 +137,7 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         quality=values["quality"],
         options=_read_options(values["options"]),
         references=_read_reports(values["references"]),
-        control={name: value for name, value in control.items() if name in CONTROLS},
+        control={name: value for name, value in control.items() if name in CONTROL_VALUES},
         canvas=_read_reports([control["canvas"]])[0] if "canvas" in control else None,
         mask=_read_reports([control["mask"]])[0] if "mask" in control else None,
         ended=ended,
