@@ -21,7 +21,10 @@ _logger = logging.getLogger("limner.server")
 
 
 class Cleaner:
-    """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired."""
+    """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired.
+
+    `keep_bytes`: the oldest jobs go where results and references have more; None: they may have any number.
+    """
 
     def __init__(
         self,
@@ -30,12 +33,14 @@ class Cleaner:
         offload: Offload,
         every: float,
         keep_jobs: float,
+        keep_bytes: int | None,
         adopt_lost: Callable[[], Awaitable[None]],
     ) -> None:
         self._jobs = jobs
         self._offload = offload
         self._every = every
         self._keep_jobs = keep_jobs
+        self._keep_bytes = keep_bytes
         self._adopt_lost = adopt_lost
         self._tasks = Tasks()
 
@@ -49,6 +54,8 @@ class Cleaner:
         while True:
             try:
                 await self._offload.store(self._jobs.clean, forget_seconds=self._keep_jobs)
+                if self._keep_bytes is not None:
+                    await self._offload.store(self._jobs.trim, self._keep_bytes)
                 await self._adopt_lost()
                 await self._offload.run(give_back)
             except (LimnerError, OSError):

@@ -77,6 +77,7 @@ class JobWork:
             offload=offload,
             every=settings.clean_every,
             keep_jobs=settings.keep_jobs,
+            keep_bytes=settings.keep_bytes,
             adopt_lost=runner.adopt_lost,
         )
         return cls(
