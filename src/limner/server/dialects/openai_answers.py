@@ -24,6 +24,7 @@ from limner.server.dialects.openai_schemas import Generation
 from limner.server.http.errors import answer_of
 from limner.server.http.service import Service
 from limner.server.jobs.records import Job
+from limner.server.jobs.updates import Update
 
 __all__ = ["Answer"]
 
@@ -109,16 +110,20 @@ class Answer:
                 self.service.runner.cancel(self.job.id)
 
     async def _previews(self, common: dict[str, Any]) -> AsyncGenerator[str, None]:
-        shown, steps = 0, _preview_steps(self.fields.partial_images or 0, self.job.num_inference_steps)
+        shown = 0
         async with contextlib.aclosing(self.service.runner.watch(self.job.id, idle=15)) as updates:
             async for update in updates:
                 if update is None:
                     yield ": waiting\n\n"
-                elif update.state == "running" and update.step in steps and update.previews:
+                elif update.state == "running" and update.previews and update.step in self._shown_steps(update):
                     data = await self.service.offload.run(_enlarge, update.previews[0], self.job)
                     event = {"partial_image_index": shown, "b64_json": base64.b64encode(data).decode(), **common}
                     yield _event(f"{self.kind}.partial_image", event)
                     shown += 1
+
+    def _shown_steps(self, update: Update) -> set[int]:
+        """Return the steps after which a preview is sent; of a picture that is drawn over, fewer steps are drawn."""
+        return _preview_steps(self.fields.partial_images or 0, update.num_inference_steps)
 
 
 async def _until_gone(request: Request) -> None:

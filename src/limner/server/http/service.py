@@ -9,6 +9,7 @@ import functools
 import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -181,8 +182,7 @@ class Service:
             raise InvalidRequest(name, "needs a picture to repaint; send canvas, or a picture")
         size, field = first.processed_size, "canvas"
         if expand := job.control.get("expand"):
-            size = expanded_size(size, **(expand if isinstance(expand, dict) else {"expand": expand}))
-            field = "expand"
+            size, field = _expanded(size, expand), "expand"
         self.settings.check_canvas(size, num_images=len(job.seeds), field=field)
         field = "canvas" if job.mask is None else "mask"
         opened = functools.partial(self.engine.opened, asked)  # in a thread: large pictures take a while
@@ -249,6 +249,14 @@ class Service:
                 "width", f"{size[0]}x{size[1]} is over the {self.settings.max_output_pixels} pixels that are allowed"
             )
         return size
+
+
+def _expanded(size: tuple[int, int], expand: Any) -> tuple[int, int]:
+    """Return the (width, height) of a picture with what is added to it. Raises `InvalidRequest` that names `expand`."""
+    try:
+        return expanded_size(size, **(expand if isinstance(expand, dict) else {"expand": expand}))
+    except InvalidRequest as error:
+        raise InvalidRequest("expand", error.problem) from None
 
 
 def _check_size(request: JobRequest, size: tuple[int, int]) -> None:
