@@ -234,9 +234,9 @@ def _request(
 def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
     from limner.images import save
 
-    common = {"model": pipe.digest, "version": __version__, **out.metadata}
-    for file, picture, drawn_from in zip(files, out.images, out.seeds, strict=True):
-        save(picture, file, metadata={"prompt": args.prompt, "seed": drawn_from, **common})
+    common = {"prompt": args.prompt, "model": pipe.digest, "version": __version__}
+    for i, (file, picture, drawn_from) in enumerate(zip(files, out.images, out.seeds, strict=True)):
+        save(picture, file, metadata={"seed": drawn_from, **common, **out.metadata_of(i)})
 
 
 def _print(

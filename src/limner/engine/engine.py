@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from limner.engine.admission import Admission
@@ -32,6 +31,8 @@ from limner.memory.free import free_bytes
 from limner.mentions import missing_pictures
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
+from limner.pipeline.repaint import canvas_warnings, in_common
+from limner.pipeline.together import canvases_of
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -91,8 +92,12 @@ class Engine:
         return self.admission.max_batch
 
     def check(self, request: EditRequest | PrefillRequest) -> tuple[int, int]:
-        """Return the output size (width, height) of a request that can run. Raises `InvalidRequest`, `CapacityError`."""
+        """Return the size (width, height) in which a request is drawn. Raises `InvalidRequest` and `CapacityError`."""
         return self.admission.check(request)
+
+    def opened(self, request: EditRequest) -> EditRequest:
+        """As `Pipeline.opened`. It reads pictures: call it in a thread, and `check` and `submit` are quick then."""
+        return self.admission.opened(request)
 
     def check_room(self, *, num_admitted: int = 0) -> None:
         """Raise `QueueFull` if no further request may wait. `num_admitted`: accepted ones that were not submitted yet."""
@@ -149,6 +154,8 @@ class Engine:
         less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
         however many wait. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
         """
+        if isinstance(request, EditRequest):
+            request = self.opened(request)  # before the lock
         with self._changed:
             self._queue.add(
                 request, id=id, listener=listener, owner=owner, priority=priority, timeout=timeout, accepted=accepted
@@ -244,7 +251,7 @@ class Engine:
     def _draw(self, batch: list[Job], requests: list[EditRequest], start: float) -> None:
         """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
         rows = Rows(batch)
-        num_inference_steps = requests[0].num_inference_steps or self.pipe.kind.num_inference_steps
+        num_inference_steps = self.admission.num_steps(requests[0])
 
         def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             stay = self._drop_stopped(rows)
@@ -272,10 +279,10 @@ class Engine:
         for job in cancelled:
             self._fail(job, Cancelled(f"{job.id} was cancelled"))
         prompts = {job: reports[0] for job, reports in Rows(batch).split(out.prompts)}
-        for job, images in rows.split(out.images):
+        for job, numbers in rows.split(range(len(out.images))):
             if job not in cancelled:
                 waited = start - job.arrived
-                job.tell(Finished(_result(job, images, out, prompt=prompts[job], waited=waited, ran=ran)))
+                job.tell(Finished(_result(job, out, numbers, prompt=prompts[job], waited=waited, ran=ran)))
 
     def _drop_stopped(self, rows: Rows) -> list[int]:
         """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""
@@ -300,12 +307,15 @@ class Engine:
 
 
 def _result(
-    job: Job, images: Sequence[Image.Image], out: PipelineOutput, *, prompt: PromptReport, waited: float, ran: float
+    job: Job, out: PipelineOutput, numbers: Sequence[int], *, prompt: PromptReport, waited: float, ran: float
 ) -> EditResult:
+    """Return what a batch gave for one job, whose images have these numbers."""
     assert isinstance(job.request, EditRequest)
     assert out.reference_cache != "given"
+    own = tuple(out.own[i] for i in numbers)
+    mentioned = missing_pictures([job.request.prompt], num_references=len(job.request.references))
     return EditResult(
-        images=tuple(images),
+        images=tuple(out.images[i] for i in numbers),
         seeds=job.request.seeds,
         reference_cache=out.reference_cache,
         reference_key=out.reference_key,
@@ -316,6 +326,7 @@ def _result(
         waited=waited,
         ran=ran,
         batch=len(out.images),
-        metadata=out.metadata,
-        warnings=missing_pictures([job.request.prompt], num_references=len(job.request.references)),
+        metadata={**out.metadata, **in_common(own)},
+        warnings=(*canvas_warnings(canvases_of(job.request)), *mentioned),
+        own=own,
     )

@@ -69,11 +69,11 @@ class Preserved:
     change: Image.Image
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report without the pictures, for JSON."""
+        """Return the report without pictures, for JSON."""
         return {
+            "share_kept": round(self.share_kept, 6),
             "drift_pixels": list(self.drift_pixels),
             "drift_colour": list(self.drift_colour),
-            "share_kept": round(self.share_kept, 6),
         }
 
     def describe(self) -> str:

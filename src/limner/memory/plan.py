@@ -24,7 +24,6 @@ from limner.memory.amounts import show_bytes
 from limner.memory.components import (
     Formats,
     Workload,
-    activations,
     autoencoder_bytes,
     kv_bytes,
     least_resident,
@@ -33,6 +32,7 @@ from limner.memory.components import (
     text_bytes,
     transformer_bytes,
 )
+from limner.memory.control import held_bytes, phase_bytes, reused_bytes
 
 __all__ = ["LIBRARIES", "MemoryPlan", "Phase", "Staging", "cheapest", "make_plan"]
 
@@ -116,17 +116,27 @@ def make_plan(
     packed = num_matrix_weights(config) if formats.quantize and formats.packed and device == "cpu" else 0
     kept_kv = kv_bytes(config, workload.num_ref, itemsize=size, kv=formats.kv, joint=workload.joint)
     embeds = workload.batch * workload.num_text * config.text_width * size
-    working = activations(geometry, workload, formats=formats, whole_pixels=whole_pixels)
-    owner = {"encode text": "text_encoder", "encode references": "autoencoder", "decode": "autoencoder"}
+    working = phase_bytes(geometry, workload, formats=formats, whole_pixels=whole_pixels)
+    held, put_back = held_bytes(workload), working.pop("put back", 0)
+    if workload.reuses:
+        working["denoise"] += reused_bytes(config, workload, formats=formats)
+    if put_back and device == "cpu":  # elsewhere canvases are the host's
+        working["put back"] = put_back
+    owner = {
+        "encode text": "text_encoder",
+        "encode references": "autoencoder",
+        "decode": "autoencoder",
+        "put back": "autoencoder",
+    }
     started = {"encode text": 0, "encode references": embeds}
     on_device = device != "cpu"
     files = {part: 0 if part in formats.anonymous else nbytes for part, nbytes in weights.items()}
-    base = _DEVICE_BASE if on_device else _BASE_ANONYMOUS + sum(weights.values()) - sum(files.values())
+    base = _DEVICE_BASE if on_device else _BASE_ANONYMOUS + held + sum(weights.values()) - sum(files.values())
     phases = []
     for name, own in working.items():
         part = owner.get(name, "transformer")
         anonymous = base + started.get(name, embeds + kept_kv) + own
-        anonymous += packed if name in ("prefill", "denoise", "decode") else 0
+        anonymous += packed if name in ("prefill", "denoise", "decode", "put back") else 0
         if on_device:
             phases.append(Phase(name=name, anonymous=anonymous + sum(weights.values()), file_backed=0))
             continue
@@ -146,9 +156,10 @@ def make_plan(
         "K/V of references": kept_kv,
         "prompt": embeds,
         "activations": max(working.values()),
+        **({"canvases": held} if held else {}),
         "process": _BASE_ANONYMOUS + LIBRARIES,
     }
-    host = _BASE_ANONYMOUS + LIBRARIES if on_device else 0
+    host = _BASE_ANONYMOUS + LIBRARIES + held + put_back if on_device else 0
     return MemoryPlan(
         device=device, staging=staging, formats=formats, components=components, phases=tuple(phases), host=host
     )

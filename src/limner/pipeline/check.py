@@ -17,12 +17,18 @@ from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.canvas import open_canvases
-from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_weights
+from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_reuse, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
-from limner.pipeline.repaint import canvas_sizes, canvas_warnings, drawn_levels, of_images
-from limner.pipeline.velocity import reuse_bytes
+from limner.pipeline.repaint import (
+    call_workload,
+    canvas_sizes,
+    canvas_warnings,
+    check_canvas_size,
+    drawn_levels,
+    of_images,
+)
 from limner.references import References
 from limner.requests import Control, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
@@ -83,7 +89,7 @@ class ArgumentChecker:
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
         _check_output_type(output_type)
         _check_count("num_images_per_prompt", num_images_per_prompt)
-        kind = networks.kind
+        kind, config = networks.kind, networks.transformer.config
         if num_inference_steps is None:
             num_inference_steps = kind.num_inference_steps
         _check_count("num_inference_steps", num_inference_steps)
@@ -100,8 +106,6 @@ class ArgumentChecker:
         )
         pictures = self.prefiller.prepare(image) if image is not None else ()
         references = check_given(references, self.prefiller) if references is not None else None
-
-        config = networks.transformer.config
         num_txt = max_sequence_length
         if prompts is None:
             num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
@@ -111,21 +115,23 @@ class ArgumentChecker:
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
-        for drawn in canvas_sizes(canvases):
-            _check_canvas_size(drawn, width=width, height=height)
+        check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt)
-        warnings += canvas_warnings(canvases)
-        warnings += missing_pictures(prompts or (), num_references=len(sizes))
-        workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
+        warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
+        self._check_reuse(reuse)
+        reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
+        workload = call_workload(
+            Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint),
+            canvases=canvases,
+            guides=guides(kind, guidance_scale),
+            reference_guidance=reference_guidance,
+            reuse=reuse,
+        )
         loras = networks.adapters.applied
-        self._check_memory(workload, reuse=reuse, guidance_scale=guidance_scale)
+        self.prefiller.admission.check_call(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         levels = drawn_levels(canvases, levels)
-        weights = of_images(
-            self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1),
-            num_prompts=num_prompts,
-            num_images_per_prompt=num_images_per_prompt,
-        )
+        weights = self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
@@ -143,9 +149,9 @@ class ArgumentChecker:
             sigmas=levels,
             noise=noise,
             guidance=guidance,
-            reuse=reuse if workload.references else None,
-            reference_weights=weights,
-            reference_guidance=check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes)),
+            reuse=reuse if workload.reuses else None,
+            reference_weights=of_images(weights, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt),
+            reference_guidance=reference_guidance,
             canvases=canvases,
             loras=loras,
             output_type=output_type,
@@ -191,22 +197,9 @@ class ArgumentChecker:
 
     def _check_reuse(self, reuse: str | None) -> None:
         networks = self.prefiller.networks
-        if reuse not in (None, "step0"):
-            raise InvalidRequest("reuse", f"{reuse!r} is not one of None, 'step0'")
-        if reuse is not None and not networks.kind.joint:
-            raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
+        check_reuse(reuse, kind=networks.kind)
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
-
-    def _check_memory(self, workload: Workload, *, reuse: str | None, guidance_scale: float | None) -> None:
-        """Refuse what does not fit. K/V of isolated references may be cached, and are counted where they are computed."""
-        networks, admission = self.prefiller.networks, self.prefiller.admission
-        self._check_reuse(reuse)
-        sides = 2 if guides(networks.kind, guidance_scale) else 1
-        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
-        num_ref = workload.num_ref if workload.joint else 0
-        admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=workload.batch, kept=kept)
-        admission.check_limit(workload)
 
     def _warn_of_size(self, size: tuple[int, int]) -> None:
         if self.sizes and size not in self.sizes:
@@ -390,13 +383,6 @@ def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[i
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:
     width = check_size("width", default[0] if width is None else width)
     return width, check_size("height", default[1] if height is None else height)
-
-
-def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> None:
-    """Raise `InvalidRequest` where another size is asked for than that in which a canvas is drawn."""
-    for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
-        if given is not None and given != drawn:
-            raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
 
 
 def _check_count(name: str, value: int) -> None:

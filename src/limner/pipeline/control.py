@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limner.errors import InvalidRequest
+from limner.kinds import ModelKind
 from limner.requests import Control
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Weights",
     "check_names",
     "check_reference_guidance",
+    "check_reuse",
     "check_strength",
     "check_weights",
 ]
@@ -76,6 +78,14 @@ def check_reference_guidance(scale: float, num_references: int) -> float:
     if scale != 1 and not num_references:
         raise InvalidRequest("reference_guidance", "needs references; leave it out for text to image")
     return float(scale)
+
+
+def check_reuse(reuse: str | None, *, kind: ModelKind) -> None:
+    """Raise `InvalidRequest` unless K/V can be used again so."""
+    if reuse not in (None, "step0"):
+        raise InvalidRequest("reuse", f"{reuse!r} is not one of None, 'step0'")
+    if reuse is not None and not kind.joint:
+        raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
 
 
 def check_strength(strength: float | None) -> float:

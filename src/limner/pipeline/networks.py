@@ -16,7 +16,7 @@ from torch import nn
 from limner.config import AutoencoderConfig, ModelGeometry, TextConfig
 from limner.grid import PIXELS
 from limner.kinds import ModelKind
-from limner.memory import Formats, Workload, activations, kv_bytes
+from limner.memory import Formats, Workload, kv_bytes, phase_bytes
 from limner.memory.residency import Residency
 from limner.model.autoencoder import Autoencoder
 from limner.model.int8 import has_int8_products
@@ -140,7 +140,7 @@ class Networks:
         """Keep the weights of a phase's network in memory. `cached` bytes stay allocated after the phase."""
         networks: dict[str, nn.Module] = {"encode text": self.text_encoder, "encode references": self.autoencoder}
         network = networks.get(phase, self.autoencoder if phase == "decode" else self.transformer)
-        growth = activations(self.geometry, workload, formats=self.formats, whole_pixels=self.autoencoder.whole_pixels)
+        growth = phase_bytes(self.geometry, workload, formats=self.formats, whole_pixels=self.autoencoder.whole_pixels)
         return self.residency.working(network, growth=growth[phase] + cached)
 
     def adopt(self) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limner.images import CanvasReport, Preserved, ReferenceReport, to_pil
+from limner.images import ReferenceReport, to_pil
 from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
 from limner.pipeline.progress import Stopwatch, Timings
 from limner.pipeline.prompts import PromptReport
-from limner.pipeline.repaint import finish
+from limner.pipeline.repaint import ImageReport, OfImages, finish, in_common
 from limner.references import References
 from limner.tokens import unpack
 
@@ -27,16 +27,15 @@ _DECODED_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PipelineOutput:
+class PipelineOutput(OfImages):
     """What a call returns.
 
     `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
     latents, as `output_type` says. `seeds` has one entry an image: the seed that reproduces it by itself, or None if
     there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
-    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant. `canvas`
-    says for each image what was drawn of its canvas, () without masks; `preserved` what an edit left alone, () where that
-    was not asked. `metadata` is what all images have in common, `own` what each has for itself.
+    them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant.
+    `metadata` is what all images have in common, `own` what each has for itself.
     """
 
     images: Any
@@ -49,13 +48,7 @@ class PipelineOutput:
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    canvas: tuple[CanvasReport | None, ...] = ()
-    preserved: tuple[Preserved | None, ...] = ()
-    own: tuple[dict[str, Any], ...] = ()
-
-    def metadata_of(self, number: int) -> dict[str, Any]:
-        """Return the metadata of one image, by its number from 0."""
-        return {**self.metadata, **(self.own[number] if self.own else {})}
+    own: tuple[ImageReport, ...] = ()
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
@@ -110,17 +103,15 @@ def make_output(
         metadata["guidance_scale"] = request.guidance.scale
     if request.reference_guidance != 1:
         metadata["reference_guidance"] = request.reference_guidance
-    finished = finish(request, pictures, rows)
-    metadata |= {k: v for k, v in finished.metadata[0].items() if all(x.get(k) == v for x in finished.metadata)}
+    images, own = finish(request, pictures, rows)
+    metadata |= in_common(own)
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(
-        images=finished.pictures,
-        canvas=finished.canvas,
-        preserved=finished.preserved,
-        own=finished.metadata,
+        images=images,
+        own=own,
         seeds=tuple(request.noise.seeds[row] for row in rows),
         timings=timings,
         reference_cache=source,

@@ -355,6 +355,10 @@ class Pipeline:
         """Return the peak bytes of a call on top of the weights: tokens to prefill, text and output tokens of an image."""
         return self._admission.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
 
+    def memory_for(self, workload: Workload) -> int:
+        """Return the peak bytes of a call on top of the weights, with canvases, guidance and all that it asks for."""
+        return self._admission.memory_for(workload)
+
     def kv_bytes(self, num_ref: int) -> int:
         """Return the bytes of the K/V of reference tokens in this process."""
         return self.networks.kv_bytes(num_ref)

@@ -7,7 +7,7 @@ Owns the way from canvases of prompts to the images of a batch, and what becomes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,10 +17,23 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.images import CanvasReport, Preserved
+from limner.memory import Workload
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.canvas import Canvas
 
-__all__ = ["Finished", "canvas_sizes", "canvas_warnings", "drawn_levels", "finish", "of_images", "token_masks"]
+__all__ = [
+    "ImageReport",
+    "OfImages",
+    "call_workload",
+    "canvas_sizes",
+    "canvas_warnings",
+    "check_canvas_size",
+    "drawn_levels",
+    "finish",
+    "in_common",
+    "of_images",
+    "token_masks",
+]
 
 _T = TypeVar("_T")
 
@@ -34,6 +47,34 @@ def of_images(values: Sequence[_T], *, num_prompts: int, num_images_per_prompt: 
 def canvas_sizes(canvases: Sequence[Canvas | None]) -> set[tuple[int, int]]:
     """Return the sizes (width, height) in which canvases are drawn: one, if they are drawn together."""
     return {canvas.size for canvas in canvases if canvas is not None}
+
+
+def check_canvas_size(canvases: Sequence[Canvas | None], *, width: int | None, height: int | None) -> None:
+    """Raise `InvalidRequest` where another size is asked for than that in which a canvas is drawn."""
+    for size in canvas_sizes(canvases):
+        for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
+            if given is not None and given != drawn:
+                raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
+
+
+def call_workload(
+    call: Workload, *, canvases: Sequence[Canvas | None], guides: bool, reference_guidance: float, reuse: str | None
+) -> Workload:
+    """Return the workload of a call with all that it asks for; of its images' canvases, each is held once."""
+
+    def pixels(canvas: Canvas) -> int:
+        return canvas.picture.width * canvas.picture.height
+
+    there = [canvas for canvas in canvases if canvas is not None]
+    return replace(
+        call,
+        guides=guides,
+        guides_references=reference_guidance != 1,
+        reuses=reuse is not None and bool(call.references),
+        canvas_pixels=sum(pixels(canvas) for canvas in {*there}),
+        result_pixels=sum(pixels(canvas) for canvas in there if canvas.puts_back),
+        preserves=any(canvas.preserves for canvas in there),
+    )
 
 
 def canvas_warnings(canvases: Sequence[Canvas | None]) -> tuple[str, ...]:
@@ -53,7 +94,7 @@ def drawn_levels(canvases: Sequence[Canvas | None], levels: Tensor) -> Tensor:
 
 
 def token_masks(canvases: Sequence[Canvas | None]) -> Tensor:
-    """Return the masks of tokens (1 or B, S_img, 1) of images, of which one at least has a canvas; 1 where there is none."""
+    """Return the masks of tokens (1 or B, S_img, 1) of images, of which one has a canvas at least; ones where none is."""
     made = {
         canvas: canvas.mask() for canvas in canvases if canvas is not None
     }  # by identity: canvases have no equality
@@ -64,19 +105,40 @@ def token_masks(canvases: Sequence[Canvas | None]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Finished:
-    """Pictures as `output_type` says, and for each image what was drawn and kept of its canvas, and its own metadata."""
+class ImageReport:
+    """What one image of a batch has for itself: metadata, what was drawn of its canvas, and what an edit left alone."""
 
-    pictures: Any
-    canvas: tuple[CanvasReport | None, ...]
-    preserved: tuple[Preserved | None, ...]
-    metadata: tuple[dict[str, Any], ...]
+    metadata: dict[str, Any]
+    canvas: CanvasReport | None = None
+    preserved: Preserved | None = None
 
 
-def finish(request: DrawRequest, pictures: Any, rows: Sequence[int]) -> Finished:
-    """Put drawn pictures, which are `rows` of the batch, back into their canvases. Latents stay as they are.
+class OfImages:
+    """What results say of each image: `own` has its report, `metadata` what all have in common."""
 
-    Raises `InvalidRequest` for an array or a tensor of pictures that are not all of one size.
+    __slots__ = ()
+    own: tuple[ImageReport, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def canvas(self) -> tuple[CanvasReport, ...]:
+        """What was drawn of its canvas, of each image that has a mask."""
+        return tuple(image.canvas for image in self.own if image.canvas is not None)
+
+    @property
+    def preserved(self) -> tuple[Preserved, ...]:
+        """What the edit left alone, of each image for which that was asked."""
+        return tuple(image.preserved for image in self.own if image.preserved is not None)
+
+    def metadata_of(self, number: int) -> dict[str, Any]:
+        """Return the metadata of one image, by its number from 0."""
+        return {**self.metadata, **(self.own[number].metadata if self.own else {})}
+
+
+def finish(request: DrawRequest, pictures: Any, rows: Sequence[int]) -> tuple[Any, tuple[ImageReport, ...]]:
+    """Put drawn pictures, which are `rows` of the batch, back into their canvases; say so for each.
+
+    Latents stay as they are. Raises `InvalidRequest` for an array or a tensor of pictures that are not all of one size.
     """
     canvases = [request.canvases[row] if request.canvases else None for row in rows]
     preserved: list[Preserved | None] = [None] * len(rows)
@@ -86,29 +148,22 @@ def finish(request: DrawRequest, pictures: Any, rows: Sequence[int]) -> Finished
             if canvas is not None and canvas.puts_back:
                 made[i], preserved[i] = canvas.put_back(made[i])
         pictures = _as_type(made, like=pictures)
-    reports = {canvas: canvas.plan.report for canvas in canvases if canvas is not None and canvas.masked}
-    own = [_metadata(request, row) for row in rows]
-    for metadata, kept in zip(own, preserved, strict=True):
-        if kept is not None:
-            metadata["share_kept"] = round(kept.share_kept, 6)
-            metadata |= {"drift_pixels": list(kept.drift_pixels), "drift_colour": list(kept.drift_colour)}
-    return Finished(
-        pictures=pictures,
-        canvas=tuple(None if canvas is None else reports.get(canvas) for canvas in canvases) if reports else (),
-        preserved=tuple(preserved) if any(one is not None for one in preserved) else (),
-        metadata=tuple(own),
-    )
+    reports = {canvas: canvas.plan.report for canvas in {*canvases} if canvas is not None and canvas.masked}
+    found = []
+    for row, canvas, kept in zip(rows, canvases, preserved, strict=True):
+        weights = request.reference_weights[row] if request.reference_weights else None
+        metadata = {} if weights is None else {"reference_weights": [list(step) for step in weights]}
+        metadata |= {} if canvas is None else canvas.metadata
+        metadata |= {} if kept is None else kept.as_json()
+        report = None if canvas is None else reports.get(canvas)
+        found.append(ImageReport(metadata=metadata, canvas=report, preserved=kept))
+    return pictures, tuple(found)
 
 
-def _metadata(request: DrawRequest, row: int) -> dict[str, Any]:
-    """What one image has for itself."""
-    found: dict[str, Any] = {}
-    weights = request.reference_weights[row] if request.reference_weights else None
-    if weights is not None:
-        found["reference_weights"] = [list(step) for step in weights]
-    if request.canvases and (canvas := request.canvases[row]) is not None:
-        found |= canvas.metadata
-    return found
+def in_common(images: Sequence[ImageReport]) -> dict[str, Any]:
+    """Return those metadata that are equal for all images."""
+    first, *others = [image.metadata for image in images]
+    return {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
 
 
 def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:

@@ -6,7 +6,7 @@ common. `Pipeline.draw` holds to the latter, queues order by it. Knows no networ
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from limner.pipeline.control import REFERENCE_CONTROLS, PerPrompt, check_names
 from limner.pipeline.repaint import canvas_sizes
 from limner.requests import Control, EditRequest
 
-__all__ = ["canvases_of", "check_shared", "opened", "per_prompt", "shared_of"]
+__all__ = ["canvases_of", "check_shared", "images_of", "opened", "per_prompt", "shared_of"]
 
 _OTHERWISE = {"references": "those of the requests differ", "strength": "those of the requests leave out other steps"}
 """What is wrong with values that say nothing to a caller."""
@@ -53,7 +53,13 @@ def canvases_of(request: EditRequest) -> tuple[Canvas | None, ...]:
     return tuple(found) if isinstance(found, PerPrompt) else (found,) if isinstance(found, Canvas) else ()
 
 
-def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int, int]) -> dict[str, Hashable]:
+def images_of(request: EditRequest) -> tuple[Canvas | None, ...]:
+    """Return the canvas of each image of an opened request."""
+    own = canvases_of(request) or (None,)
+    return own if len(own) == len(request.seeds) else own * len(request.seeds)
+
+
+def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int, int]) -> dict[str, Any]:
     """Return what an opened request has in common with those that are drawn with it, by the names of arguments.
 
     Masks, and weights of references, are each image's own. Strength counts by the steps that it leaves out. `default_size`
@@ -81,7 +87,7 @@ def check_shared(requests: Sequence[EditRequest], *, kind: ModelKind, default_si
     """
     if not requests:
         raise InvalidRequest("requests", "there are none; give at least one")
-    expected: dict[str, Hashable] = {}
+    expected: dict[str, Any] = {}
     for request in requests:
         if not request.seeds:
             raise InvalidRequest("seeds", "there are none; give one for each image")
@@ -98,10 +104,7 @@ def check_shared(requests: Sequence[EditRequest], *, kind: ModelKind, default_si
 
 def per_prompt(requests: Sequence[EditRequest]) -> dict[str, Any]:
     """Return the controls of a call that draws opened requests, each image of which is a prompt."""
-    canvases: list[Canvas | None] = []
-    for request in requests:
-        own = canvases_of(request) or (None,)
-        canvases += own if len(own) == len(request.seeds) else own * len(request.seeds)
+    canvases = [canvas for request in requests for canvas in images_of(request)]
     weights = [request.control.get("reference_weights") for request in requests for _ in request.seeds]
     found: dict[str, Any] = {}
     if any(canvas is not None for canvas in canvases):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from limner.grid import PIXELS, num_tokens
-from limner.memory import Workload, kv_bytes
+from limner.memory import reused_bytes
 from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
 from limner.model.transformer import RefWeights
@@ -21,14 +21,7 @@ from limner.pipeline.networks import Networks
 from limner.references import References
 from limner.tokens import image_ids, reference_ids, text_ids
 
-__all__ = ["Velocity", "reuse_bytes"]
-
-
-def reuse_bytes(networks: Networks, workload: Workload, *, sides: int) -> int:
-    """Return the bytes of K/V that joint references have in one step, for a batch and each of its `sides`."""
-    config, kv = networks.transformer.config, networks.kv_cache_dtype
-    one = kv_bytes(config, workload.num_ref, itemsize=networks.dtype.itemsize, kv=kv)
-    return sides * workload.batch * one // (networks.ranks.shard[1] if networks.ranks.shard else 1)
+__all__ = ["Velocity"]
 
 
 class Velocity:
@@ -47,9 +40,8 @@ class Velocity:
         self._num_tokens = [num_tokens(size) for size in sizes]
         self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
         self._reuses = request.reuse == "step0" and tokens is not None
-        self._kept_bytes = (
-            reuse_bytes(networks, request.workload, sides=1 + (self._guidance is not None)) if self._reuses else 0
-        )
+        kept = reused_bytes(networks.transformer.config, request.workload, formats=networks.formats)
+        self._kept_bytes = kept // (networks.ranks.shard[1] if networks.ranks.shard else 1) if self._reuses else 0
         self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
         self._ropes: dict[tuple[int, bool], Rope] = {}
 
@@ -95,7 +87,7 @@ class Velocity:
 
     def _reference_weights(self, rows: list[int]) -> RefWeights | list[RefWeights]:
         """(tokens, weight) of each reference in this step; a list of them where those of the images differ."""
-        found = [self._weighted(self._weights[row]) for row in rows] if self._weights else [None]
+        found: list[RefWeights] = [self._weighted(self._weights[row]) for row in rows] if self._weights else [None]
         return found[0] if all(one == found[0] for one in found) else found
 
     def _weighted(self, weights: tuple[tuple[float, ...], ...] | None) -> RefWeights:

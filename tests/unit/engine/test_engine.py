@@ -11,52 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.engines import Heard
 from tests.support.tiny import Gate, generators, picture
 
 from limner import Cancelled, CapacityError, InvalidRequest, Pipeline
 from limner.config import ReferencePolicy
-from limner.engine import (
-    EditRequest,
-    EditResult,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    Prefilled,
-    PrefillRequest,
-    Progress,
-    Started,
-)
+from limner.engine import EditRequest, Engine, Event, Failed, Finished, Prefilled, PrefillRequest, Progress, Started
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
 from limner.pipeline.prefill import Prefiller
-
-
-class Heard:
-    """A listener that keeps what it hears and can be waited for."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._ended = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, (Finished, Failed, Prefilled)):
-            self._ended.set()
-
-    def end(self) -> Event:
-        assert self._ended.wait(60)
-        return self.events[-1]
-
-    def result(self) -> EditResult:
-        end = self.end()
-        assert isinstance(end, Finished), end
-        return end.result
-
-    def error(self) -> Exception:
-        end = self.end()
-        assert isinstance(end, Failed), end
-        return end.error
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from limner.engine import Admission, EditRequest, Event, Job, PrefillRequest, Re
 from limner.engine.queue import too_late
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
+from limner.kinds import ISOLATED
+from limner.memory import Workload
 
 
 class Model:
@@ -24,9 +26,13 @@ class Model:
     text_length = 512
     previews = False
     digest = "d"
+    kind = ISOLATED
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         return batch
+
+    def memory_for(self, workload: Workload) -> int:
+        return workload.batch
 
 
 class Clock:
