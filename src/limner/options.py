@@ -286,8 +286,8 @@ class ServiceOptions:
     )
     keep_bytes: int | None = option(
         None,
-        help="remove the oldest jobs when results and references have more bytes; default: any number with keys, 2 GiB "
-        "without",
+        help="remove the oldest jobs when results and pictures of jobs have more bytes; default: any number with keys, "
+        "2 GiB without",
         metavar="N",
         group="limits",
         minimum=0,

@@ -176,7 +176,7 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
     assert abs(right - (96 + 6)) <= 2
     assert abs(top - 42) <= 2
     assert abs(bottom - 54) <= 2
-    page.get_by_text("Rectangle", exact=True).click()
+    page.locator("label:has([value=rectangle])").click()
     stroke(page, (0.0, 0.0), (0.25, 0.25))
     both = tint(page)
     assert both[:23, :31].all()
@@ -203,7 +203,7 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
     assert page.locator("#mask-clear").is_disabled()
     page.keyboard.press("Control+z")
     assert (tint(page) == inverted).all()
-    page.get_by_text("Brush", exact=True).click()
+    page.locator("label:has([value=brush])").click()
     page.mouse.move(*paper(page, x=0.5, y=0.1))
     page.mouse.down(button="right")  # erases, whatever the tool
     page.mouse.up(button="right")

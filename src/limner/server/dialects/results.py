@@ -55,7 +55,7 @@ class Capabilities(BaseModel):
     mask_blur: int = Field(description="that of a request that names none, in pixels")
     previews: bool = Field(description="whether jobs show small pictures while they are drawn")
     keep_seconds: float = Field(description="how long results are served")
-    keep_bytes: int | None = Field(description="the oldest jobs go when results and references have more; null: never")
+    keep_bytes: int | None = Field(description="the oldest jobs go when what is kept of jobs has more; null: never")
     fetch_urls: bool = Field(description="whether pictures may be named by https URL")
     words: list[str] = Field(description="the only words of prompts that the model was trained on; none: any")
     loras: list[AppliedLora] = Field(description="LoRAs that act")

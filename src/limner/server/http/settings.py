@@ -25,7 +25,8 @@ class ServeSettings:
     `max_handles` the uploads that are stored for one key. `max_canvas_pixels` are those of a picture that is repainted,
     with what is added to it, times the images of a job. `shared_references`: with keys, an owner is told of K/V that only
     others used. `served_names`: further names of the model; without them it answers to names that clients have built in.
-    `about` is what people may read of the model. `browser_origins`: pages of these origins may call the server from a browser.
+    `about` is what people may read of the model. `browser_origins`: pages of these origins may call the server from a
+    browser.
     """
 
     data: str | Path

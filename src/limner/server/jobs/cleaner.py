@@ -23,7 +23,7 @@ _logger = logging.getLogger("limner.server")
 class Cleaner:
     """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired.
 
-    `keep_bytes`: the oldest jobs go where results and references have more; None: they may have any number.
+    `keep_bytes`: the oldest jobs go where results and pictures of jobs have more; None: they may have any number.
     """
 
     def __init__(

@@ -5,8 +5,7 @@ Knows nothing of engines and HTTP, and no job beyond the row that it removes.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.storage import Connection, Storage
@@ -46,21 +45,32 @@ class Room:
         """
         removed = 0
         for start in range(0, len(ids), _AT_ONCE):  # others wait for the lock
-            part = ids[start : start + _AT_ONCE]
-            with self._storage.lock:
-                with self._storage.transaction() as db:
-                    marks = ", ".join("?" * len(part))
-                    rows = db.execute(
-                        f"SELECT id, webhook_due IS NULL FROM jobs WHERE status != 'pending' AND id IN ({marks})", part
-                    ).fetchall()
-                    unused = self._delete(db, [id_ for id_, is_told in rows if is_told])
-                    for id_, is_told in rows:
-                        if not is_told:
-                            db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", (id_,))
-                self._pictures.remove(unused)
-                self._storage.remove_files(self._results_of({id_ for id_, _ in rows}))
-            removed += len(rows)
+            removed += len(self._forget(ids[start : start + _AT_ONCE], self._results())[0])
         return removed
+
+    def _forget(self, ids: Sequence[str], results: Mapping[str, Sequence[str]]) -> tuple[set[str], list[str]]:
+        """Remove jobs of those ids, as `forget` does; `results` are the files of each. Return which, and their files."""
+        marks = ", ".join("?" * len(ids))
+        with self._storage.lock:
+            with self._storage.transaction() as db:
+                rows = db.execute(
+                    f"SELECT id, webhook_due IS NULL FROM jobs WHERE status != 'pending' AND id IN ({marks})", ids
+                ).fetchall()
+                unused = self._delete(db, [id_ for id_, is_told in rows if is_told])
+                for id_, is_told in rows:
+                    if not is_told:
+                        db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", (id_,))
+            self._pictures.remove(unused)
+            files = [name for id_, _ in rows for name in results.get(id_, ())]
+            self._storage.remove_files(files)
+        return {id_ for id_, _ in rows}, [*files, *(f"inputs/{digest}.png" for digest in unused)]
+
+    def _results(self) -> dict[str, list[str]]:
+        """Return the files of results by job."""
+        found: dict[str, list[str]] = {}
+        for name, *_ in self._storage.files("results"):
+            found.setdefault(_job_of(name), []).append(f"results/{name}")
+        return found
 
     def forget_all(self, owner: str) -> int:
         """Remove all ended jobs of an owner as `forget` does. Return how many were removed."""
@@ -68,38 +78,30 @@ class Room:
         return self.forget([id_ for (id_,) in rows])
 
     def trim(self, now: float, *, max_bytes: int) -> int:
-        """Remove the oldest ended jobs while results and pictures have more bytes. Return how many were removed.
+        """Remove the oldest ended jobs while results and pictures of jobs have more bytes. Return how many were removed.
 
-        Pictures of references that are kept for an owner stay.
+        Pictures of references that are kept for an owner do not count, and stay.
         """
-        removed = 0
-        while (over := self.num_bytes() - max_bytes) > 0:
+        found = self._storage.rows('SELECT DISTINCT digest FROM uses WHERE substr("user", 1, 7) = ?', ("handle:",))
+        kept = {f"{digest}.png" for (digest,) in found}
+        sizes = {f"results/{name}": size for name, _, size in self._storage.files("results")}
+        sizes |= {f"inputs/{name}": size for name, _, size in self._storage.files("inputs") if name not in kept}
+        over, results, removed = sum(sizes.values()) - max_bytes, self._results(), 0
+        while over > 0:
             rows = self._storage.rows(
                 "SELECT id FROM jobs WHERE status != 'pending' AND ended <= ? AND webhook_due IS NULL "
                 "ORDER BY ended, id LIMIT ?",
                 (now - _YOUNG_SECONDS, _AT_ONCE),
             )
-            sizes, oldest = self._result_sizes(), []
+            if not rows:
+                break  # what is left is pending, young or kept as references
             for (id_,) in rows:
-                oldest.append(id_)
-                over -= sizes[id_]
+                _, files = self._forget([id_], results)
+                over -= sum(sizes.get(file, 0) for file in files)
+                removed += 1
                 if over <= 0:
                     break
-            if not (found := self.forget(oldest)):
-                break  # what is left is pending, young or kept as references
-            removed += found
         return removed
-
-    def _result_sizes(self) -> Counter[str]:
-        """Return the bytes of results by job."""
-        sizes: Counter[str] = Counter()
-        for name, _, size in self._storage.files("results"):
-            sizes[_job_of(name)] += size
-        return sizes
-
-    def num_bytes(self) -> int:
-        """Return the bytes of results and pictures."""
-        return sum(size for folder in ("results", "inputs") for _, _, size in self._storage.files(folder))
 
     def _delete(self, db: Connection, ids: Iterable[str]) -> list[str]:
         """Remove rows. Return pictures without users, to be removed after the transaction."""
@@ -108,9 +110,6 @@ class Room:
             unused += self._pictures.release(db, user=f"job:{id_}")
             db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
         return unused
-
-    def _results_of(self, ids: set[str]) -> list[str]:
-        return [f"results/{name}" for name, *_ in self._storage.files("results") if _job_of(name) in ids]
 
     def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
         rows = self._storage.rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")

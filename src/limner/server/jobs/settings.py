@@ -15,7 +15,7 @@ FOR_GOOD = 10 * 365 * 86400.0
 """Seconds for which results are kept that only room limits. URLs of results end, so there has to be a number."""
 
 OPEN_BYTES = 2 << 30
-"""What a service without keys keeps of results and references, unless it is told."""
+"""What a service without keys keeps of results and pictures of jobs, unless it is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class RunnerSettings:
     """Settings of jobs; times in seconds.
 
     Results are served for `keep_results`, jobs are known for `keep_jobs` longer. With `keep_bytes` the oldest jobs go when
-    results and references have more bytes. A shutdown waits for `drain`.
+    results and pictures of jobs have more bytes. A shutdown waits for `drain`.
     `images_per_key`: images that an owner may have over all jobs in the store; None: any number.
     """
 

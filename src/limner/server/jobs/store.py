@@ -335,7 +335,10 @@ class JobStore:
         self._room.clean(self._clock(), forget_seconds=forget_seconds, grace_seconds=grace_seconds)
 
     def trim(self, max_bytes: int) -> int:
-        """Remove the oldest ended jobs while results and pictures have more bytes. Return how many were removed."""
+        """Remove the oldest ended jobs while results and pictures of jobs have more bytes. Return how many were removed.
+
+        Pictures of handles do not count, and stay.
+        """
         return self._room.trim(self._clock(), max_bytes=max_bytes)
 
     def forget(self, id: str) -> bool:

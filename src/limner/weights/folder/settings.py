@@ -25,8 +25,8 @@ class FolderSettings:
     """What a folder says besides its parts. Sizes are (width, height).
 
     `sizes` are those that the model draws (none: any). `max_reference_pixels` caps references, `preview` maps latents to
-    pixels. `kind` is what the folder says of what the model was trained for. `words` are the only ones of its prompts; none:
-    any.
+    pixels. `kind` is what the folder says of what the model was trained for. `words` are the only ones of its
+    prompts; none: any.
     """
 
     default_size: tuple[int, int] = (1024, 1024)

@@ -2,6 +2,7 @@
 
 import { announce, h, percent, plural, seconds, size, whilePressed } from "./dom.js";
 import * as api from "./api.js";
+import { duration } from "./keep.js";
 
 const ENDINGS = { png: "png", jpeg: "jpg", webp: "webp" };
 
@@ -9,7 +10,7 @@ export class Card {
   element = h("li", { className: "card", tabIndex: -1 });
   watched = null; // what ends the watching
 
-  /** `act`: cancel(), gone() (a picture is no longer there), tell(name, detail). */
+  /** `act`: cancel(), remove(), gone() (a picture is no longer there), countsDown(), tell(name, detail). */
   constructor(entry, act) {
     this.entry = entry;
     this.act = act;
@@ -31,13 +32,16 @@ export class Card {
 
   /** The files of its results that are still kept: {path, name, seed}. */
   results() {
-    const { result, prompt, output_format: format, seeds } = this.entry;
-    if (!result || result.expires * 1000 <= Date.now()) return [];
-    return result.samples.map((url, i) => {
-      const place = new URL(url);
-      // of this server, whatever name it goes by
-      return { path: place.pathname + place.search, name: `${slug(prompt)}-${seeds[i]}.${ENDINGS[format]}`, seed: seeds[i] };
-    });
+    return resultsOf(this.entry);
+  }
+
+  /** Says how long its results are kept. */
+  tick() {
+    if (!this.left) return;
+    const seconds = this.entry.result.expires - Date.now() / 1000;
+    const text = seconds <= 0 ? "" : ` · deleted in ${duration(seconds)}`;
+    if (this.left.textContent !== text) this.left.textContent = text;
+    if (seconds <= 0 && this.element.querySelector("button.picture")) this.#build();
   }
 
   /** What was edited, as a picture to compare: the canvas as its caller has it, else image 1. Null: nothing was. */
@@ -70,6 +74,7 @@ export class Card {
         h("time", { className: "muted small", dateTime: new Date(entry.created * 1000).toISOString(), textContent: when(entry.created) })),
       entry.status === "pending" ? this.#running() : entry.status === "ready" ? this.#pictures() : this.#failed(),
       this.#foot());
+    this.tick();
     if (kept) this.element.focus(); // what had the focus is gone
     if (entry.status === "pending") this.#advance();
   }
@@ -175,16 +180,28 @@ export class Card {
       size([entry.width, entry.height]), plural(entry.num_inference_steps, "step"), ...inWords.controls(entry),
       told ? `drawn in ${seconds(told.timings.total)}` : "",
     ];
+    this.left = entry.result && this.act.countsDown() ? h("span", { className: "left" }) : null;
     const warnings = (told?.warnings ?? []).map((text) => h("p", { className: "small error warning", textContent: text }));
     return h("div", { className: "foot" },
       ...warnings,
       thumbs.length ? h("div", { className: "thumbs" }, ...thumbs) : null,
-      h("p", { className: "small muted" }, meta.filter(Boolean).join(" · "),
+      h("p", { className: "small muted" }, meta.filter(Boolean).join(" · "), this.left,
         kept ? h("span", { className: `cache ${hit ? "hit" : ""}`, textContent: kept }) : null),
       h("div", { className: "tools" },
         entry.num_references ? h("button", { type: "button", className: "reuse", textContent: "Use references", onclick: () => this.act.tell("reuse", { entry, all: false }) }) : null,
-        h("button", { type: "button", className: "again", textContent: "Use all settings", onclick: () => this.act.tell("reuse", { entry, all: true }) })));
+        h("button", { type: "button", className: "again", textContent: "Use all settings", onclick: () => this.act.tell("reuse", { entry, all: true }) }),
+        entry.status === "pending" ? null : h("button", { type: "button", className: "delete", textContent: "Delete", onclick: () => this.act.remove() })));
   }
+}
+
+/** The files of a run's results that are still kept: {path, name, seed}. */
+export function resultsOf({ result, prompt, output_format: format, seeds }) {
+  if (!result || result.expires * 1000 <= Date.now()) return [];
+  return result.samples.map((url, i) => {
+    const place = new URL(url);
+    // of this server, whatever name it goes by
+    return { path: place.pathname + place.search, name: `${slug(prompt)}-${seeds[i]}.${ENDINGS[format]}`, seed: seeds[i] };
+  });
 }
 
 const gone = () => h("div", { className: "picture gone muted small", textContent: "No longer kept by the server" });

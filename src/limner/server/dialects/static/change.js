@@ -158,7 +158,10 @@ export class Change extends EventTarget {
     if (controls.includes("reference_weights") && weights.some((weight) => weight !== 1)) body.reference_weights = weights;
     const likeness = byId("likeness").valueAsNumber;
     if (controls.includes("reference_guidance") && Number.isFinite(likeness) && likeness !== 1) body.reference_guidance = likeness;
-    if (handle && this.fixesSize && (change?.canvas || !this.#first.isServers)) body.canvas = await dataURL(await this.#sendable());
+    if (handle && this.fixesSize && (change?.canvas || !this.#first.isServers)) {
+      body.canvas = await dataURL(await this.#sendable());
+      if (this.references.background) body.background = this.references.background;
+    }
     return body;
   }
 

@@ -9,7 +9,10 @@ import { takeDrops } from "./drop.js";
 import { Editor } from "./editor.js";
 import { Form } from "./form.js";
 import { Jobs } from "./jobs.js";
+import { Keep } from "./keep.js";
 import { Mask } from "./mask.js";
+import { Model } from "./model.js";
+import { Prompts } from "./prompts.js";
 import { References } from "./references.js";
 import { offerSamples } from "./samples.js";
 
@@ -17,6 +20,11 @@ const references = new References();
 const change = new Change(references, new Editor());
 const form = new Form(references, change);
 const jobs = new Jobs();
+const complain = (error) => form.complain(error);
+const keep = new Keep(jobs, complain);
+const model = new Model();
+const prompts = new Prompts();
+let able = {};
 
 // the key
 
@@ -36,16 +44,18 @@ async function draw() {
   const button = byId("draw");
   if (button.getAttribute("aria-busy") === "true") return;
   button.setAttribute("aria-busy", "true");
-  form.complain(null);
+  complain(null);
   try {
     const body = form.body(), handle = await references.handle({ focus: true });
     Object.assign(body, handle ? { references: handle } : {}, await change.fields(handle));
     const { id } = await api.post("/v1/edit", body);
+    prompts.add(body.prompt);
+    byId("welcome").open = false;
     const card = jobs.show(await api.get(`/v1/jobs/${id}`));
     settle();
     card.element.scrollIntoView({ block: "nearest" });
   } catch (error) {
-    form.complain(error);
+    complain(error);
   } finally {
     button.removeAttribute("aria-busy");
   }
@@ -61,7 +71,7 @@ async function takeHandle(handle, names, weights) {
 }
 
 async function reuse({ entry, all }) {
-  form.complain(null);
+  complain(null);
   const path = (name) => `/v1/jobs/${entry.id}/${name}`, asked = entry.controls?.reference_weights;
   const weights = all && Number.isFinite(asked?.[0]) ? asked : undefined; // those of each step have no slider
   try {
@@ -76,10 +86,13 @@ async function reuse({ entry, all }) {
       mask: entry.controls?.mask ? () => api.blob(path("mask.png")) : null,
     }, Mask.from);
   } catch (error) {
-    form.complain(error);
+    complain(error);
     return;
   }
-  if (all) form.take(entry);
+  if (all) {
+    form.take(entry);
+    model.check();
+  }
   byId("composer").scrollIntoView({ block: "nearest" });
   form.fields.prompt.focus();
   save();
@@ -88,7 +101,7 @@ async function reuse({ entry, all }) {
 // what is on the page
 
 function settle() {
-  byId("welcome").hidden = jobs.cards.size > 0;
+  if (!jobs.cards.size) byId("welcome").open = true;
   form.refresh();
 }
 
@@ -104,6 +117,7 @@ const compare = new Compare(pictures);
 jobs.addEventListener("compare", ({ detail: { result, before } }) => compare.open(result, before));
 jobs.addEventListener("reuse", ({ detail }) => reuse(detail));
 jobs.addEventListener("change", settle);
+jobs.addEventListener("problem", ({ detail }) => complain(detail));
 jobs.addEventListener("seed", ({ detail }) => {
   form.fields.seed.value = detail;
   form.fields.seed.focus();
@@ -114,7 +128,7 @@ jobs.addEventListener("reference", async ({ detail: { path, name } }) => {
     const data = await api.blob(path);
     references.add([new File([data], name, { type: data.type })]);
   } catch (error) {
-    form.complain(error);
+    complain(error);
   }
 });
 for (const kind of ["change", "report"]) references.addEventListener(kind, () => {
@@ -126,7 +140,7 @@ change.addEventListener("change", () => {
   form.refresh();
   save();
 });
-change.addEventListener("problem", ({ detail }) => form.complain(detail));
+change.addEventListener("problem", ({ detail }) => complain(detail));
 
 byId("composer").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
 byId("composer").addEventListener("change", save);
@@ -135,12 +149,13 @@ byId("composer").addEventListener("keydown", (event) => {
 });
 byId("choose").addEventListener("click", () => byId("files").click());
 byId("files").addEventListener("change", ({ target }) => { references.add(target.files); target.value = ""; });
-takeDrops({ add: (files) => references.add(files) });
+takeDrops({ add: (files) => references.add(files), complain, fetches: () => able.fetch_urls });
 offerSamples({
   add: (files) => references.add(files),
   example: async (prompt, files) => {
     references.clear();
     form.fields.prompt.value = prompt;
+    model.check();
     references.add(files);
     await draw();
   },
@@ -151,19 +166,18 @@ byId("theme").addEventListener("change", ({ target }) => {
   document.documentElement.dataset.theme = target.value;
   localStorage.setItem("limner.theme", target.value);
 });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) jobs.refresh().catch((error) => form.complain(error)); });
+document.addEventListener("visibilitychange", () => { if (!document.hidden) jobs.refresh().catch(complain); });
 
 async function start() {
   try {
-    const able = await api.get("/v1/capabilities");
-    byId("model").textContent = able.model;
-    byId("model").title = `${able.references_attention} references, ${able.is_distilled ? "distilled" : "base, drawn with guidance"}`;
-    form.allow(able);
-    change.allow(able);
+    able = await api.get("/v1/capabilities");
+    for (const part of [form, change, model, keep]) part.allow(able);
     await restoreDraft({ form, references, change, take: takeHandle });
+    model.check();
     await jobs.refresh();
+    byId("welcome").open = !jobs.cards.size;
   } catch (error) {
-    form.complain(error);
+    complain(error);
   }
   settle();
   document.documentElement.dataset.ready = "";

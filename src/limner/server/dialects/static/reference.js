@@ -3,13 +3,15 @@
 import { h, size } from "./dom.js";
 
 const MOST = 2; // of a weight; the server takes more
+const GROUNDS = { White: "#ffffff", Black: "#000000", Grey: "#808080" };
 
 /**
- * A reference: {name, url, data(), digest, report, problem, weight, change, isServers, element, thumb, ...}. `isServers`: the
- * picture is the server's, as the model reads it. `change`: what of it is repainted. `act` has what its buttons do.
+ * A reference: {name, url, data(), digest, report, problem, transparent, weight, change, isServers, element, thumb, ...}.
+ * `isServers`: the picture is the server's, as the model reads it. `change`: what of it is repainted. `transparent`: the server
+ * has to be told what stands behind it. `act` has what its buttons do.
  */
 export function newItem(values, act) {
-  const item = { report: null, problem: "", digest: undefined, weight: 1, change: null, isServers: false, ...values };
+  const item = { report: null, problem: "", transparent: false, digest: undefined, weight: 1, change: null, isServers: false, ...values };
   item.image = h("img", { src: item.url, alt: "", draggable: false });
   item.number = h("span", { className: "number" });
   item.note = h("p", { className: "note small muted" });
@@ -20,8 +22,13 @@ export function newItem(values, act) {
   item.slider = h("input", { type: "range", min: 0, max: MOST, step: 0.05, value: item.weight });
   item.counts = h("output", { className: "small muted" });
   item.weighing = h("div", { className: "weight", title: "How much it counts: 1 as it is, 0 not at all" }, item.slider, item.counts);
+  const colour = h("input", { type: "color", value: "#ffffff", title: "Another colour" });
+  colour.addEventListener("change", () => act.fill(colour.value));
+  item.colour = colour;
+  item.grounds = h("div", { className: "grounds tools", role: "group" }, h("span", { className: "small", textContent: "Behind it:" }),
+    ...Object.entries(GROUNDS).map(([name, value]) => h("button", { type: "button", textContent: name, onclick: () => act.fill(value) })), colour);
   item.element = h("li", { draggable: true },
-    item.thumb, h("div", { className: "tools" }, item.left, item.right, item.drop), item.weighing, item.note);
+    item.thumb, h("div", { className: "tools" }, item.left, item.right, item.drop), item.weighing, item.note, item.grounds);
   // a slider is dragged by itself, not with its picture
   item.slider.addEventListener("pointerdown", () => { item.element.draggable = false; });
   for (const kind of ["pointerup", "pointercancel"]) item.slider.addEventListener(kind, () => { item.element.draggable = true; });
@@ -53,6 +60,10 @@ export function showItem(item, { number, isFirst, isLast, weighted }) {
   item.weighing.hidden = !weighted || Boolean(item.problem);
   item.slider.setAttribute("aria-label", `Weight of ${name}`);
   showWeight(item);
+  item.grounds.hidden = !item.transparent;
+  item.grounds.setAttribute("aria-label", `Background of ${name}`);
+  item.colour.setAttribute("aria-label", `Another colour behind ${name}`);
+  item.element.classList.toggle("asks", Boolean(item.transparent));
   item.note.textContent = item.problem || (item.report ? describe(item.report) : "");
   item.note.title = item.note.textContent;
 }

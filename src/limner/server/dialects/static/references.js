@@ -8,6 +8,7 @@ import * as api from "./api.js";
 import { newItem, showItem } from "./reference.js";
 
 const PAUSE = 150; // ms that more changes may follow in
+const TRANSPARENT = /transparent in places/; // in the server's words
 const DRAGGED = "application/x-limner-reference";
 
 export class References extends EventTarget {
@@ -18,6 +19,7 @@ export class References extends EventTarget {
   #dragged = null;
   #version = 0;
   #weighted = false;
+  #background = null; // a colour, once one was chosen
 
   constructor() {
     super();
@@ -51,6 +53,19 @@ export class References extends EventTarget {
     this.#changed(`${plural(count, "reference")} taken over`);
   }
 
+  /** What stands behind pictures that are transparent, or null: then such pictures are refused. */
+  get background() {
+    return this.items.some((item) => item.transparent) ? this.#background : null;
+  }
+
+  /** Puts a colour behind all pictures that are transparent. */
+  fill(colour) {
+    this.#background = colour;
+    this.#known.clear(); // the digests were of other pictures
+    for (const item of this.items) if (item.transparent) Object.assign(item, { problem: "", report: null, digest: undefined });
+    this.#changed(`What is transparent is ${colour} now`);
+  }
+
   clear() {
     this.items = [];
     this.#changed("");
@@ -68,7 +83,7 @@ export class References extends EventTarget {
     const refused = this.items.findIndex((item) => item.problem);
     if (refused >= 0) {
       if (focus) this.items[refused].drop.focus();
-      throw new api.Refused(422, `${this.items[refused].name} cannot be used: ${this.items[refused].problem} Remove it first.`, "");
+      throw new api.Refused(422, `${this.items[refused].name} cannot be used: ${this.items[refused].problem} ${this.items[refused].transparent ? "Choose a background, or remove it." : "Remove it first."}`, "");
     }
     return this.#settled;
   }
@@ -76,6 +91,7 @@ export class References extends EventTarget {
   #item(values) {
     const item = newItem(values, {
       move: (by) => this.#move(item, by), remove: () => this.#remove(item), weigh: () => this.dispatchEvent(new Event("weigh")),
+      fill: (colour) => this.fill(colour),
     });
     item.element.addEventListener("dragstart", (event) => {
       this.#dragged = item;
@@ -162,12 +178,14 @@ export class References extends EventTarget {
         if (version !== this.#version || !items.length) { say(""); return null; }
         const signature = this.#signature(items);
         if (this.#known.has(signature)) { say(""); return this.#known.get(signature); }
+        const sending = (share) => say(share < 1 ? `Sending, ${Math.floor(share * 100)} %` : "Reading …");
         say("Sending …");
         const form = new FormData();
         for (const item of items) form.append("image", await item.data(), item.name);
         form.append("prefill", "false");
+        if (this.#background) form.append("background", this.#background);
         try {
-          const told = await api.post("/v1/references", form);
+          const told = await api.post("/v1/references", form, { onProgress: sending });
           items.forEach((item, i) => { item.report ??= told.references[i]; item.digest = told.references[i].digest; });
           this.#known.set(this.#signature(items), told.id);
           if (version === this.#version) { this.#render(); say(""); this.dispatchEvent(new Event("report")); }
@@ -177,6 +195,10 @@ export class References extends EventTarget {
           const number = items.length === 1 ? 1 : Number(/picture (\d+): /.exec(error.message)?.[1]);
           if (!items[number - 1]) throw error;
           items[number - 1].problem = error.message.replace(/^image: /, "").replace(/^picture \d+: /, "");
+          if (TRANSPARENT.test(error.message)) {
+            items[number - 1].transparent = true;
+            items[number - 1].problem = "It is transparent in places.";
+          }
           this.#render();
           announce(`${items[number - 1].name} cannot be used: ${items[number - 1].problem}`);
         }
@@ -197,6 +219,5 @@ export class References extends EventTarget {
       if (!item.problem) number += 1;
       showItem(item, { number, isFirst: at === 0, isLast: at === this.items.length - 1, weighted: this.#weighted });
     });
-    byId("samples").hidden = this.items.length > 0;
   }
 }
