@@ -70,10 +70,10 @@ def names(page: Page) -> list[str]:
 
 def test_a_newcomer_clicks_an_example_and_sees_it_drawn(open_page) -> None:
     page, _ = open_page()
-    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#examples")).to_be_visible()
     page.get_by_role("button", name="use the background of image 2").click()
     expect(page.locator(".card .picture img:not(.preview)")).to_be_visible()
-    expect(page.locator("#welcome")).to_be_hidden()
+    expect(page.locator("#examples")).to_be_hidden()
     assert page.eval_on_selector(".card .picture img", "(e) => e.decode().then(() => e.naturalWidth)") == 128
     previews = page.evaluate("[...previews]")
     assert previews

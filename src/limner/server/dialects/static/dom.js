@@ -53,6 +53,12 @@ export function dataURL(file) {
   });
 }
 
+/** The file in a data URL. The page may not fetch one: its policy lets it ask the server alone. */
+export function fileOf(url) {
+  const [head, data] = url.split(/,(.*)/s), binary = head.endsWith(";base64") ? atob(data) : decodeURIComponent(data);
+  return new Blob([Uint8Array.from(binary, (letter) => letter.charCodeAt(0))], { type: head.slice(5).split(";")[0] });
+}
+
 /** A button that does something while it is pressed, by pointer or by Space or Enter. */
 export function whilePressed(button, pressed) {
   const set = (on) => {

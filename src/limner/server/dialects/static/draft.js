@@ -1,6 +1,6 @@
 // What was being asked for, over a reload of the page. It is forgotten with the tab.
 
-import { announce, dataURL } from "./dom.js";
+import { announce, dataURL, fileOf } from "./dom.js";
 import { Mask } from "./mask.js";
 
 const DRAFT = "limner.draft";
@@ -32,7 +32,7 @@ export async function restoreDraft({ form, references, change, take }) {
   const first = references.items[0];
   if (draft.part && first) {
     const { mask, ...part } = draft.part;
-    const painted = mask ? await Mask.from(await (await fetch(mask)).blob()) : null;
+    const painted = mask ? await Mask.from(fileOf(mask)) : null;
     const [width, height] = first.report?.processed_size ?? [];
     // the picture is now the server's; a mask of another size is of the file, which is gone
     if (part.part !== "mask") first.change = { ...part, mask: null };

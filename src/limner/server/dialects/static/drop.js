@@ -1,5 +1,6 @@
 // Pictures that are dropped or pasted anywhere on the page. What comes from another site is an address, not a file.
 
+import { fileOf } from "./dom.js";
 import * as api from "./api.js";
 
 const OWN = "application/x-limner-reference"; // a reference that is moved
@@ -42,9 +43,13 @@ export function takeDrops({ add, complain, fetches }) {
   }
 
   async function fetched(address) {
-    const name = decodeURIComponent(address.split(/[?#]/)[0].split("/").pop()).slice(0, 80) || "picture";
-    if (/^(data|blob):/.test(address) || address.startsWith(location.origin)) {
-      const file = await (await fetch(address)).blob();
+    const name = address.startsWith("data:") ? "picture" : decodeURIComponent(address.split(/[?#]/)[0].split("/").pop()).slice(0, 80) || "picture";
+    if (address.startsWith("data:")) {
+      const file = fileOf(address);
+      return new File([file], name, { type: file.type });
+    }
+    if (address.startsWith(`${location.origin}/`)) {
+      const file = await api.blob(address);
       return new File([file], name, { type: file.type });
     }
     if (!fetches()) {
@@ -66,5 +71,5 @@ function pictureAddress(data) {
   const html = data.getData("text/html");
   const image = html && new DOMParser().parseFromString(html, "text/html").querySelector("img[src]");
   const found = image?.getAttribute("src") || data.getData("text/uri-list").split("\n").find((line) => line && !line.startsWith("#")) || "";
-  return /^(https?|data:image|blob):/.test(found.trim()) ? found.trim() : "";
+  return /^(https?:|data:image\/)/.test(found.trim()) ? found.trim() : "";
 }

@@ -54,12 +54,17 @@ export class Mask extends EventTarget {
   line(from, to, size, { erase = false } = {}) {
     const { context, scale } = this;
     context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.strokeStyle = TINT;
+    context.strokeStyle = context.fillStyle = TINT;
     context.lineWidth = Math.max(1, size * scale);
     context.beginPath();
-    context.moveTo(from.x * scale, from.y * scale);
-    context.lineTo(to.x * scale, to.y * scale);
-    context.stroke();
+    if (from.x === to.x && from.y === to.y) { // a line without length is not drawn
+      context.arc(to.x * scale, to.y * scale, context.lineWidth / 2, 0, 2 * Math.PI);
+      context.fill();
+    } else {
+      context.moveTo(from.x * scale, from.y * scale);
+      context.lineTo(to.x * scale, to.y * scale);
+      context.stroke();
+    }
     const reach = (size / 2) * scale + 2;
     this.#touch(Math.min(from.x, to.x) * scale - reach, Math.min(from.y, to.y) * scale - reach,
       Math.max(from.x, to.x) * scale + reach, Math.max(from.y, to.y) * scale + reach);
