@@ -83,24 +83,20 @@ class ArgumentChecker:
         control: Control | None = None,
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
-        networks = self.prefiller.networks
+        networks, control = self.prefiller.networks, control or {}
         height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
         num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
         _check_output_type(output_type)
         _check_count("num_images_per_prompt", num_images_per_prompt)
         kind, config = networks.kind, networks.transformer.config
-        if num_inference_steps is None:
-            num_inference_steps = kind.num_inference_steps
-        _check_count("num_inference_steps", num_inference_steps)
-        if max_sequence_length is None:
-            max_sequence_length = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
-        _check_count("max_sequence_length", max_sequence_length)
-        out_layers = check_layers(text_encoder_out_layers)
+        num_inference_steps = _count("num_inference_steps", num_inference_steps, default=kind.num_inference_steps)
+        most_text = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
+        max_sequence_length = _count("max_sequence_length", max_sequence_length, default=most_text)
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
-        control, num_prompts = control or {}, len(prompts or ())
+        num_prompts = len(prompts or ())
         canvases, image = open_canvases(
             control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
         )
@@ -116,7 +112,7 @@ class ArgumentChecker:
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
         size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
         check_canvas_size(canvases, width=width, height=height)
-        canvases = of_images(canvases, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt)
+        canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
         warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
         self._check_reuse(reuse)
         reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
@@ -127,7 +123,6 @@ class ArgumentChecker:
             reference_guidance=reference_guidance,
             reuse=reuse,
         )
-        loras = networks.adapters.applied
         self.prefiller.admission.check_call(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
         levels = drawn_levels(canvases, levels)
@@ -142,7 +137,7 @@ class ArgumentChecker:
             prompt_embeds=prompt_embeds,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
-            text_encoder_out_layers=out_layers,
+            text_encoder_out_layers=check_layers(text_encoder_out_layers),
             pictures=pictures,
             references=references,
             workload=workload,
@@ -153,7 +148,7 @@ class ArgumentChecker:
             reference_weights=of_images(weights, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt),
             reference_guidance=reference_guidance,
             canvases=canvases,
-            loras=loras,
+            loras=networks.adapters.applied,
             output_type=output_type,
             callback=callback,
             callback_inputs=tuple(callback_inputs),
@@ -383,6 +378,13 @@ def _fit_sizes(width: int | None, height: int | None, *, policy: str) -> tuple[i
 def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, int]) -> tuple[int, int]:
     width = check_size("width", default[0] if width is None else width)
     return width, check_size("height", default[1] if height is None else height)
+
+
+def _count(name: str, value: int | None, *, default: int) -> int:
+    """Return a count, or the default for None. Raises `InvalidRequest`."""
+    value = default if value is None else value
+    _check_count(name, value)
+    return value
 
 
 def _check_count(name: str, value: int) -> None:

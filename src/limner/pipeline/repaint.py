@@ -38,10 +38,10 @@ __all__ = [
 _T = TypeVar("_T")
 
 
-def of_images(values: Sequence[_T], *, num_prompts: int, num_images_per_prompt: int) -> tuple[_T, ...]:
+def of_images(values: Sequence[_T], *, num_prompts: int, per_prompt: int) -> tuple[_T, ...]:
     """Return a value for each image, of values for each prompt or of one for all; none of none."""
     each = tuple(values) * num_prompts if len(values) == 1 else tuple(values)
-    return tuple(one for one in each for _ in range(num_images_per_prompt))
+    return tuple(one for one in each for _ in range(per_prompt))
 
 
 def canvas_sizes(canvases: Sequence[Canvas | None]) -> set[tuple[int, int]]:
