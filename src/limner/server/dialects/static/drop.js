@@ -17,9 +17,10 @@ export function takeDrops({ add, complain, fetches }) {
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
   document.addEventListener("drop", (event) => {
     document.body.classList.remove("dropping");
-    if (!carriesPictures(event.dataTransfer)) return;
+    const { dataTransfer: data } = event;
+    if (!carriesPictures(data) || !(data.files.length || pictureAddress(data))) return; // text goes where it is dropped
     event.preventDefault();
-    take(event.dataTransfer);
+    take(data);
   });
   document.addEventListener("paste", (event) => {
     const { clipboardData: data } = event;

@@ -70,7 +70,8 @@ export class Editor {
     [this.#width, this.#height] = [width, height];
     this.#mask = mask?.width === width && mask.height === height ? mask : new Mask(width, height);
     this.#mask.addEventListener("change", this.#painted);
-    Object.assign(this.#tint, { width: this.#mask.canvas.width, height: this.#mask.canvas.height });
+    this.#tint.replaceWith(Object.assign(this.#mask.canvas, { id: "board-mask", className: "tint" }));
+    this.#tint = this.#mask.canvas;
     this.#size.max = Math.max(8, Math.round(Math.min(width, height) * SIZES.most));
     this.#size.min = SIZES.least;
     this.#size.value = Math.round(Math.min(width, height) * FIRST);
@@ -153,14 +154,7 @@ export class Editor {
     this.zoom.place(this.#marked, [Math.min(a.x, b.x), Math.min(a.y, b.y), Math.max(a.x, b.x), Math.max(a.y, b.y)]);
   }
 
-  #repaint() {
-    const context = this.#tint.getContext("2d");
-    context.globalCompositeOperation = "copy";
-    context.drawImage(this.#mask.canvas, 0, 0);
-  }
-
   #painted = () => {
-    this.#repaint();
     byId("mask-undo").disabled = !this.#mask.canUndo;
     byId("mask-redo").disabled = !this.#mask.canRedo;
     byId("mask-clear").disabled = !this.#mask.share;
@@ -207,16 +201,14 @@ export class Editor {
     let before = place;
     this.#mask.begin();
     this.#mask.line(place, place, size, { erase });
-    this.#repaint();
     return {
       move: (now) => {
         this.#mask.line(before, now, size, { erase });
         this.#cursor = before = now;
         this.#place();
-        this.#repaint();
       },
       end: () => this.#mask.end(),
-      cancel: () => { this.#mask.cancel(); this.#repaint(); },
+      cancel: () => this.#mask.cancel(),
     };
   }
 
@@ -288,10 +280,7 @@ export class Editor {
     this.#byKeys = true;
     this.#ring.hidden = false;
     this.#cursor = this.#inside({ x: Math.round(before.x) + right * by, y: Math.round(before.y) + down * by });
-    if (this.#down) {
-      this.#mask.line(before, this.#cursor, size, { erase: this.#erases });
-      this.#repaint();
-    }
+    if (this.#down) this.#mask.line(before, this.#cursor, size, { erase: this.#erases });
     this.zoom.reveal(this.#cursor);
     clearTimeout(this.#saying);
     this.#saying = setTimeout(() => {
@@ -325,7 +314,6 @@ export class Editor {
     this.#ring.classList.add("down");
     this.#mask.begin();
     this.#mask.line(this.#cursor, this.#cursor, this.#size.valueAsNumber, { erase: this.#erases });
-    this.#repaint();
     announce(this.#erases ? "Brush lowered, erasing" : "Brush lowered");
   }
 
