@@ -145,7 +145,7 @@ class ArgumentChecker:
             noise=noise,
             guidance=guidance,
             reuse=reuse if workload.reuses else None,
-            reference_weights=of_images(weights, num_prompts=num_prompts, num_images_per_prompt=num_images_per_prompt),
+            reference_weights=of_images(weights, num_prompts=num_prompts, per_prompt=num_images_per_prompt),
             reference_guidance=reference_guidance,
             canvases=canvases,
             loras=networks.adapters.applied,
