@@ -195,7 +195,7 @@ def edit_request(job: Job, pictures: JobPictures) -> EditRequest:
         guidance_scale=job.guidance_scale,
         negative_prompt=job.negative_prompt,
         control=cast("Control", control),
-        canvas=pictures.references[0] if is_first else None,
+        canvas=next(iter(pictures.references), None) if is_first else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from limner.errors import InvalidRequest, LimnerError
 from limner.images import MEDIA_TYPES, decode, encode, format_of
-from limner.trust.provenance.library import ASSERTION, require, settings
+from limner.trust.provenance.library import ASSERTION, as_assertion, require, settings
 from limner.trust.provenance.signer import Signer
 from limner.version import __version__
 
@@ -118,11 +118,9 @@ def _manifest(
         opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["reference-1"]}}
         made["parameters"] = {"ingredientIds": [f"reference-{i}" for i in range(1, ingredients + 1)]}
         actions = [opened, made]
+    about = {**as_assertion(metadata), "version": __version__, "development": signer.development}
     return {
         "claim_generator_info": [agent],
         "title": title,
-        "assertions": [
-            {"label": "c2pa.actions.v2", "data": {"actions": actions}},
-            {"label": ASSERTION, "data": {**metadata, "version": __version__, "development": signer.development}},
-        ],
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}, {"label": ASSERTION, "data": about}],
     }

@@ -17,7 +17,7 @@ from PIL import Image
 from limner.errors import InvalidRequest
 from limner.images import MEDIA_TYPES, format_of, read_metadata
 from limner.images.decode import describe_source, read_file
-from limner.trust.provenance.library import ASSERTION, DEVELOPMENT_NAME, require, settings
+from limner.trust.provenance.library import ASSERTION, DEVELOPMENT_NAME, of_assertion, require, settings
 
 __all__ = ["ProvenanceReport", "State", "read"]
 
@@ -195,7 +195,7 @@ def _assertions(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
         if assertion.get("label", "").startswith("c2pa.actions") and isinstance(found, dict):
             actions += found.get("actions", [])
         elif assertion.get("label") == ASSERTION and isinstance(found, dict):
-            generation = found
+            generation = of_assertion(found)
     return actions, generation
 
 
