@@ -81,7 +81,7 @@ def stroke(page: Page, *places: tuple[float, float]) -> None:
 
 
 def settled(page: Page) -> None:
-    page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
+    page.evaluate("document.activeElement.blur(), scrollTo(0, 0), document.querySelector('#composer').scrollTo(0, 0)")
     page.wait_for_function(
         "() => [...document.images].every((e) => e.complete || !e.checkVisibility() "
         "|| e.getBoundingClientRect().top > innerHeight)"

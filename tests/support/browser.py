@@ -91,7 +91,8 @@ class Opener:
     def close(self) -> None:
         for context in self._contexts:
             context.close()
-        assert [problem for seen in self._watched for problem in seen.problems] == []
+        problems = [problem for seen in self._watched for problem in seen.problems]
+        assert not problems, problems
 
 
 def new_keys() -> Iterator[str]:

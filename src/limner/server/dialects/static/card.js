@@ -142,7 +142,7 @@ export class Card {
 
   /** A button that shows what the picture was made from while it is pressed. */
   #hold(open, number) {
-    const button = h("button", { type: "button", className: "hold", textContent: "Before", title: "Hold to see image 1", "aria-label": `Hold to see what picture ${number} was made from` });
+    const button = h("button", { type: "button", className: "hold", textContent: "Before", title: "Hold to see what it was made from", "aria-label": `Before picture ${number}` });
     const shown = h("img", { className: "was", alt: "", hidden: true });
     whilePressed(button, async (on) => {
       shown.hidden = !on;

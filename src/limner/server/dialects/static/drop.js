@@ -70,7 +70,7 @@ function carriesPictures({ types }) {
 /** The address of the picture in a drop or a paste, "" if there is none. */
 function pictureAddress(data) {
   const html = data.getData("text/html");
-  const image = html && new DOMParser().parseFromString(html, "text/html").querySelector("img[src]");
+  const image = html ? new DOMParser().parseFromString(html, "text/html").querySelector("img[src]") : null;
   const found = image?.getAttribute("src") || data.getData("text/uri-list").split("\n").find((line) => line && !line.startsWith("#")) || "";
   return /^(https?:|data:image\/)/.test(found.trim()) ? found.trim() : "";
 }
