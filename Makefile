@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve attack fuzz test test-clients test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo docs first-hour serve attack fuzz test test-clients test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@mkdir -p build
 	$(BIN)/limner edit "use the background of image 2" \
-	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
+	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1 --force
 	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
 serve: $(READY)
@@ -56,10 +56,14 @@ test-newest:
 	$(NEWEST)/bin/python -m pytest tests/numerics tests/unit/model tests/unit/pipeline tests/unit/weights tests/unit/images \
 	    tests/unit/references tests/contract/test_diffusers_habits.py tests/contract/test_card_example.py
 
-check: $(READY)
+check: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in build/site; every link has to lead somewhere.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -99,6 +103,10 @@ eval-formats: $(READY) $(FONT)
 
 gallery: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/gallery.py
+
+# Type README and the guides in a new environment outside of the checkout, and say minutes and megabytes of each step.
+first-hour: $(READY)
+	$(BIN)/python tests/first_hour/run.py -o benchmarks/results/first_hour.json
 
 clean:
 	rm -rf .venv .venv-newest build

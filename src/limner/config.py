@@ -24,6 +24,7 @@ __all__ = [
     "AutoencoderConfig",
     "Fit",
     "ModelGeometry",
+    "NetworkConfig",
     "ReferencePolicy",
     "TextConfig",
     "TransformerConfig",
@@ -31,6 +32,19 @@ __all__ = [
 
 BUNDLED_MODEL = "limner-stickers"
 """The name of the bundled model, as services and results show it."""
+
+
+class NetworkConfig(dict[str, Any]):
+    """What a file says of a network, under its own names, which are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -161,7 +161,11 @@ class ModelOptions(ReferenceOptions):
     """What a pipeline is loaded from and how it computes, as plain values that can be sent to other processes."""
 
     model: str | None = option(
-        None, help="folder or hub id; default: the bundled model", metavar="MODEL", group="model", path="read"
+        None,
+        help="folder, hub id, or a short name as klein-9b-kv; default: the bundled model",
+        metavar="MODEL",
+        group="model",
+        path="read",
     )
     transformer: str | None = option(
         None, help="file or folder to take the transformer from instead", metavar="FILE", group="model", path="read"
@@ -268,7 +272,9 @@ class ServiceOptions:
     keys: str | None = option(
         None, help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only", metavar="FILE", path="read"
     )
-    log: Literal["json", "text"] = option("json", help="form of the log on stderr")
+    log: Literal["auto", "json", "text"] = option(
+        "auto", help="form of the log on stderr; auto: text on a terminal, else json"
+    )
     max_waiting: int = option(256, help="requests that may wait", metavar="N", group="limits", minimum=1)
     max_batch: int = option(10, help="images drawn at once", metavar="N", group="limits", minimum=1)
     images_per_key: int | None = option(

@@ -27,7 +27,7 @@ METADATA = {
     "width": 64,
     "strength": 0.5,
     "lora": None,
-    "box": [0, -6, 101, 83],
+    "sizes": [0, -6, 101, 83],
 }
 
 

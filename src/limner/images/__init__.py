@@ -3,7 +3,7 @@
 from limner.files import printable
 from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, plan_canvas, stitch
 from limner.images.decode import decode
-from limner.images.encode import check_output, encode, numbered, save
+from limner.images.encode import check_output, encode, numbered, save, side_by_side
 from limner.images.expand import expand_canvas, expanded_size
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
@@ -60,6 +60,7 @@ __all__ = [
     "read_mask",
     "read_metadata",
     "save",
+    "side_by_side",
     "stitch",
     "to_pil",
     "to_pixels",

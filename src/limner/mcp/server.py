@@ -173,8 +173,10 @@ class Assistant:
     ) -> types.CallToolResult:
         """Write the files, encode the pictures, and say how they were made."""
         metadata = [
-            picture_metadata(prompt=inputs.prompt, seed=seed, model=self.engine.model.digest, more=result.metadata)
-            for seed in result.seeds
+            picture_metadata(
+                prompt=inputs.prompt, seed=seed, model=self.engine.model.digest, more=result.metadata_of(number)
+            )
+            for number, seed in enumerate(result.seeds)
         ]
         if self.folder is not None:
             for file, picture, about in zip(files, result.images, metadata, strict=False):

@@ -1,4 +1,4 @@
-"""Pixels to normalised latents and back, over diffusers' `AutoencoderKLFlux2`.
+"""Pixels to normalised latents and back, over the network of FLUX.2's autoencoder.
 
 Shapes: pixels (B, 3, height, width) in [-1, 1]; latents (B, 4 C, h, w), patchified and normalised by the running
 statistics of the checkpoint's BatchNorm, as the transformer reads and predicts them. Large pictures are processed in
@@ -20,7 +20,10 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(nn.Module):
-    """Wrap the network so that all other code sees normalised, patchified latents only."""
+    """Wrap the network so that all other code sees normalised, patchified latents only.
+
+    `network` is an `AutoencoderNetwork`, or diffusers' `AutoencoderKLFlux2`, which has the same parts.
+    """
 
     whole_pixels: int = WHOLE_PIXELS
     """Larger pictures are decoded in strips. For encoding `WHOLE_PIXELS` is fixed: its bits are part of the content key."""
@@ -56,10 +59,11 @@ class Autoencoder(nn.Module):
         """(B, 3, height, width) in [-1, 1] to latents (B, 4 C, h, w): the mean of the posterior, normalised."""
         pixels = pixels.to(self.device, self.dtype)
         if pixels.shape[2] * pixels.shape[3] > WHOLE_PIXELS and not torch.is_grad_enabled():
-            mode = strips.encode(self.network, pixels).chunk(2, dim=1)[0]
+            moments = strips.encode(self.network, pixels)
         else:
-            mode = self.network.encode(pixels).latent_dist.mode()
-        latents = patchify(mode)
+            moments = self.network.encoder(pixels)
+            moments = moments if self.network.quant_conv is None else self.network.quant_conv(moments)
+        latents = patchify(moments.chunk(2, dim=1)[0])
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -74,7 +78,8 @@ class Autoencoder(nn.Module):
         scale = self.factor // PATCH
         if latents.shape[2] * latents.shape[3] * scale**2 > self.whole_pixels and not torch.is_grad_enabled():
             return strips.decode(self.network, latents)
-        pixels: Tensor = self.network.decode(latents, return_dict=False)[0]
+        latents = latents if self.network.post_quant_conv is None else self.network.post_quant_conv(latents)
+        pixels: Tensor = self.network.decoder(latents)
         return pixels
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

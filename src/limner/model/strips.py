@@ -1,4 +1,4 @@
-"""Run diffusers' autoencoder a strip of rows at a time: the result of the whole picture with less memory, and no seams.
+"""Run the autoencoder's network a strip of rows at a time: the result of the whole picture with less memory, and no seams.
 
 Tiles usually show for two reasons, and both are exact here. A convolution reads the rows above and below its strip. The
 statistics of a GroupNorm are those of the whole picture, gathered strip by strip before any strip is normalised (mean and
@@ -151,7 +151,7 @@ def _resnet(block: Any, x: Tensor) -> Tensor:
         above = hidden[:, :, stop - 1 : stop].clone()  # the next strip reads this row, which may be overwritten below
         own = x[:, :, start:stop]
         part += own if block.conv_shortcut is None else block.conv_shortcut(own)
-        out[:, :, start:stop] = part / block.output_scale_factor
+        out[:, :, start:stop] = part
     return out
 
 

@@ -1,4 +1,4 @@
-"""Prompts to text tokens, over transformers' Qwen3, up to the last layer that is used.
+"""Prompts to text tokens, over a Qwen3, up to the last layer that is used.
 
 The tokens are the hidden states after layers (L/4, L/2, 3L/4), concatenated on the feature axis. Later layers, the final
 norm and the language model head are not loaded. Knows no files.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limner.errors import CheckpointError, InvalidRequest
+from limner.model.qwen3 import Qwen3
 
 __all__ = ["TextEncoder", "TokenizedPrompt", "default_out_layers"]
 
@@ -39,7 +40,9 @@ class TokenizedPrompt:
 
 
 class TextEncoder(nn.Module):
-    """`network` is a Qwen3 base model of `max(out_layers)` layers; unless these are all, its final norm is the identity."""
+    """`network` is a `Qwen3`, or transformers' `Qwen3Model`, of `max(out_layers)` layers; unless these are all, its final
+    norm is the identity. `tokenizer` is one of transformers, or a `limner.weights.plain_tokenizer.PlainTokenizer`.
+    """
 
     def __init__(self, network: Any, tokenizer: Any, *, out_layers: Sequence[int]) -> None:
         super().__init__()
@@ -61,7 +64,9 @@ class TextEncoder(nn.Module):
         return parameter
 
     def rebuild_rotary(self) -> None:
-        """Compute the rotary frequencies again in float32: no checkpoint holds them, and casting the module rounds them."""
+        """Compute transformers' rotary frequencies again in float32: no checkpoint holds them, and casting rounds them."""
+        if isinstance(self.network, Qwen3):  # keeps none
+            return
         with torch.device(self.device):
             self.network.rotary_emb = type(self.network.rotary_emb)(config=self.network.config)
 
@@ -109,10 +114,21 @@ class TextEncoder(nn.Module):
                 f"{list(layers)} has to name layers 0 to {loaded}; layers after the last one read are not loaded: give "
                 "text_encoder_out_layers to from_pretrained to load more",
             )
+        states = self._hidden_states(torch.stack([p.ids for p in prompts]), torch.stack([p.mask for p in prompts]))
+        return torch.cat([states[i] for i in layers], dim=-1)
+
+    def _hidden_states(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        """Return the hidden states (B, S, C) before each layer and after the last of ids and mask (B, S)."""
+        if isinstance(self.network, Qwen3):
+            padded = not mask.all()  # known before the copy: no device is waited for
+            states: Sequence[Tensor] = self.network(
+                ids.to(self.device), mask.bool().to(self.device) if padded else None
+            )
+            return states
         out = self.network(
-            input_ids=torch.stack([p.ids for p in prompts]).to(self.device),
-            attention_mask=torch.stack([p.mask for p in prompts]).to(self.device),
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
             output_hidden_states=True,
             use_cache=False,
         )
-        return torch.cat([out.hidden_states[i] for i in layers], dim=-1)
+        return tuple(out.hidden_states)

@@ -43,7 +43,8 @@ from limner.references import References
 from limner.schedule import Schedule
 from limner.store import Source
 from limner.tokens import text_ids
-from limner.weights.live import share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.live import as_diffusers_autoencoder, share_autoencoder, share_text_encoder, share_transformer
+from limner.weights.plain_tokenizer import PlainTokenizer, transformers_tokenizer
 
 __all__ = ["DropInOutput", "Manners", "as_diffusers"]
 
@@ -349,8 +350,8 @@ class Manners(Pipeline):
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, as diffusers' network."""
-        return self.autoencoder.network
+        """The autoencoder as diffusers' network, which shares the parameters of the pipeline's own."""
+        return as_diffusers_autoencoder(self.autoencoder.network)
 
     @vae.setter
     def vae(self, network: Any) -> None:
@@ -358,6 +359,9 @@ class Manners(Pipeline):
 
     @property
     def tokenizer(self) -> Any:
+        """transformers' tokenizer, which prompts are read with from then on."""
+        if isinstance(self.text_encoder.tokenizer, PlainTokenizer):
+            self.text_encoder.tokenizer = transformers_tokenizer(self.text_encoder.tokenizer.folder)
         return self.text_encoder.tokenizer
 
     @property

@@ -63,13 +63,27 @@ class NoiseSource:
         )
 
     def draw(self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return noise (B, 4 C, h, w) in float32, drawn in `dtype` as diffusers does, so that seeds agree."""
-        from diffusers.utils.torch_utils import randn_tensor
+        """Return noise (B, 4 C, h, w) in float32, drawn in `dtype` as diffusers' `randn_tensor` does, so that seeds agree.
 
-        noise = self.latents
-        if noise is None:
-            noise = randn_tensor(shape, generator=self.generators, device=device, dtype=dtype)
-        return noise.to(device, dtype).float()
+        Raises `InvalidRequest` for a generator of a device that is neither the CPU nor `device`.
+        """
+        if self.latents is not None:
+            noise = self.latents.to(device, dtype)
+        elif isinstance(self.generators, torch.Generator):
+            noise = _noise(self.generators, shape, device=device, dtype=dtype)
+        else:
+            noise = torch.cat([_noise(one, (1, *shape[1:]), device=device, dtype=dtype) for one in self.generators])
+        return noise.float()
+
+
+def _noise(generator: torch.Generator, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draw on the CPU for a generator of the CPU, whatever the device."""
+    if generator.device.type not in ("cpu", device.type):
+        raise InvalidRequest(
+            "generator", f"is of {generator.device.type}, the pipeline on {device}; use torch.Generator('cpu')"
+        )
+    place = device if generator.device.type == device.type else generator.device
+    return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
 
 
 def draw_seeds(num_images: int, *, ranks: Ranks) -> list[int]:

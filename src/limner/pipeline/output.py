@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limner.images import ReferenceReport, to_pil
+from limner.images import ReferenceReport, side_by_side, to_pil
 from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
@@ -49,6 +49,18 @@ class PipelineOutput(OfImages):
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     own: tuple[ImageReport, ...] = ()
+
+    def __repr__(self) -> str:
+        shape = f"{self.metadata.get('width')}x{self.metadata.get('height')}"
+        seeds = ", ".join(map(str, self.seeds))
+        return (
+            f"PipelineOutput({len(self.seeds)} of {shape}, seeds {seeds}, references: {self.reference_cache}, "
+            f"{self.timings.total:.2f} s)"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """Show the pictures side by side in notebooks."""
+        return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
 def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.call_types import CallArguments, StepCallback
 from limner.pipeline.check import ArgumentChecker
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
@@ -38,6 +39,7 @@ from limner.pipeline.networks import Networks
 from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
+from limner.pipeline.progress_bar import reporting
 from limner.pipeline.prompts import PromptEncoder
 from limner.pipeline.together import check_shared, opened, per_prompt
 from limner.pipeline.unknown import named_arguments
@@ -50,9 +52,6 @@ from limner.weights.digest import WeightDigests
 __all__ = ["Pipeline", "StepCallback"]
 
 _logger = logging.getLogger("limner")
-
-StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
-"""(pipeline, step, timestep, tensors) to changed tensors; see `Pipeline.__call__`."""
 
 
 class Pipeline:
@@ -131,7 +130,7 @@ class Pipeline:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
-    ) -> Pipeline:
+    ) -> Self:
         """Load a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
         `transformer`, `vae` and `text_encoder` replace a part of it: a file of any layout (docs/compatibility.md), a
@@ -180,7 +179,7 @@ class Pipeline:
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
-    ) -> Pipeline:
+    ) -> Self:
         """Take over a klein pipeline of diffusers that is in memory: the tensors are shared, none is copied.
 
         It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out.
@@ -200,7 +199,7 @@ class Pipeline:
         return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
 
     @classmethod
-    def _of(cls, loaded: load.Loaded, *, store: ReferenceStore | None, kv_cache_dtype: str | None) -> Pipeline:
+    def _of(cls, loaded: load.Loaded, *, store: ReferenceStore | None, kv_cache_dtype: str | None) -> Self:
         pipe = cls(
             transformer=loaded.transformer,
             autoencoder=loaded.autoencoder,
@@ -219,7 +218,7 @@ class Pipeline:
         loaded.register(pipe._digests)
         return pipe
 
-    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+    def to(self, target: torch.device | str | torch.dtype) -> Self:
         """Move all parts to a device, or cast them to a dtype; return itself. Not for a parallel model."""
         if self.parallel is not None:
             raise InvalidRequest(
@@ -270,6 +269,12 @@ class Pipeline:
             sizes=self.sizes,
             has_previews=self.latent_preview is not None,
         )
+
+    def __repr__(self) -> str:
+        config, dtype = self.geometry.transformer, str(self.dtype).removeprefix("torch.")
+        blocks = f"{config.num_double_blocks} + {config.num_single_blocks} blocks of {config.width}"
+        loras = "".join(f", LoRA {name}" for name in self.get_active_adapters())
+        return f"{type(self).__name__}({blocks}, {self.kind}, {dtype} on {self.device}{loras})"
 
     @property
     def device(self) -> torch.device:
@@ -387,7 +392,7 @@ class Pipeline:
         requests = [self.opened(request) for request in requests]
         size = references.sizes[0] if references is not None else self.default_size
         first = check_shared(requests, kind=self.kind, default_size=size)
-        out = self(
+        out: PipelineOutput = self(
             [request.prompt for request in requests for _ in request.seeds],
             image=first.references or None,
             references=references,
@@ -401,11 +406,24 @@ class Pipeline:
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
-            progress=progress,
+            progress=progress or False,
             **per_prompt(requests),
         )
-        assert isinstance(out, PipelineOutput)
         return out
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        return_dict: Literal[True] = True,
+        **arguments: Unpack[CallArguments],
+    ) -> PipelineOutput: ...
+
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, *, return_dict: bool, **arguments: Unpack[CallArguments]
+    ) -> PipelineOutput | tuple[Any]: ...
 
     @named_arguments
     @typed_memory_errors
@@ -434,7 +452,7 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         size_policy: str = "refuse",
         **control: Unpack[Control],
     ) -> PipelineOutput | tuple[Any]:
@@ -453,11 +471,12 @@ class Pipeline:
         prompt_embeds, and rows, the list of those images of the batch that go on (the others are dropped, also from the
         output); it may also ask for denoised, the clean tokens that this step predicts, and preview, these as small
         pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run, `pipe._interrupt = True`
-        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. `size_policy`
-        "floor" takes sides of the output down to multiples of 16, with a warning. With a parallel model callbacks run
-        in every process and have to do the same. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
+        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part; left
+        out, terminals and notebooks get a bar, with False none. `size_policy` "floor" takes sides of the output down to
+        multiples of 16, with a warning. With a parallel model callbacks run in every process and have to do the same.
+        Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
-        with self._interruption.call() as call:
+        with self._interruption.call() as call, reporting(progress) as report:
             # 1. Check the arguments: what can be refused is refused before any work is done
             request = self._checker.check(
                 prompt=prompt,
@@ -480,7 +499,7 @@ class Pipeline:
                 callback_inputs=callback_on_step_end_tensor_inputs,
                 max_sequence_length=max_sequence_length,
                 text_encoder_out_layers=text_encoder_out_layers,
-                progress=progress,
+                progress=report,
                 size_policy=size_policy,
                 control=control,
             )

@@ -80,6 +80,14 @@ class References(ReferenceKV):
         )
         return dataclasses.replace(made, key=made._key(shard))
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{width}x{height}" for width, height in self.sizes)
+        kind = self.quantization or str(self.dtype).removeprefix("torch.")
+        return (
+            f"References({sizes}: {self.num_tokens} tokens, {self.nbytes / 2**20:.1f} MiB of {kind} on {self.device}, "
+            f"key {self.key[:12]})"
+        )
+
     @property
     def arithmetic(self) -> str:
         """The arithmetic that computed the K/V; another one may differ in the last bits. `kernel` is its older name."""

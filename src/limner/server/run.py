@@ -66,6 +66,8 @@ def serve(
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
+    if sys.stderr.isatty():  # by itself, for terminals that open what is clicked
+        print(f"\n    {address}/\n", file=sys.stderr, flush=True)
 
     server = make_server(
         app,

@@ -1,4 +1,4 @@
-"""Our networks from those of a diffusers pipeline in memory: the tensors are shared, none is copied.
+"""Our networks from those of a diffusers pipeline in memory, and back: the tensors are shared, none is copied.
 
 Reads no files. What diffusers attaches to its modules (LoRA layers, quantized or offloaded weights) is refused, since it
 would be lost silently.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,26 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError
 from limner.model.autoencoder import Autoencoder
+from limner.model.autoencoder_network import AutoencoderNetwork
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
 from limner.weights.files import some_names
-from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer, text_layers, text_unread
+from limner.weights.networks import (
+    diffusers_autoencoder,
+    empty_autoencoder,
+    empty_text_network,
+    empty_transformer,
+    text_layers,
+    text_unread,
+)
 
-__all__ = ["restore_text_encoder", "share_autoencoder", "share_text_encoder", "share_transformer"]
+__all__ = [
+    "as_diffusers_autoencoder",
+    "restore_text_encoder",
+    "share_autoencoder",
+    "share_text_encoder",
+    "share_transformer",
+]
 
 
 def share_transformer(network: Any) -> Transformer:
@@ -39,6 +54,21 @@ def share_autoencoder(network: Any) -> Autoencoder:
     shared = empty_autoencoder(_plain(network).config, where="vae")
     _share(shared, tensors, "vae")
     return Autoencoder(shared)
+
+
+_views: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def as_diffusers_autoencoder(network: nn.Module) -> Any:
+    """Return diffusers' `AutoencoderKLFlux2` with the parameters of an autoencoder's network; the same one each time."""
+    if not isinstance(network, AutoencoderNetwork):
+        return network
+    view = _views.get(network)
+    if view is None:
+        with torch.device("meta"):
+            view = _views[network] = diffusers_autoencoder(network.config).eval().requires_grad_(False)
+    view.load_state_dict(network.state_dict(keep_vars=True), strict=True, assign=True)
+    return view
 
 
 def share_text_encoder(network: Any, tokenizer: Any, *, out_layers: tuple[int, ...] | None = None) -> TextEncoder:

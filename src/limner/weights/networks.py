@@ -11,12 +11,23 @@ from torch import nn
 
 from limner.config import TransformerConfig
 from limner.errors import CheckpointError, first_line
+from limner.model import autoencoder_network, qwen3
+from limner.model.autoencoder_network import AutoencoderNetwork
 from limner.model.int8 import quantize_blocks
+from limner.model.qwen3 import Qwen3
 from limner.model.text_encoder import default_out_layers
 from limner.model.transformer import Transformer
 from limner.weights.bounds import MAX_LAYERS, check_autoencoder, check_text_encoder, check_transformer
 
-__all__ = ["QUANT_METHOD", "empty_autoencoder", "empty_text_network", "empty_transformer", "text_layers", "text_unread"]
+__all__ = [
+    "QUANT_METHOD",
+    "diffusers_autoencoder",
+    "empty_autoencoder",
+    "empty_text_network",
+    "empty_transformer",
+    "text_layers",
+    "text_unread",
+]
 
 QUANT_METHOD = "limner_int8"
 """`quantization_config.quant_method` of an int8 transformer in its config.json."""
@@ -35,11 +46,22 @@ def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | st
 
 
 def empty_autoencoder(config: Mapping[str, Any], *, where: Path | str) -> Any:
-    """Build diffusers' autoencoder. Raises `CheckpointError`."""
+    """Build the autoencoder: our network, or diffusers' for what that has besides. Raises `CheckpointError`."""
+    check_autoencoder(config, where=where)
+
+    def make() -> nn.Module:
+        plain = autoencoder_network.is_plain(config)
+        network: nn.Module = AutoencoderNetwork(config) if plain else diffusers_autoencoder(config)
+        return network
+
+    return _build(make, where=where)
+
+
+def diffusers_autoencoder(config: Mapping[str, Any]) -> Any:
+    """Build diffusers' autoencoder, with its errors."""
     from diffusers import AutoencoderKLFlux2
 
-    check_autoencoder(config, where=where)
-    return _build(lambda: AutoencoderKLFlux2.from_config(dict(config)), where=where)
+    return AutoencoderKLFlux2.from_config(dict(config))
 
 
 def text_layers(
@@ -60,22 +82,30 @@ def text_layers(
 
 
 def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, where: Path | str) -> Any:
-    """Build a Qwen3 base model of the first `used` of `depth` layers, with its final norm only if that is all of them."""
-    from transformers import Qwen3Config, Qwen3Model
+    """Build a Qwen3 base model of the first `used` of `depth` layers, with its final norm only if that is all of them.
 
+    It is our network, or transformers' for what that has besides. Raises `CheckpointError`.
+    """
     check_text_encoder(config, where=where)
 
     def make() -> nn.Module:
         values = dict(config) | {"num_hidden_layers": used, "layer_types": None}
         values.pop("quantization_config", None)  # of the file's weights, which are widened
-        if "max_window_layers" in values:
-            values["max_window_layers"] = min(int(values["max_window_layers"]), used)
-        network: nn.Module = Qwen3Model(Qwen3Config.from_dict(values))
+        network: nn.Module = Qwen3(values) if qwen3.is_plain(values) else _transformers_network(values)
         if used < depth:  # hidden states are read before the norm, except those of the last layer
             network.norm = nn.Identity()
         return network
 
     return _build(make, where=where)
+
+
+def _transformers_network(config: dict[str, Any]) -> Any:
+    """Build transformers' Qwen3, with its errors."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    if "max_window_layers" in config:
+        config["max_window_layers"] = min(int(config["max_window_layers"]), config["num_hidden_layers"])
+    return Qwen3Model(Qwen3Config.from_dict(config))
 
 
 def text_unread(name: str, *, used: int, depth: int) -> bool:

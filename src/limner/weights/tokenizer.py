@@ -16,6 +16,7 @@ from jinja2.exceptions import TemplateError
 from limner.errors import CheckpointError, first_line
 from limner.files import open_regular
 from limner.weights.files import read_json
+from limner.weights.plain_tokenizer import plain_tokenizer, transformers_tokenizer
 from limner.weights.tokenizer_file import check_tokenizer
 
 __all__ = ["check_template", "load_tokenizer"]
@@ -62,12 +63,12 @@ _NODES = (
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a folder. Raises `CheckpointError`."""
-    from transformers import AutoTokenizer
-
-    _check_files(folder)
+    """Return the tokenizer of a folder, a `PlainTokenizer` or one of transformers. Raises `CheckpointError`."""
+    made = _check_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = plain_tokenizer(folder, made) if made is not None else None
+        if tokenizer is None:
+            tokenizer = transformers_tokenizer(folder)
     except Exception as error:  # three libraries raise their own types for a damaged tokenizer
         raise CheckpointError(f"{folder}: the tokenizer cannot be used ({first_line(error)})") from error
     templates = tokenizer.chat_template
@@ -77,8 +78,12 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what is no small regular file, and configurations that name code or another tokenizer."""
+def _check_files(folder: Path) -> dict[str, Any] | None:
+    """Refuse what is no small regular file, and configurations that name code or another tokenizer.
+
+    Returns what the folder's tokenizer.json holds, None if there is none.
+    """
+    made = None
     found = [Path(base) / name for base, _, names in os.walk(folder) for name in names]
     if len(found) > _MAX_FILES:
         raise CheckpointError(f"{folder}: has {len(found)} files; a tokenizer has at most {_MAX_FILES}")
@@ -94,7 +99,8 @@ def _check_files(folder: Path) -> None:
                 f"{path}: has {size} bytes, a tokenizer's file at most {_MAX_BYTES}; download it again"
             )
         if data is not None:
-            check_tokenizer(data, where=path)
+            found_here = check_tokenizer(data, where=path)
+            made = found_here if path.parent == folder else made
         if path.suffix == ".json" and path.name not in _VOCABULARIES:
             config = read_json(path)
             for key, allowed in (("tokenizer_class", _CLASSES), ("model_type", _MODEL_TYPES)):
@@ -102,6 +108,7 @@ def _check_files(folder: Path) -> None:
                     raise CheckpointError(
                         f"{path}: {key}={str(config[key])[:80]!r} is not supported; allowed: {', '.join(allowed)}"
                     )
+    return made
 
 
 def check_template(text: object, *, where: object) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 from limner.errors import CheckpointError
 
-__all__ = ["check_tokenizer"]
+__all__ = ["QWEN_WORDS", "check_tokenizer"]
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = _WORDS.format(digits=r"\p{N}") + _SPACES
 _PATTERNS = frozenset(
     {
         *(_WORDS.format(digits=digits) + _SPACES for digits in (r"\p{N}", r"\p{N}{1,3}", r"\p{N}{1,2}")),
@@ -38,8 +39,8 @@ _MAX_LENGTH = 1 << 17
 """Tokens that the file may pad to."""
 
 
-def check_tokenizer(data: bytes, *, where: object) -> None:
-    """Raise `CheckpointError` for a tokenizer.json whose parts may take long or grow without bounds."""
+def check_tokenizer(data: bytes, *, where: object) -> dict[str, Any]:
+    """Return what a tokenizer.json holds. Raises `CheckpointError` if its parts may take long or grow without bounds."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -59,6 +60,7 @@ def check_tokenizer(data: bytes, *, where: object) -> None:
         for step in steps:
             _check_step(step, part, where=where)
     _check_lengths(value.get("padding"), where=where)
+    return value
 
 
 def _steps(part: object) -> Iterator[dict[str, Any]]:

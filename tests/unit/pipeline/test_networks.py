@@ -50,5 +50,5 @@ def test_the_key_covers_the_geometry_of_the_transformer(change: dict[str, Any], 
 @pytest.mark.parametrize("change", [{"norm_num_groups": 4}, {"batch_norm_eps": 1e-3}], ids=str)
 def test_the_key_covers_the_geometry_of_the_autoencoder(change: dict[str, Any], pipe: Pipeline) -> None:
     before = pipe.reference_weights
-    pipe.autoencoder.network.register_to_config(**change)
+    pipe.autoencoder.network.config |= change
     assert pipe.reference_weights != before

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from limner import CheckpointError, Pipeline
+from limner import CheckpointError, Flux2KleinKVPipeline, Pipeline
 from limner.config import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B, TransformerConfig
 from limner.weights.bounds import check_json, check_text_encoder, check_transformer
 from limner.weights.files import read_json
@@ -97,7 +97,9 @@ def test_the_library_is_told_to_run_no_code(tiny_folder: Path, monkeypatch: pyte
         return load(*args, **options)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", spy)
-    Pipeline.from_pretrained(tiny_folder)
+    pipe = Flux2KleinKVPipeline.from_pretrained(tiny_folder)
+    assert not asked  # its tokenizer is read without
+    assert pipe.tokenizer.eos_token
     assert [options["trust_remote_code"] for options in asked] == [False]
 
 

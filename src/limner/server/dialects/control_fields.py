@@ -119,8 +119,10 @@ async def read_controls(
         pictures=await service.pictures.read(
             pictures, owner=owner, background=background, first_whole=first_whole, **options
         ),
-        canvas=canvas and await service.pictures.read_canvas(canvas, owner=owner, background=background),
     )
+    if canvas is not None:
+        read = await service.pictures.read_canvas(canvas, owner=owner, background=background)
+        request = replace(request, canvas=read)
     if mask is None:
         return request
     if "expand" in control:

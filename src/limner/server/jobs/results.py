@@ -64,15 +64,13 @@ class ResultWriter:
 
     def _encode(self, job: Job, result: EditResult) -> list[bytes]:
         files = []
-        preserved = [one.as_json() for one in result.preserved] or [{}] * len(result.images)
-        for image, seed, kept in zip(result.images, result.seeds, preserved, strict=True):
+        for number, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
             metadata = {
                 "prompt": job.prompt,
                 "seed": seed,
                 "version": __version__,
                 "model": self._model,
-                **result.metadata,
-                **kept,
+                **result.metadata_of(number),
             }
             data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
             files.append(data if self._signer is None else self._sign(data, job, metadata, self._signer))

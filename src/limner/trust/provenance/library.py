@@ -9,7 +9,7 @@ from typing import Any
 
 from limner.errors import MissingExtra
 
-__all__ = ["ASSERTION", "DEVELOPMENT_NAME", "as_assertion", "of_assertion", "require", "settings"]
+__all__ = ["ASSERTION", "DEVELOPMENT_NAME", "as_assertion", "has_c2pa", "of_assertion", "require", "settings"]
 
 ASSERTION = "limner.generation"
 """Label of the assertion with a picture's metadata."""
@@ -29,6 +29,11 @@ def settings(*, trust: bytes | None = None) -> dict[str, Any]:
         "trust": {"user_anchors": trust.decode("ascii", "replace")} if trust else {},
         "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": True},
     }
+
+
+def has_c2pa() -> bool:
+    """Return True if the c2pa library is installed."""
+    return importlib.util.find_spec("c2pa") is not None
 
 
 def as_assertion(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,10 @@ __all__ = ["Ingredient", "sign"]
 _logger = logging.getLogger("limner")
 
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_COMPOSED_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""IPTC's word for inpainting and outpainting: a part of the pixels is the canvas'."""
+_COMPOSED = ("mask", "preserve")
+"""Names in the metadata of a picture that holds pixels of its first reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +53,9 @@ def sign(
     """Return the bytes of a picture file with a signed C2PA manifest in them; pixels and metadata are those of `data`.
 
     "created" is a picture from text. "edited" has references: the first is the parent, the others are inputs of the
-    model. `metadata` (values of JSON) becomes an assertion, which also says if the certificate is for development.
-    Raises `InvalidRequest`, `MissingExtra`, and `LimnerError` if signing fails.
+    model; with a mask, or where the rest was left alone, it is a composite. `metadata` (values of JSON) becomes an
+    assertion, which also says if the certificate is for development. Raises `InvalidRequest`, `MissingExtra`, and
+    `LimnerError` if signing fails.
     """
     name = format.lower()
     if name not in MEDIA_TYPES:
@@ -112,7 +117,8 @@ def _manifest(
     title: str, *, action: str, ingredients: int, metadata: Mapping[str, Any], signer: Signer
 ) -> dict[str, Any]:
     agent = {"name": "Limner", "version": __version__}
-    made: dict[str, Any] = {"action": f"c2pa.{action}", "softwareAgent": agent, "digitalSourceType": _SOURCE_TYPE}
+    source = _COMPOSED_TYPE if any(name in metadata for name in _COMPOSED) else _SOURCE_TYPE
+    made: dict[str, Any] = {"action": f"c2pa.{action}", "softwareAgent": agent, "digitalSourceType": source}
     actions = [made]
     if ingredients:
         opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["reference-1"]}}

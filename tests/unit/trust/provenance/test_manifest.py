@@ -72,6 +72,18 @@ def test_edited(format: str, signer: Signer) -> None:  # noqa: A002
     assert [len(a["parameters"]["ingredients"]) for a in (opened, edited)] == [1, 3]
 
 
+@pytest.mark.parametrize("control", [{"mask": "0" * 64, "box": [0, 0, 64, 64]}, {"preserve": "auto"}])
+def test_what_keeps_pixels_of_the_canvas_is_a_composite(control: dict[str, Any], signer: Signer) -> None:
+    metadata = METADATA | control
+    data = made("PNG")
+    signed = sign(
+        data, format="PNG", title="t", action="edited", ingredients=references("PNG"), metadata=metadata, signer=signer
+    )
+    report = read(signed)
+    assert report.source_type == "compositeWithTrainedAlgorithmicMedia"
+    assert control.items() <= report.generation.items()
+
+
 def test_no_picture_of_a_reference_is_in_the_manifest(signer: Signer) -> None:
     """The library adds thumbnails unless it is told not to."""
     ingredients = [Ingredient(data=encode(picture(400, 400), "PNG"), title="a")]
