@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limner.errors import CheckpointError
+from limner.models import published
 from limner.options import ModelOptions
 from limner.places import is_url
 from limner.weights.folder import PARTS, read_settings, resolve_model
@@ -33,6 +34,8 @@ def about_model(options: ModelOptions) -> ModelAbout:
     loras = tuple((Path(source).stem or source, strength) for source, strength in options.loras)
     given = options.model
     if given is not None and not Path(given).is_dir():
+        if (known := published(given)) is not None:
+            return ModelAbout(url=known.page, loras=loras)
         is_hub = not is_url(given) and given.count("/") == 1
         return ModelAbout(url=f"https://huggingface.co/{given}" if is_hub else None, loras=loras)
     try:

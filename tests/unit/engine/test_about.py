@@ -27,6 +27,7 @@ def test_a_folder_without_a_card_a_hub_id_and_a_broken_folder(tiny_copy: Path, t
     assert about_model(ModelOptions(model=str(tiny_copy))).card == "# \N{REPLACEMENT CHARACTER}"
     hub = about_model(ModelOptions(model="black-forest-labs/FLUX.2-klein-4B"))
     assert hub.url == "https://huggingface.co/black-forest-labs/FLUX.2-klein-4B"
+    assert about_model(ModelOptions(model="klein-4b")).url == hub.url
     assert about_model(ModelOptions(model=str(tmp_path))) == ModelAbout()
 
 
