@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from limner.deploy.remote import LostReplica, RemoteEngine
 from limner.engine import EditRequest, Event, Failed, Finished, ModelCard, Prefilled, PrefillRequest
+from limner.engine.about import about_model
 from limner.errors import InvalidRequest, RemoteError, first_line
 from limner.memory.free import spare_garbage_collector
 from limner.server.application import build_app
@@ -150,7 +151,11 @@ class IngressApp:
         while True:
             try:
                 return await asyncio.to_thread(
-                    build_app, self._engine, options.serve_options(), model_name=options.model_name
+                    build_app,
+                    self._engine,
+                    options.serve_options(),
+                    model_name=options.model_name,
+                    about=about_model(options.model_options()),
                 )
             except StorageInUse:
                 if time.monotonic() > end:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from limner.engine import Engine
+from limner.engine.about import ModelAbout
 from limner.engine.load import load_in_thread
 from limner.errors import OutputError
 from limner.memory.free import spare_garbage_collector
@@ -46,7 +47,9 @@ _SWITCH_SECONDS = 0.001
 """The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
 
-def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str) -> None:
+def serve(
+    load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str, about: ModelAbout | None = None
+) -> None:
     """Serve until a signal stops it, then wait `drain` seconds for jobs. Raises `LimnerError` for wrong options.
 
     The jobs are held before the model is loaded, so that a server that cannot have them ends soon. On standby the model is
@@ -62,7 +65,7 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     pipe = load_in_thread(load)
     jobs = jobs or open_jobs(options)
     engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)
-    app = build_app(engine, options, model_name=model_name, jobs=jobs)
+    app = build_app(engine, options, model_name=model_name, about=about, jobs=jobs)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)

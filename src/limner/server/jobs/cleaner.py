@@ -24,6 +24,7 @@ class Cleaner:
     """Clean every `every` seconds; ended jobs are known for `keep_jobs` seconds after their results have expired.
 
     Free memory is given back every `give_back_every` seconds.
+    `keep_bytes`: the oldest jobs go where results and pictures of jobs have more; None: they may have any number.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Cleaner:
         every: float,
         give_back_every: float,
         keep_jobs: float,
+        keep_bytes: int | None,
         adopt_lost: Callable[[], Awaitable[None]],
     ) -> None:
         self._jobs = jobs
@@ -41,6 +43,7 @@ class Cleaner:
         self._every = every
         self._give_back_every = give_back_every
         self._keep_jobs = keep_jobs
+        self._keep_bytes = keep_bytes
         self._adopt_lost = adopt_lost
         self._tasks = Tasks()
 
@@ -55,6 +58,8 @@ class Cleaner:
         while True:
             try:
                 await self._offload.store(self._jobs.clean, forget_seconds=self._keep_jobs)
+                if self._keep_bytes is not None:
+                    await self._offload.store(self._jobs.trim, self._keep_bytes)
                 await self._adopt_lost()
             except (LimnerError, OSError):
                 _logger.exception("old results could not be removed")
