@@ -1,7 +1,7 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
-from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, plan_canvas, stitch
+from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, known_box, plan_canvas, stitch
 from limner.images.decode import decode
 from limner.images.encode import check_output, encode, numbered, save
 from limner.images.expand import expand_canvas
@@ -44,6 +44,7 @@ __all__ = [
     "feathered",
     "format_of",
     "keep_outside",
+    "known_box",
     "numbered",
     "picture_metadata",
     "plan_canvas",

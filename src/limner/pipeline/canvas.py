@@ -26,6 +26,7 @@ from limner.images import (
     cut,
     describe_mask,
     expand_canvas,
+    known_box,
     plan_canvas,
     prepare_reference,
     preserve,
@@ -48,14 +49,16 @@ class Canvas:
     """A picture that is repainted.
 
     `picture` is the caller's, upright and in sRGB, with new area around it where it is expanded; `plans` say how it is
-    drawn and put back, one for each mask. `prepared` is what is drawn, of the output's size. `strength` in (0, 1] is the
-    share of the steps that are drawn. `masked` is False for image to image: then nothing is put back. `preserves`: what the
-    edit did not change is taken from the picture.
+    drawn and put back, one for each mask. `prepared` is what is drawn, of the output's size; `reference` is what the
+    model sees of it as image 1: all of it, or of an expanded canvas the old picture, at its place in the new one.
+    `strength` in (0, 1] is the share of the steps that are drawn. `masked` is False for image to image: then nothing is
+    put back. `preserves`: what the edit did not change is taken from the picture.
     """
 
     picture: Image.Image
     plans: tuple[CanvasPlan, ...]
     prepared: PreparedReference
+    reference: PreparedReference
     strength: float
     masked: bool
     preserves: bool
@@ -122,6 +125,7 @@ def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float
         picture=picture,
         plans=(plan,),
         prepared=prepared,
+        reference=prepared,
         strength=strength,
         masked=False,
         preserves=False,
@@ -133,7 +137,7 @@ def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float
 def open_canvas(
     control: Control, image: Any, *, policy: ReferencePolicy, sizes: Sequence[tuple[int, int]], num_prompts: int
 ) -> tuple[Canvas | None, Any]:
-    """Return the canvas of a call, None if it has none, and its pictures: the canvas' place in them has what is drawn.
+    """Return the canvas of a call, None if it has none, and its pictures: the canvas' place in them has its `reference`.
 
     The canvas is the first picture, or `canvas`, which is then no reference. `sizes` are those that the model draws; none:
     any. Raises `InvalidRequest`.
@@ -153,7 +157,7 @@ def open_canvas(
     picture = _open(source, policy=policy, field="image 1" if is_first else "canvas")
     canvas = _plan(picture, control, policy=policy, sizes=sizes, num_prompts=num_prompts)
     if is_first and pictures:
-        return canvas, [canvas.prepared, *pictures[1:]]
+        return canvas, [canvas.reference, *pictures[1:]]
     return canvas, image
 
 
@@ -179,7 +183,7 @@ def _plan(
     sizes: Sequence[tuple[int, int]],
     num_prompts: int,
 ) -> Canvas:
-    strength, warnings = check_strength(control.get("strength")), []
+    strength, warnings, known = check_strength(control.get("strength")), [], None
     mask_image, expand = control.get("mask_image"), control.get("expand")
     preserves = _check_preserve(control.get("preserve"), masked=mask_image is not None or expand is not None)
     if mask_image is not None and expand is not None:
@@ -187,7 +191,7 @@ def _plan(
             "expand", "mask_image and expand are both given; expand first, and give a mask of that size"
         )
     if expand is not None:
-        picture, mask = expand_canvas(picture, **_expansion(expand))
+        picture, mask, known = expand_canvas(picture, **_expansion(expand))
         masks = [mask]
     elif mask_image is not None:
         given: list[Any] = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
@@ -220,10 +224,13 @@ def _plan(
     drawn, _ = cut(picture, plans[0], background=policy.background or "white")
     size = plans[0].drawn_size
     prepared = prepare_reference(drawn, policy=ReferencePolicy(max_pixels=size[0] * size[1], max_aspect=1e9))
+    # a model takes what it sees for the picture: of new area it is not to see the fill
+    seen = None if known is None else known_box(plans[0], known)
     return Canvas(
         picture=picture,
         plans=plans,
         prepared=prepared,
+        reference=prepared if seen is None else prepared.part(seen),
         strength=strength,
         masked=masked,
         preserves=preserves,
