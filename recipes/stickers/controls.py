@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from judge import NewArea, pixels, psnr
 from limner.images import expand_canvas
-from tasks import Example, Grammar
+from tasks import NUM_VARIANTS, Example, Grammar
 from world import GRID, STICKERS, Picture, Renderer, Sticker
 
 CONTROLS = ("mask", "outpaint", "preserve")
@@ -24,6 +24,8 @@ NEW_AREAS = (2 * GRID, 4 * GRID)
 """Pixels that a picture is continued by, at one side or at two."""
 LEAST_KEPT = 4 * GRID
 """What is left of each side at least."""
+CONTINUE_WORDS = ("continue the picture", "extend the picture", "more of the scene", "the whole scene")
+"""Prompts that leave it to the picture what is beside it; only training has them."""
 BESIDE = GRID // 2
 """Pixels beside a change of the truth, half a token, where no model can tell what is still old from what is new."""
 EVERYTHING = 0.01
@@ -46,6 +48,22 @@ class Control(Example):
             return {"image": images, "mask_image": Image.fromarray(self.mask()), "mask_blur": 0}
         return {"image": images, "preserve": "auto"}
 
+    @property
+    def known(self) -> Box:
+        """The part of the result that is there before, (left, top, right, bottom)."""
+        width, height = self.result.size
+        left, top, right, bottom = self.expand or (0, 0, 0, 0)
+        return (left, top, width - right, height - bottom)
+
+    def drawn_tokens(self) -> np.ndarray:
+        """Return what is repainted by tokens, (height / 16, width / 16) bool, as the pipeline does; all without a mask."""
+        if self.expand is None:
+            mask = self.mask() > 0 if self.boxes else np.ones(self.result.size[::-1], bool)
+        else:
+            mask = expand_canvas(Image.new("RGB", _size(self.known)), expand=self.expand).mask > 0
+        height, width = mask.shape
+        return mask.reshape(height // GRID, GRID, width // GRID, GRID).any((1, 3))
+
     def mask(self) -> np.ndarray:
         """Return what is repainted, (height, width) uint8 of 0 and 255."""
         width, height = self.result.size
@@ -65,10 +83,7 @@ class Control(Example):
 
     def _shown(self, renderer: Renderer) -> Image.Image:
         """Return the part of the result that is there before."""
-        assert self.expand is not None
-        width, height = self.result.size
-        left, top, right, bottom = self.expand
-        return renderer.render(self.result).crop((left, top, width - right, height - bottom))
+        return renderer.render(self.result).crop(self.known)
 
     def kept(self, image: Image.Image, renderer: Renderer) -> dict[str, float]:
         """Return what is measured where the result should be as before, by name.
@@ -115,6 +130,18 @@ def control_cases(task: str, num: int, *, seed: int = 0) -> list[Control]:
     return found
 
 
+def training_sitting(rng: random.Random, grammar: Grammar, task: str) -> list[Control]:
+    """Return one example to train `mask` or `outpaint` on, as a sitting; half of those to outpaint do not name what is there."""
+    case = None
+    while case is None:
+        case = _masked(rng, grammar, remove=rng.random() < 0.5) if task == "mask" else _outpainted(rng, grammar)
+    if task == "outpaint" and rng.random() < 0.5:
+        picture = case.result
+        varied = replace(picture, scene=replace(picture.scene, variant=rng.randrange(NUM_VARIANTS)))
+        case = replace(case, prompt=rng.choice(CONTINUE_WORDS), result=varied)
+    return [case]
+
+
 def _masked(rng: random.Random, grammar: Grammar, *, remove: bool) -> Control | None:
     """Return an example that only adds stickers to image 1, replaces them or takes them away, with the boxes of these."""
     example = grammar.draw(rng, "edit" if remove else "combine2")
@@ -148,6 +175,10 @@ def _outpainted(rng: random.Random, grammar: Grammar) -> Control | None:
         return None
     expand = tuple(rng.choice(fitting[side]) if side in chosen else 0 for side in range(4))
     return Control(**vars(replace(example, task="outpaint")), expand=(expand[0], expand[1], expand[2], expand[3]))
+
+
+def _size(box: Box) -> tuple[int, int]:
+    return (box[2] - box[0], box[3] - box[1])
 
 
 def _box(sticker: Sticker, picture: Picture) -> Box:

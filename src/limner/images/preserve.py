@@ -48,6 +48,8 @@ _GAP = PIXELS // 2
 """What lies between changes less than twice this far apart belongs to them: a token draws all of its pixels at once."""
 _FINE = (12.0, 0.25)
 """As in `_LEVELS`, for single pixels at the rim of a change: what differs by less is the canvas'."""
+_TINT = 5 / 255
+"""What differs in one way by more, over an area, is a change, however close its pixels are."""
 _RIM = 10
 """Pixels: so far coarse levels and closed gaps can widen a change."""
 _FEATHER = 3
@@ -141,6 +143,7 @@ def _change(before: Array, after: Array) -> Image.Image:
     height, width = before.shape[:2]
     score = np.zeros((height, width), np.float32)
     fine = _fine(before, after)
+    rim = (fine < 1) & (_tint(before, after, fine < 1) < _TINT)
     for level, (constant, share) in enumerate(_LEVELS):
         if level:
             before, after = _halved(before), _halved(after)
@@ -150,7 +153,7 @@ def _change(before: Array, after: Array) -> Image.Image:
         score = np.maximum(score, _enlarged(differs / tolerance, (width, height), 2**level))
     changed = _spread(score >= 1, score >= _WEAK)
     closed = ~_widened(~_widened(changed, _GAP), _GAP)
-    kept = _spread(~closed, ~closed | (_widened(~closed, _RIM) & (fine < 1)))
+    kept = _spread(~closed, ~closed | (_widened(~closed, _RIM) & rim))
     weight = np.clip(2 * (fine - 1), 0, 1)
     weight[~_widened(kept, _FEATHER - 1)] = 1
     for distance in range(1, _FEATHER):
@@ -168,6 +171,17 @@ def _fine(before: Array, after: Array) -> Array:
     contrast = np.minimum(_contrast(smooth), _contrast(smooth_after))
     constant, share = _FINE
     return np.abs(smooth - smooth_after).max(-1) / (constant / 255 + share * contrast)
+
+
+def _tint(before: Array, after: Array, close: Array) -> Array:
+    """Return how much the close pixels around each pixel differ on average (of 8x8 pixels at least): a faint change of an area."""
+    height, width = close.shape
+    near = close[..., None].astype(np.float32)
+    difference, share = (after - before) * near, near
+    for _ in range(2):
+        difference, share = _halved(difference), _halved(share)
+    mean = np.abs(_smooth(difference)).max(-1) / np.maximum(_smooth(share)[..., 0], 1e-3)
+    return _enlarged(mean, (width, height), 4)
 
 
 def _contrast(values: Array) -> Array:
