@@ -1,7 +1,4 @@
-"""Makes docs/strip_control.png with the bundled model: a mask, new area, weights of a reference, and what an edit left alone.
-
-python docs/strip_control.py
-"""
+"""Makes docs/strip_control.png with the bundled model: a mask, new area, weights of a reference, and preserve."""
 
 from __future__ import annotations
 

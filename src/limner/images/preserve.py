@@ -174,7 +174,7 @@ def _fine(before: Array, after: Array) -> Array:
 
 
 def _tint(before: Array, after: Array, close: Array) -> Array:
-    """Return how much the close pixels around each pixel differ on average (of 8x8 pixels at least): a faint change of an area."""
+    """Return how much the close pixels around each pixel, of 8x8 at least, differ on average: a faint change of an area."""
     height, width = close.shape
     near = close[..., None].astype(np.float32)
     difference, share = (after - before) * near, near
