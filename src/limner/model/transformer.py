@@ -7,12 +7,8 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-=======
 from collections.abc import Callable, Iterable, Iterator
->>>>>>> main
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -34,12 +30,9 @@ from limner.tokens import TokenLayout
 
 __all__ = ["RefWeights", "Transformer"]
 
-<<<<<<< HEAD
 _logger = logging.getLogger("limner")
-=======
 RefWeights = tuple[tuple[int, float], ...] | None
 """(tokens, weight) of each reference; None: all weights are 1."""
->>>>>>> main
 _Block = TypeVar("_Block", bound=nn.Module)
 
 
