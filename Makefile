@@ -27,14 +27,14 @@ $(FONT):
 test: $(READY) $(FONT)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe and not clients"
 
-# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own.
+# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own. And axe on the page.
 test-clients: $(READY)
 	mkdir -p build/clients
 	cp tests/contract/clients/package.json build/clients/
 	-cd build/clients && npm install --no-audit --no-fund --loglevel=error
 	-test -x build/clients/litellm/bin/litellm || { $(PYTHON) -m venv build/clients/litellm && \
 	    build/clients/litellm/bin/pip install --quiet --disable-pip-version-check litellm==1.110.2; }
-	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py
+	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py tests/contract/test_page_axe.py
 
 # The Triton kernels compiled for every card, without one; prints registers, shared memory and spills (a few minutes).
 test-gpu-kernels: $(READY)
@@ -90,7 +90,7 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
-# What one caller can do to the others: each attack for 20 seconds, about half an hour with nothing else running.
+# What one caller can do to the others: each attack for 8 seconds, about 10 minutes with nothing else running.
 attack: $(READY)
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 

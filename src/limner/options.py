@@ -282,7 +282,22 @@ class ServiceOptions:
     )
     requests_per_minute: float = option(600, help="requests of one key, a minute", metavar="N", group="limits")
     concurrent: int = option(24, help="unfinished jobs of one key", metavar="N", group="limits")
-    keep_results: float = option(600, help="seconds for which results are kept", metavar="S", group="limits")
+    keep_results: float | None = option(
+        None,
+        help="seconds for which results are kept; default: 600 with keys, and without keys for good, as far as "
+        "--keep-bytes lets them",
+        metavar="S",
+        group="limits",
+        minimum=0,
+    )
+    keep_bytes: int | None = option(
+        None,
+        help="remove the oldest jobs when results and pictures of jobs have more bytes; default: any number with keys, "
+        "2 GiB without",
+        metavar="N",
+        group="limits",
+        minimum=0,
+    )
     drain: float = option(30, help="seconds a shutdown waits for jobs", metavar="S", group="limits", minimum=0)
     served_model_names: tuple[str, ...] = option(
         (),

@@ -40,6 +40,8 @@ class Drawer:
         self.pipe, self.options, self.keep_rows = pipe, options, keep_rows
         self.model = pipe.digest
         self.journal = own_journal(options)
+        self._canvas_keys: set[str] = set()
+        """Of canvases that the present group has drawn over."""
 
     def close(self) -> None:
         self.journal.close()
@@ -67,6 +69,10 @@ class Drawer:
         for chunk in chunks(group.tasks, self.options.images_at_once):
             yield from self._draw_together(chunk, references, source)
             source = _next_source(references)
+        if self.options.store is None:  # the hidden one holds what is under way
+            for key in self._canvas_keys:
+                self.pipe.store.remove(key)
+        self._canvas_keys.clear()
 
     def _prefill(self, group: Group) -> tuple[References | None, str]:
         """The References of a group, and where they came from."""
@@ -93,6 +99,7 @@ class Drawer:
         start = time.perf_counter()
         try:
             requests = [replace(task.opened(self.pipe), references=()) for task in tasks]  # the group has their K/V
+            self._canvas_keys.update(*(self.pipe.canvas_keys(request) for request in requests))
             out = self.pipe.draw(requests, references=references)
         except Exception as error:
             if len(tasks) == 1:

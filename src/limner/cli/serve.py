@@ -59,6 +59,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.new_key is not None:
         _make_key(args.new_key, file=args.keys)
         return
+    from limner.engine.about import about_model
     from limner.engine.load import check_model, load_pipeline
     from limner.server.application import check_options
     from limner.server.run import serve
@@ -69,7 +70,7 @@ def serve(args: argparse.Namespace) -> None:
     model = from_args(ModelOptions, args)
     check_model(model)
     store = open_optional_store(from_args(StoreOptions, args))
-    serve(lambda: load_pipeline(model, store=store), options, model_name=model.model_name)
+    serve(lambda: load_pipeline(model, store=store), options, model_name=model.model_name, about=about_model(model))
 
 
 def _make_key(name: str, *, file: str | None) -> None:

@@ -104,7 +104,14 @@ class Admission:
 
     def fits(self, requests: Sequence[EditRequest], *, size: tuple[int, int]) -> bool:
         """Whether opened requests of one batch, drawn in a size, fit in memory."""
-        return self.model.memory_for(self._edits(requests, size=size)) <= self.memory_bytes
+        return self.needed(requests, size=size) <= self.memory_bytes
+
+    def needed(self, requests: Sequence[EditRequest | PrefillRequest], *, size: tuple[int, int]) -> int:
+        """Return the bytes that opened requests of one batch, drawn in a size, may take."""
+        edits = [request for request in requests if isinstance(request, EditRequest)]
+        if edits:
+            return self.model.memory_for(self._edits(edits, size=size))
+        return self.model.memory_for(self._workload(size=size, references=requests[0].references, batch=1))
 
     def _edits(self, requests: Sequence[EditRequest], *, size: tuple[int, int]) -> Workload:
         """Return the workload of requests that are drawn together."""

@@ -24,6 +24,7 @@ from limner.engine.events import EditResult, Failed, Finished, Listener, Prefill
 from limner.engine.protocol import ModelView
 from limner.engine.queue import Job, RequestQueue, too_late
 from limner.engine.rows import Rows
+from limner.engine.runs import Run
 from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
@@ -76,6 +77,8 @@ class Engine:
         self._previews = previews and self.model.previews
         self._clock = clock
         self._queue = RequestQueue(self.admission, clock=clock)
+        self._runs: list[Run] = []
+        """What the thread draws, innermost last."""
         self._changed = threading.Condition()
         """Guards the queue; notified when a job arrives, a batch ends or the engine closes."""
         self._thread = threading.Thread(target=self._work, name="limner-engine", daemon=True)
@@ -252,6 +255,8 @@ class Engine:
         """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
         rows = Rows(batch)
         num_inference_steps = self.admission.num_steps(requests[0])
+        needed = self.admission.needed(requests, size=batch[0].size)
+        run = Run(rows=rows, num_steps=num_inference_steps, num_bytes=needed)
 
         def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             stay = self._drop_stopped(rows)
@@ -259,8 +264,11 @@ class Engine:
             previews = to_pil(tensors["preview"][stay]) if with_previews else []
             for job, own in rows.split(previews):
                 job.tell(Progress(step + 1, num_inference_steps, own))
+            run.steps_done = step + 1
+            self._let_through(run)
             return {} if len(stay) == len(tensors["latents"]) else {"rows": stay}
 
+        self._runs.append(run)
         try:
             out = self.pipe.draw(
                 requests,
@@ -269,7 +277,10 @@ class Engine:
             )
         except Cancelled:  # all have left, and were failed then
             return
-        ran = self._clock() - start
+        finally:
+            self._runs.pop()
+        ran = self._clock() - start - run.paused
+        out = replace(out, timings=run.without_pauses(out.timings))
         with self._changed:
             self._queue.stats.count_batch(len(out.images), prefilled=out.reference_cache == "miss")
             cancelled = [job for job in rows.jobs if job.cancelled]
@@ -281,8 +292,29 @@ class Engine:
         prompts = {job: reports[0] for job, reports in Rows(batch).split(out.prompts)}
         for job, numbers in rows.split(range(len(out.images))):
             if job not in cancelled:
-                waited = start - job.arrived
+                waited = start - job.arrived + run.paused
                 job.tell(Finished(_result(job, out, numbers, prompt=prompts[job], waited=waited, ran=ran)))
+
+    def _let_through(self, run: Run) -> None:
+        """Between two steps, draw a shorter request of an owner who waits for the one whose batch this is."""
+        start = self._clock()
+        if self.pipe.residency is not None or not run.may_pause(start):  # a second call would move weights about
+            return
+        jobs = [job for outer in self._runs for job in outer.rows.jobs]
+        with self._changed:
+            batch = self._queue.take_between(
+                owners={job.owner for job in jobs},
+                priority=max(job.priority for job in jobs),
+                work=run.work_left,
+                num_bytes=sum(outer.num_bytes for outer in self._runs),
+            )
+        if not batch:
+            return
+        try:
+            self._run(batch, start)
+        except Exception as error:  # of that request
+            self._after_failure(batch, error)
+        run.pause(start, self._clock())
 
     def _drop_stopped(self, rows: Rows) -> list[int]:
         """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from limner.engine.admission import Admission
@@ -158,11 +158,7 @@ class RequestQueue:
         that of the owner who was served longest ago, or never; then the oldest. Jobs of one owner alone fill a share of the
         batch while others ask too, since what they ask for next waits for the whole batch.
         """
-        served, last = self._served, self._last_turn
-        turn = sorted(
-            self.waiting.values(),
-            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
-        )
+        turn = self._in_turn()
         if not turn:
             return []
         head, batch = turn[0], [turn[0]]
@@ -176,6 +172,41 @@ class RequestQueue:
             if together <= most and self._fit([*batch, job]):
                 batch.append(job)
                 num_images = together
+        return self._serve(batch)
+
+    def take_between(self, *, owners: Collection[str], priority: int, work: int, num_bytes: int) -> list[Job]:
+        """Move the next job that may run between two steps of others to those that run; none if there is none.
+
+        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to them
+        (pixels, those of each step counted), and fits in memory beside their `num_bytes`.
+        """
+        for job in self._in_turn():
+            beside = num_bytes + self.admission.needed([job.request], size=job.size)
+            if (
+                job.owner not in owners
+                and job.priority >= priority
+                and 2 * self._work(job) <= work
+                and beside <= self.admission.memory_bytes
+            ):
+                return self._serve([job])
+        return []
+
+    def _in_turn(self) -> list[Job]:
+        served, last = self._served, self._last_turn
+        return sorted(
+            self.waiting.values(),
+            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
+        )
+
+    def _work(self, job: Job) -> int:
+        """How many pixels a job reads and draws, those of each step counted."""
+        sizes = [reference.report.processed_size for reference in job.request.references]
+        if isinstance(job.request, EditRequest):
+            sizes += [job.size] * self.admission.num_steps(job.request) * job.num_images
+        return sum(width * height for width, height in sizes)
+
+    def _serve(self, batch: list[Job]) -> list[Job]:
+        """Count the service of a batch, and move it to those that run."""
         for job in batch:
             self._served[job.owner] += max(1, job.num_images) / len(batch)
             self._last_turn[job.owner] = self._num_batches

@@ -38,9 +38,10 @@ __all__ = ["LIBRARIES", "MemoryPlan", "Phase", "Staging", "cheapest", "make_plan
 
 Staging = Literal["whole", "parts", "layers"]
 
-_BASE_ANONYMOUS = 330 << 20
-LIBRARIES = 370 << 20
-"""A process that imported torch, diffusers and transformers has 323 MiB of anonymous memory and 365 MiB of libraries."""
+_BASE_ANONYMOUS = 210 << 20
+LIBRARIES = 130 << 20
+"""A process that drew has 175 MiB of anonymous memory and 110 MiB of libraries besides the model. One whose model needs
+classes of diffusers or transformers has up to 150 and 250 MiB more."""
 _DEVICE_BASE = 500 << 20
 """The context of a CUDA process and the workspaces of its libraries."""
 

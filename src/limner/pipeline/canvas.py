@@ -91,8 +91,6 @@ class Canvas:
         """What is done with the canvas, as values of JSON: digests, and no pixels."""
         found: dict[str, Any] = {"canvas_digest": self.prepared.report.digest, "strength": self.strength, **self.asked}
         if self.masked:
-            digest = hashlib.sha256(self.plan.mask.tobytes()).hexdigest()
-            found |= {"mask": digest, "mask_blur": self.plan.mask_blur}
             found |= {"box": list(self.plan.box), "canvas_size": list(self.picture.size)}
         if self.preserves:
             found["preserve"] = "auto"
@@ -242,15 +240,15 @@ def _plan(
             masked=masked,
             preserves=preserves,
             warnings=tuple(describe_mask(plan.mask)) if mask_image is not None else (),
-            asked=_asked(control),
+            asked=_asked(control, plan) if masked else {},
         )
         for plan in plans
     )
 
 
-def _asked(control: Control) -> dict[str, Any]:
-    """Return the arguments that say how a canvas is grown or cropped, as values of JSON."""
-    found: dict[str, Any] = {}
+def _asked(control: Control, plan: CanvasPlan) -> dict[str, Any]:
+    """Return the arguments that say what is repainted, as values of JSON; a digest of the mask."""
+    found: dict[str, Any] = {"mask": hashlib.sha256(plan.mask.tobytes()).hexdigest(), "mask_blur": plan.mask_blur}
     if (expand := control.get("expand")) is not None:
         found["expand"] = dict(expand) if isinstance(expand, Mapping) else list(expand)
     if (padding := control.get("padding_mask_crop")) is not None:

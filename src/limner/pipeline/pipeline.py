@@ -41,7 +41,7 @@ from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
 from limner.pipeline.progress_bar import reporting
 from limner.pipeline.prompts import PromptEncoder
-from limner.pipeline.together import check_shared, opened, per_prompt
+from limner.pipeline.together import canvases_of, check_shared, opened, per_prompt
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import Control, EditRequest
@@ -355,6 +355,10 @@ class Pipeline:
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
         """Return the content key of prepared pictures in this order, whether or not their K/V were computed yet."""
         return self._prefiller.key_of(prepared)
+
+    def canvas_keys(self, request: EditRequest) -> set[str]:
+        """Return the keys under which the tokens of an opened request's canvases are kept, if steps use them."""
+        return {self._prefiller.token_key(c.prepared) for c in canvases_of(request) if c is not None and not c.is_plain}
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """Return the peak bytes of a call on top of the weights: tokens to prefill, text and output tokens of an image."""

@@ -95,6 +95,16 @@ class Prefiller:
         any_other = next(iter(found))
         return torch.cat([found[any_other if one is None else one.report.digest] for one in used])
 
+    def token_key(self, prepared: PreparedReference) -> str:
+        """Return the key under which the tokens of a canvas are kept."""
+        return reference_key(
+            weights=self.networks.token_weights(),
+            dtype=self.networks.dtype,
+            arithmetic=self.networks.arithmetic,
+            digests=[prepared.report.digest],
+            joint=True,
+        )
+
     def _tokens_of(self, prepared: PreparedReference) -> Tensor:
         """Return the tokens (1, S, C) of a picture, from the store or encoded."""
         networks = self.networks
@@ -104,13 +114,7 @@ class Prefiller:
             kv = ReferenceKV(layers=(ReferenceTokens(self._encode((prepared,))),))
             return self._make(kv, (prepared,), weights=weights)
 
-        key = reference_key(
-            weights=weights,
-            dtype=networks.dtype,
-            arithmetic=networks.arithmetic,
-            digests=[prepared.report.digest],
-            joint=True,
-        )
+        key = self.token_key(prepared)
         found = self.store.get(key, encode, device=networks.device)[0] if networks.ranks.alone else encode()
         assert found.tokens is not None
         return found.tokens

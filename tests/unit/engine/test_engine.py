@@ -153,6 +153,33 @@ def test_cancelled_requests_leave_the_queue_and_the_batch(engine: Engine, pipe: 
     assert engine.stats().cancelled == 2
 
 
+def test_a_long_request_lets_short_ones_of_others_through(engine: Engine, pipe: Pipeline) -> None:
+    refs = (reference(),)
+    short: list[Heard] = []
+    long, told = Heard(), []
+
+    def listen(event: Event) -> None:
+        long(event)
+        told.append(sum(isinstance(one.events[-1], Finished) for one in short if one.events))
+        if isinstance(event, Progress) and event.step == 1:
+            short.append(submit(engine, request("short", 2), owner="b"))
+            short.append(submit(engine, request("mine", 2), owner="a"))
+
+    engine.submit(request("long", 1, references=refs, num_inference_steps=30), id="long", listener=listen, owner="a")
+    result = long.result()
+    assert told[2] == 1  # by its second step
+    assert told[-1] == 1  # one's own waits
+    assert short[1].result().waited >= short[0].result().waited
+    steps = [event.step for event in long.events if isinstance(event, Progress)]
+    assert steps == list(range(1, 31))
+    assert result.ran + result.waited >= result.timings.total
+    alone = pipe("long", image=list(refs), num_inference_steps=30, generator=generators(1))
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(alone.images[0]))
+    alone = pipe("short", width=64, height=64, generator=generators(2))
+    assert np.array_equal(np.asarray(short[0].result().images[0]), np.asarray(alone.images[0]))
+    assert engine._runs == []
+
+
 def test_a_lone_cancelled_request_frees_the_device(engine: Engine) -> None:
     steps = []
 

@@ -53,6 +53,12 @@ class JobList(BaseModel):
     data: list[JobEntry]
 
 
+class Forgotten(BaseModel):
+    """How many ended jobs were removed with their results."""
+
+    deleted: int
+
+
 def routes(service: Service) -> APIRouter:
     """Return the routes of jobs."""
     router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
@@ -60,21 +66,36 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
     async def list_jobs(
-        request: Request, owner: Owner = Depends(service.owner), limit: int = Query(50, ge=1, le=200)
+        request: Request,
+        owner: Owner = Depends(service.owner),
+        limit: int = Query(50, ge=1, le=200),
+        before: float | None = Query(None, ge=0, allow_inf_nan=False, description="those created before this time"),
     ) -> dict[str, Any]:
-        found = await service.offload.store(service.jobs.of_owner, owner.id, limit=limit)
+        found = await service.offload.store(service.jobs.of_owner, owner.id, limit=limit, before=before)
         return {"data": [_entry(service, request, job) for job in found]}
+
+    @router.delete("/v1/jobs", response_model=Forgotten, responses=ERRORS, summary="Remove all of your ended jobs")
+    async def forget_jobs(owner: Owner = Depends(service.owner)) -> dict[str, int]:
+        return {"deleted": await service.offload.store(service.jobs.forget_all, owner.id)}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
     async def get_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
-    @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def cancel_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job, or remove it")
+    async def cancel_job(
+        request: Request,
+        id: str,
+        owner: Owner = Depends(service.owner),
+        forget: bool = Query(False, description="also remove the job, with its results and what only it needs"),
+    ) -> dict[str, Any]:
         await service.job(owner, id)
         if runner.cancel(id):
             await runner.wait(id)
-        return _entry(service, request, await service.job(owner, id))
+        entry = _entry(service, request, await service.job(owner, id))
+        if forget:
+            await service.offload.store(service.jobs.forget, id)
+        return entry
 
     @router.get(
         "/v1/jobs/{id}/events",

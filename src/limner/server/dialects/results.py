@@ -25,6 +25,13 @@ from limner.version import __version__
 __all__ = ["routes"]
 
 
+class AppliedLora(BaseModel):
+    """A LoRA that the server was started with, and its strength."""
+
+    name: str
+    strength: float
+
+
 class Capabilities(BaseModel):
     """What this server draws with, and the limits of a request. Sizes are (width, height) in pixels."""
 
@@ -48,6 +55,18 @@ class Capabilities(BaseModel):
     mask_blur: int = Field(description="that of a request that names none, in pixels")
     previews: bool = Field(description="whether jobs show small pictures while they are drawn")
     keep_seconds: float = Field(description="how long results are served")
+    keep_bytes: int | None = Field(description="the oldest jobs go when what is kept of jobs has more; null: never")
+    fetch_urls: bool = Field(description="whether pictures may be named by https URL")
+    words: list[str] = Field(description="the only words of prompts that the model was trained on; none: any")
+    loras: list[AppliedLora] = Field(description="LoRAs that act")
+
+
+class ModelCard(BaseModel):
+    """What there is to read of the model: its card as Markdown, or where it stands."""
+
+    model: str
+    card: str | None
+    url: str | None
 
 
 def routes(service: Service) -> APIRouter:
@@ -128,6 +147,21 @@ def routes(service: Service) -> APIRouter:
             mask_blur=MASK_BLUR,
             previews=model.previews,
             keep_seconds=settings.runner.keep_results,
+            keep_bytes=settings.runner.keep_bytes,
+            fetch_urls=settings.fetch_urls,
+            words=list(settings.about.words),
+            loras=[AppliedLora(name=name, strength=strength) for name, strength in settings.about.loras],
         )
+
+    @router.get(
+        "/v1/model-card",
+        response_model=ModelCard,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What the model is, and what can be asked of it",
+    )
+    async def model_card(owner: Owner = Depends(service.owner)) -> ModelCard:
+        about = service.settings.about
+        return ModelCard(model=service.settings.model_name, card=about.card, url=about.url)
 
     return router

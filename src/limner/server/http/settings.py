@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limner.config import BUNDLED_MODEL
+from limner.engine.about import ModelAbout
 from limner.errors import InvalidRequest
 from limner.outbound.policy import OutboundPolicy
 from limner.outbound.urls import Origin
@@ -24,7 +25,8 @@ class ServeSettings:
     `max_handles` the uploads that are stored for one key. `max_canvas_pixels` are those of a picture that is repainted,
     with what is added to it, times the images of a job. `shared_references`: with keys, an owner is told of K/V that only
     others used. `served_names`: further names of the model; without them it answers to names that clients have built in.
-    `browser_origins`: pages of these origins may call the server from a browser.
+    `about` is what people may read of the model. `browser_origins`: pages of these origins may call the server from a
+    browser.
     """
 
     data: str | Path
@@ -45,6 +47,7 @@ class ServeSettings:
     runner: RunnerSettings = field(default_factory=RunnerSettings)
     model_name: str = BUNDLED_MODEL
     served_names: tuple[str, ...] = ()
+    about: ModelAbout = field(default_factory=ModelAbout)
     browser_origins: frozenset[Origin] = frozenset()
 
     def check_canvas(self, size: tuple[int, int], *, num_images: int = 1, field: str) -> None:

@@ -13,6 +13,7 @@ databases.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -24,6 +25,7 @@ from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.records import Handle, Job, JobPictures, Status
+from limner.server.jobs.room import Room
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -47,6 +49,7 @@ class JobStore:
         self._storage = open_storage(data)
         self._lock = self._storage.lock
         self._pictures = PictureFiles(self._storage)
+        self._room = Room(self._storage, self._pictures)
         self._check_again = 0.0
         self._unwritable: OutputError | None = None
         try:
@@ -170,9 +173,14 @@ class JobStore:
         rows = self._rows("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id")
         return [job for job in map(read_job, rows) if not job.set_aside]
 
-    def of_owner(self, owner: str, *, limit: int = 50) -> list[Job]:
-        """Return an owner's jobs, newest first."""
-        rows = self._rows("SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, id LIMIT ?", owner, limit)
+    def of_owner(self, owner: str, *, limit: int = 50, before: float | None = None) -> list[Job]:
+        """Return an owner's jobs, newest first; those created before a time, if one is given."""
+        rows = self._rows(
+            "SELECT * FROM jobs WHERE owner = ? AND created < ? ORDER BY created DESC, id LIMIT ?",
+            owner,
+            math.inf if before is None else before,
+            limit,
+        )
         return [read_job(row) for row in rows]
 
     def counts(self) -> dict[str, int]:
@@ -324,29 +332,19 @@ class JobStore:
         A job whose webhook is still to be delivered stays. Files that no row knows (left by a process that was killed
         between two writes) are removed once they are `grace_seconds` old.
         """
-        now = self._clock()
-        with self._lock:
-            with self._storage.transaction() as db:
-                old = db.execute(
-                    "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
-                    (now - forget_seconds,),
-                ).fetchall()
-                unused = [digest for (id_,) in old for digest in self._pictures.release(db, user=f"job:{id_}")]
-                for row in old:
-                    db.execute("DELETE FROM jobs WHERE id = ?", row)
-            self._pictures.remove(unused)
-            self._pictures.remove_unused(grace_seconds=grace_seconds)
-        self._remove_expired_results(now, grace_seconds)
+        self._room.clean(self._clock(), forget_seconds=forget_seconds, grace_seconds=grace_seconds)
 
-    def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
-        rows = self._rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")
-        expires: dict[str, float | None] = dict(rows)
-        expired: list[str] = []
-        for name, age in self._storage.files("results"):
-            id_ = name.rpartition("-")[0]
-            end = expires.get(id_)
-            # those of a pending job stay, however long it takes to note its end, and whatever the clock says
-            is_left = id_ not in expires and age >= grace_seconds
-            if is_left or (end is not None and end <= now):
-                expired.append(f"results/{name}")
-        self._storage.remove_files(expired)
+    def trim(self, max_bytes: int) -> int:
+        """Remove the oldest ended jobs while results and pictures of jobs have more bytes. Return how many were removed.
+
+        Pictures of handles do not count, and stay.
+        """
+        return self._room.trim(self._clock(), max_bytes=max_bytes)
+
+    def forget(self, id: str) -> bool:
+        """Remove an ended job with its pictures. Return whether it was there and had ended."""
+        return self._room.forget([id]) == 1
+
+    def forget_all(self, owner: str) -> int:
+        """Remove all ended jobs of an owner. Return how many were removed."""
+        return self._room.forget_all(owner)

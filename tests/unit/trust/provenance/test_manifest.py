@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -176,10 +177,17 @@ def test_a_timestamp_authority_is_asked_only_if_given(signer: Signer, server: Se
 
 
 def test_without_the_extra(signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = sign(made(), format="PNG", title="t", action="created", signer=signer)
     monkeypatch.setitem(sys.modules, "c2pa", None)
     monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.setattr("limner.trust.provenance.report.has_c2pa", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report = read(made())
+    assert (report.checked, report.state) == (False, None)
+    assert report.metadata
+    assert "no manifest in the file; pip install c2pa-python" in report.describe()[1]
     for call in (
-        lambda: read(made()),
+        lambda: read(signed),
         lambda: sign(made(), format="PNG", title="t", action="created", signer=signer),
         lambda: development_credentials(tmp_path / "c2pa"),
     ):
