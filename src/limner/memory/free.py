@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import traceback
 
 import psutil
 import torch
 
-__all__ = ["free_bytes", "give_back"]
+__all__ = ["forget", "free_bytes", "give_back"]
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
@@ -34,3 +35,15 @@ def give_back() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the tensors of calls that failed for want of memory, and give a GPU's unused memory back.
+
+    The frames of a traceback hold all local variables. They are emptied; the lines stay readable.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

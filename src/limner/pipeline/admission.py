@@ -53,7 +53,13 @@ class Admission:
         `kept` bytes are kept from step to step in addition.
         """
         needed = kept + self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
-        check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
+        check_fits(
+            needed,
+            self.networks.residency.free_bytes(self.networks.device),
+            num_ref=num_ref,
+            num_own=num_own,
+            batch=batch,
+        )
 
     def is_free(self, workload: Workload) -> bool:
         """Whether a call fits in free memory now, its references computed too; False where memory is limited."""
@@ -64,7 +70,9 @@ class Admission:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
         networks = self.networks
         limit = networks.residency.limit
-        cheapest(networks.geometry, workload, formats=networks.formats, limit=limit, fixed=True)
+        cheapest(
+            networks.geometry, workload, formats=networks.formats, limit=limit, device=networks.device.type, fixed=True
+        )
 
 
 def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int) -> None:

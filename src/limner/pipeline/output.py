@@ -15,7 +15,7 @@ from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
-from limner.pipeline.progress import Stopwatch, Timings
+from limner.pipeline.progress import Lap, Stopwatch, Timings
 from limner.pipeline.prompts import PromptReport
 from limner.references import References
 from limner.tokens import unpack
@@ -51,8 +51,8 @@ class PipelineOutput:
     preserved: tuple[Preserved, ...] = ()
 
 
-def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
-    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the seconds it took."""
+def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, Lap]:
+    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the time it took."""
     clock = Stopwatch(networks.device)
     request.progress("decode", 0, 1)
     latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))

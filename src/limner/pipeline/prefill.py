@@ -140,7 +140,6 @@ class Prefiller:
     def _compute(self, prepared: Sequence[PreparedReference], *, weights: str) -> References:
         networks = self.networks
         clock = Stopwatch(networks.device)
-        clock.lap()  # work that was queued before is not counted
         ref_tokens = self._encode(prepared)
         if networks.kind.joint:
             kv = ReferenceKV(layers=(ReferenceTokens(ref_tokens),))
@@ -150,7 +149,7 @@ class Prefiller:
             ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
                 kv = networks.transformer.prefill(ref_tokens, ids)
-        return self._make(kv, prepared, weights=weights, seconds=clock.lap())
+        return self._make(kv, prepared, weights=weights, seconds=clock.lap().seconds)
 
     def _make(
         self, kv: ReferenceKV, prepared: Sequence[PreparedReference], *, weights: str, seconds: float = 0.0
