@@ -19,7 +19,7 @@ from limner.grid import PIXELS
 __all__ = ["add_commands", "bench"]
 
 _ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm")
-_MORE_ENGINES = ("warm_int8_kv", "joint", "int8_joint", "reuse", "int8_reuse")
+_MORE_ENGINES = ("masked", "weighted", "warm_int8_kv", "joint", "int8_joint", "reuse", "int8_reuse")
 
 
 def add_commands(commands: Commands) -> None:

@@ -27,6 +27,7 @@ from limner.images import (
     cut,
     describe_mask,
     expand_canvas,
+    known_box,
     plan_canvas,
     prepare_reference,
     preserve,
@@ -49,14 +50,16 @@ class Canvas:
     """A picture that is repainted. It has plain values alone, so it may go to another process.
 
     `picture` is the caller's, upright and in sRGB, with new area around it where it is expanded; `plan` says how it is
-    drawn and put back. `prepared` is what is drawn, of the output's size. `strength` in (0, 1] is the share of the steps
-    that are drawn. `masked` is False for image to image: then nothing is put back. `preserves`: what the edit did not
-    change is taken from the picture. `asked` are those arguments that the metadata of the result repeats.
+    drawn and put back. `prepared` is what is drawn, of the output's size; `reference` is what the model sees of it as
+    image 1: all of it, or of an expanded canvas the old picture, at its place in the new one. `strength` in (0, 1] is the
+    share of the steps that are drawn. `masked` is False for image to image: then nothing is put back. `preserves`: what
+    the edit did not change is taken from the picture. `asked` are those arguments that the metadata of the result repeats.
     """
 
     picture: Image.Image
     plan: CanvasPlan
     prepared: PreparedReference
+    reference: PreparedReference
     strength: float
     masked: bool
     preserves: bool
@@ -130,14 +133,21 @@ def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float
     mask = np.full((size[1], size[0]), 255, np.uint8)
     plan = CanvasPlan(size=size, box=(0, 0, *size), drawn_size=size, mask=mask, mask_blur=0)
     return Canvas(
-        picture=picture, plan=plan, prepared=prepared, strength=strength, masked=False, preserves=False, tokens=tokens
+        picture=picture,
+        plan=plan,
+        prepared=prepared,
+        reference=prepared,
+        strength=strength,
+        masked=False,
+        preserves=False,
+        tokens=tokens,
     )
 
 
 def open_canvases(
     control: Control, image: Any, *, policy: ReferencePolicy, sizes: Sequence[tuple[int, int]], num_prompts: int
 ) -> tuple[tuple[Canvas | None, ...], Any]:
-    """Return the canvases of a call and its pictures: the canvas' place in them has what is drawn.
+    """Return the canvases of a call and its pictures: the canvas' place in them has its `reference`.
 
     There is one canvas for all prompts or one for each; none: (). The canvas is the first picture, or `canvas`, which is
     then no reference. `sizes` are those that the model draws; none: any. Raises `InvalidRequest`.
@@ -160,7 +170,7 @@ def open_canvases(
     picture = _open(source, policy=policy, field="image 1" if is_first else "canvas")
     canvases = _plan(picture, control, policy=policy, sizes=sizes, num_prompts=num_prompts, is_first=is_first)
     if is_first and pictures:
-        return canvases, [canvases[0].prepared, *pictures[1:]]
+        return canvases, [canvases[0].reference, *pictures[1:]]
     return canvases, image
 
 
@@ -187,6 +197,7 @@ def _plan(
     is_first: bool,
 ) -> tuple[Canvas, ...]:
     strength, background = check_strength(control.get("strength")), policy.background or "white"
+    known = None
     mask_image, expand = control.get("mask_image"), control.get("expand")
     masked = mask_image is not None or expand is not None
     preserves = _check_preserve(control.get("preserve"), masked=masked)
@@ -195,7 +206,7 @@ def _plan(
             "expand", "mask_image and expand are both given; expand first, and give a mask of that size"
         )
     if expand is not None:
-        picture, mask = expand_canvas(picture, **_expansion(expand))
+        picture, mask, known = expand_canvas(picture, **_expansion(expand))
         masks = [mask]
     elif mask_image is not None:
         given: list[Any] = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
@@ -235,7 +246,8 @@ def _plan(
         Canvas(
             picture=picture,
             plan=plan,
-            prepared=drawn[plan.box, plan.drawn_size],
+            prepared=(prepared := drawn[plan.box, plan.drawn_size]),
+            reference=_seen(prepared, plan, known),
             strength=strength,
             masked=masked,
             preserves=preserves,
@@ -244,6 +256,12 @@ def _plan(
         )
         for plan in plans
     )
+
+
+def _seen(prepared: PreparedReference, plan: CanvasPlan, known: tuple[int, int, int, int] | None) -> PreparedReference:
+    """Return what the model sees of a canvas: of one with new area what is known. It would take the fill for the picture."""
+    box = None if known is None else known_box(plan, known)
+    return prepared if box is None else prepared.part(box)
 
 
 def _asked(control: Control, plan: CanvasPlan) -> dict[str, Any]:

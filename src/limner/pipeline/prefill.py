@@ -22,9 +22,9 @@ from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.canvas import Canvas
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
-from limner.references import References, reference_key
+from limner.references import References, position_ids, reference_key
 from limner.store import ReferenceStore, Source
-from limner.tokens import pack, reference_ids
+from limner.tokens import pack
 
 __all__ = ["CacheSource", "Picture", "Prefiller", "with_reports"]
 
@@ -165,7 +165,7 @@ class Prefiller:
         else:
             sizes = tuple(p.report.processed_size for p in prepared)
             workload = Workload(size=(PIXELS, PIXELS), references=sizes)
-            ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes])
+            ids = position_ids([p.report for p in prepared])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
                 kv = networks.transformer.prefill(ref_tokens, ids, quantization=networks.kv_cache_dtype)
         return self._make(kv, prepared, weights=weights, seconds=clock.lap())

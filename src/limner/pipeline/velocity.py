@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limner.grid import PIXELS, num_tokens
+from limner.grid import num_tokens
 from limner.memory import reused_bytes
 from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
@@ -19,7 +19,7 @@ from limner.model.transformer import RefWeights
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.references import References
-from limner.tokens import image_ids, reference_ids, text_ids
+from limner.tokens import image_ids, text_ids
 
 __all__ = ["Velocity"]
 
@@ -36,9 +36,8 @@ class Velocity:
         tokens = references.tokens if references is not None else None
         self._isolated = references if tokens is None else None
         self._ref_tokens = None if tokens is None else tokens.to(networks.device, networks.dtype)
-        sizes = references.sizes if references is not None else ()
-        self._num_tokens = [num_tokens(size) for size in sizes]
-        self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
+        self._num_tokens = [num_tokens(size) for size in (references.sizes if references is not None else ())]
+        self._ref_ids = references.ids if references is not None else None
         self._reuses = request.reuse == "step0" and tokens is not None
         kept = reused_bytes(networks.transformer.config, request.workload, formats=networks.formats)
         self._kept_bytes = kept // (networks.ranks.shard[1] if networks.ranks.shard else 1) if self._reuses else 0

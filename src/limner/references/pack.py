@@ -27,7 +27,7 @@ from torch import Tensor
 
 from limner.errors import CapacityError, InvalidRequest
 from limner.files import open_regular
-from limner.grid import num_tokens
+from limner.grid import PIXELS, num_tokens
 from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceTokens
 from limner.references.key import FORMAT
@@ -377,6 +377,7 @@ def _report(values: dict[str, Any]) -> ReferenceReport:
         added=_box(values.get("added", (0, 0, 0, 0))),
         upright_size=None if values.get("upright_size") is None else _size(values["upright_size"]),
         profile=None if values.get("profile") is None else _text(values["profile"]),
+        origin=_origin(values.get("origin", (0, 0))),
     )
 
 
@@ -388,6 +389,13 @@ def _box(value: Any) -> tuple[int, int, int, int]:
 def _size(value: Any) -> tuple[int, int]:
     width, height = (_count(x) for x in value)
     return width, height
+
+
+def _origin(value: Any) -> tuple[int, int]:
+    x, y = _size(value)
+    if x % PIXELS or y % PIXELS:
+        raise ValueError(f"origin={value!r} is not on the grid of {PIXELS}")
+    return x, y
 
 
 def _count(value: Any) -> int:

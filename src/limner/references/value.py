@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,23 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.files import atomic_write
-from limner.grid import num_tokens
+from limner.grid import PIXELS, num_tokens
 from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, ReferenceKV, quantize_layer
 from limner.references.key import reference_key
 from limner.references.pack import MALFORMED, DamagedPack, PackIdentity, read_pack, write_pack
+from limner.tokens import reference_ids
 
-__all__ = ["References"]
+__all__ = ["References", "position_ids"]
+
+
+def position_ids(reports: Sequence[ReferenceReport]) -> Tensor:
+    """Return the positions (S_ref, 4) of the tokens of references, as processed."""
+    sizes = [(report.processed_size, report.origin) for report in reports]
+    return reference_ids(
+        [(height // PIXELS, width // PIXELS) for (width, height), _ in sizes],
+        [(y // PIXELS, x // PIXELS) for _, (x, y) in sizes],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,6 +109,11 @@ class References(ReferenceKV):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The processed size (width, height) of each reference, in pixels."""
         return tuple(report.processed_size for report in self.reports)
+
+    @property
+    def ids(self) -> Tensor:
+        """The positions (S_ref, 4) of all tokens."""
+        return position_ids(self.reports)
 
     def part(self, rank: int, size: int) -> References:
         """Return copies of part `rank` of `size` of the heads, under a key of its own. Raises `InvalidRequest`."""
