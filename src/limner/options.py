@@ -202,7 +202,7 @@ class ModelOptions(ReferenceOptions):
     device: str = option("cpu", help="cpu, cuda, cuda:1 or mps", metavar="DEVICE", group="model")
     memory_limit: str | None = option(
         None,
-        help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
+        help="what may be resident, as 20GiB: weights are in memory by turns (CPU under Linux, CUDA; see limner plan)",
         metavar="SIZE",
         group="model",
     )

@@ -36,8 +36,10 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert (found["staging"], found["options"]) == ("parts", "--memory-limit 20GiB")
     assert main([*words, "--memory", "24GiB", "--device", "cuda"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["quantize"], found["device"], found["staging"]) == ("int8", "cuda", "whole")
+    assert (found["quantize"], found["device"], found["staging"]) == (None, "cuda", "parts")
+    assert found["options"] == "--memory-limit 24GiB"
     assert found["peak"] <= 24 << 30
+    assert found["host"] > 30 << 30
     assert main(["plan", "--model", str(tiny_folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["components"]["transformer weights"] < 1 << 20

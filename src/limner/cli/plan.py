@@ -90,7 +90,7 @@ def plan(args: argparse.Namespace) -> None:
         made = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
     else:
         made = make_plan(geometry, request, formats=formats, device=args.device)
-    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers")
     peaks = {
         how: make_plan(geometry, request, formats=made.formats, device=args.device, staging=how, limit=0).peak
         for how in stagings

@@ -26,9 +26,9 @@ from limner.engine.queue import Job, RequestQueue, too_late
 from limner.engine.rows import Rows
 from limner.engine.runs import Run
 from limner.engine.stats import EngineStats
-from limner.errors import Cancelled, InvalidRequest, LimnerError
+from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
-from limner.memory.free import free_bytes
+from limner.memory.residency import Residency
 from limner.mentions import missing_pictures
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
@@ -67,12 +67,13 @@ class Engine:
                 "a parallel model runs in several processes that have to make the same calls; an engine is in one",
             )
         self.pipe = pipe
+        room = pipe.residency or Residency.unlimited()
         self.model: ModelView = PipelineView(pipe)
         self.admission = Admission(
             model=self.model,
             max_waiting=max_waiting,
             max_batch=max_batch,
-            memory_bytes=free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
+            memory_bytes=room.free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
         )
         self._previews = previews and self.model.previews
         self._clock = clock
@@ -216,7 +217,10 @@ class Engine:
                     self._changed.notify_all()
 
     def _after_failure(self, batch: list[Job], error: Exception) -> None:
-        """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others."""
+        """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others.
+
+        If memory was too little for the batch, run its halves.
+        """
         left = [job for job in batch if not job.ended]
         if len(batch) == 1:
             if not isinstance(error, LimnerError):
@@ -224,11 +228,15 @@ class Engine:
             for job in left:
                 self._fail(job, error)
             return
-        for job in left:
+        size = 1
+        if isinstance(error, CapacityError):
+            size = (len(left) + 1) // 2 if len(left) > 1 else 1
+            _logger.warning("memory is too little for a batch of %d: %d at once (%s)", len(batch), size, error)
+        for part in [left[start : start + size] for start in range(0, len(left), size)]:
             try:
-                self._run([job], self._clock())
+                self._run(part, self._clock())
             except Exception as own_error:
-                self._after_failure([job], own_error)
+                self._after_failure(part, own_error)
 
     def _run(self, batch: list[Job], start: float) -> None:
         for job in batch:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import traceback
 
 import psutil
 import torch
 
-__all__ = ["free_bytes", "give_back", "spare_garbage_collector"]
+__all__ = ["forget", "free_bytes", "give_back", "spare_garbage_collector"]
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
@@ -44,3 +45,15 @@ def spare_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of the tensors of calls that failed for want of memory, and give a GPU's unused memory back.
+
+    The frames of a traceback hold all local variables. They are emptied; the lines stay readable.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

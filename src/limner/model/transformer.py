@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from limner.config import TransformerConfig
-from limner.model.arithmetic import Linear
-from limner.model.attention import KeyWeights
+from limner.errors import InvalidRequest
+from limner.model.arithmetic import Linear, fast_dtype
+from limner.model.attention import KeyWeights, choose_kernel
 from limner.model.context import BlockContext, Execution, Staging
 from limner.model.fingerprint import arithmetic_name
 from limner.model.int8 import Int8Linear, settle_products
@@ -42,6 +43,7 @@ class _Changes(TypedDict, total=False):
     kernel: str | None
     staging: Staging
     ranks: Ranks
+    graphs: Callable[..., Tensor] | None
 
 
 class Transformer(nn.Module):
@@ -82,7 +84,7 @@ class Transformer(nn.Module):
         self.use(kernel=name)
 
     def use(self, **changes: Unpack[_Changes]) -> None:
-        """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`."""
+        """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`, `graphs`."""
         self.execution = replace(self.execution, **changes)
 
     def __getstate__(self) -> dict[str, object]:
@@ -123,6 +125,27 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arithmetic = dtype
+
+    def compile_blocks(self, backend: str | None = "inductor") -> None:
+        """Compile the blocks' forwards with torch.compile, each as one graph; None: run them as they are again.
+
+        Prefills and the last block are left alone. What is chosen by measuring or logging is chosen here, before. On a CPU
+        attention is torch's flash kernel, and half precision is refused: our own kernels are not for torch.compile.
+        """
+        if backend is not None and self.device.type == "cpu" and self.dtype != torch.float32:
+            raise InvalidRequest("compile_blocks", f"on a CPU is for torch.float32, not for {self.dtype}; leave it out")
+        if backend is not None:
+            from torch import _dynamo
+
+            _dynamo.config.skip_nnmodule_hook_guards = False  # LoRAs are hooks, which may come and go
+        self.use_arithmetic(None if backend is None else fast_dtype(self.device, self.dtype))
+        kernel = "flash" if self.device.type == "cpu" else choose_kernel(self.device, self.dtype, self.config.head_dim)
+        self.use(kernel=None if backend is None else kernel)
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            if backend is None:
+                block._compiled_call_impl = None
+            else:
+                block.compile(backend=backend, fullgraph=True)
 
     def rope(self, ids: Tensor) -> Rope:
         """Return the rotary table of positions `ids` (S, 4)."""

@@ -63,14 +63,16 @@ class Admission:
     def check_free(self, *, num_ref: int, num_own: int, batch: int) -> None:
         """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
         needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
-        check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
+        free = self.networks.residency.free_bytes(self.networks.device)
+        check_fits(needed, free, num_ref=num_ref, num_own=num_own, batch=batch)
 
     def check_call(self, workload: Workload) -> None:
         """Raise `CapacityError` if a call does not fit. K/V of isolated references may be cached: `check_free` counts them
         where they are computed.
         """
         counted = workload if workload.joint else replace(workload, references=())
-        check_workload(self.memory_for(counted), free_bytes(self.networks.device), counted)
+        free = self.networks.residency.free_bytes(self.networks.device)
+        check_workload(self.memory_for(counted), free, counted)
         self.check_limit(workload)
 
     def is_free(self, workload: Workload) -> bool:
@@ -82,7 +84,9 @@ class Admission:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
         networks = self.networks
         limit = networks.residency.limit
-        cheapest(networks.geometry, workload, formats=networks.formats, limit=limit, fixed=True)
+        cheapest(
+            networks.geometry, workload, formats=networks.formats, limit=limit, device=networks.device.type, fixed=True
+        )
 
 
 def check_workload(needed: int, free: int, workload: Workload) -> None:

@@ -259,7 +259,7 @@ def _plan(
 
 
 def _seen(prepared: PreparedReference, plan: CanvasPlan, known: tuple[int, int, int, int] | None) -> PreparedReference:
-    """Return what the model sees of a canvas: of one with new area what is known. It would take the fill for the picture."""
+    """Return what the model sees of a canvas: all of it, or what is known where it has new area."""
     box = None if known is None else known_box(plan, known)
     return prepared if box is None else prepared.part(box)
 

@@ -15,7 +15,7 @@ from limner.errors import InvalidRequest, NumericalError
 from limner.model.preview import Preview
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
-from limner.pipeline.progress import Stopwatch
+from limner.pipeline.progress import Lap, Stopwatch
 from limner.pipeline.repaint import token_masks
 from limner.pipeline.velocity import Velocity
 from limner.references import References
@@ -52,7 +52,7 @@ class Batch:
     """The images that are being drawn: tokens (B, S_img, C) in float32, and text tokens (B, S_txt, text_width).
 
     `negative_embeds` are the text tokens of negative prompts, None without guidance.
-    `rows` are the numbers of these images in the batch that the call began with. `seconds` are those of the steps done.
+    `rows` are the numbers of these images in the batch that the call began with. `laps` are the times of the steps done.
     """
 
     latents: Tensor
@@ -60,7 +60,7 @@ class Batch:
     negative_embeds: Tensor | None
     surroundings: Surroundings | None
     rows: list[int]
-    seconds: tuple[float, ...] = ()
+    laps: tuple[Lap, ...] = ()
 
 
 def denoise(
@@ -94,6 +94,7 @@ def denoise(
         rows=list(range(len(noise))),
     )
     timesteps = (request.sigmas[:-1] * 1000).to(device)
+    velocity_of.prepare(prompt_embeds, negative_embeds)
     with networks.working("denoise", request.workload, cached=velocity_of.kept_bytes):
         for i, timestep in enumerate(timesteps):
             request.progress("step", i, len(timesteps))
@@ -121,7 +122,7 @@ def denoise(
                         "changed the LoRAs, and the K/V of the references were made with those before; change them between "
                         "calls, or draw without references",
                     )
-            batch.seconds += (clock.lap(),)
+            batch.laps += (clock.lap(),)
             if interrupted():
                 break
     request.progress("step", len(timesteps), len(timesteps))

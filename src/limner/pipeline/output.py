@@ -14,7 +14,7 @@ from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
-from limner.pipeline.progress import Stopwatch, Timings
+from limner.pipeline.progress import Lap, Stopwatch, Timings
 from limner.pipeline.prompts import PromptReport
 from limner.pipeline.repaint import ImageReport, OfImages, finish, in_common
 from limner.references import References
@@ -63,8 +63,8 @@ class PipelineOutput(OfImages):
         return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
-def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
-    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the seconds it took."""
+def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, Lap]:
+    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the time it took."""
     clock = Stopwatch(networks.device)
     request.progress("decode", 0, 1)
     latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))

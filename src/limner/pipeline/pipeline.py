@@ -21,7 +21,9 @@ from limner.images import PreparedReference
 from limner.kinds import ISOLATED, ModelKind
 from limner.memory import Formats, Workload
 from limner.memory.residency import Residency
+from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
+from limner.model.graphs import StepGraphs
 from limner.model.preview import Preview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
@@ -89,7 +91,8 @@ class Pipeline:
         self.schedule = schedule or Schedule()
         self.default_size = default_size
         self.sizes = tuple(sizes)
-        self.store = store if store is not None else ReferenceStore()
+        share = residency.limit // 4 if isinstance(residency, Staged) else None  # of the limit, not of what is free
+        self.store = store if store is not None else ReferenceStore(device_bytes=share)
         self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
         self.kv_cache_dtype = load.check_kv_cache_dtype(kv_cache_dtype)
         self.kind = kind
@@ -141,7 +144,8 @@ class Pipeline:
         what the files say. `quantize` "int8" makes weights and activations of the blocks' matrices int8 (`limner
         quantize` writes such a folder). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic;
         "int8" or "fp8", half the bytes of bfloat16. `memory_limit`, "20GiB" or bytes, is what may be resident, mapped
-        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux).
+        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux). On
+        CUDA it is the device's memory, and weights that are not there are in page-locked host memory.
         `parallel` divides the transformer among torchrun's processes (`limner.model.divide`): "tensor" by heads and MLP
         columns, "sequence" by tokens; all make the same calls, one at a time, with the same results. `variant` "fp16"
         reads *.fp16.safetensors where a part has them. Of a hub id: `revision` (not of other parts), `token`,
@@ -227,6 +231,15 @@ class Pipeline:
         self.networks.to(target if isinstance(target, torch.dtype) else load.check_device(target))
         self._prompts.clear()
         return self
+
+    def use_cuda_graphs(self, enabled: bool = True) -> None:
+        """Replay steps of small pictures as CUDA graphs (`limner.model.graphs`): the same bits, one launch a step.
+
+        Raises `InvalidRequest` on other devices.
+        """
+        if enabled and self.device.type != "cuda":
+            raise InvalidRequest("use_cuda_graphs", f"is for CUDA, not for {self.device}; leave it out there")
+        self.transformer.use(graphs=StepGraphs() if enabled else None)
 
     # The objects that do the work, made of the attributes as they are now: these may be replaced between calls.
 
@@ -521,11 +534,11 @@ class Pipeline:
         txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
         negative = None if negative is None else networks.ranks.broadcast_tensor(negative)
         request.progress("text", 1, 1)
-        text_seconds = clock.lap()
+        text_lap = clock.lap()
         # 4. Get the References: those given, or from the store, or computed
         refs, source = self._prefiller.get_for(request)
         canvas = self._prefiller.canvas_tokens(request.canvases)
-        reference_seconds = clock.lap()
+        reference_lap = clock.lap()
         # 5. Denoise
         batch = denoise(
             networks,
@@ -539,8 +552,8 @@ class Pipeline:
             interrupted=interrupted,
         )
         # 6. Decode
-        pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
-        timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)
+        pictures, decode_lap = decode(networks, request, batch.latents, dtype=txt.dtype)
+        timings = Timings.of(text=text_lap, references=reference_lap, steps=batch.laps, decode=decode_lap)
         return make_output(
             request,
             pictures,

@@ -158,7 +158,6 @@ class Prefiller:
     def _compute(self, prepared: Sequence[PreparedReference], *, weights: str) -> References:
         networks = self.networks
         clock = Stopwatch(networks.device)
-        clock.lap()  # work that was queued before is not counted
         ref_tokens = self._encode(prepared)
         if networks.kind.joint:
             kv = ReferenceKV(layers=(ReferenceTokens(ref_tokens),))
@@ -168,7 +167,7 @@ class Prefiller:
             ids = position_ids([p.report for p in prepared])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
                 kv = networks.transformer.prefill(ref_tokens, ids, quantization=networks.kv_cache_dtype)
-        return self._make(kv, prepared, weights=weights, seconds=clock.lap())
+        return self._make(kv, prepared, weights=weights, seconds=clock.lap().seconds)
 
     def _make(
         self, kv: ReferenceKV, prepared: Sequence[PreparedReference], *, weights: str, seconds: float = 0.0

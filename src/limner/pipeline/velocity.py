@@ -6,6 +6,7 @@ know prompts, pictures or the Euler step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,14 @@ class Velocity:
     def kept_bytes(self) -> int:
         """Bytes of K/V that are used again, once the first step has made them."""
         return self._kept_bytes
+
+    def prepare(self, prompt_embeds: Tensor, negative_embeds: Tensor | None) -> None:
+        """Make what all steps use, for prompts of these lengths: a device other than the CPU is sent nothing in a step."""
+        as_tokens = self._ref_tokens is not None
+        for num_txt in {x.shape[1] for x in (prompt_embeds, negative_embeds) if x is not None}:
+            self._rope(num_txt, with_references=as_tokens)
+            if as_tokens and (self._reuses or self._reference_guidance != 1):
+                self._rope(num_txt, with_references=False)
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, *, prompt_embeds: Tensor, negative_embeds: Tensor | None, rows: list[int]
@@ -100,7 +109,9 @@ class Velocity:
         again = self._again(rows, side)
         as_tokens = uses and self._ref_tokens is not None and again is None
         kept = _Kept(self._networks.kv_cache_dtype) if as_tokens and self._reuses else None
-        velocity: Tensor = transformer(
+        graphs = transformer.execution.graphs
+        forward = transformer if graphs is None else functools.partial(graphs, transformer)
+        velocity: Tensor = forward(
             latents,
             txt,
             sigma,

@@ -21,6 +21,7 @@ from limner.files import atomic_write
 from limner.grid import PIXELS, num_tokens
 from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, ReferenceKV, quantize_layer
+from limner.model.transfer import to_device, to_host
 from limner.references.key import reference_key
 from limner.references.pack import MALFORMED, DamagedPack, PackIdentity, read_pack, write_pack
 from limner.tokens import reference_ids
@@ -133,15 +134,11 @@ class References(ReferenceKV):
         device = torch.device(device)
         if device == self.device:
             return self
-        return dataclasses.replace(self, layers=self._layers(layer.to(device) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(to_device(self.layers, device)))
 
     def to_host(self, *, page_locked: bool) -> References:
         """Return a copy in host memory; from page-locked memory a CUDA device copies without waiting."""
-
-        def copy(x: Tensor) -> Tensor:
-            return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x)
-
-        return dataclasses.replace(self, layers=self._layers(type(layer)(*map(copy, layer)) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(to_host(self.layers, page_locked=page_locked)))
 
     @staticmethod
     def _layers(layers: Iterable[Any]) -> Any:
@@ -170,13 +167,15 @@ class References(ReferenceKV):
         write_pack(path, identity, tensors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> References:
-        """Read a pack and check every byte. Whether a pipeline has the same weights is checked where they are used.
+    def load(cls, path: str | os.PathLike[str], *, page_locked: bool = False) -> References:
+        """Read a pack and check every byte; `page_locked`: into memory from which a GPU copies without waiting.
+
+        Whether a pipeline has the same weights is checked where they are used.
 
         Raises `InvalidRequest` for a file that cannot be read, `DamagedPack`, a subclass, for one that is damaged or no
         pack, and `CapacityError` for a sound one that does not fit in memory.
         """
-        identity, tensors = read_pack(path)
+        identity, tensors = read_pack(path, page_locked=page_locked)
         try:
             kind = identity.kind
             references = cls(
