@@ -81,6 +81,7 @@ def test_axe_finds_nothing_wherever_a_session_goes(opener: Opener, size: dict[st
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".card")).to_have_class("card cancelled")
     page.click("#paint")
+    page.wait_for_selector("#editor[open]")
     board = page.locator("#board").bounding_box()
     page.mouse.move(board["x"] + board["width"] / 2, board["y"] + board["height"] / 2)
     page.mouse.down()

@@ -337,9 +337,11 @@ def test_a_whole_session_by_keyboard(open_page, tmp_path: Path) -> None:
     assert page.locator("#references output").first.inner_text() == "0.95"
     tab_to(page, "#extend")
     page.keyboard.press("Enter")
+    page.wait_for_selector("#editor[open]")
     tab_to(page, ".handle.at-right")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Escape")
+    expect(page.locator("#extend")).to_be_focused()
     tab_to(page, "#prompt")
     page.keyboard.press("Alt+ArrowUp")
     page.keyboard.press("Control+Enter")
