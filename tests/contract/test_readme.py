@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.support.command import run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -49,9 +51,7 @@ def test_commands(checkout: Path) -> None:
     for command in commands:
         words = shlex.split(command, comments=True)
         assert words[0] == "limner", command
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run(*words[1:], cwd=checkout)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         for option, value in pairwise(words):
             if option == "-o":
@@ -73,10 +73,8 @@ def test_set_up_commands_exist() -> None:
 def test_python(checkout: Path) -> None:
     assert PYTHON
     for program in PYTHON:
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{program}\n{done.stderr}"
+        with contextlib.chdir(checkout):
+            exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_what_needs_a_server(checkout: Path, tmp_path: Path) -> None:
