@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo serve attack fuzz test test-clients test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo docs first-hour serve attack fuzz test test-clients test-gpu-kernels test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@mkdir -p build
 	$(BIN)/limner edit "use the background of image 2" \
-	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
+	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1 --force
 	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
 serve: $(READY)
@@ -27,14 +27,18 @@ $(FONT):
 test: $(READY) $(FONT)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not recipe and not clients"
 
-# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own.
+# Published clients against the service, in build/clients: Node's by npm, LiteLLM in a Python of its own. And axe on the page.
 test-clients: $(READY)
 	mkdir -p build/clients
 	cp tests/contract/clients/package.json build/clients/
 	-cd build/clients && npm install --no-audit --no-fund --loglevel=error
 	-test -x build/clients/litellm/bin/litellm || { $(PYTHON) -m venv build/clients/litellm && \
 	    build/clients/litellm/bin/pip install --quiet --disable-pip-version-check litellm==1.110.2; }
-	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py
+	$(BIN)/python -m pytest -rs -m clients tests/contract/test_clients.py tests/contract/test_page_axe.py
+
+# The Triton kernels compiled for every card, without one; prints registers, shared memory and spills (a few minutes).
+test-gpu-kernels: $(READY)
+	LIMNER_COMPILE=1 $(BIN)/python -m pytest -s tests/unit/model/gpu
 
 # Start and stop Ray clusters on this machine, one test after another.
 test-ray: $(READY)
@@ -56,10 +60,14 @@ test-newest:
 	$(NEWEST)/bin/python -m pytest tests/numerics tests/unit/model tests/unit/pipeline tests/unit/weights tests/unit/images \
 	    tests/unit/references tests/contract/test_diffusers_habits.py tests/contract/test_card_example.py
 
-check: $(READY)
+check: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in build/site; every link has to lead somewhere.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -82,7 +90,7 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/batch.py -o benchmarks/results/batch.json
 	$(BIN)/python benchmarks/deploy.py -o benchmarks/results/deploy.json
 
-# What one caller can do to the others: each attack for 20 seconds, about half an hour with nothing else running.
+# What one caller can do to the others: each attack for 8 seconds, about 10 minutes with nothing else running.
 attack: $(READY)
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
 
@@ -99,6 +107,10 @@ eval-formats: $(READY) $(FONT)
 
 gallery: $(READY) $(FONT)
 	$(BIN)/python recipes/stickers/gallery.py
+
+# Type README and the guides in a new environment outside of the checkout, and say minutes and megabytes of each step.
+first-hour: $(READY)
+	$(BIN)/python tests/first_hour/run.py -o benchmarks/results/first_hour.json
 
 clean:
 	rm -rf .venv .venv-newest build

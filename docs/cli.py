@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from limner.cli import build_parser
+from limner.cli.parser import commands_of
 from limner.deploy.options import DeployOptions
 from limner.options import options_of
 
@@ -35,17 +36,7 @@ before them, but for the address of the cluster and where it listens. Keys that 
 
 def document() -> str:
     """Return what docs/cli.md has to say."""
-    return START + "".join(_command(parser) for parser in _parsers(build_parser())) + YAML + "".join(_keys())
-
-
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parsers of commands that have no commands of their own, in the order of `--help`."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from _parsers(child)
-            return
-    yield parser
+    return START + "".join(_command(parser) for parser in commands_of(build_parser())) + YAML + "".join(_keys())
 
 
 def _command(parser: argparse.ArgumentParser) -> str:
@@ -62,6 +53,8 @@ def _command(parser: argparse.ArgumentParser) -> str:
         rows = [_row(parser, one) for one in _shown(group._group_actions)]
         if rows:
             lines += [f"| {titles.get(str(group.title), group.title)} | |", "|---|---|", *rows, ""]
+    if examples := getattr(parser, "examples", ()):
+        lines += ["```text", *examples, "```", ""]
     return "\n".join(lines)
 
 

@@ -69,8 +69,19 @@ def draw(page: Page, prompt: str, *, variations: int, seed: int) -> None:
     page.wait_for_function("(n) => document.querySelectorAll('.card.ready').length > n", arg=before)
 
 
+def stroke(page: Page, *places: tuple[float, float]) -> None:
+    """Paint from place to place, in shares of the picture's sides."""
+    box = page.locator("#board-picture").bounding_box()
+    assert box is not None
+    for number, (x, y) in enumerate(places):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
 def settled(page: Page) -> None:
-    page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
+    page.evaluate("document.activeElement.blur(), scrollTo(0, 0), document.querySelector('#composer').scrollTo(0, 0)")
     page.wait_for_function(
         "() => [...document.images].every((e) => e.complete || !e.checkVisibility() "
         "|| e.getBoundingClientRect().top > innerHeight)"
@@ -101,12 +112,8 @@ def main() -> None:
         settled(page)
         save(page, "page-light.png")
         page.emulate_media(color_scheme="dark")
-        page.locator("button.picture").first.click()
-        page.wait_for_function(
-            "() => [...document.querySelectorAll('#stage img')].every((e) => e.complete && e.naturalWidth)"
-        )
-        for _ in range(14):
-            page.keyboard.press("ArrowRight")
+        page.click("#paint")
+        stroke(page, (0.62, 0.55), (0.72, 0.5), (0.8, 0.62), (0.7, 0.7), (0.63, 0.6))
         save(page, "page-dark.png")
         page.close()
         phone = opened(browser, address, 390, 1150, mobile=True)

@@ -16,6 +16,7 @@ import torch
 from limner import Pipeline
 from limner.weights.folder import bundled_model
 from tests.support.postgres import Server
+from tests.support.pretend import PretendedDevice, pretended_device
 from tests.support.tiny import make_transformer
 
 if (
@@ -37,6 +38,13 @@ def _seeded() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests of files that tests load stay out of the user's folder of caches."""
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
+    """A GPU that is not there: "cuda" tensors that compute on the CPU, refuse other devices, and count what waits."""
+    with pretended_device(monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from .drawing import Edit, Generate
 from .model import LoadLora, LoadModel
 from .references import LoadReferences, MakeReferences, SaveReferences
 
-# A node that redraws under a mask belongs here once the pipeline takes masks: MASK as ComfyUI's (B, H, W) in [0, 1].
 NODE_CLASS_MAPPINGS = {
     "LimnerLoadModel": LoadModel,
     "LimnerLoadLora": LoadLora,

@@ -15,9 +15,10 @@ from limner import EditRequest, PipelineOutput
 from limner.errors import LimnerError
 from limner.grid import MIN_SIDE, PIXELS, check_size
 from limner.options import ServiceOptions
-from limner.requests import MAX_STEPS, check_prompt
+from limner.requests import MAX_STEPS, Control, check_prompt
 
 from . import host
+from .control import control_inputs, control_of
 from .model import Model
 from .pictures import from_pixels
 from .references import KeptReferences
@@ -63,6 +64,9 @@ class _Drawing:
         width: int,
         height: int,
         batch_size: int,
+        guidance_scale: float = 0.0,
+        negative_prompt: str = "",
+        control: Control | None = None,
     ) -> tuple[Tensor, str]:
         request = EditRequest(
             prompt=prompt,
@@ -70,6 +74,9 @@ class _Drawing:
             width=width or None,
             height=height or None,
             num_inference_steps=steps or None,
+            guidance_scale=guidance_scale or None,
+            negative_prompt=negative_prompt or None,
+            control=control or Control(),
         )
         host.check_stopped()
         with model.pipeline() as pipe:
@@ -96,7 +103,7 @@ class Generate(_Drawing):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        return {"required": {"model": ("LIMNER_MODEL",), **_drawing("0: the model's own")}}
+        return {"required": {"model": ("LIMNER_MODEL",), **_drawing("0: the model's own")}, "optional": _guidance()}
 
     @host.outside_inference_mode
     def draw(self, model: Model, **asked: Any) -> tuple[Tensor, str]:
@@ -105,11 +112,11 @@ class Generate(_Drawing):
 
 
 class Edit(_Drawing):
-    """Edits, or combines, references as the prompt says."""
+    """Edits, or combines, references as the prompt says; all of image 1, or what is masked."""
 
     DESCRIPTION = (
-        "Edits, or combines, references, which the prompt calls image 1, image 2, ... Pictures of a batch have the seeds "
-        "seed, seed + 1, ..."
+        "Edits, or combines, references, which the prompt calls image 1, image 2, ... With a mask that part of image 1, or "
+        "of canvas, is repainted, and the rest stays to the pixel. Pictures of a batch have the seeds seed, seed + 1, ..."
     )
 
     @classmethod
@@ -118,14 +125,16 @@ class Edit(_Drawing):
             "required": {
                 "model": ("LIMNER_MODEL",),
                 "references": ("LIMNER_REFERENCES",),
-                **_drawing("0: that of the first reference"),
-            }
+                **_drawing("0: that of the first reference, or of what is repainted"),
+            },
+            "optional": {**_guidance(), **control_inputs()},
         }
 
     @host.outside_inference_mode
     def draw(self, model: Model, references: KeptReferences, **asked: Any) -> tuple[Tensor, str]:
         """Draw a batch over the references."""
-        return self._draw(model, references, **asked)
+        control = control_of(references, **{name: asked.pop(name) for name in control_inputs() if name in asked})
+        return self._draw(model, references, **asked, control=control)
 
 
 def _drawing(size: str) -> dict[str, Any]:
@@ -147,6 +156,13 @@ def _drawing(size: str) -> dict[str, Any]:
     }
 
 
+def _guidance() -> dict[str, Any]:
+    """The inputs of both nodes for base models."""
+    scale = {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": "of base models; 0: the model's own"}
+    negative = {"default": "", "multiline": True, "tooltip": "of base models: what guidance goes away from"}
+    return {"guidance_scale": ("FLOAT", scale), "negative_prompt": ("STRING", negative)}
+
+
 def _report(out: PipelineOutput) -> str:
     """How the pictures were made, as JSON."""
     (prompt,) = out.prompts[:1]
@@ -156,5 +172,8 @@ def _report(out: PipelineOutput) -> str:
         "reference_key": out.reference_key,
         "cut_off_the_prompt": prompt.cut,
         "seconds": round(out.timings.total, 4),
+        "canvas": [one.describe() for one in out.canvas],
+        "preserved": [one.describe() for one in out.preserved],
+        "warnings": list(out.warnings),
     }
     return json.dumps(about)

@@ -5,7 +5,10 @@ right, beside two baselines: copying reference 1 (for `draw` a grey picture), an
 as the training sets are (the median, and `in_training`, the share of cases whose very picture it
 holds: plain scenes and single stickers repeat). `gain_differs` is the gain in dB over copying on the pixels where truth and reference 1 differ.
 `held_out` are edits and combinations of stickers that no training picture shows: only copying from a reference can bring them.
-`mask`, `outpaint` and `preserve` keep a part of the picture; `controls.py` says what else is measured of them.
+`mask`, `outpaint` and `preserve` keep a part of the picture: `changed_outside` are the pixels outside of a mask that are not
+the input's, `new_area` is the PSNR in dB where a picture was continued and `continued` that of its edges drawn out,
+`untouched` that of the pixels which an edit should leave alone, and `untouched_away` that of those of them further than half a
+token (8 pixels) from what it should change.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 from PIL import Image
 
 from common import find_font
-from controls import CONTROLS, Control, control_cases
+from controls import CONTROLS, Control, control_cases, untouched
 from judge import Pixels, judge, pixels, psnr
 from limner import Pipeline
 from tasks import Example, Grammar
@@ -36,6 +39,17 @@ DIFFERENT = 8 / 255
 SAME_PICTURE = 60.0
 CARD = Path(__file__).parent / "model-card.md"
 MARKS = ("<!-- evaluation -->", "<!-- end of evaluation -->")
+CONTROL_MARKS = ("<!-- control -->", "<!-- end of control -->")
+MEASURES = (
+    ("mask", "changed_outside", "", "pixels outside of the mask that are not the input's, a case"),
+    ("outpaint", "new_area", " dB", "new area"),
+    ("outpaint", "continued", " dB", "new area, if the edges were drawn out"),
+    ("edit", "untouched", " dB", "all pixels that should stay, without `preserve`"),
+    ("preserve", "untouched", " dB", "all pixels that should stay"),
+    ("edit", "untouched_away", " dB", "those further than 8 pixels from what should change, without `preserve`"),
+    ("preserve", "untouched_away", " dB", "those further than 8 pixels from what should change"),
+)
+"""Task, name in the results, unit, and how the model card calls it."""
 
 
 def cases(task: str, num: int, *, seed: int = 0) -> list[Example]:
@@ -133,13 +147,17 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
                 num_inference_steps=args.steps,
                 generator=torch.Generator().manual_seed(number),
             ).images[0]
-        verdict = judge(out, case.result, references=case.references, renderer=renderer)
+        area = case.new_area(renderer) if isinstance(case, Control) else None
+        verdict = judge(out, case.result, references=case.references, renderer=renderer, new_area=area)
         digests[number] = hashlib.sha256(out.tobytes()).hexdigest()
         right, copy = pixels(truth), copied(references, truth.size)
         row = {
             name: getattr(verdict, name) for name in ("psnr", "ssim", "success", "sticker", "place", "form", "scene")
         }
-        row |= case.kept(out, renderer) if isinstance(case, Control) else {}
+        if isinstance(case, Control):
+            row |= case.kept(out, renderer)
+        elif task == "edit":  # what `preserve` is to be compared with
+            row |= untouched(out, case, renderer)
         row["copy"] = psnr(copy, right)
         differs = np.abs(copy - right).max(-1) > DIFFERENT
         if references and differs.any():
@@ -164,10 +182,10 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
     return image
 
 
-def save_cases(folder: Path, renderer: Renderer, *, num: int = 4) -> None:
+def save_cases(folder: Path, renderer: Renderer, *, num: int = 4, num_controls: int = 2) -> None:
     """The first cases of each task as files, for tests."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = []
+    saved: list[dict[str, Any]] = []
     for task in TASKS:
         for number, case in enumerate(cases(task, num)):
             names = [f"{task}-{number}-{i}.png" for i in range(1, len(case.references) + 1)]
@@ -175,6 +193,19 @@ def save_cases(folder: Path, renderer: Renderer, *, num: int = 4) -> None:
             for name, picture in zip(names, [*case.references, case.result], strict=True):
                 renderer.render(picture).save(folder / name)
             saved.append({"task": task, "prompt": case.prompt, "references": names[:-1], "truth": names[-1]})
+    for task in CONTROLS:
+        for number, control in enumerate(control_cases(task, num_controls)):
+            given = control.arguments(renderer)
+            pictures = {f"{task}-{number}-{i}.png": one for i, one in enumerate(given.pop("image"), start=1)}
+            row = {"task": task, "prompt": control.prompt, "references": [*pictures]}
+            row["truth"] = f"{task}-{number}-truth.png"
+            pictures[row["truth"]] = renderer.render(control.result)
+            if "mask_image" in given:
+                pictures[f"{task}-{number}-mask.png"] = given["mask_image"]
+                given["mask_image"] = f"{task}-{number}-mask.png"
+            for name, image in pictures.items():
+                image.save(folder / name)
+            saved.append(row | {"control": given})
     (folder / "cases.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
@@ -194,11 +225,33 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def control_table(result: dict[str, Any]) -> str:
+    """What stays and what is continued, as Markdown."""
+    lines = ["| task | measure | |", "|---|---|---|"]
+    for task, name, unit, text in MEASURES:
+        if name in (row := result["tasks"].get(task, {})):
+            lines.append(f"| {task} | {text} | {row[name]:.1f}{unit} |")
+    return "\n".join(lines)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the results as JSON, and into the model card; tasks of the file that were not run stay, if made alike."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if all(before.get(name) == result[name] for name in ("cases", "steps")):
+        found = {**before["tasks"], **result["tasks"]}
+        result = {**result, "tasks": {task: found[task] for task in (*TASKS, *CONTROLS) if task in found}}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    card = CARD.read_text()
+    for (start, end), text in ((MARKS, table(result)), (CONTROL_MARKS, control_table(result))):
+        card = re.sub(f"{start}.*{end}", lambda _, s=start, t=text, e=end: f"{s}\n{t}\n{e}", card, flags=re.DOTALL)
+    CARD.write_text(card)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder; default: the bundled model")
     parser.add_argument("--cases", type=int, default=200, help="cases a task")
-    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *CONTROLS), default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *CONTROLS), default=(*TASKS, *CONTROLS))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")
@@ -215,7 +268,9 @@ def main() -> None:
     parser.add_argument("--save-cases", type=Path, help="write the first four cases of each task, for tests, and stop")
     parser.add_argument("--digests", type=Path, help="write the SHA-256 of each picture as JSON, to compare commits")
     parser.add_argument(
-        "--write", type=Path, help="write the results as JSON, and into the model card beside this file"
+        "--write",
+        type=Path,
+        help="write the results as JSON, beside those of other tasks there, and into the model card beside this file",
     )
     args = parser.parse_args()
     renderer = Renderer(find_font(args.font))
@@ -251,10 +306,7 @@ def main() -> None:
     if args.digests:
         args.digests.write_text(json.dumps(digests, indent=1) + "\n")
     if args.write:
-        args.write.write_text(json.dumps(result, indent=1) + "\n")
-        card = CARD.read_text()
-        middle = re.compile(f"{MARKS[0]}.*{MARKS[1]}", re.DOTALL)
-        CARD.write_text(middle.sub(f"{MARKS[0]}\n{table(result)}\n{MARKS[1]}", card))
+        write(args.write, result)
     print(json.dumps(result))
 
 

@@ -19,6 +19,7 @@ from limner.model.autoencoder import Autoencoder
 from limner.model.preview import LatentPreview
 from limner.tokens import unpack
 from prepare import results
+from tasks import vocabulary
 from train import GEOMETRY, Model, load_folder
 from world import HELD_OUT, LARGE, MEDIUM, SIZES, STICKERS, Picture, Renderer, Scene, Sticker
 
@@ -109,6 +110,7 @@ def main() -> None:
         "sizes": [list(size) for size in SIZES],
         "default_dtype": "float32",
         "max_reference_pixels": 128 * 128,
+        "words": vocabulary(),
         "latent_preview": {
             "weight": [[round(w, 4) for w in row] for row in preview.weight.tolist()],
             "bias": [round(b, 4) for b in preview.bias.tolist()],

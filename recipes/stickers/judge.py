@@ -7,6 +7,7 @@ left out, one of a reference that should not be there, or another scene. Knows n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,15 +105,37 @@ def told_forms(picture: Picture, index: int, renderer: Renderer) -> list[Picture
     return [form for form in other_forms(picture, index) if seen(pixels(renderer.render(form)), right)]
 
 
-def judge(image: Image.Image, truth: Picture, *, references: Sequence[Picture], renderer: Renderer) -> Verdict:
-    """Return everything that is wrong with an image; `references` are the pictures that it was made from."""
+@dataclass(frozen=True, kw_only=True)
+class NewArea:
+    """What of a picture was not there before, (height, width) bool, and the picture with nothing but its edges continued."""
+
+    where: np.ndarray
+    continued: Image.Image
+
+
+def judge(
+    image: Image.Image,
+    truth: Picture,
+    *,
+    references: Sequence[Picture],
+    renderer: Renderer,
+    new_area: NewArea | None = None,
+) -> Verdict:
+    """Return everything that is wrong with an image; `references` are the pictures that it was made from.
+
+    With a `new_area` the scene is judged in it alone, and there another scene is what only continues the edges, too.
+    """
     found, right = pixels(image), pixels(renderer.render(truth))
     squared = np.square(found - right).sum(-1)
-    wrong = set()
-    for thing, other in alternatives(truth, references):
+    wrong: set[str] = set()
+    others = ((thing, pixels(renderer.render(other))) for thing, other in alternatives(truth, references))
+    if new_area is not None:
+        others = itertools.chain(others, [("scene", pixels(new_area.continued))])
+    for thing, candidate in others:
         if thing in wrong:
             continue
-        candidate = pixels(renderer.render(other))
+        if new_area is not None and thing == "scene":
+            candidate = np.where(new_area.where[..., None], candidate, right)
         if not seen(candidate, right):
             continue
         differs = np.abs(candidate - right).max(-1) > 0

@@ -3,6 +3,7 @@
 The set is of sittings: some references and several examples (prompt, result) that share them, as a training batch shares
 their keys and values. Every picture is encoded once. Of a result it also has the pictures whose stickers are all mirrored, and all grey, and
 which token belongs to which sticker, so that training can ask for the form of each.
+Sittings of `--controls` have which tokens are drawn, and where the part of the picture is that their reference shows.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
 
 from common import Log, find_font
+from controls import Control, control_cases, training_sitting
 from judge import other_forms, told_forms
 from limner.tokens import pack, patchify, unpack, unpatchify
 from tasks import Example, Grammar
@@ -97,14 +102,27 @@ def sensitivity(vae: AutoencoderKLFlux2, tokens: torch.Tensor, *, seed: int) -> 
     return torch.stack(costs)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a picture, (left, top, right, bottom), which a reference of `outpaint` shows."""
+
+    picture: Picture
+    box: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        left, top, right, bottom = self.box
+        return (right - left, bottom - top)
+
+
 class Pictures:
     """Number the pictures of each size, and encode each once."""
 
     def __init__(self, vae: AutoencoderKLFlux2, renderer: Renderer, log: Log) -> None:
         self._vae, self._renderer, self._log = vae, renderer, log
-        self._numbers: dict[tuple[int, int], dict[Picture, int]] = {}
+        self._numbers: dict[tuple[int, int], dict[Picture | Part, int]] = {}
 
-    def number(self, picture: Picture) -> int:
+    def number(self, picture: Picture | Part) -> int:
         known = self._numbers.setdefault(picture.size, {})
         return known.setdefault(picture, len(known))
 
@@ -133,11 +151,16 @@ class Pictures:
             pictures, parts = list(known), []
             for start in range(0, len(pictures), 32):
                 some = pictures[start : start + 32]
-                parts.append(encode(self._vae, [pixels(self._renderer.render(p)) for p in some]))
+                parts.append(encode(self._vae, [pixels(self._render(p)) for p in some]))
                 if start % 6400 == 0:
                     self._log.write(size=str(size), encoded=start, of=len(pictures))
             tokens[size] = torch.cat(parts)
         return tokens
+
+    def _render(self, picture: Picture | Part) -> Image.Image:
+        if isinstance(picture, Part):
+            return self._renderer.render(picture.picture).crop(picture.box)
+        return self._renderer.render(picture)
 
 
 def results(data: dict[str, Any], num: int) -> torch.Tensor:
@@ -154,6 +177,9 @@ def main() -> None:
     parser.add_argument("--font", type=Path)
     parser.add_argument("--sittings", type=int, default=12000, help="reference sets, each with --asks examples")
     parser.add_argument("--asks", type=int, default=4)
+    parser.add_argument(
+        "--controls", type=int, default=0, help="sittings more, of one example each: masks and outpainting in turn"
+    )
     parser.add_argument("--pool", type=int, default=14000, help="different reference pictures")
     parser.add_argument(
         "--validation", type=int, default=12, help="reference sets of each task and of held-out stickers"
@@ -168,13 +194,19 @@ def main() -> None:
     rng = random.Random(f"{args.seed}/examples")
     grammar = Grammar([*STICKERS.values(), *renderer.unnamed_glyphs()], pool=args.pool, seed=args.seed)
     tasks = rng.choices(list(TASKS), list(TASKS.values()), k=args.sittings)
-    sittings = [grammar.sitting(rng, task, args.asks) for task in tasks]
+    sittings: list[Sequence[Example]] = [grammar.sitting(rng, task, args.asks) for task in tasks]
+    rng = random.Random(f"{args.seed}/controls")  # one of its own: the other sittings are the same with it and without
+    sittings += [training_sitting(rng, grammar, ("mask", "outpaint")[i % 2]) for i in range(args.controls)]
 
     rng = random.Random(f"{args.seed}/validation")
     known = Grammar([*STICKERS.values()], evaluation=True)
     held_out = Grammar([*HELD_OUT.values()], evaluation=True)
     validation = [(known, task, task) for task in TASKS] + [(held_out, t, "held_out") for t in ("edit", "combine2")]
-    watched = [(name, g.sitting(rng, task, args.asks)) for g, task, name in validation for _ in range(args.validation)]
+    watched: list[tuple[str, Sequence[Example]]] = [
+        (name, g.sitting(rng, task, args.asks)) for g, task, name in validation for _ in range(args.validation)
+    ]
+    for task in ("mask", "outpaint") if args.controls else ():
+        watched += [(task, [case]) for case in control_cases(task, args.validation, seed=args.seed + 1)]
 
     if args.tokenizer:
         tokenizer = Qwen2TokenizerFast.from_pretrained(args.tokenizer)
@@ -198,17 +230,26 @@ def main() -> None:
     pictures = Pictures(vae, renderer, log)
     prompts = itertools.count()
 
-    def place(task: str, sitting: list[Example]) -> dict[str, Any]:
+    def place(task: str, sitting: Sequence[Example]) -> dict[str, Any]:
         forms = [pictures.forms(e.result) for e in sitting]
+        control = next((e for e in sitting if isinstance(e, Control)), None)
+        references: list[Picture | Part] = [*sitting[0].references]
+        more: dict[str, Any] = {}
+        if control is not None:  # what is drawn of it, and where its part is: other sittings have neither
+            if control.expand is not None:
+                references = [Part(control.result, control.known)]
+                more["origins"] = [(control.known[1] // GRID, control.known[0] // GRID)]
+            more["drawn"] = torch.from_numpy(control.drawn_tokens().reshape(1, -1))
         return {
             "task": task,
             "size": sitting[0].result.size,
-            "reference_sizes": [p.size for p in sitting[0].references],
-            "references": [pictures.number(p) for p in sitting[0].references],
+            "reference_sizes": [p.size for p in references],
+            "references": [pictures.number(p) for p in references],
             "results": [pictures.number(e.result) for e in sitting],
             "forms": [numbers for numbers, _ in forms],
             "owners": torch.stack([owners for _, owners in forms]),
             "prompts": [next(prompts) for _ in sitting],
+            **more,
         }
 
     data: dict[str, Any] = {

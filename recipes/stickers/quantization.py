@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evaluate import TASKS
+
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "numerics.md"
 MARKS = ("<!-- quantization -->", "<!-- end of quantization -->")
@@ -47,9 +49,11 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="-- and more for evaluate.py")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
+    more = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if "--tasks" not in more:
+        more = ["--tasks", *TASKS, *more]
     for name, options in FORMATS.items():
         words = [sys.executable, str(HERE / "evaluate.py"), "--cases", str(args.cases), "--nearest", "0", *options]
-        more = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
         done = subprocess.run([*words, *more], stdout=subprocess.PIPE, text=True, check=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])["tasks"]
         print(name, {task: (row["psnr"], row["success"]) for task, row in results[name].items()}, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass, replace
 
 from world import (
@@ -97,6 +98,13 @@ def place_words(rng: random.Random, column: str, row: str) -> str:
     if (column, row) == ("center", "middle"):
         return rng.choice(("in the middle", "in the center", ""))
     return COLUMN_WORDS[column] or ROW_WORDS[row]
+
+
+def vocabulary(num: int = 5000) -> list[str]:
+    """The words of prompts; after a thousand of them no new one comes."""
+    grammar, rng = Grammar(list(STICKERS.values())), random.Random("vocabulary")
+    prompts = (grammar.draw(rng, TASKS[number % len(TASKS)]).prompt for number in range(num))
+    return sorted({word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt)})
 
 
 class Grammar:

@@ -84,7 +84,7 @@ class Model(nn.Module):
         txt = torch.cat([out.hidden_states[i] for i in TEXT_LAYERS], dim=-1)
         references = None
         if batch["references"]:
-            ids = reference_ids([grid(size) for size in batch["reference_sizes"]])
+            ids = reference_ids([grid(size) for size in batch["reference_sizes"]], batch["origins"])
             kept = self.transformer.prefill(torch.cat(batch["references"], dim=1), ids)
             asks = len(txt) // len(batch["references"][0])
             references = ReferenceKV(
@@ -98,13 +98,18 @@ class Model(nn.Module):
         }
 
     def forward(self, batch: dict[str, Any], noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of the picture, (B, S, C): drawn at level 1, and at `sigma` (B,) from the model's own drawing."""
+        """Errors of the picture, (B, S, C): drawn at level 1, and at `sigma` (B,) from the model's own drawing.
+
+        Of tokens that are not drawn, the later level has those of the truth, as the pipeline keeps them; they count nothing.
+        """
         clean, given = batch["result"], self.encode(batch)
         first = self.transformer(noise, sigma=torch.ones_like(sigma), **given).float()
         level = sigma[:, None, None]
-        noisy = torch.lerp(noise - first.detach(), noise, level)
+        own, drawn = noise - first.detach(), batch["drawn"]
+        noisy = torch.lerp(own if drawn is None else torch.where(drawn, own, clean), noise, level)
         later = self.transformer(noisy, sigma=sigma, **given).float()
-        return noise - first - clean, noisy - level * later - clean
+        errors = noise - first - clean, noisy - level * later - clean
+        return errors if drawn is None else (errors[0] * drawn, errors[1] * drawn)
 
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], noise: Tensor) -> Tensor:
@@ -114,6 +119,8 @@ class Model(nn.Module):
         x = noise
         for sigma, after in pairwise(sigmas):
             x = euler_step(x, self.transformer(x, sigma=sigma, **given), sigma=sigma, next_sigma=after)
+            if (drawn := batch["drawn"]) is not None:
+                x = torch.where(drawn, x, torch.lerp(batch["result"], noise, after))
         return x
 
 
@@ -148,14 +155,20 @@ def grid(size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Batches:
-    """Batches of sittings of one layout each (sizes of result and references), drawn in proportion to their number,
+    """Batches of sittings of one layout each (sizes of result and references, their places, whether all is drawn), drawn in proportion to their number,
     those to draw from text `DRAW_WEIGHT` times as often."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._data = data
         self._layouts: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for sitting in data["sittings"]:
-            self._layouts[sitting["size"], tuple(sitting["reference_sizes"])].append(sitting)
+            layout = (
+                sitting["size"],
+                tuple(sitting["reference_sizes"]),
+                tuple(sitting.get("origins", ())),
+                "drawn" in sitting,
+            )
+            self._layouts[layout].append(sitting)
 
     def draw(self, rng: random.Random, examples: int) -> dict[str, Any]:
         layouts = list(self._layouts.values())
@@ -178,6 +191,8 @@ class Batches:
         return {
             "size": size,
             "reference_sizes": sizes,
+            "origins": sittings[0].get("origins"),
+            "drawn": torch.cat([s["drawn"] for s in sittings])[..., None] if "drawn" in sittings[0] else None,
             "result": tokens[size][[i for s in sittings for i in s["results"]]].float(),
             "forms": [
                 tokens[size][[numbers[which] for s in sittings for numbers in s["forms"]]].float() for which in range(2)

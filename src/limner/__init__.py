@@ -1,4 +1,13 @@
-"""Limner draws and edits pictures with FLUX.2-[klein]-KV-class models, and caches the K/V of references.
+"""Draw and edit pictures with FLUX.2-[klein] models; the K/V of references are computed once and kept.
+
+    import limner
+
+    pipe = limner.Pipeline.from_pretrained()  # the bundled model; or "klein-9b-kv", a folder, a hub id
+    out = pipe("use the background of image 2", image=["cat.png", "beach.png"])
+    out.images[0].save("cat-on-beach.png")
+
+`Pipeline` is one call at a time, `Engine` many requests at once, `References` the kept K/V, `ReferenceStore` where they
+are kept. `Flux2KleinKVPipeline` and its like have the names of diffusers. Errors are `LimnerError`s that say what to do.
 
 The public names below are imported on first use, so that `import limner` and `limner --help` stay fast.
 """
@@ -14,18 +23,27 @@ if TYPE_CHECKING:
     from limner.config import ReferencePolicy, TransformerConfig
     from limner.engine import Engine
     from limner.errors import (
+        AccessDenied,
+        BudgetSpent,
         Cancelled,
         CapacityError,
         CheckpointError,
+        Conflict,
+        DeadlineExceeded,
         InvalidRequest,
         LimnerError,
         MissingExtra,
+        Moderated,
+        NotFound,
         NumericalError,
         OutputError,
+        QueueFull,
+        RateLimited,
         RemoteError,
     )
     from limner.images import ReferenceReport
     from limner.pipeline import (
+        Flux2KleinInpaintPipeline,
         Flux2KleinKVPipeline,
         Flux2KleinPipeline,
         Pipeline,
@@ -38,9 +56,13 @@ if TYPE_CHECKING:
     from limner.store import ReferenceStore, RemoteTier, StoreEntry, StoreStats
 
 __all__ = [
+    "AccessDenied",
+    "BudgetSpent",
     "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "Conflict",
+    "DeadlineExceeded",
     "EditRequest",
     "Engine",
     "Flux2KleinInpaintPipeline",
@@ -49,12 +71,16 @@ __all__ = [
     "InvalidRequest",
     "LimnerError",
     "MissingExtra",
+    "Moderated",
+    "NotFound",
     "NumericalError",
     "OutputError",
     "Pipeline",
     "PipelineOutput",
     "PrefillRequest",
     "PromptReport",
+    "QueueFull",
+    "RateLimited",
     "ReferencePolicy",
     "ReferenceReport",
     "ReferenceStore",
@@ -72,14 +98,22 @@ _HOMES = {
     "config": ("ReferencePolicy", "TransformerConfig"),
     "engine": ("Engine",),
     "errors": (
+        "AccessDenied",
+        "BudgetSpent",
         "Cancelled",
         "CapacityError",
         "CheckpointError",
+        "Conflict",
+        "DeadlineExceeded",
         "InvalidRequest",
         "LimnerError",
         "MissingExtra",
+        "Moderated",
+        "NotFound",
         "NumericalError",
         "OutputError",
+        "QueueFull",
+        "RateLimited",
         "RemoteError",
     ),
     "images": ("ReferenceReport",),

@@ -29,6 +29,7 @@ from limner.grid import PIXELS
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
 from limner.model.transformer import Transformer
+from limner.pipeline.denoise import Surroundings
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
 from limner.version import __version__
@@ -259,9 +260,19 @@ class Bench:
 
     @torch.no_grad()
     def limner(
-        self, case: BenchCase, given: dict[str, Tensor], *, cached: ReferenceKV | None = None, quantize: bool = False
+        self,
+        case: BenchCase,
+        given: dict[str, Tensor],
+        *,
+        cached: ReferenceKV | None = None,
+        quantize: bool = False,
+        surroundings: Surroundings | None = None,
+        weights: Sequence[tuple[int, float]] | None = None,
     ) -> Tensor:
-        """Limner's loop; without `cached` K/V the references are prefilled first."""
+        """Limner's loop; without `cached` K/V the references are prefilled first.
+
+        `surroundings` are those of a mask, `weights` are (tokens, weight) of each reference.
+        """
         model = self.int8() if quantize else self.ours
         if cached is None and case.num_references:
             cached = model.prefill(given["ref"], given["ref_ids"])
@@ -277,10 +288,21 @@ class Bench:
                 img_ids=given["img_ids"],
                 txt_ids=given["txt_ids"],
                 references=cached,
+                ref_weights=weights,
                 rope=rope,
             )
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
+            if surroundings is not None:
+                latents = surroundings.keep(latents, given["sigmas"][i + 1])
         return latents
+
+    def surroundings(self, given: dict[str, Tensor]) -> Surroundings:
+        """Return a canvas of which the right half is repainted."""
+        noise = given["noise"].float()
+        canvas = torch.randn(1, *noise.shape[1:], generator=torch.Generator().manual_seed(1)).to(noise)
+        columns = given["img_ids"][:, 2]
+        mask = (columns > columns.max() // 2).to(noise)[None, :, None]
+        return Surroundings(canvas=canvas, noise=noise, mask=mask)
 
     @torch.no_grad()
     def limner_joint(
@@ -313,9 +335,9 @@ class Bench:
     ) -> dict[str, Any]:
         """Return medians of all engines in turn, ratios, memory of each call, and by what the results differ.
 
-        Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv; joint, int8_joint, and reuse,
-        int8_reuse, which are approximate. Without references only standard,
-        cold and int8_cold mean something; the others are left out.
+        Engines: standard, diffusers_kv, cold, warm, int8_cold, int8_warm, warm_int8_kv; masked and weighted, which are
+        warm with a mask and with a weight for each reference; joint, int8_joint, and reuse, int8_reuse, which are
+        approximate. Without references only standard, cold and int8_cold mean something; the others are left out.
         """
         if not case.num_references:
             engines = [name for name in engines if name in ("standard", "cold", "int8_cold")]
@@ -340,6 +362,7 @@ class Bench:
             "peak_bytes": peaks,
             "kept_bytes": self.kept_bytes(len(given["ref_ids"])),
             **_comparison(seconds, results),
+            **_cost(measured),
             **self._rates(case, seconds, num_ref=len(given["ref_ids"])),
         }
 
@@ -350,7 +373,7 @@ class Bench:
         with torch.no_grad():
             cached = {
                 quantize: (self.int8() if quantize else self.ours).prefill(given["ref"], given["ref_ids"])
-                for quantize, users in ((False, {"warm", "warm_int8_kv"}), (True, {"int8_warm"}))
+                for quantize, users in ((False, {"warm", "warm_int8_kv", "masked", "weighted"}), (True, {"int8_warm"}))
                 if case.num_references and users & set(engines)
             }
             narrow = None
@@ -358,11 +381,16 @@ class Bench:
                 narrow = ReferenceKV(
                     layers=tuple(quantize_layer(x, "int8") for x in cached[False].layers if isinstance(x, LayerKV))
                 )
+        kept = self.surroundings(given)
+        num_tokens = len(given["ref_ids"]) // max(case.num_references, 1)
+        weights = [(num_tokens, (i + 1) / 4) for i in range(case.num_references)]
         return {
             "standard": lambda: self.diffusers(case, given, cached=False),
             "diffusers_kv": lambda: self.diffusers(case, given, cached=True),
             "cold": lambda: self.limner(case, given),
             "warm": lambda: self.limner(case, given, cached=cached.get(False)),
+            "masked": lambda: self.limner(case, given, cached=cached.get(False), surroundings=kept),
+            "weighted": lambda: self.limner(case, given, cached=cached.get(False), weights=weights),
             "int8_cold": lambda: self.limner(case, given, quantize=True),
             "int8_warm": lambda: self.limner(case, given, cached=cached.get(True), quantize=True),
             "warm_int8_kv": lambda: self.limner(case, given, cached=narrow),
@@ -409,6 +437,8 @@ class Bench:
 
 _JOINT = ("joint", "int8_joint", "reuse", "int8_reuse")
 """Engines whose references are joint, as those of diffusers' standard pipeline."""
+_CONTROLLED = ("masked", "weighted")
+"""Engines that draw another picture; their cost is that over "warm"."""
 
 
 def _comparison(seconds: dict[str, float], results: dict[str, Tensor]) -> dict[str, Any]:
@@ -423,9 +453,21 @@ def _comparison(seconds: dict[str, float], results: dict[str, Tensor]) -> dict[s
         found["relative_difference"] = found.get("relative_difference", {}) | {
             name: round(((value.float() - expected).norm() / expected.norm()).item(), 8)
             for name, value in alike.items()
-            if name not in ("standard", base)
+            if name not in ("standard", base, *_CONTROLLED)
         }
     return found
+
+
+def _cost(measured: dict[str, list[float]]) -> dict[str, Any]:
+    """Return by what share each controlled engine takes longer than "warm": the median over rounds, each run in turn."""
+    if "warm" not in measured or not any(name in measured for name in _CONTROLLED):
+        return {}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(measured[name], measured["warm"], strict=True))
+        for name in _CONTROLLED
+        if name in measured
+    }
+    return {"cost_over_warm": {name: round(ratio - 1, 4) for name, ratio in ratios.items()}}
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -438,6 +480,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "diffusers_kv": "diffusers with its K/V cache",
         "cold": "Limner, references new",
         "warm": "Limner, references kept",
+        "masked": "the same with a mask",
+        "weighted": "the same with a weight for each reference",
         "warm_int8_kv": "Limner, references kept in int8",
         "int8_cold": "Limner int8, references new",
         "int8_warm": "Limner int8, references kept",
@@ -460,8 +504,9 @@ def as_markdown(report: dict[str, Any]) -> str:
                 cells.append("")
                 continue
             base = "standard" if name in _JOINT else "diffusers_kv"
-            times = found.get(f"times_{base}", {}).get(name)
-            cells.append(f"{found['seconds'][name]:.1f} s" + (f" ({times:.2f}x)" if times else ""))
+            times, cost = found.get(f"times_{base}", {}).get(name), found.get("cost_over_warm", {}).get(name)
+            note = f" ({times:.2f}x)" if times else ""
+            cells.append(f"{found['seconds'][name]:.1f} s" + (f" ({cost:+.1%})" if cost is not None else note))
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -161,7 +161,11 @@ class ModelOptions(ReferenceOptions):
     """What a pipeline is loaded from and how it computes, as plain values that can be sent to other processes."""
 
     model: str | None = option(
-        None, help="folder or hub id; default: the bundled model", metavar="MODEL", group="model", path="read"
+        None,
+        help="folder, hub id, or a short name as klein-9b-kv; default: the bundled model",
+        metavar="MODEL",
+        group="model",
+        path="read",
     )
     transformer: str | None = option(
         None, help="file or folder to take the transformer from instead", metavar="FILE", group="model", path="read"
@@ -198,7 +202,7 @@ class ModelOptions(ReferenceOptions):
     device: str = option("cpu", help="cpu, cuda, cuda:1 or mps", metavar="DEVICE", group="model")
     memory_limit: str | None = option(
         None,
-        help="what may be resident, as 20GiB: weights are in memory by turns (CPU, Linux; see limner plan)",
+        help="what may be resident, as 20GiB: weights are in memory by turns (CPU under Linux, CUDA; see limner plan)",
         metavar="SIZE",
         group="model",
     )
@@ -268,7 +272,9 @@ class ServiceOptions:
     keys: str | None = option(
         None, help="API keys, hashed; or $LIMNER_KEYS; without keys: loopback only", metavar="FILE", path="read"
     )
-    log: Literal["json", "text"] = option("json", help="form of the log on stderr")
+    log: Literal["auto", "json", "text"] = option(
+        "auto", help="form of the log on stderr; auto: text on a terminal, else json"
+    )
     max_waiting: int = option(256, help="requests that may wait", metavar="N", group="limits", minimum=1)
     max_batch: int = option(10, help="images drawn at once", metavar="N", group="limits", minimum=1)
     images_per_key: int | None = option(
@@ -276,7 +282,22 @@ class ServiceOptions:
     )
     requests_per_minute: float = option(600, help="requests of one key, a minute", metavar="N", group="limits")
     concurrent: int = option(24, help="unfinished jobs of one key", metavar="N", group="limits")
-    keep_results: float = option(600, help="seconds for which results are kept", metavar="S", group="limits")
+    keep_results: float | None = option(
+        None,
+        help="seconds for which results are kept; default: 600 with keys, and without keys for good, as far as "
+        "--keep-bytes lets them",
+        metavar="S",
+        group="limits",
+        minimum=0,
+    )
+    keep_bytes: int | None = option(
+        None,
+        help="remove the oldest jobs when results and pictures of jobs have more bytes; default: any number with keys, "
+        "2 GiB without",
+        metavar="N",
+        group="limits",
+        minimum=0,
+    )
     drain: float = option(30, help="seconds a shutdown waits for jobs", metavar="S", group="limits", minimum=0)
     served_model_names: tuple[str, ...] = option(
         (),

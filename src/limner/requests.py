@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from PIL import Image
-
 from limner.errors import InvalidRequest
 from limner.images import Picture, PreparedReference
 from limner.images.mask import MaskSource
 
 __all__ = [
+    "CONTROL_VALUES",
     "MAX_PROMPT_CHARACTERS",
     "MAX_STEPS",
     "Control",
@@ -26,6 +25,8 @@ __all__ = [
     "check_guidance",
     "check_length",
     "check_prompt",
+    "repaints",
+    "with_mask",
 ]
 
 MAX_STEPS = 100
@@ -48,6 +49,24 @@ class Control(TypedDict, total=False):
     preserve: str | None
 
 
+CONTROL_VALUES = (
+    "strength",
+    "expand",
+    "mask_blur",
+    "padding_mask_crop",
+    "preserve",
+    "reference_weights",
+    "reference_guidance",
+)
+"""What of `Control` is no picture: values of JSON."""
+
+
+def repaints(control: Mapping[str, Any], *, mask: object = None) -> bool:
+    """Return whether a picture is repainted. `mask`: one that is not in `control` yet."""
+    asked = (mask, *(control.get(name) for name in ("mask_image", "expand", "strength", "preserve")))
+    return any(value is not None for value in asked)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditRequest:
     """One prompt, one image for each seed. No references: text to image. Sizes in pixels; None: the model's choice.
@@ -66,7 +85,7 @@ class EditRequest:
     negative_prompt: str | None = None
     reuse: str | None = None
     control: Control = field(default_factory=lambda: Control())
-    canvas: Image.Image | None = None
+    canvas: Picture | None = None
 
     @property
     def pictures(self) -> list[Any]:
@@ -107,3 +126,9 @@ def check_prompt(text: object, *, allow_empty: bool = False) -> None:
     check_length("prompt", text)
     if not text.strip() and not allow_empty:
         raise InvalidRequest("prompt", f"{text!r} is empty; say what to draw or to change")
+
+
+def with_mask(error: InvalidRequest) -> InvalidRequest:
+    """Return an error in the words of callers whose field for `mask_image` is `mask`."""
+    field = "mask" if error.field == "mask_image" else error.field
+    return InvalidRequest(field, error.problem.replace("mask_image", "mask"))

@@ -96,16 +96,22 @@ def text_ids(num_tokens: int) -> Tensor:
     return ids
 
 
-def image_ids(grid: tuple[int, int], *, t: int = 0) -> Tensor:
-    """(h w, 4): (t, h, w, 0), row by row; `grid` = (h, w) counts tokens."""
+def image_ids(grid: tuple[int, int], *, t: int = 0, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """(h w, 4): (t, h, w, 0), row by row from `origin` = (h, w) on; `grid` = (h, w) counts tokens."""
     h, w = grid
     ids = torch.zeros(h, w, 4, dtype=torch.int64)
     ids[..., 0] = t
-    ids[..., 1] = torch.arange(h)[:, None]
-    ids[..., 2] = torch.arange(w)
+    ids[..., 1] = torch.arange(h)[:, None] + origin[0]
+    ids[..., 2] = torch.arange(w) + origin[1]
     return ids.reshape(h * w, 4)
 
 
-def reference_ids(grids: Sequence[tuple[int, int]]) -> Tensor:
-    """(S_ref, 4) of the references in order; reference i has t = 10 + 10 i."""
-    return torch.cat([image_ids(grid, t=REFERENCE_STRIDE * (i + 1)) for i, grid in enumerate(grids)])
+def reference_ids(grids: Sequence[tuple[int, int]], origins: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """(S_ref, 4) of the references in order; reference i has t = 10 + 10 i.
+
+    `origins` (h, w) say where each one's first token is in the picture that is drawn; None: at its corner.
+    """
+    places = zip(grids, origins or [(0, 0)] * len(grids), strict=True)
+    return torch.cat(
+        [image_ids(grid, t=REFERENCE_STRIDE * (i + 1), origin=origin) for i, (grid, origin) in enumerate(places)]
+    )

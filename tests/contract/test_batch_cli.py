@@ -100,7 +100,10 @@ BAD = {
     "empty": (["batch", "empty.jsonl", "-o", "out"], "manifest: empty.jsonl has no rows"),
     "no output": (["batch", "rows.jsonl"], "the following arguments are required: -o/--output"),
     "output": (["batch", "rows.jsonl", "-o", "a.png"], "a.png cannot be written (Not a directory)"),
-    "format": (["batch", "rows.jsonl", "-o", "out", "--format", "gif"], "invalid choice: 'gif'"),
+    "format": (
+        ["batch", "rows.jsonl", "-o", "out", "--format", "gif"],
+        "'gif' is not allowed; there are png, jpeg, webp",
+    ),
     "at once": (
         ["batch", "rows.jsonl", "-o", "out", "--images-at-once", "0"],
         "images_at_once: 0 is not a whole number",

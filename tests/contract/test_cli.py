@@ -86,7 +86,7 @@ def test_json_tells_seeds_timings_and_sizes(files: Path, tiny_folder: Path) -> N
     assert found["references"][0]["processed_size"] == [96, 64]
     assert (found["width"], found["height"], found["reference_cache"]) == (64, 96, "miss")
     for output in found["outputs"]:  # the drawn seed makes the same picture again
-        again = files / "again.webp"
+        again = files / f"again-{output['seed']}.webp"
         run(
             "edit",
             "make it blue",
@@ -144,7 +144,7 @@ BAD = {
     "no prompt": (["edit", "", "-i", "a.png", "-o", "out.png"], "prompt: '' is empty; say what to draw"),
     "image to generate": (["generate", "x", "-o", "out.png", "-i", "a.png"], "with them: limner edit PROMPT -i FILE"),
     "no image": (["edit", "x", "-o", "out.png"], "--image: give either pictures (-i FILE, again for more) or one pack"),
-    "no output": (["generate", "x"], "the following arguments are required: -o/--output"),
+    "another's file": (["generate", "x", "-o", "a.png"], "output: a.png is there already; add --force"),
     "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),
     "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
     "transparent": (["edit", "x", "-i", "clear.png", "-o", "out.png"], "it is transparent in places; flatten it"),
@@ -158,7 +158,7 @@ BAD = {
     "folder": (["generate", "x", "-o", "nowhere/out.png"], "nowhere has to be a folder that you may write to"),
     "model": (["generate", "x", "-o", "out.png", "--model", "no-such-folder"], "neither a folder nor a hub id"),
     "device": (["generate", "x", "-o", "out.png", "--device", "abacus"], "'abacus' is not a device"),
-    "command": (["paint"], "invalid choice: 'paint'"),
+    "command": (["paint"], "'paint' is not a command"),
     "nothing": ([], "the following arguments are required: COMMAND"),
 }
 

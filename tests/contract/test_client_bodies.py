@@ -6,25 +6,18 @@ vLLM-Omni and SGLang. The programs themselves run in `test_clients.py`.
 
 from __future__ import annotations
 
-import base64
 import io
-import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
-from tests.support.serving import Served, opened, png, text, types
-from tests.support.tiny import Gate, picture
+from tests.support.serving import Served, png, text, types
 
 from limner import Pipeline
-from limner.config import ReferencePolicy
-from limner.images import prepare_mask, prepare_reference
 from limner.outbound.urls import Origin
 from limner.server.http.aspect import size_of_aspect
 
@@ -377,107 +370,6 @@ def test_names_of_the_model(pipe: Pipeline, tmp_path: Path) -> None:
             body = {"prompt": "a", "model": taken[-1], "size": "64x64", "num_inference_steps": 1}
             answer = served.http.post("/v1/images/generations", json=body)
             assert answer.json()["limner"]["model"] == name
-
-
-# Masks
-
-
-def test_a_mask_keeps_the_rest_to_the_pixel(served: Served) -> None:
-    """The first picture is odd-sized, so that the mask has to be cropped as it is."""
-    first = picture(101, 83, seed=5)
-    buffer = io.BytesIO()
-    first.save(buffer, "PNG")
-    kept = np.asarray(first.crop((2, 1, 98, 81)))
-    form = [("image", ("a.png", buffer.getvalue())), ("mask", ("m.png", half_mask((101, 83), kind="transparent")))]
-    answer = edit(served, files=form, seed="3")
-    assert answer.status_code == 200, answer.text
-    assert "put back" in answer.json()["limner"]["mask"]
-    plain = edit(served, files=form[:1], seed="3").json()
-    drawn = np.asarray(opened(base64.b64decode(answer.json()["data"][0]["b64_json"])))
-    free = np.asarray(opened(base64.b64decode(plain["data"][0]["b64_json"])))
-    assert drawn.shape == (80, 96, 3)
-    assert np.array_equal(drawn[:, 48:], kept[:, 48:])  # the mask ends at x = 50 - 2
-    assert np.array_equal(drawn[:, :48], free[:, :48])
-    assert not np.array_equal(free[:, 48:], kept[:, 48:])
-    # the same by JSON, and in the hosted dialect, whose masks are white
-    data = {"prompt": "a", "seed": 3, "image": text(buffer.getvalue()), "mask": {"image_url": text(form[1][1][1])}}
-    assert served.http.post(EDITS, json=data).json()["data"] == answer.json()["data"]
-    body = {
-        "prompt": "a",
-        "seed": 3,
-        "input_image": text(buffer.getvalue()),
-        "mask": text(half_mask((101, 83), kind="white")),
-        "output_format": "png",
-    }
-    result = served.poll(served.http.post(NAME, json=body).json()["id"])["result"]
-    assert np.array_equal(np.asarray(opened(served.http.get(result["sample"]).content)), drawn)
-    # with an uploaded reference
-    handle = served.http.post("/v1/references", json={"images": [body["input_image"]]}).json()["id"]
-    answer = edit(served, files=form[1:], seed="3", references=handle)
-    assert np.array_equal(np.asarray(opened(base64.b64decode(answer.json()["data"][0]["b64_json"]))), drawn)
-
-
-def test_a_mask_of_a_picture_that_is_scaled() -> None:
-    report = prepare_reference(picture(400, 300, seed=1), policy=ReferencePolicy(max_pixels=128 * 128)).report
-    mask = prepare_mask(half_mask((400, 300), kind="white"), reference=report, drawn="white")
-    assert mask.report.processed_size == report.processed_size
-    width = report.processed_size[0]
-    row = np.frombuffer(mask.data, np.uint8).reshape(-1, width, 3)[0, :, 0]
-    assert row[: width // 2 - 4].min() == 255
-    assert row[width // 2 + 4 :].max() == 0
-    turned = replace(report, oriented=True, original_size=(300, 400))
-    assert prepare_mask(half_mask((400, 300), kind="white"), reference=turned, drawn="white").data == mask.data
-
-
-@pytest.mark.parametrize(("size", "cap"), [((500, 300), 512 * 304), ((301, 107), 128 * 64)], ids=["as it is", "scaled"])
-def test_a_mask_of_a_picture_that_is_padded(size: tuple[int, int], cap: int) -> None:
-    """It lies where the picture lies: a picture of the mask's own pixels, prepared the same way, is the mask."""
-    policy = ReferencePolicy(fit="pad", max_pixels=cap)
-    drawn = half_mask(size, kind="white")
-    same = prepare_reference(drawn, policy=policy)
-    assert any(same.report.added)
-    mask = prepare_mask(drawn, reference=same.report, drawn="white")
-    shape = (same.report.processed_size[1], same.report.processed_size[0], 3)
-    difference = np.frombuffer(mask.data, np.uint8).astype(int) - np.frombuffer(same.data, np.uint8)
-    inside = np.abs(difference.reshape(shape))[
-        same.report.box[1] : same.report.box[3], same.report.box[0] : same.report.box[2]
-    ]
-    assert inside.max() <= 1
-
-
-def test_masks_that_do_not_fit_are_refused(served: Served) -> None:
-    image = ("image", ("a.png", png(80, 64)))
-
-    def error(mask: bytes, **fields: Any) -> str:
-        answer = edit(served, files=[image, ("mask", ("m.png", mask))], **fields)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "mask"), answer.text
-        return str(answer.json()["error"]["message"])
-
-    assert "64x64 pixels, the first picture 80x64" in error(half_mask((64, 64), kind="transparent"))
-    assert "no transparency" in error(half_mask((80, 64), kind="white"))
-    assert "nothing would be drawn" in error(transparent((0, 0, 0), 255, (80, 64)))
-    assert "leave the size out" in error(half_mask((80, 64), kind="transparent"), size="64x64")
-    assert "mask: " in error(b"no picture")
-    answer = served.http.post("/v1/images/generations", json={"prompt": "a", "mask": "AAAA"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "mask")
-
-
-def test_a_masked_job_goes_on_after_a_restart(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
-    first = picture(64, 64, seed=6)
-    buffer = io.BytesIO()
-    first.save(buffer, "PNG")
-    body = {"input_image": text(buffer.getvalue()), "mask": text(half_mask((64, 64), kind="white")), "raw": True}
-    with Served(pipe, tmp_path / "data", drain=0.1) as served:
-        gate.shut()
-        id_ = served.submit("/v1/flux-2-klein-9b", **body, output_format="png")["id"]
-        assert gate.entered.wait(60)
-        threading.Timer(0.5, gate.open).start()  # while the server stops
-    with Served(pipe, tmp_path / "data") as served:
-        result = served.poll(id_)["result"]
-        drawn = np.asarray(opened(served.http.get(result["sample"]).content))
-        assert np.array_equal(drawn[:, 32:], np.asarray(first)[:, 32:])
-        assert result["limner"]["without_effect"] == ["raw"]
 
 
 # Browsers and health

@@ -33,15 +33,16 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    """A picture, and a mask whose left half is to be drawn."""
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A picture, and masks whose left half is to be drawn: transparent there, or white."""
     mask, buffer = Image.new("RGBA", (80, 64), (0, 0, 0, 255)), io.BytesIO()
     mask.paste((0, 0, 0, 0), (0, 0, 40, 64))
     mask.save(buffer, "PNG")
-    first, second = tmp_path / "first.png", tmp_path / "mask.png"
+    first, second, third = (tmp_path / f"{name}.png" for name in ("first", "mask", "white"))
     first.write_bytes(png(80, 64))
     second.write_bytes(buffer.getvalue())
-    return first, second
+    mask.getchannel("A").point(lambda alpha: 255 - alpha).save(third)
+    return first, second, third
 
 
 def run(*command: str | Path) -> dict[str, Any]:
@@ -64,33 +65,41 @@ def sizes(pictures: list[str]) -> list[tuple[int, int]]:
     return [opened(base64.b64decode(one)).size for one in pictures]
 
 
-def test_openai_for_node(served: Served, files: tuple[Path, Path]) -> None:
-    found = node("openai.mjs", served.url, *files)
+def check_masked(pictures: list[str], first: Path, *, edge: int) -> None:
+    """From the edge on pixels are those of the file; the left half is drawn."""
+    (found,) = (opened(base64.b64decode(one)).convert("RGB") for one in pictures)
+    kept = opened(first.read_bytes()).convert("RGB")
+    assert found.crop((edge, 0, 80, 64)).tobytes() == kept.crop((edge, 0, 80, 64)).tobytes()
+    assert found.crop((0, 0, 40, 64)).tobytes() != kept.crop((0, 0, 40, 64)).tobytes()
+
+
+def test_openai_for_node(served: Served, files: tuple[Path, Path, Path]) -> None:
+    found = node("openai.mjs", served.url, *files[:2])
     assert found["generate"]["size"] == "64x80"
     assert sizes(found["generate"]["pictures"]) == [(64, 80)] * 2
     assert sizes(found["edit"]["pictures"]) == [(80, 64)]
     assert found["edit"]["references"] == 2
-    (masked,) = (opened(base64.b64decode(one)) for one in found["mask"]["pictures"])
-    box = (40, 0, 80, 64)
-    assert masked.crop(box).tobytes() == opened(files[0].read_bytes()).convert("RGB").crop(box).tobytes()
+    check_masked(found["mask"]["pictures"], files[0], edge=40)  # mask_blur: 0
+    assert found["mask"]["canvas"]["size"] == [80, 64]
     assert found["events"][-1] == "image_generation.completed"
     assert "flux-2-klein-9b" in found["models"]
     assert found["error"] == {"status": 400, "param": "size"}
 
 
-def test_ai_sdk(served: Served, files: tuple[Path, Path]) -> None:
+def test_ai_sdk(served: Served, files: tuple[Path, Path, Path]) -> None:
     found = node("ai_sdk.mjs", served.url, *files)
     assert sizes(found["size"]) == [(64, 80)]
     ((width, height),) = sizes(found["aspect"])
     assert abs(width / height - 16 / 9) < 0.1
     assert sizes(found["options"]) == [(64, 64)]
     assert sizes(found["edit"]) == [(80, 64)]
+    check_masked(found["mask"], files[0], edge=48)
     assert sizes(found["openai"]) == [(64, 64)] * 2
-    assert sizes(found["openai edit"]) == [(80, 64)]
+    check_masked(found["openai edit"], files[0], edge=48)
     assert sizes(found["compatible"]) == [(80, 64)]
 
 
-def test_litellm(served: Served, files: tuple[Path, Path]) -> None:
+def test_litellm(served: Served, files: tuple[Path, Path, Path]) -> None:
     python = BUILD / "litellm" / "bin" / "python"
     if not python.exists():
         pytest.skip(f"LiteLLM {WHY}")

@@ -170,6 +170,64 @@ def test_kept_references_are_resources_and_are_computed_once(mode: str, assistan
         assert changes.count("notifications/resources/list_changed") == 3
 
 
+def save_mask(folder: Path, size: tuple[int, int], *, edge: int = 40) -> None:
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, edge, size[1]))
+    mask.save(folder / "mask.png")
+
+
+def test_a_mask_and_other_controls(assistant: Assistant, model: Pipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    save_mask(folder, (96, 70))
+    files = [folder / "a.png", folder / "b.png"]
+    asked: dict[str, Any] = {"prompt": "red", "pictures": ["a.png", "b.png"], "seed": 3, "steps": 2}
+    control: dict[str, Any] = {"reference_weights": [1.0, 0.5], "mask_blur": 4}
+    result = call(assistant, "edit", **asked, **control, mask="mask.png")
+    (found,) = pictures_of(result)
+    expected = drawn(model, "red", *files, seed=3, num_inference_steps=2, mask_image=folder / "mask.png", **control)
+    assert np.array_equal(found, expected)
+    kept = np.asarray(Image.open(folder / "a.png"))
+    assert np.array_equal(found[:, 44:], kept[:, 44:])
+    about = result.structured_content
+    assert (about["canvas"]["size"], about["pictures"][0]["width"]) == ([96, 70], 96)
+    (grown,) = pictures_of(call(assistant, "edit", **asked, expand=[0, 0, 32, 0], strength=0.5))
+    assert grown.shape[1] == 128
+    kept_result = call(assistant, "edit", **asked, preserve="auto")
+    assert set(kept_result.structured_content["preserved"][0]) == {"drift_pixels", "drift_colour", "share_kept"}
+    assert pictures_of(kept_result)[0].shape[:2] == (70, 96)
+
+    call(assistant, "keep_references", name="both", pictures=["a.png", "b.png"])
+    uri = asked | {"pictures": ["limner://references/both"]}
+    result = call(assistant, "edit", **uri, canvas="a.png", mask="mask.png")  # another mask, and no prefill
+    assert np.array_equal(pictures_of(result)[0][:, 48:], kept[:, 48:])
+    assert result.structured_content["reference_cache"] == "memory"
+    line = refusal(call(assistant, "edit", **uri, mask="mask.png"))
+    assert line == "mask: it is 96x70 and the canvas 96x64; scale it to the canvas' size"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"mask": "mask.png", "expand": [1, 0, 0, 0]}, "expand: mask and expand are both given"),
+        ({"mask": "../mask.png"}, "mask: ../mask.png is outside of"),
+        ({"mask": "limner://references/x"}, "mask: no masks are kept"),
+        ({"mask": "black.png"}, "mask: no pixel is white"),
+        ({"mask_blur": 3}, "mask_blur: needs mask or expand"),
+        ({"canvas": "a.png"}, "canvas: says which picture is repainted"),
+        ({"strength": 2}, "strength: 2 is not allowed"),
+        ({"reference_weights": [1.0]}, "reference_weights: there are 1 for 2 references"),
+        ({"maks": "mask.png"}, "maks: is not an argument of this tool; did you mean mask?"),
+    ],
+)
+def test_controls_that_cannot_be_followed(
+    assistant: Assistant, tmp_path: Path, arguments: dict[str, Any], line: str
+) -> None:
+    save_mask(tmp_path / "pictures", (96, 70))
+    Image.new("L", (96, 70)).save(tmp_path / "pictures" / "black.png")
+    found = refusal(call(assistant, "edit", prompt="red", pictures=["a.png", "b.png"], **arguments))
+    assert found.startswith(line)
+
+
 def prepare(assistant: Assistant, name: str) -> Any:
     assert assistant.folder is not None
     return prepare_reference(assistant.folder.path / name, policy=assistant.engine.model.reference_policy)

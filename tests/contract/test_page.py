@@ -2,157 +2,65 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.browser import (
+    CALLERS,
+    PHONE,
+    Opener,
+    Page,
+    add,
+    chromium,
+    draw,
+    expect,
+    file,
+    flat,
+    loaded,
+    needs_chromium,
+    new_keys,
+    ready,
+    sync_api,
+    tab_to,
+)
+from tests.support.serving import Served
 from tests.support.tiny import picture
 
+from limner import Pipeline
 from limner.images import read_metadata
+from limner.trust.provenance import development_credentials
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright (the extra dev)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; apt-get install chromium")
-
-Page, expect = sync_api.Page, sync_api.expect
-PATIENCE = 60_000  # ms; a busy machine is not a failure
-KEYS = [f"test-key-of-caller-{i:02}" for i in range(40)]
-OBSERVER = """
-window.previews = new Set();
-new MutationObserver(() => document.querySelectorAll("img.preview").forEach((e) => window.previews.add(e.src)))
-  .observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ["src"]});
-"""
+pytestmark = needs_chromium
+_callers = new_keys()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `limner serve`, with a key for each test, so that each has a history of its own."""
+    """The address of the service with the bundled model, with a key for each test."""
     folder = tmp_path_factory.mktemp("page")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "LIMNER_KEYS": ",".join(f"caller-{i}:{key}" for i, key in enumerate(KEYS)),
-        "LIMNER_CACHE": str(folder / "cache"),
-    }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "limner",
-                "serve",
-                "--port",
-                str(port),
-                "--data",
-                str(folder / "data"),
-                "--drain",
-                "1",
-                "--c2pa-development",
-            ],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            assert process.poll() is None, (folder / "log").read_text()
-            with contextlib.suppress(OSError), urlopen(f"{address}/readyz", timeout=10):
-                break
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
+    signer = development_credentials(folder / "c2pa")
+    with Served(Pipeline.from_pretrained(), folder / "data", keys=CALLERS, signer=signer, drain=1) as served:
+        yield served.url
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    expect.set_options(timeout=PATIENCE)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-@dataclass
-class Watched:
-    """What a page did that no page may do, and what it asked the server for."""
-
-    problems: list[str]
-    requests: list[str]
-
-    def count(self, method: str, path: str) -> int:
-        return self.requests.count(f"{method} {path}")
-
-
-_callers = iter(KEYS)
 
 
 @pytest.fixture
-def open_page(browser: sync_api.Browser, server: str) -> Iterator[object]:
+def open_page(browser: sync_api.Browser, server: str) -> Iterator[Opener]:
     """Opens the page for a new caller; at the end, no page may have asked another host or thrown anything."""
-    contexts, watched = [], []
-
-    def opened(*, key: str | None = "", **options: object) -> tuple[Page, Watched]:
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 850}, **options})
-        context.set_default_timeout(PATIENCE)
-        contexts.append(context)
-        seen = Watched([], [])
-        watched.append(seen)
-        if key is not None:
-            context.add_init_script(f"sessionStorage.setItem('limner.key', '{key or next(_callers)}')")
-        context.add_init_script(OBSERVER)
-        page = context.new_page()
-
-        def asked(request: sync_api.Request) -> None:
-            url = urlsplit(request.url)
-            seen.requests.append(f"{request.method} {url.path}")
-            if url.scheme not in ("data", "blob") and f"{url.scheme}://{url.netloc}" != server:
-                seen.problems.append(f"asked {request.url[:200]}")
-
-        context.on("request", asked)
-        page.on("pageerror", lambda error: seen.problems.append(str(error)))
-        page.on("console", lambda m: seen.problems.append(m.text) if "Content Security Policy" in m.text else None)
-        page.goto(server)
-        if key is not None:
-            page.wait_for_selector("html[data-ready]")
-        return page, seen
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [problem for seen in watched for problem in seen.problems] == []
-
-
-def file(image: Image.Image, name: str) -> dict[str, object]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}
-
-
-def flat(colour: tuple[int, int, int], name: str, size: tuple[int, int] = (64, 64)) -> dict[str, object]:
-    return file(Image.new("RGB", size, colour), name)
-
-
-def add(page: Page, *files: dict[str, object]) -> None:
-    page.set_input_files("#files", list(files))
+    opener = Opener(browser, server, _callers)
+    yield opener
+    opener.close()
 
 
 def names(page: Page) -> list[str]:
@@ -160,29 +68,12 @@ def names(page: Page) -> list[str]:
     return [alt.split(": ")[1] for alt in page.eval_on_selector_all(".thumb img", "(all) => all.map((e) => e.alt)")]
 
 
-def draw(page: Page, prompt: str = "in the snow", *, steps: int = 1, variations: int = 1, wait: bool = True) -> None:
-    before = page.locator(".card").count()
-    page.fill("#prompt", prompt)
-    page.eval_on_selector("#steps", "(e, n) => { e.value = n; }", steps)
-    page.select_option("#variations", str(variations))
-    page.click("#draw")
-    expect(page.locator(".card")).to_have_count(before + 1)
-    if wait:
-        expect(page.locator(".card").first).to_have_class(re.compile("ready"))
-
-
-def loaded(page: Page, selector: str) -> None:
-    page.wait_for_function(
-        "(s) => [...document.querySelectorAll(s)].every((e) => e.complete && e.naturalWidth)", arg=selector
-    )
-
-
 def test_a_newcomer_clicks_an_example_and_sees_it_drawn(open_page) -> None:
     page, _ = open_page()
-    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#examples")).to_be_visible()
     page.get_by_role("button", name="use the background of image 2").click()
     expect(page.locator(".card .picture img:not(.preview)")).to_be_visible()
-    expect(page.locator("#welcome")).to_be_hidden()
+    expect(page.locator("#examples")).to_be_hidden()
     assert page.eval_on_selector(".card .picture img", "(e) => e.decode().then(() => e.naturalWidth)") == 128
     previews = page.evaluate("[...previews]")
     assert previews
@@ -267,7 +158,7 @@ def test_the_second_run_finds_the_references_and_says_what_that_saved(open_page)
     assert hit.search(page.locator(".card").first.inner_text())
     assert seen.count("POST", "/v1/references") == 2  # the pair was not sent again
     page.reload()
-    page.wait_for_selector("html[data-ready]")
+    ready(page)
     assert ["computed" in text for text in page.locator(".cache").all_inner_texts()] == [False, False, True]
 
 
@@ -289,7 +180,7 @@ def test_runs_and_the_form_survive_a_reload(open_page) -> None:
     draw(page, "still running", steps=50, variations=4, wait=False)
     expect(page.locator(".card .progress")).to_contain_text("Step")
     page.reload()
-    page.wait_for_selector("html[data-ready]")
+    ready(page)
     assert page.locator(".card h3").all_inner_texts() == ["still running", "done before"]
     assert page.input_value("#prompt") == "still running"
     assert names(page) == ["kept.png"]
@@ -375,12 +266,12 @@ def test_it_offers_the_sizes_that_the_model_draws(open_page) -> None:
     for told, values in (([[128, 128], [192, 64]], ["128x128", "192x64"]), ([], ["128x128", "160x96", "96x160"])):
         sizes = told
         page.reload()
-        page.wait_for_selector("html[data-ready]")
+        ready(page)
         assert page.eval_on_selector_all("#size option", "(all) => all.map((e) => e.value)") == ["", *values, "custom"]
 
 
 def test_it_fits_a_phone(open_page) -> None:
-    page, _ = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page, _ = open_page(**PHONE)
     assert overflow(page) == 0
     add(
         page,
@@ -458,37 +349,28 @@ def test_colours_follow_the_system_and_the_switch_and_can_be_read(open_page, sch
     page.select_option("#theme", "light" if dark else "dark")
     assert (brightness() > 200) is dark
     page.reload()
-    page.wait_for_selector("html[data-ready]")
+    ready(page)
     assert (brightness() > 200) is dark
 
 
 def test_from_start_to_result_by_keyboard_alone(open_page, tmp_path: Path) -> None:
     page, _ = open_page(reduced_motion="reduce")
 
-    def tab_to(what: str) -> None:
-        for _ in range(40):
-            page.keyboard.press("Tab")
-            if page.evaluate("(s) => document.activeElement.matches(s)", what):
-                width = page.evaluate("parseFloat(getComputedStyle(document.activeElement).outlineWidth)")
-                assert width >= 2, f"the focus on {what} cannot be seen"
-                return
-        raise AssertionError(f"Tab does not reach {what}")
-
-    tab_to("#samples button[title='Add cat']")
+    tab_to(page, "#samples button[title='Add cat']")
     page.keyboard.press("Enter")
     expect(page.locator("#references li")).to_have_count(1)
-    tab_to("#prompt")
+    tab_to(page, "#prompt")
     page.keyboard.type("put the sticker in the snow")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".card")).to_have_class(re.compile("ready"))
-    tab_to("button.picture")
-    tab_to("button.seed")
-    tab_to("a[download]")
+    tab_to(page, "button.picture")
+    tab_to(page, "button.seed")
+    tab_to(page, "a[download]")
     with page.expect_download() as waiting:
         page.keyboard.press("Enter")
     waiting.value.save_as(tmp_path / "out.png")
     assert read_metadata(tmp_path / "out.png")["prompt"] == "put the sticker in the snow"
-    tab_to("button.reuse")
+    tab_to(page, "button.reuse")
 
 
 def test_errors_are_shown_in_the_words_of_the_server(open_page) -> None:
@@ -526,13 +408,13 @@ def test_a_server_with_keys_asks_once(open_page) -> None:
     expect(page.locator("#key-problem")).not_to_be_empty()
     page.fill("#key-value", next(_callers))
     page.keyboard.press("Enter")
-    page.wait_for_selector("html[data-ready]")
+    ready(page)
     expect(page.locator("#key")).to_be_hidden()
     add(page, file(picture(64, 64, seed=77), "a.png"))
     draw(page)
     loaded(page, ".thumbs img")
     page.reload()
-    page.wait_for_selector("html[data-ready]")
+    ready(page)
     expect(page.locator("#key")).to_be_hidden()
     expect(page.locator(".card")).to_have_count(1)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.tiny import picture
@@ -15,10 +16,10 @@ from limner.memory.pages import can_release
 
 
 def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--model", "klein-9b", "--references", "4", "--size", "1024x1024", "--quantize", "int8"]
+    words = ["plan", "--model", "klein-9b-kv", "--references", "4", "--size", "1024x1024", "--quantize", "int8"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    for word in ("klein-9b on cpu", "transformer weights", "K/V of references", "denoise", "peak", "layers"):
+    for word in ("klein-9b-kv on cpu", "transformer weights", "K/V of references", "denoise", "peak", "layers"):
         assert word in text
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -29,14 +30,16 @@ def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
-    words = ["plan", "--model", "klein-9b", "--size", "256x256", "--json"]
+    words = ["plan", "--model", "klein-9b-kv", "--size", "256x256", "--json"]
     assert main([*words, "--memory", "20GiB"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["staging"], found["options"]) == ("parts", "--memory-limit 20GiB")
     assert main([*words, "--memory", "24GiB", "--device", "cuda"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["quantize"], found["device"], found["staging"]) == ("int8", "cuda", "whole")
+    assert (found["quantize"], found["device"], found["staging"]) == (None, "cuda", "parts")
+    assert found["options"] == "--memory-limit 24GiB"
     assert found["peak"] <= 24 << 30
+    assert found["host"] > 30 << 30
     assert main(["plan", "--model", str(tiny_folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["components"]["transformer weights"] < 1 << 20
@@ -44,11 +47,35 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert "bundled on cpu" in capsys.readouterr().out
 
 
+def test_plan_counts_canvases_and_further_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        assert main(["plan", "--model", "klein-9b-kv", "--references", "2", "--json", *words]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    plain, masked = planned(), planned("--canvas", "4000x3000")
+    assert masked["components"]["canvases"] == 5 * 12_000_000
+    assert masked["phases"]["denoise"]["total"] - plain["phases"]["denoise"]["total"] > 5 * 12_000_000
+    assert masked["phases"]["put back"]["anonymous"] > masked["phases"]["encode text"]["anonymous"]
+    kept = planned("--canvas", "4000x3000", "--preserve", "auto")
+    assert kept["phases"]["put back"]["total"] > masked["phases"]["put back"]["total"]
+    assert planned("--preserve", "auto")["components"]["canvases"] == 5 << 20
+    guided = planned("--reference-guidance", "1.5")
+    assert guided["phases"]["denoise"]["total"] - plain["phases"]["denoise"]["total"] == 3 * 4096 * 128 * 4
+    assert (
+        planned("--canvas", "4000x3000", "--device", "cuda")["host"] - planned("--device", "cuda")["host"] > 12_000_000
+    )
+    words = ("--references-attention", "joint")
+    first, joint = planned(*words, "--reuse", "step0")["phases"], planned(*words)["phases"]
+    assert first["denoise"]["total"] - joint["denoise"]["total"] == 8192 * 2**19  # K/V of two references
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "klein-9b", "--memory", "1GiB"], "--memory: 1.00 GiB are too little; the least is"),
-        (["--model", "klein-9b", "--memory", "lots"], "--memory: 'lots' is not an amount of memory"),
+        (["--reuse", "step0"], "reuse: is for models with joint references"),
+        (["--reference-guidance", "2"], "reference_guidance: needs references"),
+        (["--model", "klein-9b-kv", "--memory", "1GiB"], "--memory: 1.00 GiB are too little; the least is"),
+        (["--model", "klein-9b-kv", "--memory", "lots"], "--memory: 'lots' is not an amount of memory"),
         (["--size", "100x100"], "--size: 100 is not a multiple of 16 of at least 64; use 96 or 112"),
         (["--references", "-1"], "--references: -1 has to be 0 or more"),
         (["--num-images", "0"], "--num-images: 0 has to be 1 or more"),

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 from tests.support.tiny import picture
 
 from limner.batch import Batch, BatchOptions, BatchSummary
@@ -71,9 +72,36 @@ def run(folder: Path, model: ModelOptions, cluster: Cluster | None, out: str = "
         return batch.finish()
 
 
+def run_here(folder: Path, model: ModelOptions, cluster: Cluster, out: str) -> BatchSummary:
+    """In this process, with the threads of a worker."""
+    before, (_, threads) = torch.get_num_threads(), cluster.share(model)
+    torch.set_num_threads(threads)
+    try:
+        return run(folder, model, None, out)
+    finally:
+        torch.set_num_threads(before)
+
+
 def results(folder: Path, out: str = "out") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / out / "results.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_rows_that_repaint(folder: Path, model: ModelOptions, cluster: Cluster) -> None:
+    mask = Image.new("L", (96, 70))
+    mask.paste(255, (16, 16, 64, 48))
+    mask.save(folder / "mask.png")
+    rows = [
+        {"id": "one", "prompt": "a hat", "references": ["a.png", "b.png"], "mask": "mask.png", "mask_blur": 2},
+        {"id": "two", "prompt": "a hat", "references": ["a.png", "b.png"], "expand": [16, 0, 0, 10]},
+        {"id": "three", "prompt": "a hat", "references": ["a.png", "b.png"], "mask": "b.png"},
+    ]
+    write(folder, rows)
+    there, here = run(folder, model, cluster), run_here(folder, model, cluster, "here")
+    assert (there.drawn, there.failed) == (here.drawn, here.failed) == (2, 1)
+    assert results(folder) == results(folder, "here")
+    for name in ("one.png", "two.png"):
+        assert (folder / "out" / name).read_bytes() == (folder / "here" / name).read_bytes()
 
 
 def test_no_cluster_on_this_machine(
@@ -91,12 +119,7 @@ def test_no_cluster_on_this_machine(
 
 
 def test_the_same_files_and_results_as_one_process(folder: Path, model: ModelOptions, cluster: Cluster) -> None:
-    before, (_, threads) = torch.get_num_threads(), cluster.share(model)
-    torch.set_num_threads(threads)
-    try:
-        expected = run(folder, model, None, "alone")
-    finally:
-        torch.set_num_threads(before)
+    expected = run_here(folder, model, cluster, "alone")
     summary = run(folder, model, cluster)
     assert (summary.drawn, summary.failed, summary.prefills) == (4, 1, 2)
     assert (expected.drawn, expected.failed, expected.prefills) == (4, 1, 2)

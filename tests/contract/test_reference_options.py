@@ -35,6 +35,7 @@ def test_command_line(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFix
         str(folder / "a.png"),
         "-o",
         str(folder / "b.png"),
+        "--force",
         "--model",
         str(tiny_folder),
     ]

@@ -36,7 +36,7 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     pipe = Pipeline.from_pretrained(tiny_folder)
     limits = LimitPolicy(requests_per_minute=1e9, burst=10**6, concurrent=10**6)
     folder = tmp_path_factory.mktemp("schema") / "data"
-    with Served(pipe, folder, limits=limits, max_output_pixels=128 * 128) as served:
+    with Served(pipe, folder, limits=limits, max_output_pixels=128 * 128, max_canvas_pixels=128 * 128) as served:
         yield served
 
 

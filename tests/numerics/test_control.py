@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,17 @@ def test_requests_with_other_weights_share_references(control: Pipeline) -> None
     keys = {control.draw([request], output_type="latent").reference_key for request in requests}
     assert len(keys) == 1
     assert control.store.stats().misses == 1
-    with pytest.raises(InvalidRequest, match="reference_weights: .* cannot be drawn together"):
-        control.draw(requests)
+    together = control.draw(requests, output_type="latent")
+    for i, request in enumerate(requests):
+        alone = control.draw([request], output_type="latent")
+        assert (
+            relative_error(together.images[i : i + 1], alone.images) <= 1e-5
+        )  # float32, other batches round otherwise
+        assert together.metadata_of(i) == alone.metadata
+    assert relative_error(together.images[:1], together.images[1:2]) > 1e-3
+    assert control.store.stats().misses == 1
+    with pytest.raises(InvalidRequest, match=r"reference_guidance: 1\.5 and 1\.0 cannot be drawn together"):
+        control.draw([requests[0], replace(requests[0], control={"reference_guidance": 1.5})])
 
 
 @pytest.mark.parametrize(

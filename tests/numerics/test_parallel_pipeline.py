@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.parallel_work import edit, lora, pictures, pipelines
+from tests.support.parallel_work import edit, lora, pictures, pipelines, repaint
 from tests.support.processes import run_processes
 from tests.support.tiny import generators, relative_error
 
@@ -133,6 +133,14 @@ def test_loras_and_int8(mode: str, tiny_folder: Path, found: list[dict[Any, Any]
         assert nbytes * (2 if mode == "tensor" else 1) == narrow.prefill(pictures(1)).nbytes
         assert relative_error(images, plain) <= 2 * rounded
         assert all(held == used for held, used in found[rank][mode, "cast"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_and_weights(mode: str, alone: Pipeline, found: list[dict[Any, Any]]) -> None:
+    expected = repaint(alone).images
+    assert relative_error(expected[:1], expected[1:]) > 100 * TOLERANCE
+    for rank in range(2):
+        assert relative_error(found[rank][mode, "repainted"], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,7 @@ from tests.support.tiny import make_transformer, relative_error
 from torch import Tensor
 
 from limner.config import TransformerConfig
-from limner.model.attention import KERNELS
+from limner.model.attention import CPU_KERNELS
 from limner.model.transformer import Transformer
 from limner.native import kernels as native
 from limner.tokens import image_ids, reference_ids, text_ids
@@ -27,7 +27,7 @@ def ours(theirs: torch.nn.Module) -> Transformer:
     return transformer
 
 
-@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"native"}))  # that one is for bfloat16
+@pytest.mark.parametrize("kernel", sorted(set(CPU_KERNELS) - {"native"}))  # that one is for bfloat16
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 @torch.no_grad()
 def test_matches_diffusers(head_dim: int, kernel: str) -> None:
@@ -211,7 +211,7 @@ def test_a_batch_shares_references_without_changing_a_picture() -> None:
         assert relative_error(together[b : b + 1], alone) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 @torch.no_grad()
 def test_every_layer_reads_its_references(kernel: str) -> None:
     """Corrupting one kept key or value, in any layer, has to show."""

@@ -42,9 +42,9 @@ def load_pack() -> ModuleType:
 
 
 class LoadImage:
-    """As ComfyUI's node of this name, with the path of a file."""
+    """As ComfyUI's node of this name, with the path of a file. What is transparent is masked."""
 
-    CATEGORY, FUNCTION, RETURN_TYPES = "image", "load", ("IMAGE",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "image", "load", ("IMAGE", "MASK")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
@@ -54,9 +54,12 @@ class LoadImage:
     def IS_CHANGED(cls, image: str) -> str:  # noqa: N802
         return hashlib.sha256(Path(image).read_bytes()).hexdigest()
 
-    def load(self, image: str) -> tuple[torch.Tensor]:
-        values = np.asarray(Image.open(image).convert("RGB")).astype(np.float32) / 255.0
-        return (torch.from_numpy(values)[None],)
+    def load(self, image: str) -> tuple[torch.Tensor, torch.Tensor]:
+        opened, mask = Image.open(image), torch.zeros(64, 64)
+        if "A" in opened.getbands():
+            mask = 1 - torch.from_numpy(np.asarray(opened.getchannel("A")).astype(np.float32) / 255.0)
+        values = np.asarray(opened.convert("RGB")).astype(np.float32) / 255.0
+        return torch.from_numpy(values)[None], mask[None]
 
 
 class Host:

@@ -47,4 +47,4 @@ def inputs(store: JobStore) -> set[str]:
 
 
 def files(store: JobStore, kind: str) -> set[str]:
-    return {name for name, _ in store._storage.files(kind)}
+    return {name for name, *_ in store._storage.files(kind)}

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from limner.engine import Engine
+from limner.engine import EditRequest, Engine
 from limner.errors import InvalidRequest
+from limner.images import prepare_references
 from limner.model.divide import Sharding, divide
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import ReferenceKV
@@ -152,6 +154,24 @@ def edit(pipe: Pipeline, number: int, **how: Any) -> PipelineOutput:
     return made
 
 
+def repaint(pipe: Pipeline, *, left: int = 16) -> PipelineOutput:
+    """Two requests over two references: a mask with weights, and a crop of another canvas; they are drawn together."""
+    mask = Image.new("L", (64, 80))
+    mask.paste(255, (left, 16, 48, 64))
+    canvas: dict[str, Any] = {"canvas": picture(64, 80, seed=8), "strength": 0.9}
+    requests = [
+        EditRequest(
+            prompt="a hat",
+            seeds=(4,),
+            references=prepare_references(pictures(2), policy=pipe.reference_policy),
+            num_inference_steps=2,
+            control={"mask_image": mask, **more},  # type: ignore[typeddict-item]
+        )
+        for more in ({"reference_weights": [1.0, 0.5]}, canvas)
+    ]
+    return pipe.draw(requests, output_type="latent")
+
+
 def lora(transformer: Transformer) -> dict[str, Tensor]:
     """Tensors of an adapter, by names of diffusers."""
     generator = torch.Generator().manual_seed(6)
@@ -226,6 +246,9 @@ def pipelines(rank: int, size: int, model: Path, folder: Path, adapter: dict[str
             pipe(f"hat {rank}", width=64, height=64, max_sequence_length=40)
         with pytest.raises(InvalidRequest, match="generator: process 0 has "):
             pipe("a", width=64, height=64, max_sequence_length=40, generator=torch.Generator().manual_seed(rank))
+        found[mode, "repainted"] = repaint(pipe).images
+        with pytest.raises(InvalidRequest, match="mask_image: process 0 has "):
+            repaint(pipe, left=16 * rank)
         with pytest.raises(InvalidRequest, match="image: process 0 has "):
             pipe.prefill(picture(64, 64, seed=rank))
         made = pipe("a hat", width=64, height=64, output_type="latent", max_sequence_length=40, num_inference_steps=1)

@@ -20,7 +20,15 @@ from limner.trust.provenance import Ingredient, Signer
 from tests.support.tiny import picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-METADATA = {"prompt": "a cat ☂", "seed": 2**63 - 1, "references": ["ab"], "width": 64, "strength": 0.5, "lora": None}
+METADATA = {
+    "prompt": "a cat ☂",
+    "seed": 2**63 - 1,
+    "references": ["ab"],
+    "width": 64,
+    "strength": 0.5,
+    "lora": None,
+    "sizes": [0, -6, 101, 83],
+}
 
 
 def made(format: str = "PNG", **changes: Any) -> bytes:  # noqa: A002

@@ -10,9 +10,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from limner.batch.control import repaints_first, row_warnings
 from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
@@ -20,6 +22,7 @@ from limner.errors import InvalidRequest, LimnerError, OutputError
 from limner.images import FORMATS, encode, prepare_references
 from limner.mentions import missing_pictures
 from limner.pipeline import Pipeline, PipelineOutput
+from limner.pipeline.repaint import ImageReport
 from limner.references import References
 from limner.requests import EditRequest
 from limner.version import __version__
@@ -37,6 +40,8 @@ class Drawer:
         self.pipe, self.options, self.keep_rows = pipe, options, keep_rows
         self.model = pipe.digest
         self.journal = own_journal(options)
+        self._canvas_keys: set[str] = set()
+        """Of canvases that the present group has drawn over."""
 
     def close(self) -> None:
         self.journal.close()
@@ -64,6 +69,10 @@ class Drawer:
         for chunk in chunks(group.tasks, self.options.images_at_once):
             yield from self._draw_together(chunk, references, source)
             source = _next_source(references)
+        if self.options.store is None:  # the hidden one holds what is under way
+            for key in self._canvas_keys:
+                self.pipe.store.remove(key)
+        self._canvas_keys.clear()
 
     def _prefill(self, group: Group) -> tuple[References | None, str]:
         """The References of a group, and where they came from."""
@@ -71,7 +80,12 @@ class Drawer:
             return None, "none"
         policy = self.pipe.reference_policy
         policy = policy if group.fit is None else replace(policy, fit=group.fit)
-        prepared = prepare_references(list(group.files), policy=policy)
+        first = group.tasks[0]
+        if repaints_first(first.control):  # and is cropped or grown for it
+            own = [first.opened(self.pipe).references[0], *group.files[1:]]
+        else:
+            own = list(group.files)
+        prepared = prepare_references(own, policy=policy)
         if tuple(picture.report.digest for picture in prepared) != group.digests:
             raise InvalidRequest("references", "a file changed while the batch ran; run it again")
         references, source = self.pipe.prefill_from(prepared)
@@ -84,7 +98,9 @@ class Drawer:
         """Draw rows of one shape in one call; if they fail together, each alone."""
         start = time.perf_counter()
         try:
-            out = self.pipe.draw([_request(task) for task in tasks], references=references)
+            requests = [replace(task.opened(self.pipe), references=()) for task in tasks]  # the group has their K/V
+            self._canvas_keys.update(*(self.pipe.canvas_keys(request) for request in requests))
+            out = self.pipe.draw(requests, references=references)
         except Exception as error:
             if len(tasks) == 1:
                 yield _failed(tasks[0], error)
@@ -95,10 +111,12 @@ class Drawer:
             return
         seconds = (time.perf_counter() - start) / len(tasks)
         for number, task in enumerate(tasks):
-            yield self._finish(task, out, number, source=source, seconds=seconds)
+            yield self._finish(task, requests[number], out, number, source=source, seconds=seconds)
             source = _next_source(references)
 
-    def _finish(self, task: Task, out: PipelineOutput, number: int, *, source: str, seconds: float) -> Result:
+    def _finish(
+        self, task: Task, request: EditRequest, out: PipelineOutput, number: int, *, source: str, seconds: float
+    ) -> Result:
         """Write the image of a row, and return its result."""
         return {
             "line": task.line,
@@ -106,11 +124,12 @@ class Drawer:
             "status": "ok",
             **self._write(task, out, number),
             "seed": task.seed,
-            "size": f"{task.width}x{task.height}",
+            "size": "{}x{}".format(*out.images[number].size),
             "steps": task.num_inference_steps,
             **({"guidance": task.guidance} if task.guidance is not None else {}),
+            **_control_report(task, out.own[number]),
             "prompt_cut": out.prompts[number].cut,
-            "warnings": list(missing_pictures([task.prompt], num_references=len(task.references))),
+            "warnings": [*row_warnings(request), *missing_pictures([task.prompt], num_references=len(task.references))],
             "references": list(task.references),
             "reference_cache": source,
             "reference_key": out.reference_key,
@@ -121,22 +140,20 @@ class Drawer:
     def _write(self, task: Task, out: PipelineOutput, number: int) -> Result:
         """Write an image with the metadata that `limner edit` gives it."""
         metadata = {"prompt": task.prompt, "seed": task.seed, "model": self.model, "version": __version__}
-        data = encode(out.images[number], FORMATS[Path(task.file).suffix], metadata={**metadata, **out.metadata})
+        data = encode(
+            out.images[number], FORMATS[Path(task.file).suffix], metadata={**metadata, **out.metadata_of(number)}
+        )
         write_whole(self.options, task.file, data)
         return {"file": task.file, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _request(task: Task) -> EditRequest:
-    """Return what a row asks the model for, its references aside: the group has their K/V."""
-    return EditRequest(
-        prompt=task.prompt,
-        seeds=(task.seed,),
-        width=task.width,
-        height=task.height,
-        num_inference_steps=task.num_inference_steps,
-        guidance_scale=task.guidance,
-        negative_prompt=task.negative_prompt,
-    )
+def _control_report(task: Task, image: ImageReport) -> dict[str, Any]:
+    """Return what a result says of controls: the row's own fields, what was drawn of the canvas, and what was kept."""
+    return {
+        **task.control,
+        **({"repainted": asdict(image.canvas)} if image.canvas is not None else {}),
+        **({"preserved": image.preserved.as_json()} if image.preserved is not None else {}),
+    }
 
 
 def _next_source(references: References | None) -> str:

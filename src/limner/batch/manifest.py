@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from limner.batch.control import CONTROL_FIELDS, read_control
 from limner.config import FITS
 from limner.errors import InvalidRequest
 from limner.grid import check_size
@@ -25,14 +26,14 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt", "fit")
+_FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt", "fit", *CONTROL_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height).
 
-    `fit` None: as the run does.
+    `fit` None: as the run does. `control` are the fields of `limner.batch.control`, as they stand there.
     """
 
     line: int
@@ -45,6 +46,7 @@ class Row:
     guidance: float | None = None
     negative_prompt: str | None = None
     fit: str | None = None
+    control: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,7 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
             guidance=_guidance(values.get("guidance")),
             negative_prompt=_negative(values.get("negative_prompt")),
             fit=_fit(values.get("fit")),
+            control=read_control(values),
         )
     except InvalidRequest as error:
         return BrokenRow(line=line, id=id, error=error)

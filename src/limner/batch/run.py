@@ -131,7 +131,7 @@ class Batch:
             if isinstance(row, BrokenRow):
                 raise row.error
             found = [reports.of(name, fit=row.fit) for name in row.references]
-            task = make_task(row, found, pipe=pipe, model=self.model, options=self.options)
+            task, digests = make_task(row, found, pipe=pipe, model=self.model, options=self.options)
         except InvalidRequest as error:
             self.record(failure(error, line=row.line, id=row.id))
             return None
@@ -140,7 +140,7 @@ class Batch:
             self._done[task.id] = done
             self._done_before += 1
             return None
-        return task, tuple(report.digest for report in found)
+        return task, digests
 
     # running
 

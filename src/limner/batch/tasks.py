@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from limner.batch.control import canvas_values, open_row, renamed, repaints_first
 from limner.batch.manifest import Row, check_number
 from limner.errors import InvalidRequest
 from limner.images import ReferenceReport
 from limner.pipeline import Pipeline
+from limner.pipeline.control import check_reference_guidance, check_weights
+from limner.pipeline.together import shared_of
 from limner.places import check_store
+from limner.requests import EditRequest
 from limner.store import ReferenceStore
 
 __all__ = ["ENDINGS", "BatchOptions", "Group", "Task", "chunks", "group_tasks", "make_task"]
@@ -68,7 +72,9 @@ class BatchOptions:
 class Task:
     """A row that is to be drawn: all that its image depends on but the references, which are its group's.
 
-    `references` are the reports of preparing them, for the results; `file` is the name of the image.
+    `references` are the reports of preparing them, for the results; `file` is the name of the image. `width` and `height`
+    are those in which it is drawn. `shape` is what tasks that are drawn together have in common. `control` are the fields
+    of `limner.batch.control`, whose files are below `base`; `repainted` says which canvas and mask they stand for.
     """
 
     id: str
@@ -84,11 +90,34 @@ class Task:
     fingerprint: str
     references: tuple[dict[str, Any], ...]
     fit: str | None = None
+    shape: tuple[Any, ...] = ()
+    control: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+    repainted: dict[str, Any] | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, float | None]:
-        """What tasks that are drawn together have in common: width, height, steps and guidance."""
-        return self.width, self.height, self.num_inference_steps, self.guidance
+    def request(self) -> EditRequest:
+        """What it asks the model for, its references and controls aside."""
+        return EditRequest(
+            prompt=self.prompt,
+            seeds=(self.seed,),
+            width=self.width,
+            height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance,
+            negative_prompt=self.negative_prompt,
+        )
+
+    def opened(self, pipe: Pipeline) -> EditRequest:
+        """Return the whole request, its canvas and mask read again; only a canvas is among its references.
+
+        Raises `InvalidRequest`, also if they are no longer what the row was planned with.
+        """
+        first = self.references[0]["file"] if self.references else None
+        found = open_row(self.request, self.control, base=Path(self.base), first=first, pipe=pipe)
+        if _json(canvas_values(found)) != _json(self.repainted):
+            raise InvalidRequest("mask", "a file changed while the batch ran; run it again")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +132,32 @@ class Group:
 
 def make_task(
     row: Row, reports: Sequence[ReferenceReport], *, pipe: Pipeline, model: str, options: BatchOptions
-) -> Task:
-    """Return the task of a row whose references were prepared; `model` is the digest of all weights of `pipe`.
+) -> tuple[Task, tuple[str, ...]]:
+    """Return the task of a row whose references were prepared, and the digests of those that the model gets.
 
-    Raises `InvalidRequest`.
+    `model` is the digest of all weights of `pipe`. Raises `InvalidRequest`.
     """
-    width, height = row.size or (reports[0].processed_size if reports else pipe.default_size)
+    base = Path(options.manifest).absolute().parent
+    steps = row.steps or pipe.kind.num_inference_steps
+    request = EditRequest(
+        prompt=row.prompt,
+        seeds=(row.seed,),
+        num_inference_steps=steps,
+        guidance_scale=row.guidance,
+        negative_prompt=row.negative_prompt,
+    )
+    first = row.references[0] if row.references else None
+    opened = open_row(request, row.control, base=base, first=first, pipe=pipe)
+    repainted = canvas_values(opened)
+    if repaints_first(row.control):
+        reports = [opened.references[0].report, *reports[1:]]
+    if repainted is not None and row.size is not None:
+        raise InvalidRequest("size", "is that of the canvas, and of the result; leave it out")
+    shape = _shape(opened, row, reports, pipe)
+    width, height = shape[:2]
     file = row.id + ENDINGS[options.format]
     if (options.folder / file).is_dir():
         raise InvalidRequest("id", f"{options.folder / file} is a folder; move it away")
-    steps = row.steps or pipe.kind.num_inference_steps
     parts = {
         "prompt": row.prompt,
         "seed": row.seed,
@@ -126,9 +171,10 @@ def make_task(
         **({"guidance": row.guidance} if row.guidance is not None else {}),
         **({"negative_prompt": row.negative_prompt} if row.negative_prompt is not None else {}),
         **({"references_attention": pipe.kind.references} if pipe.kind.joint else {}),
+        **({"control": row.control, "canvas": repainted} if row.control else {}),
     }
     named = zip(row.references, reports, strict=True)
-    return Task(
+    task = Task(
         id=row.id,
         line=row.line,
         prompt=row.prompt,
@@ -140,9 +186,33 @@ def make_task(
         negative_prompt=row.negative_prompt,
         file=file,
         fit=row.fit,
-        fingerprint=hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+        shape=shape,
+        control=row.control,
+        base=str(base),
+        repainted=repainted,
+        fingerprint=hashlib.sha256(_json(parts).encode()).hexdigest(),
         references=tuple({"file": name, **report.as_json()} for name, report in named),
     )
+    return task, tuple(report.digest for report in reports)
+
+
+def _shape(opened: EditRequest, row: Row, reports: Sequence[ReferenceReport], pipe: Pipeline) -> tuple[Any, ...]:
+    """Return what rows that are drawn together have in common, width and height first. Raises `InvalidRequest`."""
+    width, height = row.size or (None, None)
+    size = reports[0].processed_size if reports else pipe.default_size
+    shared = shared_of(replace(opened, width=width, height=height), kind=pipe.kind, default_size=size)
+    del shared["references"]  # which are the group's
+    steps, control = shared["num_inference_steps"] - shared["strength"], row.control
+    try:
+        check_weights(control.get("reference_weights"), num_references=len(reports), num_steps=steps)
+        check_reference_guidance(control.get("reference_guidance", 1.0), len(reports))
+    except InvalidRequest as error:
+        raise renamed(error) from None
+    return tuple(shared.values())
+
+
+def _json(values: object) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def group_tasks(tasks: Sequence[Task], *, files: tuple[str, ...], digests: tuple[str, ...]) -> Iterator[Group]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from limner.cli.options import Commands, add_json, add_options, from_args
 from limner.cli.output import BatchProgress, print_result
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError, RemoteError
 from limner.options import ModelOptions, StoreOptions
 
@@ -30,16 +31,22 @@ _NUM_SHOWN = 10
 
 def add_commands(commands: Commands) -> None:
     """Add `batch`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "batch",
         help="draw all rows of a manifest; goes on where it was stopped",
         description="Draw all rows of a manifest; run again, it goes on where it was stopped. Exit code 1 if a row failed.",
+        examples=(
+            "limner batch rows.jsonl -o drawn",
+            "limner batch rows.jsonl -o drawn --images-at-once 4 --format webp",
+        ),
     )
     parser.add_argument(
         "manifest",
         metavar="MANIFEST",
         help='JSON lines: {"id": "a", "prompt": "...", "references": ["cat.png"], "seed": 1, "size": "512x512", '
-        '"steps": 4, "fit": "pad"}; all but id and prompt may be left out; files are relative to the manifest',
+        '"steps": 4, "fit": "pad", "mask": "mask.png", "strength": 0.8}, and the other fields of docs/control.md; all but '
+        "id and prompt may be left out; files are relative to the manifest",
     )
     parser.add_argument(
         "-o",

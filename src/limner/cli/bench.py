@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from limner.cli.options import DTYPES, Commands, check_at_least
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest
 from limner.grid import PIXELS
 
 __all__ = ["add_commands", "bench"]
 
 _ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm")
-_MORE_ENGINES = ("warm_int8_kv", "joint", "int8_joint", "reuse", "int8_reuse")
+_MORE_ENGINES = ("masked", "weighted", "warm_int8_kv", "joint", "int8_joint", "reuse", "int8_reuse")
 
 
 def add_commands(commands: Commands) -> None:
     """Add `bench`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench",
         help="measure a 4-step edit against diffusers",
         description="Measure a 4-step edit against diffusers: the same random weights, one run, medians.",
+        examples=(
+            "limner bench --references 1 2 --rounds 3 -o edit.json",
+            "limner bench --references 1 --side 256 --engines diffusers_kv warm int8_warm",
+        ),
     )
     parser.add_argument(
         "--references", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of references (1 2 4)"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +18,8 @@ from typing import TYPE_CHECKING
 from limner import ranks
 from limner.cli.control import add_control, control_of
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
-from limner.cli.output import DrawProgress
-from limner.errors import InvalidRequest
-from limner.kinds import ISOLATED
+from limner.cli.parser import add_command
+from limner.errors import InvalidRequest, OutputError
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
@@ -29,15 +30,26 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands", "edit", "generate", "prepare"]
 
+_MAX_STDIN = 1 << 20
+"""Bytes that are read of a prompt on stdin; a longer one is over the limit on prompts anyway."""
 _OF_REFERENCES = ("background", "max_pixels", "fit", "kv_cache_dtype")
 
 
 def add_commands(commands: Commands) -> None:
     """Add `edit` and `generate`."""
-    parser = commands.add_parser(
-        "edit", help="edit with one or many reference pictures", description="Edit with references."
+    parser = add_command(
+        commands,
+        "edit",
+        help="edit with one or many reference pictures",
+        description="Edit with references.",
+        examples=(
+            'limner edit "use the background of image 2" -i cat.png -i beach.png',
+            'limner edit "remove the cat" -i photo.png --mask mask.png -o without.png',
+            'limner edit "a red sofa" -i room.png --model klein-9b-kv --seed 7 --num-images 4',
+            'echo "make it snow" | limner edit - -i photo.png',
+        ),
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw or to change; - reads it from stdin")
     parser.add_argument("-i", "--image", action="append", metavar="FILE", help="a reference; again for image 2, 3, ...")
     parser.add_argument("--references", metavar="PACK", help="a pack of references (limner refs pack) instead of -i")
     parser.add_argument(
@@ -50,8 +62,17 @@ def add_commands(commands: Commands) -> None:
     add_options(parser, ModelOptions, StoreOptions)
     parser.set_defaults(run=edit, under_torchrun=True)
 
-    parser = commands.add_parser("generate", help="draw from text alone", description="Draw from text alone.")
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser = add_command(
+        commands,
+        "generate",
+        help="draw from text alone",
+        description="Draw from text alone.",
+        examples=(
+            'limner generate "a big rocket in the night sky" -o rocket.png --seed 3',
+            'limner generate "a lighthouse at dawn" --model klein-4b --size 1024x768',
+        ),
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw; - reads it from stdin")
     parser.add_argument("-i", "--image", action="append", help=argparse.SUPPRESS)  # refused with the remedy
     _add_drawing(parser)
     add_options(parser, ModelOptions, without=_OF_REFERENCES)
@@ -59,29 +80,35 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .jpeg or .webp"
+    group = parser.add_argument_group("the picture")
+    group.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="picture to write: .png, .jpg, .jpeg or .webp; default: limner-N.png, the next number that is free",
     )
-    parser.add_argument(
-        "--seed", type=seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="number of steps; default: 4, of base models 50")
-    parser.add_argument(
-        "--guidance", type=float, metavar="X", help="guidance scale of base models (default: 4; 1 is none)"
-    )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance goes away from (base models)")
-    parser.add_argument(
+    group.add_argument("--force", action="store_true", help="replace files that are there")
+    group.add_argument(
         "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
     )
-    parser.add_argument(
+    group.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ... (default: 1)"
     )
-    parser.add_argument(
+    add_json(group, help="print one JSON object: files, seeds, sizes, timings")
+    group = parser.add_argument_group("drawing")
+    group.add_argument(
+        "--seed", type=seed, metavar="N", help="seed of the first image, the next has N + 1; default: drawn"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="number of steps; default: 4, of base models 50")
+    group.add_argument(
+        "--guidance", type=float, metavar="X", help="guidance scale of base models (default: 4; 1 is none)"
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance goes away from (base models)")
+    group.add_argument(
         "--parallel",
         choices=("tensor", "sequence"),
         help="under torchrun: what is divided among its processes, heads and MLP (tensor, the default) or tokens",
     )
-    add_json(parser, help="print one JSON object: files, seeds, sizes, timings")
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -135,20 +162,42 @@ def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
     """Return the files to write, after checking all that can be without reading a picture or a model."""
     from limner.requests import check_prompt
 
-    files = _output_files(args.output, args.num_images) if process.writes else []
+    args.prompt = _read_prompt(args.prompt)
+    files = _output_files(args.output, args.num_images, force=args.force) if process.writes else []
     if args.steps is not None and args.steps < 1:
         raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
     check_prompt(args.prompt)
     return files
 
 
-def _output_files(output: str, num_images: int) -> list[Path]:
-    """Return out.png, or out-1.png, out-2.png, ..."""
+def _read_prompt(given: str) -> str:
+    """Return the prompt; that of stdin for "-", without the newline at its end."""
+    if given != "-":
+        return given
+    try:
+        return sys.stdin.buffer.read(_MAX_STDIN).decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("PROMPT", f"what stdin gives is no UTF-8 text ({error}); give text") from None
+
+
+def _output_files(output: str | None, num_images: int, *, force: bool) -> list[Path]:
+    """Return out.png, or out-1.png, out-2.png, ...; without a name, limner-N.png with numbers that are free.
+
+    Raises `OutputError` where one is there already, unless `force`.
+    """
     from limner.images import check_output, numbered
 
     if not 1 <= num_images <= 1000:
         raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
-    return [check_output(path) for path in numbered(Path(output), num_images)]
+    if output is None:
+        taken = [int(m[1]) for p in Path().iterdir() if (m := re.fullmatch(r"limner-(\d{1,9})\.png", p.name))]
+        first = max(taken, default=0) + 1
+        return [check_output(f"limner-{number}.png") for number in range(first, first + num_images)]
+    files = [check_output(path) for path in numbered(Path(output), num_images)]
+    for file in files if not force else ():
+        if file.exists():
+            raise OutputError(f"output: {file} is there already; add --force to replace it, or leave -o out")
+    return files
 
 
 def _check_alone(args: argparse.Namespace) -> None:
@@ -177,18 +226,13 @@ def _draw(
     prepared = prepare(images, options)  # bad ones are refused before a model is loaded
 
     from limner.engine.load import check_model, load_pipeline
+    from limner.pipeline.progress_bar import LOADING, reporting
     from limner.references import References
 
     check_model(options)
     references = References.load(pack) if pack else None
     store = open_optional_store(from_args(StoreOptions, args))
-    with contextlib.closing(
-        DrawProgress(
-            num_inference_steps=args.steps or ISOLATED.num_inference_steps,
-            references=bool(prepared),
-            silent=not process.writes,
-        )
-    ) as progress:
+    with reporting(None if process.writes else False, parts=LOADING) as progress:
         pipe = load_pipeline(options, store=store, parallel=process.parallel, progress=progress)
         request = _request(args, prepared, pipe, images=images)
         out = pipe.draw(
@@ -234,9 +278,9 @@ def _request(
 def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
     from limner.images import save
 
-    common = {"model": pipe.digest, "version": __version__, **out.metadata}
-    for file, picture, drawn_from in zip(files, out.images, out.seeds, strict=True):
-        save(picture, file, metadata={"prompt": args.prompt, "seed": drawn_from, **common})
+    common = {"prompt": args.prompt, "model": pipe.digest, "version": __version__}
+    for i, (file, picture, drawn_from) in enumerate(zip(files, out.images, out.seeds, strict=True)):
+        save(picture, file, metadata={"seed": drawn_from, **common, **out.metadata_of(i)})
 
 
 def _print(

@@ -14,31 +14,30 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from limner import ranks
-from limner.cli import batch, bench, draw, mcp, plan, refs, serve, verify, weights
+from limner.cli import batch, bench, draw, mcp, plan, refs, serve, setup, verify, weights
+from limner.cli.parser import Parser
 from limner.errors import InvalidRequest, LimnerError
 from limner.version import __version__
 
 __all__ = ["build_parser", "main"]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error as one line; of several processes of torchrun, one does."""
-
-    def error(self, message: str) -> NoReturn:
-        if not ranks.speaks():
-            ranks.exit_silently()
-        self.exit(2, f"limner: {message}; see {self.prog} --help\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. `run` of what it parses is the command's handler."""
-    parser = _Parser(
-        prog="limner", description="Draw and edit pictures; the K/V of references are computed once and kept."
+    parser = Parser(
+        prog="limner",
+        description="Draw and edit pictures; the K/V of references are computed once and kept.",
+        examples=(
+            "limner samples pictures",
+            'limner edit "use the background of image 2" -i pictures/cat.png -i pictures/beach.png',
+            "limner serve",
+            "limner doctor",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"limner {__version__}")
-    parser.set_defaults(under_torchrun=False)
+    parser.set_defaults(under_torchrun=False, root=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for family in (draw, batch, weights, verify, plan, bench, serve, mcp, refs):
+    for family in (draw, batch, weights, verify, plan, bench, serve, mcp, refs, setup):
         family.add_commands(commands)
     return parser
 
@@ -61,6 +60,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except LimnerError as error:
         print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what is printed has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("limner: interrupted", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from limner.cli.options import Commands, add_options, from_args, open_optional_store
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, MissingExtra
 from limner.options import ModelOptions, ServiceOptions, StoreOptions
 
@@ -16,10 +17,12 @@ __all__ = ["add_commands", "mcp"]
 
 def add_commands(commands: Commands) -> None:
     """Add `mcp`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "mcp",
         help="serve the model as tools of an assistant (Model Context Protocol)",
         description="Serve the model as tools of an assistant, over the Model Context Protocol. Needs limner[mcp].",
+        examples=("limner mcp --folder ~/Pictures", "limner mcp --folder ~/Pictures --http 8732"),
     )
     parser.add_argument(
         "--folder", metavar="DIR", help="the folder whose pictures may be named and written; default: none may"

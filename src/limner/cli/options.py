@@ -93,7 +93,7 @@ def from_args(kind: type[T], args: argparse.Namespace) -> T:
     return kind(**values_of(kind, args))
 
 
-def add_json(parser: argparse.ArgumentParser, help: str = "print one JSON object") -> None:  # noqa: A002
+def add_json(parser: argparse._ActionsContainer, help: str = "print one JSON object") -> None:  # noqa: A002
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help=help)
 

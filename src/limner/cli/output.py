@@ -12,38 +12,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BatchProgress", "DrawProgress", "print_result"]
+__all__ = ["BatchProgress", "print_result"]
 
 
 def print_result(args: argparse.Namespace, found: Mapping[str, Any], line: str) -> None:
     """Print one JSON object with --json, else the line."""
     print(json.dumps(found) if args.json else line)
-
-
-class DrawProgress:
-    """One bar over load, text, references, steps and decode; silent unless stderr is a terminal."""
-
-    def __init__(self, *, num_inference_steps: int, references: bool, silent: bool = False) -> None:
-        from tqdm import tqdm
-
-        self._weights = {
-            "load": 3,
-            "text": 1,
-            "references": 1 if references else 0,
-            "step": num_inference_steps,
-            "decode": 1,
-        }
-        self._bar = tqdm(total=sum(self._weights.values()), disable=silent or not sys.stderr.isatty(), leave=False)
-
-    def __call__(self, part: str, done: int, of: int) -> None:
-        names = list(self._weights)
-        before = sum(self._weights[name] for name in names[: names.index(part)])
-        self._bar.set_description(part)
-        self._bar.n = before + self._weights[part] * done // max(of, 1)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class BatchProgress:

@@ -6,30 +6,40 @@ Owns the table. The numbers are `limner.memory`'s.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limner.cli.options import DTYPES, Commands, add_json, add_options, check_at_least, size
 from limner.cli.output import print_result
+from limner.cli.parser import add_command
 from limner.grid import check_size
-from limner.kinds import ISOLATED, ModelKind
+from limner.kinds import guides
 from limner.options import ModelOptions
 
 if TYPE_CHECKING:
     from limner.config import ModelGeometry
-    from limner.memory import Formats, MemoryPlan, Staging
+    from limner.kinds import ModelKind
+    from limner.memory import Formats, MemoryPlan, Request, Staging
 
 __all__ = ["add_commands", "plan"]
 
 
 def add_commands(commands: Commands) -> None:
     """Add `plan`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
         help="how much memory a request takes, and the cheapest setting that fits",
         description="The budget of memory of a request, by component and phase, without loading or computing anything.",
+        examples=(
+            "limner plan --model klein-9b --references 2 --memory 24GiB",
+            "limner plan --model klein-4b --size 512x512 --device cuda",
+        ),
     )
     parser.add_argument(
-        "--model", metavar="MODEL", help="klein-9b, klein-4b, a folder or hub id; default: the bundled one"
+        "--model",
+        metavar="MODEL",
+        help="klein-9b-kv or another short name, a folder or hub id; default: the bundled one",
     )
     parser.add_argument(
         "--references", type=int, default=0, metavar="N", help="number of references (default: %(default)s)"
@@ -42,6 +52,15 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default: %(default)s)")
+    parser.add_argument(
+        "--canvas", type=size, metavar="WxH", help="a picture of this size is repainted; --size is what is drawn of it"
+    )
+    parser.add_argument(
+        "--preserve", choices=("auto",), help="what an edit did not change is taken from the canvas (default: its size)"
+    )
+    parser.add_argument("--guidance", type=float, metavar="X", help="guidance scale of base models (default: 4)")
+    parser.add_argument("--reference-guidance", type=float, default=1.0, metavar="X", help="of references (default: 1)")
+    parser.add_argument("--reuse", choices=("step0",), help="K/V that joint references have in the first step are kept")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: %(default)s)")
     parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
     add_options(parser, ModelOptions, only=("kv_cache_dtype", "references_attention"))
@@ -55,7 +74,7 @@ def add_commands(commands: Commands) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print how much memory a request takes, in these formats or in the cheapest that fit."""
-    from limner.memory import Request, cheapest, make_plan, parse_bytes
+    from limner.memory import cheapest, make_plan, parse_bytes
 
     check_at_least(0, args, "references")
     check_at_least(1, args, "num_images", "text")
@@ -66,18 +85,12 @@ def plan(args: argparse.Namespace) -> None:
     geometry, is_int8, kind = _geometry(args.model)
     kind = kind.with_references(args.references_attention)
     formats = _formats(args, is_int8=is_int8)
-    request = Request(
-        size=args.size,
-        references=(args.reference_size,) * args.references,
-        batch=args.num_images,
-        num_text=args.text,
-        joint=kind.joint,
-    )
+    request = _request(args, kind)
     if limit is not None:
         made = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
     else:
         made = make_plan(geometry, request, formats=formats, device=args.device)
-    stagings: tuple[Staging, ...] = ("whole", "parts", "layers") if args.device == "cpu" else ("whole",)
+    stagings: tuple[Staging, ...] = ("whole", "parts", "layers")
     peaks = {
         how: make_plan(geometry, request, formats=made.formats, device=args.device, staging=how, limit=0).peak
         for how in stagings
@@ -92,12 +105,41 @@ def plan(args: argparse.Namespace) -> None:
     print_result(args, found, "\n".join(_lines(found)))
 
 
+def _request(args: argparse.Namespace, kind: ModelKind) -> Request:
+    """Return the request of a plan. Raises `InvalidRequest`."""
+    from limner.memory import Request
+    from limner.requests import check_guidance
+
+    check_guidance(args.guidance)
+    if args.reuse is not None or args.reference_guidance != 1:
+        from limner.pipeline.control import check_reference_guidance, check_reuse  # a pipeline takes long to import
+
+        check_reuse(args.reuse, kind=kind)
+        check_reference_guidance(args.reference_guidance, args.references)
+    canvas = args.canvas or (args.size if args.preserve else None)
+    pixels = 0 if canvas is None else canvas[0] * canvas[1]
+    return Request(
+        size=args.size,
+        references=(args.reference_size,) * args.references,
+        batch=args.num_images,
+        num_text=args.text,
+        joint=kind.joint,
+        guides=guides(kind, args.guidance),
+        guides_references=args.reference_guidance != 1,
+        reuses=args.reuse is not None and args.references > 0,
+        canvas_pixels=pixels,
+        result_pixels=pixels * args.num_images,
+        preserves=args.preserve is not None,
+    )
+
+
 def _geometry(model: str | None) -> tuple[ModelGeometry, bool, ModelKind]:
     """Return a geometry by name or from a folder's configurations, whether its transformer is int8, and the kind."""
-    from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+    from limner.config import AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+    from limner.models import published
 
-    if model is not None and model.lower() in MODELS:
-        return MODELS[model.lower()], False, ISOLATED
+    if model is not None and not Path(model).exists() and (known := published(model)):
+        return known.geometry, False, known.kind
     from limner.weights.folder import find_kind, read_json, resolve_model
 
     folder = resolve_model(model)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from limner.cli.draw import prepare
 from limner.cli.options import Commands, add_json, add_options, from_args, open_store
 from limner.cli.output import print_result
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError, RemoteError
 from limner.options import ModelOptions, ReferenceOptions, StoreOptions
 
@@ -26,13 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["add_commands", "refs_inspect", "refs_ls", "refs_pack", "refs_rm", "refs_verify", "refs_warm"]
 
 
+_EXAMPLES = {
+    "inspect": ("limner refs inspect beach.png cat.png", "limner refs inspect cast.safetensors"),
+    "pack": ("limner refs pack beach.png cat.png -o cast.safetensors",),
+    "warm": ("limner refs warm beach.png cat.png --store kept --pin",),
+    "ls": ("limner refs ls --store kept",),
+    "rm": ("limner refs rm 3f2a9c81 --store kept",),
+    "verify": ("limner refs verify cast.safetensors", "limner refs verify --store kept"),
+}
+
+
 def add_commands(commands: Commands) -> None:
     """Add `refs` and its commands."""
     refs = commands.add_parser("refs", help="K/V of references: packs and stores", description="K/V of references.")
     own = refs.add_subparsers(dest="refs_command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        parser = own.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        description = f"{summary[0].upper()}{summary[1:]}."
+        parser = add_command(own, name, help=summary, description=description, examples=_EXAMPLES[name])
         parser.set_defaults(run=run)
         add_json(parser)
         return parser

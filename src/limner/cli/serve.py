@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from limner.cli.options import Commands, add_options, from_args, open_optional_store, values_of
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, MissingExtra
 from limner.options import ListenOptions, ModelOptions, ReplicaOptions, ServeOptions, ServiceOptions, StoreOptions
 
@@ -17,19 +18,31 @@ __all__ = ["add_commands", "deploy", "serve"]
 
 def add_commands(commands: Commands) -> None:
     """Add `serve` and `deploy`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "serve",
         help="serve the model over HTTP: two API dialects, references as handles, a page",
         description="Serve the model over HTTP: two API dialects, references as handles, a page at /.",
+        examples=(
+            "limner serve",
+            "limner serve --model klein-9b-kv --port 8000 --store kept",
+            "limner serve --keys keys.txt --new-key alice",
+            "limner serve --host 0.0.0.0 --keys keys.txt --tls-certificate chain.pem --tls-key key.pem",
+        ),
     )
     parser.add_argument("--new-key", metavar="NAME", help="make a key for NAME in the --keys file, print it, and exit")
     add_options(parser, ServeOptions, ModelOptions, StoreOptions)
     parser.set_defaults(run=serve)
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "deploy",
         help="serve the model over HTTP by many processes, on Ray Serve",
         description="Serve the model as limner serve does, by replicas on Ray Serve. Needs limner[ray,serve].",
+        examples=(
+            "limner deploy --replicas 2 --threads 1",
+            "limner deploy --address auto --replicas 4 --device cuda --store s3://bucket/kv --keys keys.txt",
+        ),
     )
     parser.add_argument(
         "--address",
@@ -46,6 +59,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.new_key is not None:
         _make_key(args.new_key, file=args.keys)
         return
+    from limner.engine.about import about_model
     from limner.engine.load import check_model, load_pipeline
     from limner.server.application import check_options
     from limner.server.run import serve
@@ -56,7 +70,7 @@ def serve(args: argparse.Namespace) -> None:
     model = from_args(ModelOptions, args)
     check_model(model)
     store = open_optional_store(from_args(StoreOptions, args))
-    serve(lambda: load_pipeline(model, store=store), options, model_name=model.model_name)
+    serve(lambda: load_pipeline(model, store=store), options, model_name=model.model_name, about=about_model(model))
 
 
 def _make_key(name: str, *, file: str | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from limner.cli.options import Commands, add_json
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest
 
 __all__ = ["add_commands", "verify"]
@@ -19,10 +20,12 @@ __all__ = ["add_commands", "verify"]
 
 def add_commands(commands: Commands) -> None:
     """Add `verify`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
         help="say where pictures come from: metadata and C2PA manifest",
         description="Read the metadata and check the C2PA manifest of pictures; exit code 1 if one is broken.",
+        examples=("limner verify picture.png", "limner verify *.png --trust roots.pem --json"),
     )
     parser.add_argument("file", nargs="+", metavar="FILE", help="pictures: PNG, JPEG or WebP")
     parser.add_argument("--trust", metavar="PEM", help="root certificates that vouch for signers")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from limner.cli.options import DTYPES, Commands, add_json
 from limner.cli.output import print_result
+from limner.cli.parser import add_command
 from limner.errors import InvalidRequest
 
 __all__ = ["add_commands", "convert", "inspect", "quantize"]
@@ -17,8 +18,12 @@ __all__ = ["add_commands", "convert", "inspect", "quantize"]
 
 def add_commands(commands: Commands) -> None:
     """Add `quantize`, `inspect` and `convert`."""
-    parser = commands.add_parser(
-        "quantize", help="write a model folder with an int8 transformer", description="Quantize a model once, to int8."
+    parser = add_command(
+        commands,
+        "quantize",
+        help="write a model folder with an int8 transformer",
+        description="Quantize a model once, to int8.",
+        examples=("limner quantize klein-9b-kv -o klein-int8",),
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
@@ -27,11 +32,17 @@ def add_commands(commands: Commands) -> None:
     add_json(parser)
     parser.set_defaults(run=quantize)
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "inspect",
         help="what a file or folder of weights is, and what is missing from it",
         description="Layout, geometry, dtypes, bytes and digests of weights, and what is missing; of a LoRA its dialect; "
         "exit code 1 if damaged.",
+        examples=(
+            "limner inspect flux-2-klein-9b.safetensors",
+            "limner inspect style-lora.safetensors --model klein-9b-kv",
+            "limner inspect my-model --verify",
+        ),
     )
     parser.add_argument(
         "source", metavar="FILE", help="weights: a file of any layout, a LoRA, a part's folder, a model's folder"
@@ -43,10 +54,12 @@ def add_commands(commands: Commands) -> None:
     _add_part(parser)
     parser.set_defaults(run=inspect)
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
         help="write weights in another layout",
         description="Write a model, or a part of one, in another layout. Nothing is written over.",
+        examples=("limner convert flux-2-klein-9b.gguf -o transformer --to diffusers --model klein-9b-kv",),
     )
     parser.add_argument("source", metavar="SOURCE", help="a file of any layout, a part's folder, a model's folder")
     parser.add_argument(

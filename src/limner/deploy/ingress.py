@@ -21,7 +21,9 @@ from starlette.types import ASGIApp
 
 from limner.deploy.remote import LostReplica, RemoteEngine
 from limner.engine import EditRequest, Event, Failed, Finished, ModelCard, Prefilled, PrefillRequest
+from limner.engine.about import about_model
 from limner.errors import InvalidRequest, RemoteError, first_line
+from limner.memory.free import spare_garbage_collector
 from limner.server.application import build_app
 from limner.server.http.errors import error_body
 from limner.server.http.limits import LoopbackCallers
@@ -130,6 +132,7 @@ class IngressApp:
                     "node, or set it where Ray is started",
                 )
             built.add_middleware(LoopbackCallers, error_body=error_body)
+        spare_garbage_collector()
         return built
 
     async def _card(self) -> ModelCard:
@@ -148,7 +151,11 @@ class IngressApp:
         while True:
             try:
                 return await asyncio.to_thread(
-                    build_app, self._engine, options.serve_options(), model_name=options.model_name
+                    build_app,
+                    self._engine,
+                    options.serve_options(),
+                    model_name=options.model_name,
+                    about=about_model(options.model_options()),
                 )
             except StorageInUse:
                 if time.monotonic() > end:

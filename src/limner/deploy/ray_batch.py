@@ -188,5 +188,7 @@ class _Worker:
 
 
 def _group(values: dict[str, Any]) -> Group:
-    tasks = tuple(Task(**{**task, "references": tuple(task["references"])}) for task in values["tasks"])
+    """Return a group from values of JSON, which knows no tuples."""
+    lists = ("references", "shape")
+    tasks = tuple(Task(**{**task, **{name: tuple(task[name]) for name in lists}}) for task in values["tasks"])
     return Group(files=tuple(values["files"]), digests=tuple(values["digests"]), tasks=tasks, fit=values["fit"])

@@ -111,6 +111,10 @@ class RemoteEngine:
         """As `Engine.check`, with the memory of the replica that made the card."""
         return self.admission.check(request)
 
+    def opened(self, request: EditRequest) -> EditRequest:
+        """As `Engine.opened`: replicas get pixels and no names of files."""
+        return self.admission.opened(request)
+
     def check_room(self, *, num_admitted: int = 0) -> None:
         """As `Engine.check_room`."""
         self._queue.check_room(num_admitted=num_admitted)

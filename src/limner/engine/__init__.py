@@ -4,6 +4,7 @@ from limner.engine.admission import Admission
 from limner.engine.card import ModelCard, PipelineView
 from limner.engine.engine import Engine
 from limner.engine.events import EditResult, Event, Failed, Finished, LastEvent, Listener, Prefilled, Progress, Started
+from limner.engine.futures import future_of
 from limner.engine.load import load_in_thread
 from limner.engine.protocol import Backend, ModelView
 from limner.engine.queue import Job, RequestQueue
@@ -31,5 +32,6 @@ __all__ = [
     "Progress",
     "RequestQueue",
     "Started",
+    "future_of",
     "load_in_thread",
 ]

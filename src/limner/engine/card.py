@@ -14,7 +14,7 @@ from limner.config import ModelGeometry, ReferencePolicy
 from limner.grid import PIXELS
 from limner.images import PreparedReference
 from limner.kinds import ModelKind
-from limner.memory import Formats, call_bytes
+from limner.memory import Formats, Workload, call_bytes, control_bytes
 from limner.pipeline import Pipeline
 from limner.references import reference_key
 
@@ -58,6 +58,10 @@ class PipelineView:
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """As `Pipeline.memory_needed`."""
         return self._pipe.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def memory_for(self, workload: Workload) -> int:
+        """As `Pipeline.memory_for`."""
+        return self._pipe.memory_for(workload)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +120,14 @@ class ModelCard:
             whole_pixels=self.whole_pixels,
             reference_pixels=min(num_ref * PIXELS**2, self.reference_policy.pixels),
             joint=self.kind.joint,
+        )
+
+    def memory_for(self, workload: Workload) -> int:
+        """As `Pipeline.memory_for`."""
+        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=workload.batch)
+        geometry = self.geometry
+        return needed + control_bytes(
+            geometry.transformer, geometry.autoencoder, workload, formats=self.formats, needed=needed
         )
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from limner.engine.admission import Admission
@@ -25,13 +24,16 @@ from limner.engine.events import EditResult, Failed, Finished, Listener, Prefill
 from limner.engine.protocol import ModelView
 from limner.engine.queue import Job, RequestQueue, too_late
 from limner.engine.rows import Rows
+from limner.engine.runs import Run
 from limner.engine.stats import EngineStats
-from limner.errors import Cancelled, InvalidRequest, LimnerError
+from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
-from limner.memory.free import free_bytes
+from limner.memory.residency import Residency
 from limner.mentions import missing_pictures
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
+from limner.pipeline.repaint import canvas_warnings, in_common
+from limner.pipeline.together import canvases_of
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -65,16 +67,19 @@ class Engine:
                 "a parallel model runs in several processes that have to make the same calls; an engine is in one",
             )
         self.pipe = pipe
+        room = pipe.residency or Residency.unlimited()
         self.model: ModelView = PipelineView(pipe)
         self.admission = Admission(
             model=self.model,
             max_waiting=max_waiting,
             max_batch=max_batch,
-            memory_bytes=free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
+            memory_bytes=room.free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
         )
         self._previews = previews and self.model.previews
         self._clock = clock
         self._queue = RequestQueue(self.admission, clock=clock)
+        self._runs: list[Run] = []
+        """What the thread draws, innermost last."""
         self._changed = threading.Condition()
         """Guards the queue; notified when a job arrives, a batch ends or the engine closes."""
         self._thread = threading.Thread(target=self._work, name="limner-engine", daemon=True)
@@ -91,8 +96,12 @@ class Engine:
         return self.admission.max_batch
 
     def check(self, request: EditRequest | PrefillRequest) -> tuple[int, int]:
-        """Return the output size (width, height) of a request that can run. Raises `InvalidRequest`, `CapacityError`."""
+        """Return the size (width, height) in which a request is drawn. Raises `InvalidRequest` and `CapacityError`."""
         return self.admission.check(request)
+
+    def opened(self, request: EditRequest) -> EditRequest:
+        """As `Pipeline.opened`. It reads pictures: call it in a thread, and `check` and `submit` are quick then."""
+        return self.admission.opened(request)
 
     def check_room(self, *, num_admitted: int = 0) -> None:
         """Raise `QueueFull` if no further request may wait. `num_admitted`: accepted ones that were not submitted yet."""
@@ -149,6 +158,8 @@ class Engine:
         less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
         however many wait. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
         """
+        if isinstance(request, EditRequest):
+            request = self.opened(request)  # before the lock
         with self._changed:
             self._queue.add(
                 request, id=id, listener=listener, owner=owner, priority=priority, timeout=timeout, accepted=accepted
@@ -206,7 +217,10 @@ class Engine:
                     self._changed.notify_all()
 
     def _after_failure(self, batch: list[Job], error: Exception) -> None:
-        """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others."""
+        """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others.
+
+        If memory was too little for the batch, run its halves.
+        """
         left = [job for job in batch if not job.ended]
         if len(batch) == 1:
             if not isinstance(error, LimnerError):
@@ -214,11 +228,15 @@ class Engine:
             for job in left:
                 self._fail(job, error)
             return
-        for job in left:
+        size = 1
+        if isinstance(error, CapacityError):
+            size = (len(left) + 1) // 2 if len(left) > 1 else 1
+            _logger.warning("memory is too little for a batch of %d: %d at once (%s)", len(batch), size, error)
+        for part in [left[start : start + size] for start in range(0, len(left), size)]:
             try:
-                self._run([job], self._clock())
+                self._run(part, self._clock())
             except Exception as own_error:
-                self._after_failure([job], own_error)
+                self._after_failure(part, own_error)
 
     def _run(self, batch: list[Job], start: float) -> None:
         for job in batch:
@@ -244,7 +262,9 @@ class Engine:
     def _draw(self, batch: list[Job], requests: list[EditRequest], start: float) -> None:
         """Draw the edits of a batch together; those that are cancelled or late leave it after a step."""
         rows = Rows(batch)
-        num_inference_steps = requests[0].num_inference_steps or self.pipe.kind.num_inference_steps
+        num_inference_steps = self.admission.num_steps(requests[0])
+        needed = self.admission.needed(requests, size=batch[0].size)
+        run = Run(rows=rows, num_steps=num_inference_steps, num_bytes=needed)
 
         def after_step(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
             stay = self._drop_stopped(rows)
@@ -252,8 +272,11 @@ class Engine:
             previews = to_pil(tensors["preview"][stay]) if with_previews else []
             for job, own in rows.split(previews):
                 job.tell(Progress(step + 1, num_inference_steps, own))
+            run.steps_done = step + 1
+            self._let_through(run)
             return {} if len(stay) == len(tensors["latents"]) else {"rows": stay}
 
+        self._runs.append(run)
         try:
             out = self.pipe.draw(
                 requests,
@@ -262,7 +285,10 @@ class Engine:
             )
         except Cancelled:  # all have left, and were failed then
             return
-        ran = self._clock() - start
+        finally:
+            self._runs.pop()
+        ran = self._clock() - start - run.paused
+        out = replace(out, timings=run.without_pauses(out.timings))
         with self._changed:
             self._queue.stats.count_batch(len(out.images), prefilled=out.reference_cache == "miss")
             cancelled = [job for job in rows.jobs if job.cancelled]
@@ -272,10 +298,31 @@ class Engine:
         for job in cancelled:
             self._fail(job, Cancelled(f"{job.id} was cancelled"))
         prompts = {job: reports[0] for job, reports in Rows(batch).split(out.prompts)}
-        for job, images in rows.split(out.images):
+        for job, numbers in rows.split(range(len(out.images))):
             if job not in cancelled:
-                waited = start - job.arrived
-                job.tell(Finished(_result(job, images, out, prompt=prompts[job], waited=waited, ran=ran)))
+                waited = start - job.arrived + run.paused
+                job.tell(Finished(_result(job, out, numbers, prompt=prompts[job], waited=waited, ran=ran)))
+
+    def _let_through(self, run: Run) -> None:
+        """Between two steps, draw a shorter request of an owner who waits for the one whose batch this is."""
+        start = self._clock()
+        if self.pipe.residency is not None or not run.may_pause(start):  # a second call would move weights about
+            return
+        jobs = [job for outer in self._runs for job in outer.rows.jobs]
+        with self._changed:
+            batch = self._queue.take_between(
+                owners={job.owner for job in jobs},
+                priority=max(job.priority for job in jobs),
+                work=run.work_left,
+                num_bytes=sum(outer.num_bytes for outer in self._runs),
+            )
+        if not batch:
+            return
+        try:
+            self._run(batch, start)
+        except Exception as error:  # of that request
+            self._after_failure(batch, error)
+        run.pause(start, self._clock())
 
     def _drop_stopped(self, rows: Rows) -> list[int]:
         """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""
@@ -300,12 +347,15 @@ class Engine:
 
 
 def _result(
-    job: Job, images: Sequence[Image.Image], out: PipelineOutput, *, prompt: PromptReport, waited: float, ran: float
+    job: Job, out: PipelineOutput, numbers: Sequence[int], *, prompt: PromptReport, waited: float, ran: float
 ) -> EditResult:
+    """Return what a batch gave for one job, whose images have these numbers."""
     assert isinstance(job.request, EditRequest)
     assert out.reference_cache != "given"
+    own = tuple(out.own[i] for i in numbers)
+    mentioned = missing_pictures([job.request.prompt], num_references=len(job.request.references))
     return EditResult(
-        images=tuple(images),
+        images=tuple(out.images[i] for i in numbers),
         seeds=job.request.seeds,
         reference_cache=out.reference_cache,
         reference_key=out.reference_key,
@@ -316,6 +366,7 @@ def _result(
         waited=waited,
         ran=ran,
         batch=len(out.images),
-        metadata=out.metadata,
-        warnings=missing_pictures([job.request.prompt], num_references=len(job.request.references)),
+        metadata={**out.metadata, **in_common(own)},
+        warnings=(*canvas_warnings(canvases_of(job.request)), *mentioned),
+        own=own,
     )

@@ -13,17 +13,19 @@ from PIL import Image
 
 from limner.images import ReferenceReport
 from limner.pipeline import PromptReport, Timings
+from limner.pipeline.repaint import ImageReport, OfImages
 from limner.store import Source
 
 __all__ = ["EditResult", "Event", "Failed", "Finished", "LastEvent", "Listener", "Prefilled", "Progress", "Started"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class EditResult:
+class EditResult(OfImages):
     """The images of a request in the order of its seeds, and how they were made.
 
     `waited` and `ran` are seconds in the queue and on the device; `batch` images were drawn together. `seconds_saved` is
-    the time of the prefill that was not repeated, 0 if it was computed now.
+    the time of the prefill that was not repeated, 0 if it was computed now. `metadata` is what
+    all images have in common, `own` what each has for itself.
     """
 
     images: tuple[Image.Image, ...]
@@ -39,6 +41,7 @@ class EditResult:
     batch: int
     metadata: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    own: tuple[ImageReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from limner.engine.events import Listener
 from limner.engine.stats import EngineStats
 from limner.images import PreparedReference
 from limner.kinds import ModelKind
+from limner.memory import Workload
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -53,6 +54,9 @@ class ModelView(Protocol):
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """As `Pipeline.memory_needed`."""
 
+    def memory_for(self, workload: Workload) -> int:
+        """As `Pipeline.memory_for`."""
+
 
 class Backend(Protocol):
     """An engine as the server sees it. `Engine` documents what the methods mean."""
@@ -68,6 +72,8 @@ class Backend(Protocol):
 
     @property
     def is_alive(self) -> bool: ...
+
+    def opened(self, request: EditRequest) -> EditRequest: ...
 
     def check(self, request: EditRequest | PrefillRequest) -> tuple[int, int]: ...
 

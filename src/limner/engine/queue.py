@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 from limner.engine.admission import Admission
 from limner.engine.events import Event, Listener
@@ -28,7 +28,7 @@ _ACTIVE_SECONDS = 60.0
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class Job:
-    """A request from `add` to its last event. `size` is its output's (width, height); times are of the queue's clock."""
+    """An opened request from `add` to its last event, drawn in `size` (width, height); times are of the queue's clock."""
 
     id: str
     request: EditRequest | PrefillRequest
@@ -41,19 +41,10 @@ class Job:
     running: bool = False
     cancelled: bool = False
     ended: bool = False
-    key: Hashable = field(init=False)
-    """Jobs of equal keys may run as one batch. A prefill's key is its id, so it runs alone."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.request, PrefillRequest):
-            self.key = self.id
-        else:
-            digests = tuple(r.report.digest for r in self.request.references)
-            one = self.request
-            # masks aside: each may have its own
-            control = tuple(sorted((name, repr(x)) for name, x in one.control.items() if name != "mask_image"))
-            has_mask = "mask_image" in one.control
-            self.key = (digests, self.size, one.num_inference_steps, one.guidance_scale, one.reuse, control, has_mask)
+    key: Hashable = None
+    """Jobs of equal keys may run as one batch (`Admission.batch_key`). None: it runs alone."""
+    held_bytes: int = 0
+    """Bytes of its canvases."""
 
     @property
     def num_images(self) -> int:
@@ -94,7 +85,8 @@ class RequestQueue:
     def check_room(self, *, num_admitted: int = 0) -> None:
         """Raise `QueueFull` if no further request may wait. `num_admitted`: accepted ones that are not here yet."""
         try:
-            self.admission.check_waiting(len(self.waiting) + num_admitted)
+            held = sum(job.held_bytes for job in self.waiting.values())
+            self.admission.check_waiting(len(self.waiting) + num_admitted, held_bytes=held)
         except QueueFull:
             self.stats.refused += 1
             raise
@@ -114,6 +106,8 @@ class RequestQueue:
 
         Raises `InvalidRequest`, `CapacityError` and `QueueFull`.
         """
+        if isinstance(request, EditRequest):
+            request = self.admission.opened(request)
         size = self.admission.check(request)
         if self.closed:
             raise QueueFull("the engine is shutting down; send the request again later")
@@ -131,6 +125,8 @@ class RequestQueue:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
             arrived=now,
+            key=None if isinstance(request, PrefillRequest) else self.admission.batch_key(request, size=size),
+            held_bytes=self.admission.held_bytes(request),
         )
         self._admit_owner(owner)
         self._asked[owner] = now
@@ -162,24 +158,55 @@ class RequestQueue:
         that of the owner who was served longest ago, or never; then the oldest. Jobs of one owner alone fill a share of the
         batch while others ask too, since what they ask for next waits for the whole batch.
         """
-        served, last = self._served, self._last_turn
-        turn = sorted(
-            self.waiting.values(),
-            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
-        )
+        turn = self._in_turn()
         if not turn:
             return []
         head, batch = turn[0], [turn[0]]
         num_images = head.num_images
-        alike = [job for job in turn[1:] if job.key == head.key]
+        alike = [job for job in turn[1:] if job.key is not None and job.key == head.key]
         most = self.admission.max_batch
         if all(job.owner == head.owner for job in alike):
             most = math.ceil(most / self._num_active(head.owner))
         for job in alike:
             together = num_images + job.num_images
-            if together <= most and self._fits(head, together):
+            if together <= most and self._fit([*batch, job]):
                 batch.append(job)
                 num_images = together
+        return self._serve(batch)
+
+    def take_between(self, *, owners: Collection[str], priority: int, work: int, num_bytes: int) -> list[Job]:
+        """Move the next job that may run between two steps of others to those that run; none if there is none.
+
+        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to them
+        (pixels, those of each step counted), and fits in memory beside their `num_bytes`.
+        """
+        for job in self._in_turn():
+            beside = num_bytes + self.admission.needed([job.request], size=job.size)
+            if (
+                job.owner not in owners
+                and job.priority >= priority
+                and 2 * self._work(job) <= work
+                and beside <= self.admission.memory_bytes
+            ):
+                return self._serve([job])
+        return []
+
+    def _in_turn(self) -> list[Job]:
+        served, last = self._served, self._last_turn
+        return sorted(
+            self.waiting.values(),
+            key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
+        )
+
+    def _work(self, job: Job) -> int:
+        """How many pixels a job reads and draws, those of each step counted."""
+        sizes = [reference.report.processed_size for reference in job.request.references]
+        if isinstance(job.request, EditRequest):
+            sizes += [job.size] * self.admission.num_steps(job.request) * job.num_images
+        return sum(width * height for width, height in sizes)
+
+    def _serve(self, batch: list[Job]) -> list[Job]:
+        """Count the service of a batch, and move it to those that run."""
         for job in batch:
             self._served[job.owner] += max(1, job.num_images) / len(batch)
             self._last_turn[job.owner] = self._num_batches
@@ -193,8 +220,9 @@ class RequestQueue:
         self._asked = {other: at for other, at in self._asked.items() if now - at <= _ACTIVE_SECONDS}
         return len({owner, *self._asked})
 
-    def _fits(self, head: Job, num_images: int) -> bool:
-        return self.admission.fits(head.request.references, size=head.size, batch=num_images)
+    def _fit(self, jobs: Sequence[Job]) -> bool:
+        requests = [job.request for job in jobs if isinstance(job.request, EditRequest)]
+        return self.admission.fits(requests, size=jobs[0].size)
 
     def start(self, job: Job) -> None:
         """Move a job from those that wait to those that run."""

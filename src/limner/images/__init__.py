@@ -1,14 +1,13 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
-from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, plan_canvas, stitch
+from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, known_box, plan_canvas, stitch
 from limner.images.decode import decode
-from limner.images.encode import check_output, encode, numbered, save
-from limner.images.expand import expand_canvas
+from limner.images.encode import check_output, encode, numbered, save, side_by_side
+from limner.images.expand import expand_canvas, expanded_size
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
-from limner.images.kept import keep_outside, prepare_mask
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
-from limner.images.mask import describe_mask, read_alpha_mask, read_mask
+from limner.images.mask import check_marked, describe_mask, mask_of_picture, picture_of_mask, read_alpha_mask, read_mask
 from limner.images.metadata import picture_metadata, read_metadata
 from limner.images.preserve import Preserved, preserve
 from limner.images.reference import (
@@ -16,6 +15,7 @@ from limner.images.reference import (
     PreparedReference,
     ReferenceReport,
     background_colour,
+    prepare_canvas,
     prepare_reference,
     prepare_references,
     put_back,
@@ -35,19 +35,23 @@ __all__ = [
     "Preserved",
     "ReferenceReport",
     "background_colour",
+    "check_marked",
     "check_output",
     "cut",
     "decode",
     "describe_mask",
     "encode",
     "expand_canvas",
+    "expanded_size",
     "feathered",
     "format_of",
-    "keep_outside",
+    "known_box",
+    "mask_of_picture",
     "numbered",
     "picture_metadata",
+    "picture_of_mask",
     "plan_canvas",
-    "prepare_mask",
+    "prepare_canvas",
     "prepare_reference",
     "prepare_references",
     "preserve",
@@ -57,6 +61,7 @@ __all__ = [
     "read_mask",
     "read_metadata",
     "save",
+    "side_by_side",
     "stitch",
     "to_pil",
     "to_pixels",

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from limner.errors import InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 
-__all__ = ["CanvasPlan", "CanvasReport", "cut", "feathered", "plan_canvas", "stitch"]
+__all__ = ["CanvasPlan", "CanvasReport", "cut", "feathered", "known_box", "plan_canvas", "stitch"]
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -30,6 +30,8 @@ WHOLE = 0.9
 """A canvas that has to be scaled down by less than this is drawn whole."""
 MAX_ENLARGED = 4.0
 """Crops are not enlarged by more, unless a padding asks for them."""
+_RESAMPLED = 3
+"""Pixels of the coarser picture that resampling (Lanczos) mixes into one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +149,24 @@ def cut(picture: Image.Image, plan: CanvasPlan, *, background: str = "white") ->
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
     pixels = _scaled(_extended(np.asarray(picture), plan.box), plan.drawn_size, Image.Resampling.LANCZOS)
     return pixels, _scaled(_extended(plan.mask, plan.box), plan.drawn_size, Image.Resampling.BILINEAR)
+
+
+def known_box(plan: CanvasPlan, known: Box) -> Box | None:
+    """Return which whole tokens of what is drawn show nothing but a box of the canvas, in pixels; None if there are none.
+
+    Where the canvas is scaled, tokens that resampling mixes with what is beside the box are left out.
+    """
+    sides = []
+    for axis in (0, 1):
+        start, end = plan.box[axis], plan.box[axis + 2]
+        low, high = max(start, known[axis]), min(end, known[axis + 2])
+        scale = plan.drawn_size[axis] / (end - start)
+        reach = 0.0 if scale == 1 else _RESAMPLED * max(1.0, scale)
+        first = (low - start) * scale + (reach if low > start else 0)
+        last = (high - start) * scale - (reach if high < end else 0)
+        sides.append((math.ceil(first / PIXELS) * PIXELS, math.floor(last / PIXELS) * PIXELS))
+    (left, right), (top, bottom) = sides
+    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def stitch(canvas: Image.Image, drawn: Image.Image, plan: CanvasPlan) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -10,7 +11,7 @@ from PIL import Image, ImageFilter
 from limner.errors import InvalidRequest
 from limner.images.limits import MAX_DECODED_PIXELS
 
-__all__ = ["ANCHORS", "OVERLAP", "expand_canvas"]
+__all__ = ["ANCHORS", "OVERLAP", "Expanded", "expand_canvas", "expanded_size"]
 
 OVERLAP = 16
 """Pixels of the old picture beside the new area that are drawn again, which hides the seam: the side of a token."""
@@ -30,6 +31,14 @@ _MOST_BLUR = 64
 """Pixels: the fill is blurred more the further it is from the old picture, up to this radius."""
 
 
+class Expanded(NamedTuple):
+    """A canvas with new area: the mask (height, width) uint8, 255 is repainted, and the old picture's box in it."""
+
+    picture: Image.Image
+    mask: np.ndarray
+    known: tuple[int, int, int, int]
+
+
 def expand_canvas(
     picture: Image.Image,
     *,
@@ -37,8 +46,8 @@ def expand_canvas(
     size: tuple[int, int] | None = None,
     anchor: str = "center",
     overlap: int = OVERLAP,
-) -> tuple[Image.Image, np.ndarray]:
-    """Return the picture (RGB or RGBA) with new area around it, and its mask (height, width) uint8: 255 is repainted.
+) -> Expanded:
+    """Return the picture (RGB or RGBA) with new area around it, its mask, and where the old picture is in it.
 
     `expand` are the new pixels at (left, top, right, bottom); or `size` is the new (width, height), in which `anchor`
     says where the picture stands. Along new area `overlap` pixels of the picture are part of the mask. The new area
@@ -54,7 +63,21 @@ def expand_canvas(
     mask = np.full((height + top + bottom, width + left + right), 255, np.uint8)
     kept = [(overlap if new else 0) for new in margins]
     mask[top + kept[1] : top + height - kept[3], left + kept[0] : left + width - kept[2]] = 0
-    return _filled(picture, margins), mask
+    return Expanded(_filled(picture, margins), mask, (left, top, left + width, top + height))
+
+
+def expanded_size(
+    old: tuple[int, int],
+    *,
+    expand: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+    anchor: str = "center",
+    overlap: int = OVERLAP,
+) -> tuple[int, int]:
+    """Return the (width, height) that `expand_canvas` gives to a picture of size `old`. Raises as it does."""
+    margins = _margins(old, expand=expand, size=size, anchor=anchor)
+    _check_overlap(overlap, old, margins)
+    return old[0] + margins[0] + margins[2], old[1] + margins[1] + margins[3]
 
 
 def _filled(picture: Image.Image, margins: tuple[int, int, int, int]) -> Image.Image:

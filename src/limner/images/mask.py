@@ -12,16 +12,26 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
+from limner.grid import PIXELS
 from limner.images.limits import MAX_FILE_BYTES
-from limner.images.reference import upright
+from limner.images.reference import PreparedReference, prepare_canvas, upright
 from limner.images.sources import open_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import TypeIs
 
-__all__ = ["MaskSource", "describe_mask", "read_alpha_mask", "read_mask"]
+__all__ = [
+    "MaskSource",
+    "check_marked",
+    "describe_mask",
+    "mask_of_picture",
+    "picture_of_mask",
+    "read_alpha_mask",
+    "read_mask",
+]
 
 PictureSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | IO[bytes]"
 MaskSource: TypeAlias = "PictureSource | np.ndarray | Tensor"
@@ -63,8 +73,7 @@ def read_alpha_mask(picture: PictureSource, *, size: tuple[int, int], field: str
     if alpha is None:
         raise InvalidRequest(
             shown,
-            f"it has no alpha channel (its mode is {image.mode}); make what is to be repainted transparent, or "
-            "give a black and white picture as mask_image",
+            f"it has no alpha channel (its mode is {image.mode}); make what is to be repainted transparent, as a PNG",
         )
     return _checked(255 - alpha, size=size, field=field)
 
@@ -76,6 +85,24 @@ def describe_mask(mask: np.ndarray, *, field: str = "mask_image") -> list[str]:
     if mask.min() == 255:
         return [f"{field}: it is white everywhere, so nothing of the canvas is kept; black is kept"]
     return []
+
+
+def check_marked(mask: np.ndarray, *, field: str, marked: str = "white") -> None:
+    """Raise `InvalidRequest` if a mask repaints nothing, which callers who wait for a picture do not mean."""
+    if not mask.any():
+        raise InvalidRequest(field, f"no pixel is {marked}, so nothing would be drawn; mark what is to change")
+
+
+def picture_of_mask(mask: np.ndarray) -> PreparedReference:
+    """Return a mask (height, width) uint8 as a grey picture of its size, as which it can be stored."""
+    grey = Image.fromarray(mask).convert("RGB")
+    return prepare_canvas(grey, policy=ReferencePolicy(min_side=PIXELS, max_aspect=1e9))
+
+
+def mask_of_picture(picture: PreparedReference) -> np.ndarray:
+    """Return the mask that `picture_of_mask` made a picture of."""
+    width, height = picture.report.processed_size
+    return np.frombuffer(picture.data, np.uint8).reshape(height, width, 3)[..., 0].copy()
 
 
 def _is_tensor(mask: object) -> TypeIs[Tensor]:
@@ -119,7 +146,7 @@ def _from_picture(image: Image.Image, field: str) -> np.ndarray:
         raise InvalidRequest(
             field,
             "it is transparent in places, which could mean kept or repainted; save it without alpha channel, white where "
-            "it is to be repainted. limner.images.read_alpha_mask makes a mask of what is transparent",
+            "it is to be repainted",
         )
     if image.mode in ("1", "L", "LA"):
         grey = np.array(image.convert("L"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -46,8 +47,14 @@ _SWEEPS = 24
 """Rounds in which that is looked for; a round goes around two corners at least."""
 _GAP = PIXELS // 2
 """What lies between changes less than twice this far apart belongs to them: a token draws all of its pixels at once."""
-_FEATHER = 2
-"""Pixels around a change that come from the result too, and again as many in which it fades into the canvas."""
+_FINE = (12.0, 0.25)
+"""As in `_LEVELS`, for single pixels at the rim of a change: what differs by less is the canvas'."""
+_TINT = 5 / 255
+"""What differs in one way by more, over an area, is a change, however close its pixels are."""
+_RIM = 10
+"""Pixels: so far coarse levels and closed gaps can widen a change."""
+_FEATHER = 3
+"""Pixels in which a change fades into the canvas, on its own side; not where it differs clearly."""
 _SAME_ASPECT = 0.01
 _NO_DRIFT = np.ones(3, np.float32), np.zeros(3, np.float32)
 
@@ -66,6 +73,14 @@ class Preserved:
     drift_colour: tuple[float, float, float]
     share_kept: float
     change: Image.Image
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report without pictures, for JSON."""
+        return {
+            "share_kept": round(self.share_kept, 6),
+            "drift_pixels": list(self.drift_pixels),
+            "drift_colour": list(self.drift_colour),
+        }
 
     def describe(self) -> str:
         """Return the report as one line of text."""
@@ -136,17 +151,53 @@ def _change(before: Array, after: Array) -> Image.Image:
     """Return the change map as L: 255 where the result is to be, 0 where the canvas is, with soft edges."""
     height, width = before.shape[:2]
     score = np.zeros((height, width), np.float32)
+    fine = _fine(before, after)
+    rim = (fine < 1) & (_tint(before, after, fine < 1) < _TINT)
     for level, (constant, share) in enumerate(_LEVELS):
         if level:
             before, after = _halved(before), _halved(after)
         smooth = _smooth(before)
-        contrast = (_extremes(smooth, np.maximum) - _extremes(smooth, np.minimum)).max(-1)
         differs = np.abs(smooth - _smooth(after)).max(-1)
-        score = np.maximum(score, _enlarged(differs / (constant / 255 + share * contrast), (width, height), 2**level))
+        tolerance = constant / 255 + share * _contrast(smooth)
+        score = np.maximum(score, _enlarged(differs / tolerance, (width, height), 2**level))
     changed = _spread(score >= 1, score >= _WEAK)
     closed = ~_widened(~_widened(changed, _GAP), _GAP)
-    grown = _widened(closed, 2 * _FEATHER - 1)
-    return Image.fromarray(grown.astype(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(_FEATHER - 1))
+    kept = _spread(~closed, ~closed | (_widened(~closed, _RIM) & rim))
+    weight = np.clip(2 * (fine - 1), 0, 1)
+    weight[~_widened(kept, _FEATHER - 1)] = 1
+    for distance in range(1, _FEATHER):
+        weight = np.maximum(weight, ~_widened(kept, distance - 1) * np.float32(distance / _FEATHER))
+    weight[kept] = 0
+    return Image.fromarray((weight * 255).round().astype(np.uint8))
+
+
+def _fine(before: Array, after: Array) -> Array:
+    """Return how far pixels differ beyond what blur explains; from 1 on they are another thing.
+
+    An edge that is blurred is in both pictures. One that is in one of them alone is a change: its contrast excuses nothing.
+    """
+    smooth, smooth_after = _smooth(before), _smooth(after)
+    contrast = np.minimum(_contrast(smooth), _contrast(smooth_after))
+    constant, share = _FINE
+    found: Array = np.abs(smooth - smooth_after).max(-1) / (constant / 255 + share * contrast)
+    return found
+
+
+def _tint(before: Array, after: Array, close: Array) -> Array:
+    """Return how much the close pixels around each pixel, of 8x8 at least, differ on average: a faint change of an area."""
+    height, width = close.shape
+    near = close[..., None].astype(np.float32)
+    difference, share = (after - before) * near, near
+    for _ in range(2):
+        difference, share = _halved(difference), _halved(share)
+    mean = np.abs(_smooth(difference)).max(-1) / np.maximum(_smooth(share)[..., 0], 1e-3)
+    return _enlarged(mean, (width, height), 4)
+
+
+def _contrast(values: Array) -> Array:
+    """Return the difference between the largest and the smallest of 3x3 pixels, of the channel that differs most."""
+    found: Array = (_extremes(values, np.maximum) - _extremes(values, np.minimum)).max(-1)
+    return found
 
 
 def _widened(marks: Array, radius: int) -> Array:

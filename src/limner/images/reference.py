@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageColor
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
+from limner.grid import PIXELS
 from limner.images.colour import to_srgb
 from limner.images.fit import Box, fit_picture
 from limner.images.sources import PictureSource, as_list, open_picture
@@ -27,6 +28,7 @@ __all__ = [
     "PreparedReference",
     "ReferenceReport",
     "background_colour",
+    "prepare_canvas",
     "prepare_reference",
     "prepare_references",
     "put_back",
@@ -53,7 +55,8 @@ class ReferenceReport:
     """What was done to one reference. Sizes are (width, height), boxes (left, top, right, bottom).
 
     `cut` and `added` count pixels on each side of the scaled picture. `upright_size` is the size after turning, where it
-    is not `original_size`. `profile` says what was done with a colour profile that is not sRGB's.
+    is not `original_size`. `profile` says what was done with a colour profile that is not sRGB's. `origin` (x, y) is where
+    its corner is in the picture that is drawn, for what is known of an expanded canvas: whole tokens.
     """
 
     original_size: tuple[int, int]
@@ -65,6 +68,7 @@ class ReferenceReport:
     added: Box = (0, 0, 0, 0)
     upright_size: tuple[int, int] | None = None
     profile: str | None = None
+    origin: tuple[int, int] = (0, 0)
 
     @property
     def box(self) -> Box:
@@ -90,8 +94,9 @@ class ReferenceReport:
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report with both boxes, for JSON."""
-        return {**asdict(self), "box": self.box, "source_box": self.source_box}
+        """Return the report with both boxes, for JSON; `origin` only where it is another than the corner."""
+        values = {**asdict(self), "box": self.box, "source_box": self.source_box}
+        return values if any(self.origin) else {name: value for name, value in values.items() if name != "origin"}
 
     def describe(self) -> str:
         """Return the report as one line of text."""
@@ -101,7 +106,8 @@ class ReferenceReport:
         parts += ["scaled to {}x{}".format(*self.resized_to)] if self.resized_to else []
         parts += ["cut {} left, {} top, {} right, {} bottom".format(*self.cut)] if any(self.cut) else []
         parts += ["padded {} left, {} top, {} right, {} bottom".format(*self.added)] if any(self.added) else []
-        return ", ".join([*parts, "used as {}x{}".format(*self.processed_size)])
+        place = " at {}, {} of the picture".format(*self.origin) if any(self.origin) else ""
+        return ", ".join([*parts, "used as {}x{}".format(*self.processed_size) + place])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -112,8 +118,30 @@ class PreparedReference:
     report: ReferenceReport
 
     def computed_digest(self) -> str:
-        """Return the SHA-256 in hex of size and pixels; it equals the report's unless one of them was changed."""
-        return _digest(self.data, self.report.processed_size)
+        """Return the SHA-256 in hex of size, origin and pixels; it equals the report's unless one of them was changed."""
+        return _digest(self.data, self.report.processed_size, self.report.origin)
+
+    def part(self, box: Box) -> PreparedReference:
+        """Return a part (left, top, right, bottom) of it that stays in its place; the box is on the grid of tokens."""
+        width, height = self.report.processed_size
+        left, top, right, bottom = box
+        if any(side % PIXELS for side in box) or not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(f"the box {box} is not a part of {width}x{height} on the grid of {PIXELS} pixels")
+        data = Image.frombytes("RGB", (width, height), self.data).crop(box).tobytes()
+        size, origin = (right - left, bottom - top), (left, top)
+        digest = _digest(data, size, origin)
+        return PreparedReference(
+            data=data,
+            report=ReferenceReport(
+                original_size=size,
+                oriented=False,
+                resized_to=None,
+                cut=(0, 0, 0, 0),
+                processed_size=size,
+                digest=digest,
+                origin=origin,
+            ),
+        )
 
     @property
     def pixels(self) -> Tensor:
@@ -139,6 +167,36 @@ def prepare_reference(
     """
     if isinstance(image, PreparedReference):
         return image
+    read = _read(image, policy=policy, field=field, ask_background=ask_background)
+    fitted = fit_picture(read.rgb, policy, field=read.field)
+    return _prepared(read, fitted.image, resized_to=fitted.resized_to, cut=fitted.cut, added=fitted.added)
+
+
+def prepare_canvas(
+    image: Picture, *, policy: ReferencePolicy, field: str = "canvas", ask_background: str = _ASK_BACKGROUND
+) -> PreparedReference:
+    """Return a picture that is repainted: upright sRGB without transparency, at its own size, on no grid and under no cap.
+
+    What is refused of a reference is refused of it too. Raises `InvalidRequest` that names `field`.
+    """
+    if isinstance(image, PreparedReference):
+        return image
+    read = _read(image, policy=policy, field=field, ask_background=ask_background)
+    return _prepared(read, read.rgb)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Read:
+    """A picture as RGB and upright, what was done to it, and how messages name it."""
+
+    rgb: Image.Image
+    size: tuple[int, int]
+    oriented: bool
+    profile: str | None
+    field: str
+
+
+def _read(image: PictureSource, *, policy: ReferencePolicy, field: str, ask_background: str) -> _Read:
     opened, field = open_picture(image, field=field)
     converted, profile = to_srgb(opened)
     try:
@@ -151,20 +209,30 @@ def prepare_reference(
         problem = str(error).removeprefix(f"{field}: ")
         raise InvalidRequest(field, f"{problem} (its colour profile: {profile})") from None
     _check_size(rgb.size, policy, field=field)
-    fitted = fit_picture(rgb, policy, field=field)
-    data = fitted.image.tobytes()
+    return _Read(rgb=rgb, size=opened.size, oriented=oriented, profile=profile, field=field)
+
+
+def _prepared(
+    read: _Read,
+    image: Image.Image,
+    *,
+    resized_to: tuple[int, int] | None = None,
+    cut: Box = (0, 0, 0, 0),
+    added: Box = (0, 0, 0, 0),
+) -> PreparedReference:
+    data = image.tobytes()
     return PreparedReference(
         data=data,
         report=ReferenceReport(
-            original_size=opened.size,
-            oriented=oriented,
-            resized_to=fitted.resized_to,
-            cut=fitted.cut,
-            processed_size=fitted.image.size,
-            digest=_digest(data, fitted.image.size),
-            added=fitted.added,
-            upright_size=None if rgb.size == opened.size else rgb.size,
-            profile=profile,
+            original_size=read.size,
+            oriented=read.oriented,
+            resized_to=resized_to,
+            cut=cut,
+            processed_size=image.size,
+            digest=_digest(data, image.size),
+            added=added,
+            upright_size=None if read.rgb.size == read.size else read.rgb.size,
+            profile=read.profile,
         ),
     )
 
@@ -274,7 +342,8 @@ def _check_size(size: tuple[int, int], policy: ReferencePolicy, *, field: str) -
         raise InvalidRequest(field, f"{width}x{height} is too long; the aspect may be {policy.max_aspect:g}:1, crop it")
 
 
-def _digest(data: bytes, size: tuple[int, int]) -> str:
-    digest = hashlib.sha256(f"{size[0]}x{size[1]}:".encode())
+def _digest(data: bytes, size: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> str:
+    place = f"+{origin[0]}+{origin[1]}" if any(origin) else ""
+    digest = hashlib.sha256(f"{size[0]}x{size[1]}{place}:".encode())
     digest.update(data)
     return digest.hexdigest()

@@ -72,6 +72,35 @@ class EditInputs(_Drawing):
     """Arguments of `edit`."""
 
     pictures: Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES, description=_PICTURES)]
+    mask: str | None = Field(
+        None,
+        description="What to repaint: a black and white picture of image 1's size, as path or base64. White is repainted, "
+        "black stays to the pixel; the result has the size of image 1.",
+    )
+    expand: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=4, max_length=4)] | None = Field(
+        None, description="Continue image 1 beyond its edges: new pixels at [left, top, right, bottom]."
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="Under 1: draw over image 1, which shows through the more the less this is."
+    )
+    preserve: Literal["auto"] | None = Field(
+        None, description="auto: take what the edit did not change from image 1, to the pixel, without a mask."
+    )
+    canvas: str | None = Field(
+        None, description="Repaint this picture (path or base64) instead of image 1. It is no reference then."
+    )
+    mask_blur: int | None = Field(
+        None, ge=0, strict=True, description="Pixels over which a mask fades out; default: 8."
+    )
+    padding_mask_crop: int | None = Field(
+        None, ge=0, strict=True, description="Draw the mask and so many pixels around it, enlarged."
+    )
+    reference_weights: Annotated[list[float], Field(min_length=1, max_length=MAX_PICTURES)] | None = Field(
+        None, description="What each picture counts, in order: 1 as it is, less or more, 0 not at all."
+    )
+    reference_guidance: float | None = Field(
+        None, ge=0, description="Over 1 holds a likeness (about 1.5), at twice the time."
+    )
 
 
 class KeepInputs(Inputs):

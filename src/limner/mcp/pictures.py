@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import anyio
+import numpy as np
 from anyio import to_thread
 
 from limner.config import ReferencePolicy
 from limner.errors import InvalidRequest
-from limner.images import MAX_FILE_BYTES, PreparedReference, prepare_reference
+from limner.images import MAX_FILE_BYTES, PreparedReference, check_marked, prepare_canvas, prepare_reference, read_mask
 from limner.mcp.folder import AllowedFolder
 from limner.mcp.inputs import MAX_PICTURES
 from limner.mcp.kept import KeptReferences
@@ -49,19 +50,39 @@ class PictureReader:
         self._outbound = outbound
         self._slots = anyio.CapacityLimiter(2)  # a decoded picture may have hundreds of megabytes
 
-    async def read(self, texts: Sequence[str], *, field: str = "pictures") -> tuple[PreparedReference, ...]:
-        """Return the references that texts name, in order. Raises `InvalidRequest`."""
+    async def read(
+        self, texts: Sequence[str], *, field: str = "pictures", first_whole: bool = False
+    ) -> tuple[PreparedReference, ...]:
+        """Return the references that texts name, in order. Raises `InvalidRequest`.
+
+        `first_whole`: the first one is repainted, and stays as large as it is; a kept one stays as it is kept.
+        """
         found: list[PreparedReference] = []
         for i, text in enumerate(texts, start=1):
-            found += await self._read(text, field=f"{field} {i}")
+            found += await self._read(text, field=f"{field} {i}", whole=first_whole and i == 1)
         if len(found) > MAX_PICTURES:
             raise InvalidRequest(field, f"{len(found)} pictures are over the {MAX_PICTURES} that are allowed")
         return tuple(found)
 
-    async def _read(self, text: str, *, field: str) -> Sequence[PreparedReference]:
+    async def _read(self, text: str, *, field: str, whole: bool) -> Sequence[PreparedReference]:
         if text.startswith("limner:"):
             return self._of_uri(text, field=field)
-        return [await self.in_thread(self._prepare, await self._bytes(text, field=field), field=field)]
+        return [await self.in_thread(self._prepare, await self._bytes(text, field=field), field=field, whole=whole)]
+
+    async def read_canvas(self, text: str, *, field: str = "canvas") -> PreparedReference:
+        """Return a picture to repaint: a kept one as it is kept, others at their own size. Raises `InvalidRequest`."""
+        found = await self._read(text, field=field, whole=True)
+        if len(found) != 1:
+            raise InvalidRequest(field, f"{text!r} are {len(found)} pictures; name one, as {text}/1.png")
+        return found[0]
+
+    async def read_mask(self, text: str, *, size: tuple[int, int], field: str = "mask") -> np.ndarray:
+        """Return a mask over a picture of `size` (width, height): (height, width) uint8. Raises `InvalidRequest`."""
+        if text.startswith("limner:"):
+            raise InvalidRequest(field, "no masks are kept; give a file of the allowed folder, or base64")
+        mask = await self.in_thread(read_mask, await self._bytes(text, field=field), size=size, field=field)
+        check_marked(mask, field=field)
+        return mask
 
     def _of_uri(self, uri: str, *, field: str) -> Sequence[PreparedReference]:
         match = URI.fullmatch(uri)
@@ -95,8 +116,8 @@ class PictureReader:
             )
         return await fetch_picture(url, client=self._outbound, max_bytes=MAX_FILE_BYTES, field=field)
 
-    def _prepare(self, data: bytes, *, field: str) -> PreparedReference:
-        return prepare_reference(data, policy=self._policy, field=field)
+    def _prepare(self, data: bytes, *, field: str, whole: bool) -> PreparedReference:
+        return (prepare_canvas if whole else prepare_reference)(data, policy=self._policy, field=field)
 
     async def in_thread(self, function: Callable[..., T], *arguments: object, **named: object) -> T:
         """Run what reads, decodes or encodes a picture."""

@@ -26,13 +26,14 @@ from limner.engine.events import EditResult, Finished, Prefilled
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, LimnerError
 from limner.images import FORMATS, MEDIA_TYPES, PreparedReference, encode, numbered, picture_metadata
+from limner.mcp.control import Asked, read_asked
 from limner.mcp.folder import AllowedFolder
 from limner.mcp.inputs import EditInputs, ForgetInputs, GenerateInputs, Inputs, KeepInputs, read_inputs
 from limner.mcp.kept import Kept, KeptReferences
 from limner.mcp.pictures import URI, PictureReader
 from limner.mcp.work import run_request
 from limner.outbound.client import OutboundClient
-from limner.requests import EditRequest, PrefillRequest
+from limner.requests import EditRequest, PrefillRequest, with_mask
 from limner.version import __version__
 
 __all__ = ["Assistant", "create_server"]
@@ -88,7 +89,8 @@ class Assistant:
             "generate": _Tool(inputs=GenerateInputs, description="Draw pictures from text alone.", run=self._generate),
             "edit": _Tool(
                 inputs=EditInputs,
-                description="Edit, or combine, reference pictures as the prompt says.",
+                description="Edit, or combine, reference pictures as the prompt says: all of image 1, or what a mask "
+                "marks. Or continue image 1 beyond its edges.",
                 run=self._edit,
             ),
             "keep_references": _Tool(
@@ -123,28 +125,32 @@ class Assistant:
     # tools
 
     async def _generate(self, request: _Request, inputs: GenerateInputs) -> types.CallToolResult:
-        return await self._draw(request, inputs, texts=())
+        return await self._draw(request, inputs)
 
     async def _edit(self, request: _Request, inputs: EditInputs) -> types.CallToolResult:
-        return await self._draw(request, inputs, texts=inputs.pictures)
+        return await self._draw(request, inputs)
 
-    async def _draw(
-        self, request: _Request, inputs: GenerateInputs | EditInputs, *, texts: Sequence[str]
-    ) -> types.CallToolResult:
+    async def _draw(self, request: _Request, inputs: GenerateInputs | EditInputs) -> types.CallToolResult:
         files = await self.pictures.in_thread(self._new_files, inputs)
-        references = await self.pictures.read(texts)
+        asked = await read_asked(self.pictures, inputs) if isinstance(inputs, EditInputs) else Asked()
         first = secrets.randbelow(2**31) if inputs.seed is None else inputs.seed
-        asked = EditRequest(
+        drawn = EditRequest(
             prompt=inputs.prompt,
             seeds=tuple(range(first, first + inputs.num_images)),
-            references=references,
+            references=asked.references,
             width=inputs.width,
             height=inputs.height,
             num_inference_steps=inputs.steps,
             guidance_scale=inputs.guidance,
             negative_prompt=inputs.negative_prompt,
+            control=asked.control,
+            canvas=asked.canvas,
         )
-        event = await run_request(self.engine, asked, report=request.session.report_progress)
+        try:
+            drawn = await self.pictures.in_thread(self.engine.opened, drawn)
+        except InvalidRequest as error:
+            raise with_mask(error) from None
+        event = await run_request(self.engine, drawn, report=request.session.report_progress)
         assert isinstance(event, Finished)
         return await self.pictures.in_thread(self._answer, inputs, event.result, files)
 
@@ -167,8 +173,10 @@ class Assistant:
     ) -> types.CallToolResult:
         """Write the files, encode the pictures, and say how they were made."""
         metadata = [
-            picture_metadata(prompt=inputs.prompt, seed=seed, model=self.engine.model.digest, more=result.metadata)
-            for seed in result.seeds
+            picture_metadata(
+                prompt=inputs.prompt, seed=seed, model=self.engine.model.digest, more=result.metadata_of(number)
+            )
+            for number, seed in enumerate(result.seeds)
         ]
         if self.folder is not None:
             for file, picture, about in zip(files, result.images, metadata, strict=False):
@@ -187,6 +195,12 @@ class Assistant:
             "seconds_saved": round(result.seconds_saved, 4),
             "seconds": round(result.timings.total, 4),
         }
+        if result.canvas:
+            about_all["canvas"] = asdict(result.canvas[0])
+        if result.preserved:
+            about_all["preserved"] = [one.as_json() for one in result.preserved]
+        if result.warnings:
+            about_all["warnings"] = list(result.warnings)
         shown = [] if inputs.answer == "none" else zip(result.images, metadata, strict=True)
         content = [_picture(encode(p, inputs.answer, metadata=m), inputs.answer) for p, m in shown]
         return _result(about_all, *content)

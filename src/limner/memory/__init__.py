@@ -13,6 +13,7 @@ from limner.memory.components import (
     transformer_bytes,
 )
 from limner.memory.components import Workload as Request
+from limner.memory.control import control_bytes, phase_bytes, reused_bytes
 from limner.memory.plan import LIBRARIES, MemoryPlan, Phase, Staging, cheapest, make_plan
 
 __all__ = [
@@ -27,9 +28,12 @@ __all__ = [
     "autoencoder_bytes",
     "call_bytes",
     "cheapest",
+    "control_bytes",
     "kv_bytes",
     "make_plan",
     "parse_bytes",
+    "phase_bytes",
+    "reused_bytes",
     "show_bytes",
     "text_bytes",
     "transformer_bytes",

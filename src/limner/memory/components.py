@@ -20,6 +20,7 @@ __all__ = [
     "activations",
     "autoencoder_bytes",
     "call_bytes",
+    "encode_bytes",
     "kv_bytes",
     "least_resident",
     "num_embedding_weights",
@@ -41,7 +42,10 @@ _STRIP_SCRATCH = (1 << 15) * 4 * 6
 class Workload:
     """The sizes of one call: (width, height) in pixels, of references after their processing.
 
-    `joint`: references are tokens of every step (`limner.kinds`), not K/V that are kept.
+    `joint`: references are tokens of every step (`limner.kinds`), not K/V that are kept. `guides` and `guides_references`:
+    a further forward in each step, with negative prompts and without references. `reuses`: K/V of joint references are
+    kept from the first step on. `canvas_pixels` are those of all canvases together, `result_pixels` those of all results
+    that are put back into them; `preserves`: what the edits left alone is looked for.
     """
 
     size: tuple[int, int]
@@ -49,6 +53,12 @@ class Workload:
     batch: int = 1
     num_text: int = 512
     joint: bool = False
+    guides: bool = False
+    guides_references: bool = False
+    reuses: bool = False
+    canvas_pixels: int = 0
+    result_pixels: int = 0
+    preserves: bool = False
 
     @property
     def num_ref(self) -> int:
@@ -179,6 +189,11 @@ def _autoencoder_activations(channels: Sequence[int], pixels: int, live: int, it
     return _LIVE_STRIPS * widest * pixels * itemsize + _STRIP_SCRATCH * widest
 
 
+def encode_bytes(config: AutoencoderConfig, pixels: int, *, itemsize: int) -> int:
+    """Return the bytes of activations while a picture of so many pixels is encoded."""
+    return _autoencoder_activations(config.encoder_channels, pixels, _LIVE_ENCODE, itemsize, whole=WHOLE_PIXELS)
+
+
 def _text_activations(config: TextConfig, num_text: int, itemsize: int) -> int:
     """Bytes of the hidden states of all layers (the network keeps them), of those in use joined, and of one layer."""
     hidden = (config.num_used + 1 + 3) * config.width
@@ -213,9 +228,7 @@ def call_bytes(
     reference_pixels = num_ref * PIXELS**2 if reference_pixels is None else reference_pixels
     tokens = batch * (num_own + num_ref) if joint else max(num_ref, batch * num_own)
     blocks = _block_activations(transformer, tokens, size)
-    encode = _autoencoder_activations(
-        autoencoder.encoder_channels, reference_pixels, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
-    )
+    encode = encode_bytes(autoencoder, reference_pixels, itemsize=size)
     at_once = min(batch, max(1, WHOLE_PIXELS // max(pixels, 1)))
     decode = at_once * _autoencoder_activations(
         autoencoder.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels
@@ -235,9 +248,7 @@ def activations(
     decode = _autoencoder_activations(networks.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels)
     found = {"encode text": _text_activations(geometry.text_encoder, workload.num_text, size)}
     if workload.references:
-        found["encode references"] = _autoencoder_activations(
-            networks.encoder_channels, largest, _LIVE_ENCODE, size, whole=WHOLE_PIXELS
-        )
+        found["encode references"] = encode_bytes(networks, largest, itemsize=size)
         if not workload.joint:
             found["prefill"] = _block_activations(config, workload.num_ref, size) + wide
     own = workload.num_own + (workload.num_ref if workload.joint else 0)

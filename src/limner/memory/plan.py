@@ -8,8 +8,8 @@ that were converted or quantized while loading, int8 weights packed for the CPU'
 CPU, all bytes of a phase are the device's.
 
 `Staging` says how weights stay in memory: "whole", all of them all the time; "parts", those of one network at a time;
-"layers", also a network's layers by turns, where one network alone exceeds the limit. Staging is for the CPU; on another
-device all weights are resident all the time.
+"layers", also a network's layers by turns, where one network alone exceeds the limit. On a GPU weights that are not
+there are in page-locked host memory; what the transformer has besides its blocks is there all the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from limner.memory.amounts import show_bytes
 from limner.memory.components import (
     Formats,
     Workload,
-    activations,
     autoencoder_bytes,
     kv_bytes,
     least_resident,
@@ -33,15 +32,17 @@ from limner.memory.components import (
     text_bytes,
     transformer_bytes,
 )
+from limner.memory.control import held_bytes, phase_bytes, reused_bytes
 
-__all__ = ["LIBRARIES", "MemoryPlan", "Phase", "Staging", "cheapest", "make_plan"]
+__all__ = ["DEVICE_BASE", "LIBRARIES", "MemoryPlan", "Phase", "Staging", "cheapest", "make_plan"]
 
 Staging = Literal["whole", "parts", "layers"]
 
-_BASE_ANONYMOUS = 330 << 20
-LIBRARIES = 370 << 20
-"""A process that imported torch, diffusers and transformers has 323 MiB of anonymous memory and 365 MiB of libraries."""
-_DEVICE_BASE = 500 << 20
+_BASE_ANONYMOUS = 210 << 20
+LIBRARIES = 130 << 20
+"""A process that drew has 175 MiB of anonymous memory and 110 MiB of libraries besides the model. One whose model needs
+classes of diffusers or transformers has up to 150 and 250 MiB more."""
+DEVICE_BASE = 500 << 20
 """The context of a CUDA process and the workspaces of its libraries."""
 
 
@@ -116,19 +117,36 @@ def make_plan(
     packed = num_matrix_weights(config) if formats.quantize and formats.packed and device == "cpu" else 0
     kept_kv = kv_bytes(config, workload.num_ref, itemsize=size, kv=formats.kv, joint=workload.joint)
     embeds = workload.batch * workload.num_text * config.text_width * size
-    working = activations(geometry, workload, formats=formats, whole_pixels=whole_pixels)
-    owner = {"encode text": "text_encoder", "encode references": "autoencoder", "decode": "autoencoder"}
+    working = phase_bytes(geometry, workload, formats=formats, whole_pixels=whole_pixels)
+    held, put_back = held_bytes(workload), working.pop("put back", 0)
+    if workload.reuses:
+        working["denoise"] += reused_bytes(config, workload, formats=formats)
+    if put_back and device == "cpu":  # elsewhere canvases are the host's
+        working["put back"] = put_back
+    owner = {
+        "encode text": "text_encoder",
+        "encode references": "autoencoder",
+        "decode": "autoencoder",
+        "put back": "autoencoder",
+    }
     started = {"encode text": 0, "encode references": embeds}
     on_device = device != "cpu"
     files = {part: 0 if part in formats.anonymous else nbytes for part, nbytes in weights.items()}
-    base = _DEVICE_BASE if on_device else _BASE_ANONYMOUS + sum(weights.values()) - sum(files.values())
+    base = DEVICE_BASE if on_device else _BASE_ANONYMOUS + held + sum(weights.values()) - sum(files.values())
     phases = []
     for name, own in working.items():
         part = owner.get(name, "transformer")
         anonymous = base + started.get(name, embeds + kept_kv) + own
-        anonymous += packed if name in ("prefill", "denoise", "decode") else 0
+        anonymous += packed if name in ("prefill", "denoise", "decode", "put back") else 0
         if on_device:
-            phases.append(Phase(name=name, anonymous=anonymous + sum(weights.values()), file_backed=0))
+            smallest = _least_on_device(geometry, formats)
+            phases.append(
+                Phase(
+                    name=name,
+                    anonymous=anonymous + _weights_on_device(weights, smallest, part, staging, limit, anonymous),
+                    file_backed=0,
+                )
+            )
             continue
         resident = sum(files.values())
         if staging != "whole":
@@ -146,15 +164,38 @@ def make_plan(
         "K/V of references": kept_kv,
         "prompt": embeds,
         "activations": max(working.values()),
+        **({"canvases": held} if held else {}),
         "process": _BASE_ANONYMOUS + LIBRARIES,
     }
-    host = _BASE_ANONYMOUS + LIBRARIES if on_device else 0
+    host = _BASE_ANONYMOUS + LIBRARIES + held + put_back if on_device else 0
+    host += sum(weights.values()) if on_device and staging != "whole" else 0
     return MemoryPlan(
         device=device, staging=staging, formats=formats, components=components, phases=tuple(phases), host=host
     )
 
 
-def _choices(formats: Formats, *, device: str, fixed: bool) -> Iterator[tuple[Formats, Staging]]:
+def _least_on_device(geometry: ModelGeometry, formats: Formats) -> dict[str, int]:
+    """Return the bytes with which each network runs layer by layer on a GPU; of "always", what never leaves it."""
+    text, config = geometry.text_encoder, geometry.transformer
+    least = {part: least_resident(geometry, formats, part) for part in ("text_encoder", "transformer", "autoencoder")}
+    least["text_encoder"] += num_embedding_weights(text) * formats.itemsize
+    blocks = num_matrix_weights(config) * (formats.itemsize if formats.quantize is None else 1)
+    return {**least, "always": transformer_bytes(config, formats) - blocks}
+
+
+def _weights_on_device(
+    weights: Mapping[str, int], least: Mapping[str, int], part: str, staging: Staging, limit: int | None, other: int
+) -> int:
+    """Return the bytes of weights that are on a GPU while a network works, beside `other` bytes."""
+    if staging == "whole":
+        return sum(weights.values())
+    always = 0 if part == "transformer" else least["always"]
+    if staging == "parts":
+        return always + weights[part]
+    return always + min(weights[part], max(least[part], 0 if limit is None else limit - other - always))
+
+
+def _choices(formats: Formats, *, fixed: bool) -> Iterator[tuple[Formats, Staging]]:
     """Yield settings, cheapest first: those that change no bit and cost no time, and slow ones last."""
     kinds = [formats]
     if not fixed:
@@ -162,11 +203,9 @@ def _choices(formats: Formats, *, device: str, fixed: bool) -> Iterator[tuple[Fo
         kinds.append(replace(formats, quantize="int8", kv=formats.kv or "int8"))
     for kind in kinds:
         yield kind, "whole"
-        if device == "cpu":
-            yield kind, "parts"
-    if device == "cpu":
-        for kind in kinds:
-            yield kind, "layers"
+        yield kind, "parts"
+    for kind in kinds:
+        yield kind, "layers"
 
 
 def cheapest(
@@ -181,7 +220,7 @@ def cheapest(
 ) -> MemoryPlan:
     """Return the cheapest plan within `limit` bytes; `fixed` keeps the formats. Raises `CapacityError` with numbers."""
     smallest: MemoryPlan | None = None
-    for kind, staging in _choices(formats, device=device, fixed=fixed):
+    for kind, staging in _choices(formats, fixed=fixed):
         plan = make_plan(geometry, workload, formats=kind, device=device, staging=staging, limit=limit)
         if plan.peak <= limit:
             return plan

@@ -14,10 +14,12 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from limner.errors import CapacityError, InvalidRequest
 from limner.memory.amounts import show_bytes
+from limner.memory.free import free_bytes
 from limner.memory.pages import can_release, file_backed, read_ahead, release, resident
 from limner.memory.plan import LIBRARIES
 from limner.model.int8 import Int8Linear
@@ -93,6 +95,10 @@ class Residency:
     def _bytes_of(module: nn.Module, addresses: Collection[int]) -> int:
         """Return the bytes of a module's tensors that start at some addresses."""
         return sum(t.nbytes for t in _tensors(module) if t.data_ptr() in addresses)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Return the bytes that a call may take on a device now."""
+        return free_bytes(device)
 
     def after_read(self, tensor: Tensor) -> None:
         """Release a tensor that was read once (a check, a digest), unless all weights have room."""

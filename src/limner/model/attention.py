@@ -4,17 +4,19 @@ There may be fewer queries than own keys: only those of the tokens whose result 
 
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
 All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1, or B in training. They are neither
-repeated nor joined to others: `native` and `flash` read them where they are; `chunked` in half precision copies those of
-one layer into scratch memory, once for a batch. `native` widens quantized ones a block at a time, the others a layer at a
-time. Knows nothing of blocks, modulation or positions.
+repeated nor joined to others: `native`, `triton` and the kernels with a log-sum-exp read them where they are; `chunked` in
+half precision copies those of one layer into scratch memory, once for a batch. `native` and `triton` widen quantized ones a
+block at a time, the others a layer at a time. Knows nothing of blocks, modulation or positions.
 
 Kernels (`KERNELS`), all equal up to rounding:
 - ``native``: a flash kernel in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler. Scores and
   softmax are in float32, and no score leaves the cache.
 - ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. Runs anywhere.
 - ``chunked_float32``: the same in float32, for half precision where the CPU multiplies float32 faster.
-- ``flash``: torch's flash kernel once for the references and once for the own tokens, merged by their log-sum-exp. For
-  CUDA, and for CPUs with AMX; runs on any CPU.
+- ``triton``: one pass of our own kernel over references and own tokens (`limner.model.gpu.attention_triton`), on GPUs.
+- ``flash``, ``flash3``, ``flash4``, ``cudnn``, ``efficient``: torch's, once for the references and once for the own tokens,
+  merged by their log-sum-exp (`limner.model.gpu.with_lse`). ``flash`` runs on any CPU and is best with AMX.
+- ``sdpa``: torch's own choice over the concatenation; for mps, and where no other kernel runs on a GPU.
 - ``dense``: the formula over the concatenation. Copies; differentiable. For training: on a CPU with a few hundred tokens a
   third faster, backward included, than `scaled_dot_product_attention`.
 """
@@ -29,14 +31,17 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.model.arithmetic import fast_dtype
-from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV
+from limner.model.gpu import attention_triton, choice, with_lse
+from limner.model.gpu.with_lse import attend_parts
+from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV, quantize_layer
 from limner.native import kernels as native
 
-__all__ = ["KERNELS", "KeyWeights", "attend", "choose_kernel"]
+__all__ = ["CPU_KERNELS", "KERNELS", "KeyWeights", "attend", "choose_kernel"]
 
 _logger = logging.getLogger("limner")
 _CHUNK = 256
@@ -48,16 +53,12 @@ _SCORES = 8 << 20
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the name of the fastest kernel that runs there; the choice is logged once.
 
-    Torch's flash kernel takes half precision, Ampere or newer, and head dims that are multiples of 8. On a CPU its products
-    are oneDNN's: with AMX four to six times as fast as `native` in bfloat16, without half as fast (docs/log.md).
+    On a GPU the candidates of `limner.model.gpu.choice` are checked and measured. On a CPU the products of torch's flash
+    kernel are oneDNN's: with AMX four to six times as fast as `native` in bfloat16, without half as fast (docs/log.md).
     """
-    flash = (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-    if flash or (device.type == "cpu" and dtype == torch.bfloat16 and _has_amx()):
+    if device.type not in ("cpu", "meta"):
+        name = _choose_on_gpu(device, dtype, head_dim)
+    elif device.type == "cpu" and dtype == torch.bfloat16 and _has_amx():
         name = "flash"
     elif native.takes(device, dtype, head_dim):
         name = "native"
@@ -65,6 +66,58 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         name = "chunked_float32" if fast_dtype(device, dtype) != dtype else "chunked"
     _logger.info("attention on %s in %s, head dim %d: kernel %s", device, dtype, head_dim, name)
     return name
+
+
+def _choose_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the fastest kernel that is right there: four heads, an image and references of 1,024 tokens each."""
+    candidates = choice.attention_candidates(device, dtype, head_dim)
+    what = f"attention on {device} in {dtype}, head dim {head_dim}"
+
+    def case(num: int) -> tuple[Tensor, Tensor, Tensor, LayerKV]:
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randn(1, n, 4, head_dim, generator=generator) for n in (num, num, num, num + 5, num + 5)]
+        q, k, v, *kept = (x.to(device, dtype) for x in made)
+        return q, k, v, LayerKV(*kept)
+
+    def check(name: str) -> float:
+        q, k, v, kept = case(75)
+        weights = KeyWeights(cached=((40, 0.5), (40, 1.0)))
+        found = attend(q, k, v, references=kept, weights=weights, kernel=name)
+        wide = LayerKV(*(x.float() for x in kept))
+        expected = attend(q.float(), k.float(), v.float(), references=wide, weights=weights, kernel="dense")
+        return choice.relative_error(found, expected)
+
+    def measure(name: str) -> float:
+        q, k, v, kept = case(1024)
+        return choice.seconds(device, lambda: attend(q, k, v, references=kept, kernel=name))
+
+    if len(candidates) == 1:
+        return candidates[0]
+    with torch.no_grad():
+        found = choice.choose(what, candidates[:-1], check=check, limit=2e-2, measure=measure)
+    return found or candidates[-1]
+
+
+@cache
+def _reads_narrow(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return True if `triton` is there and right with int8 and fp8 K/V, whose copies in `dtype` the others need."""
+    if device.type == "cpu" or not attention_triton.takes(device, dtype, head_dim):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, *kept = (torch.randn(1, 80, 4, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+
+    def check(kind: str) -> float:
+        narrow = quantize_layer(LayerKV(*kept), kind)
+        found = attention_triton.attend(q, *kept, references=narrow)
+        expected = attend(q, *kept, references=narrow, kernel="dense")
+        return choice.relative_error(found, expected)
+
+    def right(kind: str) -> bool:
+        what = f"attention to {kind} references on {device}"
+        return choice.choose(what, [kind], check=check, limit=2e-2, measure=lambda _: 0.0) is not None
+
+    with torch.no_grad():
+        return right("int8") and right("fp8")
 
 
 def _has_amx() -> bool:
@@ -79,24 +132,49 @@ def attend(
     v_BSHD: Tensor,
     *,
     references: AnyLayerKV | None = None,
-    weights: KeyWeights | None = None,
+    weights: KeyWeights | list[KeyWeights | None] | None = None,
     kernel: str | None = None,
 ) -> Tensor:
     """softmax(q [k_ref | k]^T / sqrt(D)) [v_ref | v], shape (B, S, H, D).
 
     K/V of `references` have batch 1 or B. `weights` multiply the softmax's terms of some keys: log w is added to their
-    scores. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or the differentiable one while
-    gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
+    scores; a list has those of each image. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or
+    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
     """
+    if isinstance(weights, list):
+        return _by_weights(q_BSHD, k_BSHD, v_BSHD, references, weights, kernel)
     if kernel is None:
         records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
+        if isinstance(references, QuantizedLayerKV) and _reads_narrow(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1]):
+            kernel = "triton"
+    if kernel == "triton":
+        return _triton(q_BSHD, k_BSHD, v_BSHD, references, weights or KeyWeights())
     if kernel == "native" and references is not None and not _is_int8(references):
         references = LayerKV(*(x.to(q_BSHD.dtype) for x in references.dense(q_BSHD.dtype)))
+    if q_BSHD.device.type == "cpu" and kernel not in CPU_KERNELS:
+        raise InvalidRequest(
+            "kernel", f"{kernel!r} does not run on a CPU (allowed: {', '.join(CPU_KERNELS)}); leave it out"
+        )
     parts = _parts(k_BSHD, v_BSHD, references, weights)
     if kernel == "native":
         return _native(q_BSHD, parts)
     return _PLAIN[kernel](q_BSHD, [(kv.dense(v_BSHD.dtype), bias) for kv, bias in parts])
+
+
+def _by_weights(
+    q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None, weights: list[KeyWeights | None], kernel: str | None
+) -> Tensor:
+    """Neighbours of equal weights together: each image as alone, from the same K/V."""
+    outs, start = [], 0
+    for one, images in groupby(weights):
+        rows = slice(start, start + len(list(images)))
+        start = rows.stop
+        held = references
+        if held is not None and len(held[0]) > 1:
+            held = type(held)(*(x[rows] for x in held))
+        outs.append(attend(q[rows], k[rows], v[rows], references=held, weights=one, kernel=kernel))
+    return torch.cat(outs)
 
 
 class KeyWeights(NamedTuple):
@@ -150,6 +228,22 @@ def _dense(q: Tensor, parts: list[_DensePart]) -> Tensor:
     if any(bias for _, bias in parts):
         scores = scores + torch.cat([scores.new_full((kv.num_tokens,), bias) for kv, bias in parts])
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v_BHSD).transpose(1, 2)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None, weights: KeyWeights) -> Tensor:
+    if not attention_triton.takes(q.device, q.dtype, q.shape[-1]):
+        raise InvalidRequest(
+            "kernel",
+            f"'triton' does not run on {q.device} in {q.dtype} with heads of {q.shape[-1]} (it takes float16 and bfloat16, "
+            "heads of 16, 32, 64 or 128, an NVIDIA card from Ampere on or an AMD one, and needs the package triton); "
+            "leave kernel out",
+        )
+    if _records(q, k, v, references):
+        raise InvalidRequest("kernel", "'triton' records no gradients; leave kernel out, or use torch.no_grad()")
+    cached, own = weights
+    ref_bias = None if cached is None or references is None else attention_triton.key_bias(cached, q.device)
+    own_bias = None if own is None else attention_triton.key_bias(own, q.device)
+    return attention_triton.attend(q, k, v, references=references, ref_bias=ref_bias, own_bias=own_bias)
 
 
 def _native(q: Tensor, parts: list[_Part]) -> Tensor:
@@ -226,45 +320,22 @@ def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _flash(q: Tensor, parts: list[_DensePart]) -> Tensor:
-    """Each part by itself, merged by their log-sum-exp, to which the logarithm of a weight is added."""
-    *cached, last = parts
-    out, lse = _flash_part(q, last)
-    wide = out
-    for part in cached:
-        other, lse_other = _flash_part(q, part)
-        share_BSH1 = torch.sigmoid(lse_other - lse).unsqueeze(-1)
-        wide = torch.lerp(wide.float(), other.float(), share_BSH1)
-        lse = torch.logaddexp(lse, lse_other)
-    return wide.to(q.dtype)
-
-
-def _flash_part(q: Tensor, part: _DensePart) -> tuple[Tensor, Tensor]:
-    """Return attention (B, S, H, D) to one part, and its log-sum-exp (B, S, H), its bias added."""
-    (k, v), bias = part
-    batch, num_own, heads, dim = q.shape
-    if k.shape[0] == batch:
-        out, lse = _flash_with_lse(q, k, v)
-    else:  # one set of references: the batch is one long row of queries
-        out, lse = _flash_with_lse(q.reshape(1, batch * num_own, heads, dim), k, v)
-        out, lse = out.reshape(q.shape), lse.reshape(batch, num_own, heads)
-    return out, lse + bias if bias else lse
-
-
-def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention (B, S, H, D) and the log-sum-exp of its scores (B, S, H), float32."""
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    if q.device.type == "cuda":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)[:2]
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
-    return out.transpose(1, 2), lse.float().transpose(1, 2)
+def _sdpa(q: Tensor, parts: list[_DensePart]) -> Tensor:
+    """Torch's own choice over the concatenation. Copies K/V of the layer; on mps and xpu there is nothing better."""
+    k, v = (torch.cat([kv[i].expand(q.shape[0], -1, -1, -1) for kv, _ in parts], dim=1) for i in range(2))
+    mask = None
+    if any(bias for _, bias in parts):
+        mask = torch.cat([q.new_full((kv.num_tokens,), bias) for kv, bias in parts]).expand(q.shape[1], -1)
+    q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, attn_mask=mask).transpose(1, 2)
 
 
 _PLAIN: dict[str, Callable[[Tensor, list[_DensePart]], Tensor]] = {
     "chunked": _chunked,
     "chunked_float32": partial(_chunked, dtype=torch.float32),
-    "flash": _flash,
+    **{name: partial(attend_parts, name) for name in with_lse.CALLS},
+    "sdpa": _sdpa,
     "dense": _dense,
 }
-KERNELS = ("native", *_PLAIN)
+KERNELS = ("native", "triton", *_PLAIN)
+CPU_KERNELS = tuple(name for name in KERNELS if name not in ("triton", "flash3", "flash4", "cudnn", "efficient"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from limner.model.attention import KeyWeights
 from limner.model.rope import Rope
@@ -40,6 +40,8 @@ class Execution:
     staging: Staging = field(default_factory=InPlace)
     ranks: Ranks = field(default_factory=Ranks.single)
     """The processes that the model is divided among (`limner.model.divide`)."""
+    graphs: Callable[..., Tensor] | None = None
+    """Calls the transformer in a step (`limner.model.graphs`); None: it is called itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,5 +53,5 @@ class BlockContext:
     layout: TokenLayout
     kernel: str | None
     slices: TokenSlices
-    weights: KeyWeights | None = None
-    """Weights of the keys of references; None: all are 1."""
+    weights: KeyWeights | list[KeyWeights | None] | None = None
+    """Weights of the keys of references, of all images or of each; None: all are 1."""

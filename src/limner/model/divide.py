@@ -131,8 +131,8 @@ def divide(transformer: Transformer, ranks: Ranks) -> None:
 def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
     """Give all processes the attention kernel and the dtype of products that process 0 would choose.
 
-    Both may be measured, and machines may differ. If not all processes have the kernel, all use the chunked one. A process
-    alone chooses when it computes.
+    Both may be measured, and machines may differ. If not all processes have the kernel, all use one that runs everywhere:
+    the chunked one on CPUs, torch's own elsewhere. A process alone chooses when it computes.
     """
     if ranks.alone:
         return
@@ -140,6 +140,7 @@ def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
     found = ranks.all_gather((choose_kernel(device, dtype, transformer.config.head_dim), fast_dtype(device, dtype)))
     kernel, products = found[0]
     if any(other != kernel for other, _ in found):
-        kernel = "chunked" if products == dtype else "chunked_float32"
+        on_cpu = "chunked" if products == dtype else "chunked_float32"
+        kernel = on_cpu if device.type == "cpu" else "sdpa"
     transformer.use(kernel=kernel)
     transformer.use_arithmetic(products)

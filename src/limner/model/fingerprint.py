@@ -5,14 +5,18 @@ The name is part of the content key of references: K/V of one arithmetic are nev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from limner.model.arithmetic import Linear, fast_dtype
 from limner.model.attention import choose_kernel
 from limner.model.context import Execution
+from limner.model.gpu.launch import source_digest as triton_digest
 from limner.model.int8 import Int8Linear
-from limner.native.kernels import has_rows, source_digest
+from limner.model.rows import rows_name
+from limner.native.kernels import source_digest as native_digest
 
 __all__ = ["arithmetic_name"]
 
@@ -21,12 +25,14 @@ def arithmetic_name(network: nn.Module, execution: Execution, *, like: Linear, h
     """Return the name for a network whose matrices have the device, dtype and arithmetic of `like`."""
     device, dtype = like.weight.device, like.weight.dtype
     kernel = execution.kernel or choose_kernel(device, dtype, head_dim)
-    kernel = f"native {source_digest()}" if kernel == "native" else kernel
+    digests: dict[str, Callable[[], str]] = {"native": native_digest, "triton": triton_digest}
+    kernel = f"{kernel} {digests[kernel]()}" if kernel in digests else kernel
     products = like.arithmetic or fast_dtype(device, dtype)
     names = [device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(device)]
-    int8 = {module.multiplies_int8() for module in network.modules() if isinstance(module, Int8Linear)}
-    names += [f"rows {source_digest()}"] if has_rows(device, dtype) else []
-    names += sorted("int8 dot products" if instructions else "int8 widened" for instructions in int8)
+    int8 = {module.arithmetic_name(dtype) for module in network.modules() if isinstance(module, Int8Linear)}
+    rows = rows_name(device, dtype)
+    names += [rows] if rows else []
+    names += sorted(int8)
     return "/".join([*names, *execution.ranks.arithmetic])
 
 

@@ -2,9 +2,10 @@
 
 Shapes: x (..., K), weight (N, K) int8, weight_scale (N,) float32, result (..., N) in the dtype of x. The weights stand for
 weight * weight_scale, a row of activations for (u - 128) * scale with u in [1, 255]. Where the CPU has int8 dot products
-(AVX-512 VNNI), oneDNN multiplies u8 x s8. Elsewhere the weights are widened and multiplied as floating point numbers.
+(AVX-512 VNNI), oneDNN multiplies u8 x s8. A GPU multiplies s8 x s8, or fp8 x fp8 (`limner.model.gpu.products`), by the same
+formulas. Elsewhere the weights are widened and multiplied as floating point numbers.
 
-Activations are unsigned because oneDNN runs s8 x s8 in a reference kernel that is a hundred times slower.
+Activations are unsigned on a CPU because oneDNN runs s8 x s8 in a reference kernel that is a hundred times slower.
 Knows nothing of blocks or files.
 """
 
@@ -19,11 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.model.arithmetic import Linear
+from limner.model.gpu import products
 from limner.native import kernels as native
 
-__all__ = ["Int8Linear", "QuantizedRows", "has_int8_products", "quantize_blocks", "quantize_rows", "quantize_weight"]
+__all__ = [
+    "Int8Linear",
+    "QuantizedRows",
+    "has_int8_products",
+    "quantize_blocks",
+    "quantize_rows",
+    "quantize_weight",
+    "settle_products",
+]
 
 _logger = logging.getLogger("limner")
+_ONEDNN = "int8 dot products"
 _ZERO = 128
 _TOP = 127.0
 _TINY = 1e-30
@@ -31,7 +42,10 @@ _AT_ONCE = 1 << 20
 
 
 class QuantizedRows(NamedTuple):
-    """Activations (M, K) uint8 around 128, the scale of each row (M, 1), and the activations (..., K) before rounding."""
+    """Activations (M, K), the scale of each row (M, 1), and the activations (..., K) before rounding.
+
+    Values are uint8 around 128 on a CPU, int8 or fp8 on a GPU.
+    """
 
     values: Tensor
     scale: Tensor
@@ -121,14 +135,20 @@ class Int8Linear(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor | QuantizedRows:
         """Prepare activations that several matrices read: quantize them once."""
-        return quantize_rows(x) if self._quantizes(x) else x
+        product = self._product(x)
+        if product is None:
+            return x
+        return quantize_rows(x) if product == _ONEDNN else QuantizedRows(*products.quantize(x, self.weight.dtype), x)
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """x weight^T; with `rows` only these output features."""
-        if isinstance(input, Tensor) and not self._quantizes(input):
+        x = self.prepare(input) if isinstance(input, Tensor) else input
+        if isinstance(x, Tensor):
+            return F.linear(x, self._widened(rows, x.dtype))
+        if x.values.dtype != torch.uint8:
             weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
-            return F.linear(input, (weight.float() * scale[:, None]).to(input.dtype))
-        x = input if isinstance(input, QuantizedRows) else quantize_rows(input)
+            multiply = products.fp8_product if weight.dtype == products.FP8 else products.int8_product
+            return multiply(x.values, x.scale, weight, scale, dtype=x.dtype).view(*x.shape[:-1], len(weight))
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         out_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -149,17 +169,44 @@ class Int8Linear(nn.Module):
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
     def multiplies_int8(self) -> bool:
-        """Return True if products are u8 x s8; else weights are widened."""
-        return self.weight.device.type == "cpu" and has_int8_products()
+        """Return True if products are u8 x s8 on a CPU."""
+        return self.weight.device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
+
+    def arithmetic_name(self, dtype: torch.dtype) -> str:
+        """Return how activations of `dtype` are multiplied, where no gradient is recorded."""
+        kind = "fp8" if self.weight.dtype == products.FP8 else "int8"
+        return self._product_of(dtype) or f"{kind} widened"
+
+    def to_fp8(self) -> None:
+        """Round the weight to fp8, in place: for devices whose products in fp8 are the faster ones. It cannot be undone."""
+        if self.weight.dtype == torch.int8:
+            self.weight, self.weight_scale = products.fp8_weight(self.weight, self.weight_scale)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the copies in oneDNN's layout made so far."""
         return sum((stop - start) * self.in_features for start, stop in self._packed)
 
-    def _quantizes(self, x: Tensor) -> bool:
-        """False if a gradient of x is recorded: rounding has none, so the weights are widened."""
-        return self.multiplies_int8() and not (torch.is_grad_enabled() and x.requires_grad)
+    def _product(self, x: Tensor) -> str | None:
+        """None if a gradient of x is recorded: rounding has none, so the weights are widened."""
+        return None if torch.is_grad_enabled() and x.requires_grad else self._product_of(x.dtype)
+
+    def _product_of(self, dtype: torch.dtype) -> str | None:
+        """Return the name of the products that run; None: weights are widened."""
+        if self.multiplies_int8():
+            return _ONEDNN
+        if self.weight.is_meta or not products.fits(self.weight):
+            return None
+        chosen = products.choose_products(self.weight.device, dtype)
+        if self.weight.dtype == products.FP8:
+            return "fp8 products" if chosen == "fp8" else None
+        return None if chosen is None else "int8 products"
+
+    def _widened(self, rows: slice | None, dtype: torch.dtype) -> Tensor:
+        """The weight, or some of its rows, in `dtype`, rounded once."""
+        weight, scale = (w if rows is None else w[rows] for w in (self.weight, self.weight_scale))
+        wide = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return torch.mul(weight if weight.dtype == torch.int8 else weight.float(), scale[:, None], out=wide)
 
     def _pack(self, start: int, stop: int) -> Tensor:
         """Return the weight in oneDNN's layout, packed at first use and again when it changed or was replaced."""
@@ -178,6 +225,18 @@ class Int8Linear(nn.Module):
         self.weight_scale = scale.to(self.weight.device)
         self._packed.clear()
         return self
+
+
+def settle_products(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Give int8 matrices the format in which their device multiplies fastest: once, after they are where they stay.
+
+    `dtype` is that of activations. Where fp8 is chosen, weights are rounded to it in place, one matrix at a time.
+    """
+    for module in transformer.modules():
+        if isinstance(module, Int8Linear) and module.weight.dtype == torch.int8 and module.weight.device.type == "cuda":
+            fits = all(size % 16 == 0 for size in module.weight.shape)
+            if fits and products.choose_products(module.weight.device, dtype) == "fp8":
+                module.to_fp8()
 
 
 def quantize_blocks(transformer: nn.Module) -> None:

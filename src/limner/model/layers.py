@@ -20,10 +20,10 @@ from limner.model.arithmetic import Linear
 from limner.model.attention import attend
 from limner.model.context import BlockContext
 from limner.model.kv import AnyLayerKV, LayerKV
-from limner.model.rope import Rope, apply_rope
-from limner.native import kernels as native
+from limner.model.rope import Rope
+from limner.model.rows import Heads, rows_of
 
-__all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding", "gated_silu", "norm_rope"]
+__all__ = ["DoubleBlock", "FinalNorm", "Modulation", "SingleBlock", "TimeEmbedding"]
 
 
 class Shift(NamedTuple):
@@ -34,33 +34,12 @@ class Shift(NamedTuple):
     gate: Tensor
 
     def norm(self, x: Tensor, eps: float) -> Tensor:
-        return modulated_norm(x, self.shift, self.scale, eps=eps)
+        """LayerNorm(x) (1 + scale) + shift."""
+        return rows_of(x).norm(x, self.shift, self.scale, eps=eps)
 
     def add(self, x: Tensor, change: Tensor) -> Tensor:
         """x + gate * change."""
-        return torch.addcmul(x, self.gate, change)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift; one kernel of torch if the batch shares the modulation."""
-    if scale.dim() == 1:
-        return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=eps)
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-def gated_silu(x: Tensor) -> Tensor:
-    """silu(first half) * second half of the last axis."""
-    if native.runs_gate(x):
-        return native.gated_silu(x)
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
-def norm_rope(x_BSHD: Tensor, norm: nn.RMSNorm, rope: Rope) -> Tensor:
-    """RMSNorm of each head, then rotation; one pass in bfloat16 on a CPU that has the native kernel."""
-    if norm.eps is not None and native.runs_norm(x_BSHD, norm.weight):
-        return native.norm_rope(x_BSHD, norm.weight, norm.eps, rope.cos_SP, rope.sin_SP)
-    return apply_rope(norm(x_BSHD), rope)
+        return rows_of(x).add(x, self.gate, change)
 
 
 class TimeEmbedding(nn.Module):
@@ -104,7 +83,7 @@ class FinalNorm(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = _conditioned(self.linear, embedding).chunk(2, dim=-1)
-        return modulated_norm(x, shift, scale, eps=self.eps)
+        return rows_of(x).norm(x, shift, scale, eps=self.eps)
 
 
 def _conditioned(linear: nn.Module, embedding: Tensor) -> Tensor:
@@ -120,7 +99,8 @@ class FeedForward(nn.Module):
         self.linear_out = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_out(gated_silu(self.linear_in(x)))
+        hidden = self.linear_in(x)
+        out: Tensor = self.linear_out(rows_of(hidden).gated_silu(hidden))
         return out
 
 
@@ -143,17 +123,17 @@ class JointAttention(nn.Module):
         self.norm_added_q = nn.RMSNorm(config.head_dim, eps=config.eps)
         self.norm_added_k = nn.RMSNorm(config.head_dim, eps=config.eps)
 
-    def project_img(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, C) to q and k after norm and rotation, and v: each (B, S, H, D)."""
+    def project_img(self, x: Tensor) -> Heads:
+        """(B, S, C) to q, k and v, each (B, S, H, D), before norm and rotation."""
         x = self.to_q.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.to_q, self.to_k, self.to_v))
-        return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v
+        return Heads(q=q, k=k, v=v, norm_q=self.norm_q, norm_k=self.norm_k)
 
-    def project_txt(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project_txt(self, x: Tensor) -> Heads:
         """As `project_img`, of the text stream."""
         x = self.add_q_proj.prepare(x)
         q, k, v = (_heads(linear(x), self.head_dim) for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        return norm_rope(q, self.norm_added_q, rope), norm_rope(k, self.norm_added_k, rope), v
+        return Heads(q=q, k=k, v=v, norm_q=self.norm_added_q, norm_k=self.norm_added_k)
 
 
 class DoubleBlock(nn.Module):
@@ -181,13 +161,11 @@ class DoubleBlock(nn.Module):
         Joint references are further tokens of `img`.
         """
         layout, eps = context.layout, self.eps
-        rope_txt, rope_img = context.rope.split(layout.num_txt)
-        q_img, k_img, v_img = self.attn.project_img(mod_img[0].norm(img, eps), rope_img)
-        q_txt, k_txt, v_txt = self.attn.project_txt(mod_txt[0].norm(txt, eps), rope_txt)
-        k, v = context.slices.gather(layout.join(k_txt, k_img), layout.join(v_txt, v_img))
-        out = attend(
-            layout.join(q_txt, q_img), k, v, references=references, weights=context.weights, kernel=context.kernel
-        ).flatten(2)
+        heads_img = self.attn.project_img(mod_img[0].norm(img, eps))
+        heads_txt = self.attn.project_txt(mod_txt[0].norm(txt, eps))
+        q, k, v = rows_of(img).attention_input([heads_txt, heads_img], context.rope)
+        k, v = context.slices.gather(k, v)
+        out = attend(q, k, v, references=references, weights=context.weights, kernel=context.kernel).flatten(2)
         out_txt, out_img = layout.split(out)
         img = mod_img[0].add(img, self.attn.to_out[0](out_img))
         txt = mod_txt[0].add(txt, self.attn.to_add_out(out_txt))
@@ -197,7 +175,8 @@ class DoubleBlock(nn.Module):
 
     def prefill(self, ref: Tensor, *, mod: tuple[Shift, ...], context: BlockContext) -> tuple[Tensor, LayerKV]:
         """(B, S_ref, C) to the same, and the K/V of this layer."""
-        q, k, v = self.attn.project_img(mod[0].norm(ref, self.eps), context.rope)
+        heads = self.attn.project_img(mod[0].norm(ref, self.eps))
+        q, k, v = rows_of(ref).attention_input([heads], context.rope)
         k, v = context.slices.gather(k, v)
         out = attend(q, k, v, kernel=context.kernel).flatten(2)
         ref = mod[0].add(ref, self.attn.to_out[0](out))
@@ -226,29 +205,25 @@ class ParallelAttention(nn.Module):
         parts = [self.width] * 3 + [self.to_qkv_mlp_proj.out_features - 3 * self.width]
         q, k, v, mlp = self.to_qkv_mlp_proj(x).split(parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
-        return norm_rope(q, self.norm_q, rope), norm_rope(k, self.norm_k, rope), v, mlp
+        heads = Heads(q=q, k=k, v=v, norm_q=self.norm_q, norm_k=self.norm_k)
+        return *rows_of(x).attention_input([heads], rope), mlp
 
     def project_kv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Only k after norm and rotation, and v, each (B, S, H, D)."""
         both = self.to_qkv_mlp_proj(x, slice(self.width, 3 * self.width))
         k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
-        return norm_rope(k, self.norm_k, rope), v
+        return rows_of(x).norm_rope(k, self.norm_k, rope), v
 
     def project_q_mlp(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Only q after norm and rotation, (B, S, H, D), and the MLP input (B, S, 2 M)."""
-        x = self.to_qkv_mlp_proj.prepare(x)
-        q = _heads(self.to_qkv_mlp_proj(x, slice(0, self.width)), self.head_dim)
-        return norm_rope(q, self.norm_q, rope), self.to_qkv_mlp_proj(x, slice(3 * self.width, None))
+        prepared = self.to_qkv_mlp_proj.prepare(x)
+        q = _heads(self.to_qkv_mlp_proj(prepared, slice(0, self.width)), self.head_dim)
+        mlp = self.to_qkv_mlp_proj(prepared, slice(3 * self.width, None))
+        return rows_of(x).norm_rope(q, self.norm_q, rope), mlp
 
     def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
         """Attention's result (B, S, H, D) and the MLP input (B, S, 2 M) back to the stream, (B, S, C)."""
-        if native.runs_gate(mlp) and native.runs_rows(attended):
-            joined = attended.new_empty(*mlp.shape[:-1], self.width + mlp.shape[-1] // 2)
-            joined[..., : self.width] = attended.flatten(2)
-            native.gated_silu(mlp, out=joined[..., self.width :])
-        else:
-            joined = torch.cat([attended.flatten(2), gated_silu(mlp)], dim=-1)
-        out: Tensor = self.to_out(joined)
+        out: Tensor = self.to_out(rows_of(mlp).join_gated(attended, mlp))
         return out
 
 

@@ -241,12 +241,11 @@ class _Branch:
 class Branches:
     """Updates that run alongside the products of a transformer's matrices, until `remove`. They are in no state dict."""
 
-    def __init__(self, transformer: nn.Module, updates: Mapping[str, Terms], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, transformer: nn.Module, updates: Mapping[str, Terms], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._modules = {name: transformer.get_submodule(name) for name in updates}
-        made = {
-            name: _Branch(terms, device=_weight(self._modules[name]).device, dtype=dtype)
-            for name, terms in updates.items()
-        }
+        made = {name: _Branch(terms, device=device, dtype=dtype) for name, terms in updates.items()}
         # hooks come last: if memory runs out before, the network is unchanged
         self._handles = [_attach(self._modules[name], branch) for name, branch in made.items()]
 

@@ -80,7 +80,7 @@ class _Moments:
 
     def add(self, strip: Tensor) -> None:
         flat = strip.float().reshape(strip.shape[0], self._norm.num_groups, -1)
-        variance, mean = (v.double() for v in torch.var_mean(flat, dim=-1, correction=0))
+        variance, mean = (_wide(v) for v in torch.var_mean(flat, dim=-1, correction=0))
         count = flat.shape[-1]
         if self._mean is None or self._squares is None:
             self._count, self._mean, self._squares = count, mean, variance * count
@@ -98,10 +98,15 @@ class _Moments:
         per_group = norm.num_channels // norm.num_groups
         mean = self._mean.repeat_interleave(per_group, dim=1)
         scale = torch.rsqrt(self._squares / self._count + norm.eps).repeat_interleave(per_group, dim=1)
-        scale = scale * norm.weight.double()
-        shift = norm.bias.double() - mean * scale
+        scale = scale * _wide(norm.weight)
+        shift = _wide(norm.bias) - mean * scale
         scale_BC11, shift_BC11 = (v.float().view(batch, -1, 1, 1) for v in (scale, shift))
         return lambda x: torch.addcmul(shift_BC11, x.float(), scale_BC11).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """To float64; to float32 on mps, which has none."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:

@@ -1,15 +1,16 @@
-"""Cached K/V of references to the device where they are used, layer by layer. Knows nothing of blocks or weights."""
+"""What is kept of references, to and from the device where it is used. Knows nothing of blocks or weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 
 from limner.model.kv import AnyLayerKV, ReferenceKV
 
-__all__ = ["layer_kv", "on_device"]
+__all__ = ["layer_kv", "on_device", "to_device", "to_host"]
 
 
 def layer_kv(references: ReferenceKV | None, num_layers: int, *, device: torch.device) -> Iterator[AnyLayerKV | None]:
@@ -50,3 +51,34 @@ def on_device(layers: Sequence[AnyLayerKV], device: torch.device) -> Iterator[An
         if i + 1 < len(layers):
             following = move(layers[i + 1])
         yield current
+
+
+def to_device(layers: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
+    """Return layers, or tokens, on a device.
+
+    To CUDA they are copied on a stream of its own. Work that is queued on the device later waits for them; the host does
+    not, if their memory is page-locked.
+    """
+    if device.type != "cuda" or layers[0][0].device.type != "cpu":
+        return tuple(layer.to(device) for layer in layers)
+    made = tuple(type(layer)(*(torch.empty_like(x, device=device) for x in layer)) for layer in layers)
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(main)  # what used this memory before
+    with torch.cuda.stream(side):
+        for there, layer in zip(made, layers, strict=True):
+            for to, x in zip(there, layer, strict=True):
+                to.copy_(x, non_blocking=True)
+    main.wait_stream(side)
+    return made
+
+
+def to_host(layers: Sequence[Any], *, page_locked: bool) -> tuple[Any, ...]:
+    """Return copies of layers, or tokens, in host memory. From a device to page-locked memory it waits once, at the end."""
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x, non_blocking=page_locked)
+
+    made = tuple(type(layer)(*map(copy, layer)) for layer in layers)
+    if page_locked and (device := layers[0][0].device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return made

@@ -7,7 +7,8 @@ changes. Knows torch and the geometry; does not know files, steps or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TypedDict, TypeVar, Unpack
 
@@ -15,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from limner.config import TransformerConfig
-from limner.model.arithmetic import Linear
-from limner.model.attention import KeyWeights
+from limner.errors import InvalidRequest
+from limner.model.arithmetic import Linear, fast_dtype
+from limner.model.attention import KeyWeights, choose_kernel
 from limner.model.context import BlockContext, Execution, Staging
 from limner.model.fingerprint import arithmetic_name
-from limner.model.int8 import Int8Linear
-from limner.model.kv import LayerKV, ReferenceKV
+from limner.model.int8 import Int8Linear, settle_products
+from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.layers import DoubleBlock, FinalNorm, Modulation, SingleBlock, TimeEmbedding
 from limner.model.rope import Rope, rope_table
 from limner.model.shards import Ranks, RecordedTokens
 from limner.model.transfer import layer_kv
 from limner.tokens import TokenLayout
 
-__all__ = ["Transformer"]
+__all__ = ["RefWeights", "Transformer"]
 
+_logger = logging.getLogger("limner")
+RefWeights = tuple[tuple[int, float], ...] | None
+"""(tokens, weight) of each reference; None: all weights are 1."""
 _Block = TypeVar("_Block", bound=nn.Module)
 
 
@@ -38,6 +43,7 @@ class _Changes(TypedDict, total=False):
     kernel: str | None
     staging: Staging
     ranks: Ranks
+    graphs: Callable[..., Tensor] | None
 
 
 class Transformer(nn.Module):
@@ -78,7 +84,7 @@ class Transformer(nn.Module):
         self.use(kernel=name)
 
     def use(self, **changes: Unpack[_Changes]) -> None:
-        """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`."""
+        """Change how the transformer runs: its attention `kernel`, the `staging` of weights, its `ranks`, `graphs`."""
         self.execution = replace(self.execution, **changes)
 
     def __getstate__(self) -> dict[str, object]:
@@ -104,21 +110,53 @@ class Transformer(nn.Module):
         """ "int8" if the blocks' matrices are `Int8Linear`, else None."""
         return "int8" if any(isinstance(module, Int8Linear) for module in self.modules()) else None
 
+    def settle(self) -> None:
+        """Try and measure the kernels of a GPU now, not in a step, and round int8 weights to fp8 where that is faster.
+
+        To be called when the weights are where they stay. On other devices nothing is done.
+        """
+        if self.device.type == "cuda":
+            if self.execution.ranks.alone:  # several processes would have to agree
+                settle_products(self, self.dtype)
+            _logger.info("arithmetic: %s", self.arithmetic)
+
     def use_arithmetic(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of matrix products (float32, or that of the weights); None lets the device choose."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arithmetic = dtype
 
+    def compile_blocks(self, backend: str | None = "inductor") -> None:
+        """Compile the blocks' forwards with torch.compile, each as one graph; None: run them as they are again.
+
+        Prefills and the last block are left alone. What is chosen by measuring or logging is chosen here, before. On a CPU
+        attention is torch's flash kernel, and half precision is refused: our own kernels are not for torch.compile.
+        """
+        if backend is not None and self.device.type == "cpu" and self.dtype != torch.float32:
+            raise InvalidRequest("compile_blocks", f"on a CPU is for torch.float32, not for {self.dtype}; leave it out")
+        if backend is not None:
+            from torch import _dynamo
+
+            _dynamo.config.skip_nnmodule_hook_guards = False  # LoRAs are hooks, which may come and go
+        self.use_arithmetic(None if backend is None else fast_dtype(self.device, self.dtype))
+        kernel = "flash" if self.device.type == "cpu" else choose_kernel(self.device, self.dtype, self.config.head_dim)
+        self.use(kernel=None if backend is None else kernel)
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            if backend is None:
+                block._compiled_call_impl = None
+            else:
+                block.compile(backend=backend, fullgraph=True)
+
     def rope(self, ids: Tensor) -> Rope:
         """Return the rotary table of positions `ids` (S, 4)."""
         return rope_table(ids.to(self.device), axes=self.config.rope_axes, theta=self.config.rope_theta)
 
-    def prefill(self, ref_tokens: Tensor, ref_ids: Tensor) -> ReferenceKV:
+    def prefill(self, ref_tokens: Tensor, ref_ids: Tensor, *, quantization: str | None = None) -> ReferenceKV:
         """Return the K/V of reference tokens (1, S_ref, in_channels) at positions `ref_ids` (S_ref, 4), in every layer.
 
         References attend to references only and are modulated at noise level 0, so the result depends on weights and
-        references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training.
+        references alone. The last block computes K and V and nothing else. A batch of B is allowed, for training. With
+        `quantization` (`kv.KV_FORMATS`) each layer is quantized as soon as it is there: never two of them are wide.
         """
         slices = self.execution.ranks.token_slices(ref_tokens.shape[1])
         ref_tokens = slices.own(ref_tokens, 0)
@@ -128,17 +166,21 @@ class Transformer(nn.Module):
         mod_double = self.double_stream_modulation_img(embedding)
         (mod_single,) = self.single_stream_modulation(embedding)
 
-        layers: list[LayerKV] = []
+        layers: list[AnyLayerKV] = []
+
+        def keep(layer: LayerKV) -> None:
+            layers.append(layer if quantization is None else quantize_layer(layer, quantization))
+
         *single, last = self.single_transformer_blocks
         ref = self.x_embedder(ref_tokens)
         for block in self._staged(DoubleBlock, self.transformer_blocks):
             ref, kv = block.prefill(ref, mod=mod_double, context=context)
-            layers.append(kv)
+            keep(kv)
         for single_block in self._staged(SingleBlock, single):
             ref, kv = single_block.prefill(ref, mod=mod_single, context=context)
-            layers.append(kv)
+            keep(kv)
         for last_block in self._staged(SingleBlock, [last]):
-            layers.append(last_block.prefill_last(ref, mod=mod_single, context=context))
+            keep(last_block.prefill_last(ref, mod=mod_single, context=context))
         return ReferenceKV(layers=tuple(layers))
 
     def forward(
@@ -152,7 +194,7 @@ class Transformer(nn.Module):
         references: ReferenceKV | None = None,
         ref_tokens: Tensor | None = None,
         ref_ids: Tensor | None = None,
-        ref_weights: Sequence[tuple[int, float]] | None = None,
+        ref_weights: RefWeights | list[RefWeights] = None,
         rope: Rope | None = None,
         kept: Callable[[LayerKV], None] | None = None,
     ) -> Tensor:
@@ -160,11 +202,10 @@ class Transformer(nn.Module):
 
         `references` are the K/V of isolated references, shared by the batch. Joint ones are `ref_tokens` (1 or B, S_ref,
         in_channels) at `ref_ids` (S_ref, 4), further tokens at the same noise level. `ref_weights` are (tokens, weight) of
-        each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it.
-        `rope`, if given, is the table of
-        [txt_ids, img_ids, ref_ids], computed once for all steps. `kept` is called with the K/V (B, S_ref, H, D) that joint
-        references have at this noise level, layer by layer. Raises `ValueError` for references of another number of
-        layers.
+        each reference in order: log weight is added to the scores of its keys, for all tokens; 0: nothing attends to it. A
+        list has those of each image. `rope`, if given, is the table of [txt_ids, img_ids, ref_ids], computed once for all
+        steps. `kept` is called with the K/V (B, S_ref, H, D) that joint references have at this noise level, layer by
+        layer. Raises `ValueError` for references of another number of layers.
         """
         if ref_tokens is None:
             ref_tokens, ref_ids = img_tokens[:, :0], img_ids[:0]
@@ -177,12 +218,18 @@ class Transformer(nn.Module):
         layout = TokenLayout(num_txt=num_txt, num_img=num_img, num_ref=num_ref)
         if kept is not None:
             slices = RecordedTokens(layout.ref, kept)
-        weights = None
-        if ref_weights is not None:
-            own = ((num_txt + num_img, 1.0), *ref_weights)
-            weights = KeyWeights(own=own) if num_ref else KeyWeights(cached=tuple(ref_weights))
+
+        def weights_of(image: RefWeights) -> KeyWeights | None:
+            if image is None:
+                return None
+            return KeyWeights(own=((num_txt + num_img, 1.0), *image)) if num_ref else KeyWeights(cached=image)
+
         context = BlockContext(
-            rope=slices.rope(rope), layout=layout, kernel=self.kernel, slices=slices, weights=weights
+            rope=slices.rope(rope),
+            layout=layout,
+            kernel=self.kernel,
+            slices=slices,
+            weights=[*map(weights_of, ref_weights)] if isinstance(ref_weights, list) else weights_of(ref_weights),
         )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
         embedding = self.time_guidance_embed(sigma)

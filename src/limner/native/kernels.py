@@ -41,6 +41,7 @@ __all__ = [
     "runs_rows",
     "source_digest",
     "takes",
+    "why_missing",
 ]
 
 _logger = logging.getLogger("limner")
@@ -77,8 +78,8 @@ class _Segment(ctypes.Structure):
 
 
 @cache
-def native_library() -> ctypes.CDLL | None:
-    """Return the library, built if need be; None if it cannot be built or loaded, with the reason in the log."""
+def _library() -> ctypes.CDLL | str:
+    """Return the library, built if need be; the reason if it cannot be built or loaded."""
     try:
         reason = _missing()
         if reason is None:
@@ -87,7 +88,19 @@ def native_library() -> ctypes.CDLL | None:
         output = getattr(error, "stderr", None) or b""
         reason = f"{error} {output.decode(errors='replace')}".strip()
     _logger.info("no native kernels: %s", reason)
-    return None
+    return reason
+
+
+def native_library() -> ctypes.CDLL | None:
+    """Return the library, built if need be; None if it cannot be built or loaded, with the reason in the log."""
+    found = _library()
+    return None if isinstance(found, str) else found
+
+
+def why_missing() -> str | None:
+    """Return why there are no kernels here; None if there are."""
+    found = _library()
+    return found if isinstance(found, str) else None
 
 
 @cache

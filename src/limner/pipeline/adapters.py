@@ -352,7 +352,10 @@ class Adapters:
     def _attach(self, active: Sequence[str], strengths: Mapping[str, float] | None = None) -> None:
         strengths = self._strengths if strengths is None else strengths
         updates = _by_matrix(self._weighted(active, strengths))
-        made = Branches(self.transformer, updates, dtype=self.transformer.dtype) if updates else None
+        made = None
+        if updates:
+            device = self.transformer.device  # also where weights are in host memory until they are used
+            made = Branches(self.transformer, updates, dtype=self.transformer.dtype, device=device)
         self._detach()
         self._branches, self._active, self._strengths = made, list(active), dict(strengths)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from limner.config import AutoencoderConfig
 from limner.errors import CapacityError
 from limner.grid import PIXELS
-from limner.memory import Workload, call_bytes, cheapest, kv_bytes
+from limner.memory import Workload, call_bytes, cheapest, control_bytes, kv_bytes
 from limner.memory.free import free_bytes
 from limner.pipeline.networks import Networks
 
-__all__ = ["Admission", "check_fits"]
+__all__ = ["Admission", "check_fits", "check_workload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,33 @@ class Admission:
             - in_other_processes
         )
 
-    def check_free(self, *, num_ref: int, num_own: int, batch: int, kept: int = 0) -> None:
-        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`.
+    def memory_for(self, workload: Workload) -> int:
+        """Return the peak bytes of a call on top of the weights, with canvases, guidance and K/V that are used again."""
+        networks = self.networks
+        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=workload.batch)
+        return needed + control_bytes(
+            networks.transformer.config,
+            AutoencoderConfig.from_diffusers(dict(networks.autoencoder.network.config)),
+            workload,
+            formats=networks.formats,
+            needed=needed,
+            num_parts=networks.ranks.shard[1] if networks.ranks.shard else 1,
+        )
 
-        `kept` bytes are kept from step to step in addition.
+    def check_free(self, *, num_ref: int, num_own: int, batch: int) -> None:
+        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
+        needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+        free = self.networks.residency.free_bytes(self.networks.device)
+        check_fits(needed, free, num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def check_call(self, workload: Workload) -> None:
+        """Raise `CapacityError` if a call does not fit. K/V of isolated references may be cached: `check_free` counts them
+        where they are computed.
         """
-        needed = kept + self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
-        check_fits(needed, free_bytes(self.networks.device), num_ref=num_ref, num_own=num_own, batch=batch)
+        counted = workload if workload.joint else replace(workload, references=())
+        free = self.networks.residency.free_bytes(self.networks.device)
+        check_workload(self.memory_for(counted), free, counted)
+        self.check_limit(workload)
 
     def is_free(self, workload: Workload) -> bool:
         """Whether a call fits in free memory now, its references computed too; False where memory is limited."""
@@ -64,14 +84,29 @@ class Admission:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
         networks = self.networks
         limit = networks.residency.limit
-        cheapest(networks.geometry, workload, formats=networks.formats, limit=limit, fixed=True)
+        cheapest(
+            networks.geometry, workload, formats=networks.formats, limit=limit, device=networks.device.type, fixed=True
+        )
 
 
-def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int) -> None:
+def check_workload(needed: int, free: int, workload: Workload) -> None:
+    """As `check_fits`."""
+    check_fits(
+        needed,
+        free,
+        num_ref=workload.num_ref,
+        num_own=workload.num_own,
+        batch=workload.batch,
+        has_canvas=workload.canvas_pixels > 0,
+    )
+
+
+def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int, has_canvas: bool = False) -> None:
     """Raise `CapacityError` with the numbers if `needed` bytes are more than `free`."""
     if needed <= free:
         return
     what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
+    remedy = f"a smaller canvas, {remedy}" if has_canvas else remedy
     if num_ref:
         what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
         remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"

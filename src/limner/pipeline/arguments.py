@@ -48,9 +48,10 @@ class DrawRequest:
     """One call, checked: prompts or their tokens, pictures or their References, sizes, noise levels and noise.
 
     `workload` has the output size and the batch. `sigmas` (steps + 1,) falls to 0. `loras` act when the call begins.
-    `guidance` None: there is none. `reference_weights` are those of each reference, for each step or once for all;
-    None: all are 1. `reference_guidance` 1: none. `canvas` is the picture that is repainted. `reuse` "step0": K/V that
-    joint references have in the first step serve the others.
+    `guidance` None: there is none. `reference_weights` has for each image those of each reference, for each step or once
+    for all; None, and (): all are 1. `reference_guidance` 1: none. `canvases` has for each image the picture that is
+    repainted, or None; (): there is none. `reuse` "step0": K/V that joint references have in the first step serve the
+    others.
     """
 
     prompts: tuple[str, ...] | None
@@ -65,9 +66,9 @@ class DrawRequest:
     noise: NoiseSource
     guidance: Guidance | None
     reuse: str | None
-    reference_weights: tuple[tuple[float, ...], ...] | None
+    reference_weights: tuple[tuple[tuple[float, ...], ...] | None, ...]
     reference_guidance: float
-    canvas: Canvas | None
+    canvases: tuple[Canvas | None, ...]
     loras: tuple[AppliedLora, ...]
     output_type: str
     callback: StepHook | None
@@ -103,8 +104,8 @@ class DrawRequest:
             "reuse": self.reuse,
             "reference_weights": self.reference_weights,
             "reference_guidance": self.reference_guidance,
-            "mask_image": self.canvas and short_digest(self.canvas.mask(num_images_per_prompt=1)),
-            "canvas": self.canvas and self.canvas.prepared.report.digest,
+            "mask_image": [one and short_digest(one.mask()) for one in self.canvases],
+            "canvas": [one and one.metadata for one in self.canvases],
         }
         ranks.check_same(values)
         return ranks.broadcast_tensor(prompt_embeds), ranks.broadcast_tensor(noise)

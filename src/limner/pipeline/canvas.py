@@ -1,13 +1,14 @@
-"""The canvas of a call: the picture that is repainted, where and how strongly, and how the result is put back into it.
+"""The canvas of an image: the picture that is repainted, where and how strongly, and how the result is put back into it.
 
 Owns the way from a caller's picture and mask to a picture of the output's size and a mask of tokens, and back. Pixels are
-`limner.images`'; steps are `denoise`'s.
+`limner.images`'; steps are `denoise`'s. What the images of a call have together is `repaint`'s.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from limner.images import (
     cut,
     describe_mask,
     expand_canvas,
+    known_box,
     plan_canvas,
     prepare_reference,
     preserve,
@@ -35,81 +37,93 @@ from limner.images import (
 from limner.images.colour import to_srgb
 from limner.images.reference import upright
 from limner.images.sources import as_list, open_picture
-from limner.pipeline.control import MASK_BLUR, check_strength
+from limner.pipeline.control import MASK_BLUR, PerPrompt, check_strength
 from limner.requests import Control
 
-__all__ = ["Canvas", "open_canvas", "whole_canvas"]
+__all__ = ["Canvas", "open_canvases", "whole_canvas"]
 
 _OF_CANVAS = ("canvas", "mask_image", "strength", "expand", "padding_mask_crop", "preserve")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Canvas:
-    """A picture that is repainted.
+    """A picture that is repainted. It has plain values alone, so it may go to another process.
 
-    `picture` is the caller's, upright and in sRGB, with new area around it where it is expanded; `plans` say how it is
-    drawn and put back, one for each mask. `prepared` is what is drawn, of the output's size. `strength` in (0, 1] is the
-    share of the steps that are drawn. `masked` is False for image to image: then nothing is put back. `preserves`: what the
-    edit did not change is taken from the picture.
+    `picture` is the caller's, upright and in sRGB, with new area around it where it is expanded; `plan` says how it is
+    drawn and put back. `prepared` is what is drawn, of the output's size; `reference` is what the model sees of it as
+    image 1: all of it, or of an expanded canvas the old picture, at its place in the new one. `strength` in (0, 1] is the
+    share of the steps that are drawn. `masked` is False for image to image: then nothing is put back. `preserves`: what
+    the edit did not change is taken from the picture. `asked` are those arguments that the metadata of the result repeats.
     """
 
     picture: Image.Image
-    plans: tuple[CanvasPlan, ...]
+    plan: CanvasPlan
     prepared: PreparedReference
+    reference: PreparedReference
     strength: float
     masked: bool
     preserves: bool
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
     tokens: Tensor | None = None
-    """The masks of tokens, where they are not made of those of pixels."""
+    """The mask of tokens (1 or B, S_img, 1), where it is not made of that of pixels."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of what is drawn."""
-        return self.plans[0].drawn_size
+        return self.plan.drawn_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pictures and its mask."""
+        width, height = self.picture.size
+        return width * height * (len(self.picture.getbands()) + self.plan.mask.itemsize) + len(self.prepared.data)
 
     @property
     def is_plain(self) -> bool:
         """True if all is drawn, from noise alone: steps have no use for the canvas."""
         return not self.masked and self.tokens is None and self.strength == 1
 
-    def mask(self, *, num_images_per_prompt: int) -> Tensor:
-        """Return the masks of tokens (1 or B, S_img, 1): 1 where a pixel of the token is repainted, 0 where none is.
+    @property
+    def puts_back(self) -> bool:
+        """Whether the drawn picture is put back into the canvas."""
+        return self.masked or self.preserves
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is done with the canvas, as values of JSON: digests, and no pixels."""
+        found: dict[str, Any] = {"canvas_digest": self.prepared.report.digest, "strength": self.strength, **self.asked}
+        if self.masked:
+            found |= {"box": list(self.plan.box), "canvas_size": list(self.picture.size)}
+        if self.preserves:
+            found["preserve"] = "auto"
+        return found
+
+    def mask(self) -> Tensor:
+        """Return the mask of tokens (1, S_img, 1): 1 where a pixel of the token is repainted, 0 where none is.
 
         A token draws all of its pixels at once. What of them is outside of the mask is put back afterwards.
         """
         if self.tokens is not None:
             return self.tokens
         if not self.masked:
-            return torch.ones(1, 1, 1)
-        masks = []
-        for plan in self.plans:
-            _, mask = cut(self.picture, plan)
-            values = torch.from_numpy(np.asarray(mask, np.float32) / 255)[None, None]
-            masks.append(F.max_pool2d(values, PIXELS).flatten(2).transpose(1, 2))
-        if len(masks) == 1:
-            return masks[0]
-        return torch.cat(masks).repeat_interleave(num_images_per_prompt, dim=0)
+            return torch.ones(1, self.size[0] * self.size[1] // PIXELS**2, 1)
+        _, mask = cut(self.picture, self.plan)
+        values = torch.from_numpy(np.asarray(mask, np.float32) / 255)[None, None]
+        return F.max_pool2d(values, PIXELS).flatten(2).transpose(1, 2)
 
-    def sigmas(self, sigmas: Tensor) -> Tensor:
-        """Return the noise levels (steps + 1,) that are drawn, as diffusers takes them: at least one step."""
-        steps = len(sigmas) - 1
-        start = int(max(steps - min(steps * self.strength, steps), 0))
-        return sigmas[start:]
+    def first_step(self, num_steps: int) -> int:
+        """Return how many of the steps are left out, as diffusers does: at least one step is drawn."""
+        return int(max(num_steps - min(num_steps * self.strength, num_steps), 0))
 
-    def finish(self, drawn: Sequence[Image.Image], rows: Sequence[int], *, num_images: int) -> list[Image.Image]:
-        """Return drawn pictures put back into the canvas, at its size; `rows` say which of the batch's they are."""
-        per_plan = num_images // len(self.plans)
-        return [
-            stitch(self.picture, image, self.plans[row // per_plan]) for row, image in zip(rows, drawn, strict=True)
-        ]
-
-    def preserve(self, drawn: Image.Image) -> Preserved:
-        """Return a drawn picture in which what the edit did not change is the canvas' own."""
-        plan = self.plans[0]
-        if plan.box != (0, 0, *plan.size):  # it was continued beyond its edges, to the grid
-            drawn = stitch(self.picture, drawn, plan)
-        return preserve(self.picture, drawn)
+    def put_back(self, drawn: Image.Image) -> tuple[Image.Image, Preserved | None]:
+        """Return a drawn picture in the canvas, at its size; and what was kept, where the edit leaves the rest alone."""
+        if not self.preserves:
+            return stitch(self.picture, drawn, self.plan), None
+        if self.plan.box != (0, 0, *self.plan.size):  # it was continued beyond its edges, to the grid
+            drawn = stitch(self.picture, drawn, self.plan)
+        found = preserve(self.picture, drawn)
+        return found.picture, found
 
 
 def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float) -> Canvas:
@@ -120,55 +134,57 @@ def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float
     plan = CanvasPlan(size=size, box=(0, 0, *size), drawn_size=size, mask=mask, mask_blur=0)
     return Canvas(
         picture=picture,
-        plans=(plan,),
+        plan=plan,
         prepared=prepared,
+        reference=prepared,
         strength=strength,
         masked=False,
         preserves=False,
-        warnings=(),
         tokens=tokens,
     )
 
 
-def open_canvas(
+def open_canvases(
     control: Control, image: Any, *, policy: ReferencePolicy, sizes: Sequence[tuple[int, int]], num_prompts: int
-) -> tuple[Canvas | None, Any]:
-    """Return the canvas of a call, None if it has none, and its pictures: the canvas' place in them has what is drawn.
+) -> tuple[tuple[Canvas | None, ...], Any]:
+    """Return the canvases of a call and its pictures: the canvas' place in them has its `reference`.
 
-    The canvas is the first picture, or `canvas`, which is then no reference. `sizes` are those that the model draws; none:
-    any. Raises `InvalidRequest`.
+    There is one canvas for all prompts or one for each; none: (). The canvas is the first picture, or `canvas`, which is
+    then no reference. `sizes` are those that the model draws; none: any. Raises `InvalidRequest`.
     """
-    if isinstance(ready := control.get("canvas"), Canvas):
-        return ready, image
+    ready = control.get("canvas")
+    if isinstance(ready, PerPrompt):
+        return tuple(ready), image
+    if isinstance(ready, Canvas):
+        return (ready,), image
     if all(control.get(name) is None for name in _OF_CANVAS):
         if control.get("mask_blur") is not None:
             raise InvalidRequest("mask_blur", "needs mask_image or expand; without them everything is drawn")
-        return None, image
+        return (), image
     pictures = None if image is None else as_list(image)
-    is_first = control.get("canvas") is None
+    is_first = ready is None
     if is_first and not pictures:
         names = ", ".join(name for name in _OF_CANVAS if control.get(name) is not None)
         raise InvalidRequest("canvas", f"{names} needs a picture to repaint; give image, or canvas")
-    source = pictures[0] if is_first and pictures else control["canvas"]
+    source = pictures[0] if is_first and pictures else ready
     picture = _open(source, policy=policy, field="image 1" if is_first else "canvas")
-    canvas = _plan(picture, control, policy=policy, sizes=sizes, num_prompts=num_prompts)
+    canvases = _plan(picture, control, policy=policy, sizes=sizes, num_prompts=num_prompts, is_first=is_first)
     if is_first and pictures:
-        return canvas, [canvas.prepared, *pictures[1:]]
-    return canvas, image
+        return canvases, [canvases[0].reference, *pictures[1:]]
+    return canvases, image
 
 
 def _open(source: Any, *, policy: ReferencePolicy, field: str) -> Image.Image:
-    """Return a canvas as RGB, upright and in sRGB."""
+    """Return a canvas as RGB or RGBA, upright and in sRGB, with nothing else of its file."""
     if isinstance(source, PreparedReference):
         return Image.frombytes("RGB", source.report.processed_size, source.data)
     prepare_reference(source, policy=policy, field=field)  # what is refused of a reference is refused of a canvas
     opened, field = open_picture(source, field=field)
     picture, _ = upright(to_srgb(opened)[0], field=field)
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        return picture.convert("RGBA")
-    return picture.convert("RGB")
+    alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+    plain = Image.new("RGBA" if alpha else "RGB", picture.size)
+    plain.paste(picture.convert(plain.mode))
+    return plain
 
 
 def _plan(
@@ -178,16 +194,19 @@ def _plan(
     policy: ReferencePolicy,
     sizes: Sequence[tuple[int, int]],
     num_prompts: int,
-) -> Canvas:
-    strength, warnings = check_strength(control.get("strength")), []
+    is_first: bool,
+) -> tuple[Canvas, ...]:
+    strength, background = check_strength(control.get("strength")), policy.background or "white"
+    known = None
     mask_image, expand = control.get("mask_image"), control.get("expand")
-    preserves = _check_preserve(control.get("preserve"), masked=mask_image is not None or expand is not None)
+    masked = mask_image is not None or expand is not None
+    preserves = _check_preserve(control.get("preserve"), masked=masked)
     if mask_image is not None and expand is not None:
         raise InvalidRequest(
             "expand", "mask_image and expand are both given; expand first, and give a mask of that size"
         )
     if expand is not None:
-        picture, mask = expand_canvas(picture, **_expansion(expand))
+        picture, mask, known = expand_canvas(picture, **_expansion(expand))
         masks = [mask]
     elif mask_image is not None:
         given: list[Any] = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image]
@@ -196,13 +215,11 @@ def _plan(
                 "mask_image", f"there are {len(given)} for {num_prompts} prompts; give one, or as many"
             )
         masks = [read_mask(one, size=picture.size) for one in given]
-        warnings = list(dict.fromkeys(text for mask in masks for text in describe_mask(mask)))
     else:
-        picture = _flat(picture, background=policy.background or "white")
+        picture = _flat(picture, background=background)
         masks = [np.full((picture.height, picture.width), 255, np.uint8)]
-    masked = mask_image is not None or expand is not None
     _check_names(control, masked=masked)
-    plans = tuple(
+    plans = [
         plan_canvas(
             picture.size,
             mask,
@@ -212,23 +229,49 @@ def _plan(
             mask_blur=MASK_BLUR if (blur := control.get("mask_blur")) is None else blur,
         )
         for mask in masks
-    )
-    if len({(plan.box, plan.drawn_size) for plan in plans}) > 1:
+    ]
+    if len({(plan.box if is_first else None, plan.drawn_size) for plan in plans}) > 1:
         raise InvalidRequest(
             "mask_image", "the masks of one call ask for other parts of the canvas; draw them one after another"
         )
-    drawn, _ = cut(picture, plans[0], background=policy.background or "white")
-    size = plans[0].drawn_size
-    prepared = prepare_reference(drawn, policy=ReferencePolicy(max_pixels=size[0] * size[1], max_aspect=1e9))
-    return Canvas(
-        picture=picture,
-        plans=plans,
-        prepared=prepared,
-        strength=strength,
-        masked=masked,
-        preserves=preserves,
-        warnings=tuple(warnings),
+    drawn: dict[Any, PreparedReference] = {}
+    for plan in plans:
+        if (plan.box, plan.drawn_size) not in drawn:
+            size = plan.drawn_size
+            drawn[plan.box, size] = prepare_reference(
+                cut(picture, plan, background=background)[0],
+                policy=ReferencePolicy(max_pixels=size[0] * size[1], max_aspect=1e9),
+            )
+    return tuple(
+        Canvas(
+            picture=picture,
+            plan=plan,
+            prepared=(prepared := drawn[plan.box, plan.drawn_size]),
+            reference=_seen(prepared, plan, known),
+            strength=strength,
+            masked=masked,
+            preserves=preserves,
+            warnings=tuple(describe_mask(plan.mask)) if mask_image is not None else (),
+            asked=_asked(control, plan) if masked else {},
+        )
+        for plan in plans
     )
+
+
+def _seen(prepared: PreparedReference, plan: CanvasPlan, known: tuple[int, int, int, int] | None) -> PreparedReference:
+    """Return what the model sees of a canvas: all of it, or what is known where it has new area."""
+    box = None if known is None else known_box(plan, known)
+    return prepared if box is None else prepared.part(box)
+
+
+def _asked(control: Control, plan: CanvasPlan) -> dict[str, Any]:
+    """Return the arguments that say what is repainted, as values of JSON; a digest of the mask."""
+    found: dict[str, Any] = {"mask": hashlib.sha256(plan.mask.tobytes()).hexdigest(), "mask_blur": plan.mask_blur}
+    if (expand := control.get("expand")) is not None:
+        found["expand"] = dict(expand) if isinstance(expand, Mapping) else list(expand)
+    if (padding := control.get("padding_mask_crop")) is not None:
+        found["padding_mask_crop"] = padding
+    return found
 
 
 def _flat(picture: Image.Image, *, background: str) -> Image.Image:

@@ -16,17 +16,24 @@ from limner.kinds import guides
 from limner.memory import Workload
 from limner.mentions import missing_pictures
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
-from limner.pipeline.canvas import open_canvas
-from limner.pipeline.control import check_reference_guidance, check_weights
+from limner.pipeline.canvas import open_canvases
+from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_reuse, check_weights
 from limner.pipeline.noise import NoiseSource
 from limner.pipeline.prefill import Picture, Prefiller, with_reports
 from limner.pipeline.progress import Progress, silent
-from limner.pipeline.velocity import reuse_bytes
+from limner.pipeline.repaint import (
+    call_workload,
+    canvas_sizes,
+    canvas_warnings,
+    check_canvas_size,
+    drawn_levels,
+    of_images,
+)
 from limner.references import References
-from limner.requests import Control, EditRequest, check_guidance, check_length, check_prompt
+from limner.requests import Control, check_guidance, check_length, check_prompt
 from limner.schedule import Schedule
 
-__all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers", "check_shared"]
+__all__ = ["ArgumentChecker", "check_given", "check_latents", "check_layers"]
 
 _logger = logging.getLogger("limner")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -76,31 +83,25 @@ class ArgumentChecker:
         control: Control | None = None,
     ) -> DrawRequest:
         """Check everything that can be refused; arguments as of `Pipeline.__call__`. Raises as it does."""
-        networks = self.prefiller.networks
+        networks, control = self.prefiller.networks, control or {}
         height, width, max_sequence_length = map(whole_number, (height, width, max_sequence_length))
         num_images_per_prompt, num_inference_steps = map(whole_number, (num_images_per_prompt, num_inference_steps))
         prompts = _check_prompts(prompt, prompt_embeds, allow_empty=self.allow_empty)
         _check_output_type(output_type)
         _check_count("num_images_per_prompt", num_images_per_prompt)
-        kind = networks.kind
-        if num_inference_steps is None:
-            num_inference_steps = kind.num_inference_steps
-        _check_count("num_inference_steps", num_inference_steps)
-        if max_sequence_length is None:
-            max_sequence_length = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
-        _check_count("max_sequence_length", max_sequence_length)
-        out_layers = check_layers(text_encoder_out_layers)
+        kind, config = networks.kind, networks.transformer.config
+        num_inference_steps = _count("num_inference_steps", num_inference_steps, default=kind.num_inference_steps)
+        most_text = min(_MAX_SEQUENCE_LENGTH, networks.text_encoder.max_length)
+        max_sequence_length = _count("max_sequence_length", max_sequence_length, default=most_text)
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
-        control, num_prompts = control or {}, len(prompts or ())
-        canvas, image = open_canvas(
+        num_prompts = len(prompts or ())
+        canvases, image = open_canvases(
             control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
         )
         pictures = self.prefiller.prepare(image) if image is not None else ()
         references = check_given(references, self.prefiller) if references is not None else None
-
-        config = networks.transformer.config
         num_txt = max_sequence_length
         if prompts is None:
             num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
@@ -109,16 +110,22 @@ class ArgumentChecker:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
-        size = _check_sizes(width, height, default=(*sizes, self.default_size)[0])
-        if canvas is not None:
-            size = _check_canvas_size(canvas.size, width=width, height=height)
-            warnings += canvas.warnings
-        warnings += missing_pictures(prompts or (), num_references=len(sizes))
-        workload = Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint)
-        loras = networks.adapters.applied
-        self._check_memory(workload, reuse=reuse, guidance_scale=guidance_scale)
+        size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
+        check_canvas_size(canvases, width=width, height=height)
+        canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
+        warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
+        self._check_reuse(reuse)
+        reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
+        workload = call_workload(
+            Workload(size=size, references=sizes, batch=batch, num_text=num_txt, joint=kind.joint),
+            canvases=canvases,
+            guides=guides(kind, guidance_scale),
+            reference_guidance=reference_guidance,
+            reuse=reuse,
+        )
+        self.prefiller.admission.check_call(workload)
         levels = self.schedule.sigmas(num_tokens(size), num_inference_steps=num_inference_steps, custom=sigmas)
-        levels = levels if canvas is None else canvas.sigmas(levels)
+        levels = drawn_levels(canvases, levels)
         weights = self._check_weights(control, num_references=len(sizes), num_steps=len(levels) - 1)
         noise = NoiseSource.check(generator, latents=latents, batch=batch, ranks=networks.ranks)
         guidance = self._check_guidance(
@@ -130,18 +137,18 @@ class ArgumentChecker:
             prompt_embeds=prompt_embeds,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
-            text_encoder_out_layers=out_layers,
+            text_encoder_out_layers=check_layers(text_encoder_out_layers),
             pictures=pictures,
             references=references,
             workload=workload,
             sigmas=levels,
             noise=noise,
             guidance=guidance,
-            reuse=reuse if workload.references else None,
-            reference_weights=weights,
-            reference_guidance=check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes)),
-            canvas=canvas,
-            loras=loras,
+            reuse=reuse if workload.reuses else None,
+            reference_weights=of_images(weights, num_prompts=num_prompts, per_prompt=num_images_per_prompt),
+            reference_guidance=reference_guidance,
+            canvases=canvases,
+            loras=networks.adapters.applied,
             output_type=output_type,
             callback=callback,
             callback_inputs=tuple(callback_inputs),
@@ -185,38 +192,29 @@ class ArgumentChecker:
 
     def _check_reuse(self, reuse: str | None) -> None:
         networks = self.prefiller.networks
-        if reuse not in (None, "step0"):
-            raise InvalidRequest("reuse", f"{reuse!r} is not one of None, 'step0'")
-        if reuse is not None and not networks.kind.joint:
-            raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
+        check_reuse(reuse, kind=networks.kind)
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
-
-    def _check_memory(self, workload: Workload, *, reuse: str | None, guidance_scale: float | None) -> None:
-        """Refuse what does not fit. K/V of isolated references may be cached, and are counted where they are computed."""
-        networks, admission = self.prefiller.networks, self.prefiller.admission
-        self._check_reuse(reuse)
-        sides = 2 if guides(networks.kind, guidance_scale) else 1
-        kept = reuse_bytes(networks, workload, sides=sides) if reuse is not None else 0
-        num_ref = workload.num_ref if workload.joint else 0
-        admission.check_free(num_ref=num_ref, num_own=workload.num_own, batch=workload.batch, kept=kept)
-        admission.check_limit(workload)
 
     def _warn_of_size(self, size: tuple[int, int]) -> None:
         if self.sizes and size not in self.sizes:
             allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
 
-    def _check_weights(
-        self, control: Control, *, num_references: int, num_steps: int
-    ) -> tuple[tuple[float, ...], ...] | None:
-        networks = self.prefiller.networks
-        weights = check_weights(control.get("reference_weights"), num_references=num_references, num_steps=num_steps)
-        if weights is not None and networks.kind.joint and networks.ranks.mode == "sequence":
+    def _check_weights(self, control: Control, *, num_references: int, num_steps: int) -> tuple[Weights | None, ...]:
+        """Return the weights for all prompts, or for each; () if there are none."""
+        networks, given = self.prefiller.networks, control.get("reference_weights")
+        found = tuple(
+            check_weights(one, num_references=num_references, num_steps=num_steps)
+            for one in (given if isinstance(given, PerPrompt) else (given,))
+        )
+        if all(one is None for one in found):
+            return ()
+        if networks.kind.joint and networks.ranks.mode == "sequence":
             raise InvalidRequest(
                 "reference_weights", "of joint references are not offered for a model divided by sequence; use tensor"
             )
-        return weights
+        return found
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         unknown = set(names) - set(_CALLBACK_TENSORS)
@@ -231,27 +229,6 @@ class ArgumentChecker:
                 "preview needs a map of latents to pixels, and this model has none (latent_preview in limner.json); fit "
                 "one with limner.model.preview.LatentPreview.fit, give preview_decoder, or ask for denoised and decode it",
             )
-
-
-def check_shared(requests: Sequence[EditRequest]) -> EditRequest:
-    """Return the first of requests that can be drawn together. Raises `InvalidRequest` if they cannot.
-
-    Together are drawn requests with the same references, size and number of steps, and a seed at least.
-    """
-    if not requests:
-        raise InvalidRequest("requests", "there are none; give at least one")
-    first = requests[0]
-    for request in requests:
-        if not request.seeds:
-            raise InvalidRequest("seeds", "there are none; give one for each image")
-        for field in ("width", "height", "num_inference_steps", "guidance_scale", "reuse"):
-            if getattr(request, field) != getattr(first, field):
-                raise InvalidRequest(
-                    field, f"{getattr(request, field)} and {getattr(first, field)} cannot be drawn together"
-                )
-        if [r.report.digest for r in request.references] != [r.report.digest for r in first.references]:
-            raise InvalidRequest("references", "those of the requests differ; draw such requests one after another")
-    return first
 
 
 def check_given(references: References, prefiller: Prefiller) -> References:
@@ -403,12 +380,11 @@ def _check_sizes(width: int | None, height: int | None, *, default: tuple[int, i
     return width, check_size("height", default[1] if height is None else height)
 
 
-def _check_canvas_size(size: tuple[int, int], *, width: int | None, height: int | None) -> tuple[int, int]:
-    """Return the size in which a canvas is drawn. Raises `InvalidRequest` where another one is asked for."""
-    for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
-        if given is not None and given != drawn:
-            raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
-    return size
+def _count(name: str, value: int | None, *, default: int) -> int:
+    """Return a count, or the default for None. Raises `InvalidRequest`."""
+    value = default if value is None else value
+    _check_count(name, value)
+    return value
 
 
 def _check_count(name: str, value: int) -> None:

@@ -6,13 +6,27 @@ Owns the checks of single values. Does not know how any of it is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limner.errors import InvalidRequest
-from limner.requests import Control, EditRequest
+from limner.kinds import ModelKind
+from limner.requests import Control
 
-__all__ = ["MASK_BLUR", "check_reference_guidance", "check_strength", "check_weights", "shared_control"]
+__all__ = [
+    "MASK_BLUR",
+    "REFERENCE_CONTROLS",
+    "PerPrompt",
+    "Weights",
+    "check_names",
+    "check_reference_guidance",
+    "check_reuse",
+    "check_strength",
+    "check_weights",
+]
+
+REFERENCE_CONTROLS = ("reference_weights", "reference_guidance")
+"""The controls that say how much references count; all others are of the canvas."""
 
 MASK_BLUR = 8
 """Pixels of the canvas over which a repainted place fades into its surroundings."""
@@ -20,31 +34,19 @@ _MAX_WEIGHT = 10.0
 """Of a reference, and of reference guidance; pictures fall apart long before."""
 
 
-def shared_control(requests: Sequence[EditRequest]) -> Control:
-    """Return what requests that are drawn together ask for: all the same, but each may have a mask of its own.
+Weights = tuple[tuple[float, ...], ...]
+"""Of each reference, for each step or once for all."""
 
-    Raises `InvalidRequest`.
-    """
-    first = requests[0].control
-    for request in requests[1:]:
-        if request.canvas is not requests[0].canvas:
-            raise InvalidRequest("canvas", "those of the requests differ; draw such requests one after another")
-        for name in {*first, *request.control} - {"mask_image"}:
-            if first.get(name) != request.control.get(name):
-                raise InvalidRequest(
-                    name, f"{first.get(name)!r} and {request.control.get(name)!r} cannot be drawn together"
-                )
-    masks: list[Any] = [request.control.get("mask_image") for request in requests for _ in request.seeds]
-    if all(mask is masks[0] for mask in masks):
-        return first
-    if any(mask is None for mask in masks):
-        raise InvalidRequest("mask_image", "requests with a mask and without one cannot be drawn together")
-    return {**first, "mask_image": masks}
+
+class PerPrompt(tuple[Any, ...]):
+    """Values of an argument for each prompt of a call, where callers give one for all; made by `Pipeline.draw`."""
+
+    __slots__ = ()
 
 
 def check_weights(
     weights: Sequence[float] | Sequence[Sequence[float]] | None, *, num_references: int, num_steps: int
-) -> tuple[tuple[float, ...], ...] | None:
+) -> Weights | None:
     """Return the weights of all references for each step, or once for all steps. Raises `InvalidRequest`."""
     if weights is None:
         return None
@@ -78,6 +80,14 @@ def check_reference_guidance(scale: float, num_references: int) -> float:
     return float(scale)
 
 
+def check_reuse(reuse: str | None, *, kind: ModelKind) -> None:
+    """Raise `InvalidRequest` unless K/V can be used again so."""
+    if reuse not in (None, "step0"):
+        raise InvalidRequest("reuse", f"{reuse!r} is not one of None, 'step0'")
+    if reuse is not None and not kind.joint:
+        raise InvalidRequest("reuse", "is for models with joint references; the K/V of this one are kept exactly")
+
+
 def check_strength(strength: float | None) -> float:
     """Return a strength in (0, 1]; None is 1. Raises `InvalidRequest`."""
     if strength is None:
@@ -85,6 +95,13 @@ def check_strength(strength: float | None) -> float:
     if not (_is_number(strength) and 0 < strength <= 1):
         raise InvalidRequest("strength", f"{strength!r} is not a number over 0, at most 1; 1 draws all steps")
     return float(strength)
+
+
+def check_names(control: Mapping[str, Any]) -> None:
+    """Raise `InvalidRequest` for a control that there is not."""
+    for name in control:
+        if name not in Control.__annotations__:
+            raise InvalidRequest(name[:40], f"is not one of {', '.join(Control.__annotations__)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,8 @@ from limner.errors import InvalidRequest, NumericalError
 from limner.model.preview import Preview
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
-from limner.pipeline.progress import Stopwatch
+from limner.pipeline.progress import Lap, Stopwatch
+from limner.pipeline.repaint import token_masks
 from limner.pipeline.velocity import Velocity
 from limner.references import References
 from limner.schedule import euler_step
@@ -51,7 +52,7 @@ class Batch:
     """The images that are being drawn: tokens (B, S_img, C) in float32, and text tokens (B, S_txt, text_width).
 
     `negative_embeds` are the text tokens of negative prompts, None without guidance.
-    `rows` are the numbers of these images in the batch that the call began with. `seconds` are those of the steps done.
+    `rows` are the numbers of these images in the batch that the call began with. `laps` are the times of the steps done.
     """
 
     latents: Tensor
@@ -59,7 +60,7 @@ class Batch:
     negative_embeds: Tensor | None
     surroundings: Surroundings | None
     rows: list[int]
-    seconds: tuple[float, ...] = ()
+    laps: tuple[Lap, ...] = ()
 
 
 def denoise(
@@ -74,7 +75,7 @@ def denoise(
     preview: Preview | None,
     interrupted: Callable[[], bool],
 ) -> Batch:
-    """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1, S_img, C) of a canvas.
+    """Take all steps from noise (B, C, h, w) on, or from the noised tokens (1 or B, S_img, C) of canvases.
 
     After a step for which `interrupted()` is true the others are left out.
 
@@ -83,9 +84,7 @@ def denoise(
     device, velocity_of = networks.device, Velocity(networks, request, references)
     sigmas, surroundings, tokens = request.sigmas.to(device), None, pack(noise)
     if canvas is not None:
-        assert request.canvas is not None
-        mask = request.canvas.mask(num_images_per_prompt=request.num_images_per_prompt)
-        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=mask.to(device))
+        surroundings = Surroundings(canvas=canvas.float(), noise=tokens, mask=token_masks(request.canvases).to(device))
         tokens = surroundings.noised(sigmas[0])
     batch = Batch(
         latents=tokens,
@@ -95,6 +94,7 @@ def denoise(
         rows=list(range(len(noise))),
     )
     timesteps = (request.sigmas[:-1] * 1000).to(device)
+    velocity_of.prepare(prompt_embeds, negative_embeds)
     with networks.working("denoise", request.workload, cached=velocity_of.kept_bytes):
         for i, timestep in enumerate(timesteps):
             request.progress("step", i, len(timesteps))
@@ -122,7 +122,7 @@ def denoise(
                         "changed the LoRAs, and the K/V of the references were made with those before; change them between "
                         "calls, or draw without references",
                     )
-            batch.seconds += (clock.lap(),)
+            batch.laps += (clock.lap(),)
             if interrupted():
                 break
     request.progress("step", len(timesteps), len(timesteps))

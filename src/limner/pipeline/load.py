@@ -19,6 +19,7 @@ from limner.grid import PIXELS
 from limner.kinds import DIFFUSERS_KINDS, ISOLATED, ModelKind
 from limner.memory import parse_bytes
 from limner.memory.residency import Residency
+from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
 from limner.model.kv import KV_FORMATS
 from limner.model.preview import Preview
@@ -116,6 +117,7 @@ def load(
         raise InvalidRequest("memory_limit", "is for a model in one process; leave it out, or parallel")
     ranks, device = join(parallel, device)
     residency = _residency(memory_limit, device)
+    home = torch.device("cpu") if isinstance(residency, Staged) else device  # where weights are while nothing works
     folder = resolve_model(model, without=[part for part, source in replaced.items() if source is not None], hub=hub)
     settings = read_settings(folder)
     sources = {part: resolve_part(part, source, model=folder, hub=hub) for part, source in replaced.items()}
@@ -134,23 +136,24 @@ def load(
     transformer = load_transformer(
         sources["transformer"],
         dtype=dtype,
-        device=device,
+        device=home,
         quantize=quantize,
         like=like["transformer"],
         variant=variant,
         after=after,
         ranks=ranks,
     )
+    transformer.settle()
     report("load", 1, 3)
     autoencoder = load_autoencoder(
-        sources["vae"], dtype=dtype, device=device, like=like["vae"], variant=variant, after=after
+        sources["vae"], dtype=dtype, device=home, like=like["vae"], variant=variant, after=after
     )
     report("load", 2, 3)
     text_encoder = load_text_encoder(
         sources["text_encoder"],
         folder / "tokenizer",
         dtype=dtype,
-        device=device,
+        device=home,
         out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
         like=like["text_encoder"],
         variant=variant,
@@ -255,8 +258,10 @@ def _residency(memory_limit: str | int | None, device: torch.device) -> Residenc
     if memory_limit is None:
         return None
     limit = parse_bytes(memory_limit)
+    if device.type == "cuda":
+        return Staged(limit, device)
     if device.type != "cpu":
-        raise InvalidRequest("memory_limit", f"is for the CPU, not for {device}; leave it out there")
+        raise InvalidRequest("memory_limit", f"is for the CPU and CUDA, not for {device}; leave it out there")
     return Residency(limit)
 
 

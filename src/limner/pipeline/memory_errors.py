@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from limner.errors import CapacityError, first_line
+from limner.memory.free import forget
 
 __all__ = ["typed_memory_errors"]
 
@@ -16,7 +17,7 @@ _R = TypeVar("_R")
 
 
 def typed_memory_errors(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a call so that it raises `CapacityError` where an allocation fails."""
+    """Decorate a call so that it raises `CapacityError` where an allocation fails, and holds nothing of what it had."""
 
     @functools.wraps(call)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -26,6 +27,7 @@ def typed_memory_errors(call: Callable[_P, _R]) -> Callable[_P, _R]:
             first = first_line(error)
             if isinstance(error, RuntimeError) and not re.search(r"(not enough|out of) memory|can't allocate", first):
                 raise
+            forget(error)
             raise CapacityError(
                 f"memory ran out ({first}); use fewer or smaller references, a smaller output or fewer images at once"
             ) from error

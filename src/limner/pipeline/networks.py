@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from limner.config import AutoencoderConfig, ModelGeometry, TextConfig
+from limner.errors import InvalidRequest
 from limner.grid import PIXELS
 from limner.kinds import ModelKind
-from limner.memory import Formats, Workload, activations, kv_bytes
+from limner.memory import Formats, Workload, kv_bytes, phase_bytes
 from limner.memory.residency import Residency
+from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
 from limner.model.int8 import has_int8_products
 from limner.model.shards import Ranks
@@ -140,7 +142,7 @@ class Networks:
         """Keep the weights of a phase's network in memory. `cached` bytes stay allocated after the phase."""
         networks: dict[str, nn.Module] = {"encode text": self.text_encoder, "encode references": self.autoencoder}
         network = networks.get(phase, self.autoencoder if phase == "decode" else self.transformer)
-        growth = activations(self.geometry, workload, formats=self.formats, whole_pixels=self.autoencoder.whole_pixels)
+        growth = phase_bytes(self.geometry, workload, formats=self.formats, whole_pixels=self.autoencoder.whole_pixels)
         return self.residency.working(network, growth=growth[phase] + cached)
 
     def adopt(self) -> None:
@@ -151,12 +153,18 @@ class Networks:
         self.residency.adopt(self.autoencoder)
 
     def to(self, target: torch.device | torch.dtype) -> None:
-        """Move the networks to a device, or cast them to a dtype."""
+        """Move the networks to a device, or cast them to a dtype. Raises `InvalidRequest`."""
+        if isinstance(self.residency, Staged):
+            raise InvalidRequest(
+                "to", "weights with a memory_limit stay where they are; give device and dtype to from_pretrained"
+            )
         is_cast = isinstance(target, torch.dtype)
         with self.adapters.removed():  # and attached again in the new place
             for part in (self.transformer, self.autoencoder, self.text_encoder):
                 with nullcontext() if is_cast else self.digests.moving(part):
                     part.to(target)
+                    if part is self.transformer:
+                        self.transformer.settle()
         self.text_encoder.rebuild_rotary()
         self.adopt()
 

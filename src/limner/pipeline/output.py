@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from limner.images import CanvasReport, Preserved, ReferenceReport, to_pil
+from limner.images import ReferenceReport, side_by_side, to_pil
 from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
-from limner.pipeline.progress import Stopwatch, Timings
+from limner.pipeline.progress import Lap, Stopwatch, Timings
 from limner.pipeline.prompts import PromptReport
+from limner.pipeline.repaint import ImageReport, OfImages, finish, in_common
 from limner.references import References
 from limner.tokens import unpack
 
@@ -27,7 +27,7 @@ _DECODED_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PipelineOutput:
+class PipelineOutput(OfImages):
     """What a call returns.
 
     `images` is a list of PIL pictures, an array (B, height, width, 3) or a tensor (B, 3, height, width) in [0, 1], or
@@ -35,6 +35,7 @@ class PipelineOutput:
     there is none (given latents, a generator used before, the later images of a batch that shares one generator).
     `reference_cache` says where the K/V came from, `reference_key` is their content key, `seconds_saved` is what computing
     them took when that was not done again; `references` tell of each picture, `warnings` of what may be unmeant.
+    `metadata` is what all images have in common, `own` what each has for itself.
     """
 
     images: Any
@@ -47,56 +48,29 @@ class PipelineOutput:
     prompts: tuple[PromptReport, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    canvas: tuple[CanvasReport, ...] = ()
-    preserved: tuple[Preserved, ...] = ()
+    own: tuple[ImageReport, ...] = ()
+
+    def __repr__(self) -> str:
+        shape = f"{self.metadata.get('width')}x{self.metadata.get('height')}"
+        seeds = ", ".join(map(str, self.seeds))
+        return (
+            f"PipelineOutput({len(self.seeds)} of {shape}, seeds {seeds}, references: {self.reference_cache}, "
+            f"{self.timings.total:.2f} s)"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """Show the pictures side by side in notebooks."""
+        return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
-def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, float]:
-    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the seconds it took."""
+def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, Lap]:
+    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the time it took."""
     clock = Stopwatch(networks.device)
     request.progress("decode", 0, 1)
     latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
     pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
     request.progress("decode", 1, 1)
     return pictures, clock.lap()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class _Finished:
-    """Pictures as `output_type` says, and what was kept of the canvas."""
-
-    pictures: Any
-    preserved: tuple[Preserved, ...] = ()
-
-
-def _finish(request: DrawRequest, pictures: Any, rows: list[int]) -> _Finished:
-    """Put drawn pictures back into their canvas, bit for bit outside of the mask. Latents stay as they are."""
-    canvas = request.canvas
-    if canvas is None or request.output_type == "latent" or not (canvas.masked or canvas.preserves):
-        return _Finished(pictures=pictures)
-    drawn = _as_pil(pictures, request.output_type)
-    preserved: tuple[Preserved, ...] = ()
-    if canvas.preserves:
-        preserved = tuple(canvas.preserve(image) for image in drawn)
-        made = [one.picture for one in preserved]
-    else:
-        made = canvas.finish(drawn, rows, num_images=request.workload.batch)
-    return _Finished(pictures=_as_type(made, like=pictures), preserved=preserved)
-
-
-def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
-    if output_type == "pil":
-        return list(pictures)
-    array = pictures if output_type == "np" else pictures.float().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(values) for values in (array * 255).round().astype(np.uint8)]
-
-
-def _as_type(pictures: list[Image.Image], *, like: Any) -> Any:
-    """Return pictures as `like` is: a list as they are, an array or a tensor without alpha."""
-    if isinstance(like, list):
-        return pictures
-    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]).astype(np.float32) / 255
-    return torch.from_numpy(array).permute(0, 3, 1, 2).to(like) if isinstance(like, Tensor) else array
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -139,25 +113,17 @@ def make_output(
     }
     if request.guidance is not None:
         metadata["guidance_scale"] = request.guidance.scale
-    if request.reference_weights is not None:
-        metadata["reference_weights"] = [list(row) for row in request.reference_weights]
     if request.reference_guidance != 1:
         metadata["reference_guidance"] = request.reference_guidance
-    finished, canvas = _finish(request, pictures, rows), request.canvas
-    if canvas is not None:
-        metadata |= {"canvas_digest": canvas.prepared.report.digest, "strength": canvas.strength}
-        if canvas.masked:
-            metadata |= {"box": list(canvas.plans[0].box), "canvas_size": list(canvas.picture.size)}
-        if canvas.preserves:
-            metadata["preserve"] = "auto"
+    images, own = finish(request, pictures, rows)
+    metadata |= in_common(own)
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(
-        images=finished.pictures,
-        canvas=tuple(plan.report for plan in canvas.plans) if canvas is not None and canvas.masked else (),
-        preserved=finished.preserved,
+        images=images,
+        own=own,
         seeds=tuple(request.noise.seeds[row] for row in rows),
         timings=timings,
         reference_cache=source,

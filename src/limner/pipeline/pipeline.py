@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from limner.images import PreparedReference
 from limner.kinds import ISOLATED, ModelKind
 from limner.memory import Formats, Workload
 from limner.memory.residency import Residency
+from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
+from limner.model.graphs import StepGraphs
 from limner.model.preview import Preview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
@@ -30,8 +32,8 @@ from limner.pipeline import copies, load, lora
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
-from limner.pipeline.check import ArgumentChecker, check_shared
-from limner.pipeline.control import shared_control
+from limner.pipeline.call_types import CallArguments, StepCallback
+from limner.pipeline.check import ArgumentChecker
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
 from limner.pipeline.memory_errors import typed_memory_errors
@@ -39,7 +41,9 @@ from limner.pipeline.networks import Networks
 from limner.pipeline.output import PipelineOutput, decode, make_output
 from limner.pipeline.prefill import Picture, Prefiller
 from limner.pipeline.progress import Progress, Stopwatch, Timings
+from limner.pipeline.progress_bar import reporting
 from limner.pipeline.prompts import PromptEncoder
+from limner.pipeline.together import canvases_of, check_shared, opened, per_prompt
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
 from limner.requests import Control, EditRequest
@@ -50,9 +54,6 @@ from limner.weights.digest import WeightDigests
 __all__ = ["Pipeline", "StepCallback"]
 
 _logger = logging.getLogger("limner")
-
-StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Any] | None]
-"""(pipeline, step, timestep, tensors) to changed tensors; see `Pipeline.__call__`."""
 
 
 class Pipeline:
@@ -90,7 +91,8 @@ class Pipeline:
         self.schedule = schedule or Schedule()
         self.default_size = default_size
         self.sizes = tuple(sizes)
-        self.store = store if store is not None else ReferenceStore()
+        share = residency.limit // 4 if isinstance(residency, Staged) else None  # of the limit, not of what is free
+        self.store = store if store is not None else ReferenceStore(device_bytes=share)
         self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
         self.kv_cache_dtype = load.check_kv_cache_dtype(kv_cache_dtype)
         self.kind = kind
@@ -131,7 +133,7 @@ class Pipeline:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
-    ) -> Pipeline:
+    ) -> Self:
         """Load a folder in the diffusers layout, a hub id, or (None) the bundled model.
 
         `transformer`, `vae` and `text_encoder` replace a part of it: a file of any layout (docs/compatibility.md), a
@@ -142,7 +144,8 @@ class Pipeline:
         what the files say. `quantize` "int8" makes weights and activations of the blocks' matrices int8 (`limner
         quantize` writes such a folder). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic;
         "int8" or "fp8", half the bytes of bfloat16. `memory_limit`, "20GiB" or bytes, is what may be resident, mapped
-        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux).
+        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux). On
+        CUDA it is the device's memory, and weights that are not there are in page-locked host memory.
         `parallel` divides the transformer among torchrun's processes (`limner.model.divide`): "tensor" by heads and MLP
         columns, "sequence" by tokens; all make the same calls, one at a time, with the same results. `variant` "fp16"
         reads *.fp16.safetensors where a part has them. Of a hub id: `revision` (not of other parts), `token`,
@@ -180,7 +183,7 @@ class Pipeline:
         reference_policy: ReferencePolicy | None = None,
         kv_cache_dtype: str | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
-    ) -> Pipeline:
+    ) -> Self:
         """Take over a klein pipeline of diffusers that is in memory: the tensors are shared, none is copied.
 
         It runs where and in the dtype in which that pipeline is. Text encoder layers that are not read are left out.
@@ -200,7 +203,7 @@ class Pipeline:
         return cls._of(loaded, store=store, kv_cache_dtype=kv_cache_dtype)
 
     @classmethod
-    def _of(cls, loaded: load.Loaded, *, store: ReferenceStore | None, kv_cache_dtype: str | None) -> Pipeline:
+    def _of(cls, loaded: load.Loaded, *, store: ReferenceStore | None, kv_cache_dtype: str | None) -> Self:
         pipe = cls(
             transformer=loaded.transformer,
             autoencoder=loaded.autoencoder,
@@ -219,7 +222,7 @@ class Pipeline:
         loaded.register(pipe._digests)
         return pipe
 
-    def to(self, target: torch.device | str | torch.dtype) -> Pipeline:
+    def to(self, target: torch.device | str | torch.dtype) -> Self:
         """Move all parts to a device, or cast them to a dtype; return itself. Not for a parallel model."""
         if self.parallel is not None:
             raise InvalidRequest(
@@ -228,6 +231,15 @@ class Pipeline:
         self.networks.to(target if isinstance(target, torch.dtype) else load.check_device(target))
         self._prompts.clear()
         return self
+
+    def use_cuda_graphs(self, enabled: bool = True) -> None:
+        """Replay steps of small pictures as CUDA graphs (`limner.model.graphs`): the same bits, one launch a step.
+
+        Raises `InvalidRequest` on other devices.
+        """
+        if enabled and self.device.type != "cuda":
+            raise InvalidRequest("use_cuda_graphs", f"is for CUDA, not for {self.device}; leave it out there")
+        self.transformer.use(graphs=StepGraphs() if enabled else None)
 
     # The objects that do the work, made of the attributes as they are now: these may be replaced between calls.
 
@@ -270,6 +282,12 @@ class Pipeline:
             sizes=self.sizes,
             has_previews=self.latent_preview is not None,
         )
+
+    def __repr__(self) -> str:
+        config, dtype = self.geometry.transformer, str(self.dtype).removeprefix("torch.")
+        blocks = f"{config.num_double_blocks} + {config.num_single_blocks} blocks of {config.width}"
+        loras = "".join(f", LoRA {name}" for name in self.get_active_adapters())
+        return f"{type(self).__name__}({blocks}, {self.kind}, {dtype} on {self.device}{loras})"
 
     @property
     def device(self) -> torch.device:
@@ -351,15 +369,27 @@ class Pipeline:
         """Return the content key of prepared pictures in this order, whether or not their K/V were computed yet."""
         return self._prefiller.key_of(prepared)
 
+    def canvas_keys(self, request: EditRequest) -> set[str]:
+        """Return the keys under which the tokens of an opened request's canvases are kept, if steps use them."""
+        return {self._prefiller.token_key(c.prepared) for c in canvases_of(request) if c is not None and not c.is_plain}
+
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """Return the peak bytes of a call on top of the weights: tokens to prefill, text and output tokens of an image."""
         return self._admission.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
+
+    def memory_for(self, workload: Workload) -> int:
+        """Return the peak bytes of a call on top of the weights, with canvases, guidance and all that it asks for."""
+        return self._admission.memory_for(workload)
 
     def kv_bytes(self, num_ref: int) -> int:
         """Return the bytes of the K/V of reference tokens in this process."""
         return self.networks.kv_bytes(num_ref)
 
     # the call
+
+    def opened(self, request: EditRequest) -> EditRequest:
+        """Return a request whose canvas and masks were read: its references are the pictures that the model gets."""
+        return opened(request, policy=self.reference_policy, sizes=self.sizes)
 
     def draw(
         self,
@@ -371,15 +401,17 @@ class Pipeline:
         output_type: str = "pil",
         progress: Progress | None = None,
     ) -> PipelineOutput:
-        """Draw requests that share references, size and number of steps as one batch: an image for each seed, in order.
+        """Draw requests as one batch, that share what `together.shared_of` names: an image for each seed, in order.
 
         `references`, for requests without pictures, is what `prefill` returned. Other arguments and errors are those of
         a call.
         """
-        first = check_shared(requests)
-        out = self(
+        requests = [self.opened(request) for request in requests]
+        size = references.sizes[0] if references is not None else self.default_size
+        first = check_shared(requests, kind=self.kind, default_size=size)
+        out: PipelineOutput = self(
             [request.prompt for request in requests for _ in request.seeds],
-            image=first.pictures or None,
+            image=first.references or None,
             references=references,
             width=first.width,
             height=first.height,
@@ -391,11 +423,24 @@ class Pipeline:
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             output_type=output_type,
-            progress=progress,
-            **shared_control(requests),
+            progress=progress or False,
+            **per_prompt(requests),
         )
-        assert isinstance(out, PipelineOutput)
         return out
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        return_dict: Literal[True] = True,
+        **arguments: Unpack[CallArguments],
+    ) -> PipelineOutput: ...
+
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, *, return_dict: bool, **arguments: Unpack[CallArguments]
+    ) -> PipelineOutput | tuple[Any]: ...
 
     @named_arguments
     @typed_memory_errors
@@ -424,7 +469,7 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         size_policy: str = "refuse",
         **control: Unpack[Control],
     ) -> PipelineOutput | tuple[Any]:
@@ -443,11 +488,12 @@ class Pipeline:
         prompt_embeds, and rows, the list of those images of the batch that go on (the others are dropped, also from the
         output); it may also ask for denoised, the clean tokens that this step predicts, and preview, these as small
         pictures (B, 3, height/8, width/8) in [0, 1]. `Cancelled` raised in it stops the run, `pipe._interrupt = True`
-        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part. `size_policy`
-        "floor" takes sides of the output down to multiples of 16, with a warning. With a parallel model callbacks run
-        in every process and have to do the same. Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
+        leaves out the remaining steps of this call. `progress(part, done, of)` is called for every part; left
+        out, terminals and notebooks get a bar, with False none. `size_policy` "floor" takes sides of the output down to
+        multiples of 16, with a warning. With a parallel model callbacks run in every process and have to do the same.
+        Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
-        with self._interruption.call() as call:
+        with self._interruption.call() as call, reporting(progress) as report:
             # 1. Check the arguments: what can be refused is refused before any work is done
             request = self._checker.check(
                 prompt=prompt,
@@ -470,7 +516,7 @@ class Pipeline:
                 callback_inputs=callback_on_step_end_tensor_inputs,
                 max_sequence_length=max_sequence_length,
                 text_encoder_out_layers=text_encoder_out_layers,
-                progress=progress,
+                progress=report,
                 size_policy=size_policy,
                 control=control,
             )
@@ -488,11 +534,11 @@ class Pipeline:
         txt, noise = request.shared(networks.ranks, prompt_embeds=txt, noise=noise)
         negative = None if negative is None else networks.ranks.broadcast_tensor(negative)
         request.progress("text", 1, 1)
-        text_seconds = clock.lap()
+        text_lap = clock.lap()
         # 4. Get the References: those given, or from the store, or computed
         refs, source = self._prefiller.get_for(request)
-        canvas = self._prefiller.canvas_tokens(request.canvas)
-        reference_seconds = clock.lap()
+        canvas = self._prefiller.canvas_tokens(request.canvases)
+        reference_lap = clock.lap()
         # 5. Denoise
         batch = denoise(
             networks,
@@ -506,8 +552,8 @@ class Pipeline:
             interrupted=interrupted,
         )
         # 6. Decode
-        pictures, decode_seconds = decode(networks, request, batch.latents, dtype=txt.dtype)
-        timings = Timings(text=text_seconds, references=reference_seconds, steps=batch.seconds, decode=decode_seconds)
+        pictures, decode_lap = decode(networks, request, batch.latents, dtype=txt.dtype)
+        timings = Timings.of(text=text_lap, references=reference_lap, steps=batch.laps, decode=decode_lap)
         return make_output(
             request,
             pictures,

@@ -22,9 +22,9 @@ from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.canvas import Canvas
 from limner.pipeline.networks import Networks
 from limner.pipeline.progress import Stopwatch
-from limner.references import References, reference_key
+from limner.references import References, position_ids, reference_key
 from limner.store import ReferenceStore, Source
-from limner.tokens import pack, reference_ids
+from limner.tokens import pack
 
 __all__ = ["CacheSource", "Picture", "Prefiller", "with_reports"]
 
@@ -81,24 +81,42 @@ class Prefiller:
         request.progress("references", 1, 1)
         return found
 
-    def canvas_tokens(self, canvas: Canvas | None) -> Tensor | None:
-        """Return the tokens (1, S_img, C) of a canvas, from the store or encoded; None without one."""
-        if canvas is None or canvas.is_plain:
-            return None
-        networks = self.networks
-        weights, prepared = networks.token_weights(), (canvas.prepared,)
+    def canvas_tokens(self, canvases: Sequence[Canvas | None]) -> Tensor | None:
+        """Return the tokens (1 or B, S_img, C) of the canvases of images, from the store or encoded.
 
-        def encode() -> References:
-            return self._make(ReferenceKV(layers=(ReferenceTokens(self._encode(prepared)),)), prepared, weights=weights)
+        None: the steps have no use for them. An image without canvas gets the tokens of another, and a mask that hides
+        them.
+        """
+        used = [None if canvas is None or canvas.is_plain else canvas.prepared for canvas in canvases]
+        tokens = {one.report.digest: one for one in used if one is not None}
+        found = {digest: self._tokens_of(one) for digest, one in tokens.items()}
+        if len(found) < 2:
+            return next(iter(found.values()), None)
+        any_other = next(iter(found))
+        return torch.cat([found[any_other if one is None else one.report.digest] for one in used])
 
-        key = reference_key(
-            weights=weights,
-            dtype=networks.dtype,
-            arithmetic=networks.arithmetic,
-            digests=[canvas.prepared.report.digest],
+    def token_key(self, prepared: PreparedReference) -> str:
+        """Return the key under which the tokens of a canvas are kept."""
+        return reference_key(
+            weights=self.networks.token_weights(),
+            dtype=self.networks.dtype,
+            arithmetic=self.networks.arithmetic,
+            digests=[prepared.report.digest],
             joint=True,
         )
+
+    def _tokens_of(self, prepared: PreparedReference) -> Tensor:
+        """Return the tokens (1, S, C) of a picture, from the store or encoded."""
+        networks = self.networks
+        weights = networks.token_weights()
+
+        def encode() -> References:
+            kv = ReferenceKV(layers=(ReferenceTokens(self._encode((prepared,))),))
+            return self._make(kv, (prepared,), weights=weights)
+
+        key = self.token_key(prepared)
         found = self.store.get(key, encode, device=networks.device)[0] if networks.ranks.alone else encode()
+        assert found.tokens is not None
         return found.tokens
 
     def _key(self, prepared: Sequence[PreparedReference], *, weights: str, arithmetic: str) -> str:
@@ -140,17 +158,16 @@ class Prefiller:
     def _compute(self, prepared: Sequence[PreparedReference], *, weights: str) -> References:
         networks = self.networks
         clock = Stopwatch(networks.device)
-        clock.lap()  # work that was queued before is not counted
         ref_tokens = self._encode(prepared)
         if networks.kind.joint:
             kv = ReferenceKV(layers=(ReferenceTokens(ref_tokens),))
         else:
             sizes = tuple(p.report.processed_size for p in prepared)
             workload = Workload(size=(PIXELS, PIXELS), references=sizes)
-            ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes])
+            ids = position_ids([p.report for p in prepared])
             with networks.working("prefill", workload, cached=networks.kv_bytes(workload.num_ref)):
-                kv = networks.transformer.prefill(ref_tokens, ids)
-        return self._make(kv, prepared, weights=weights, seconds=clock.lap())
+                kv = networks.transformer.prefill(ref_tokens, ids, quantization=networks.kv_cache_dtype)
+        return self._make(kv, prepared, weights=weights, seconds=clock.lap().seconds)
 
     def _make(
         self, kv: ReferenceKV, prepared: Sequence[PreparedReference], *, weights: str, seconds: float = 0.0
@@ -162,6 +179,7 @@ class Prefiller:
             kernel=networks.arithmetic,
             quantization=None if joint else networks.kv_cache_dtype,
             reports=tuple(p.report for p in prepared),
+            dtype=networks.dtype,
             prefill_seconds=seconds,
             shard=None if joint else networks.reference_shard,
         )

@@ -6,28 +6,23 @@ know prompts, pictures or the Euler step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from limner.grid import PIXELS, num_tokens
-from limner.memory import Workload, kv_bytes
+from limner.grid import num_tokens
+from limner.memory import reused_bytes
 from limner.model.kv import AnyLayerKV, LayerKV, ReferenceKV, quantize_layer
 from limner.model.rope import Rope
+from limner.model.transformer import RefWeights
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.networks import Networks
 from limner.references import References
-from limner.tokens import image_ids, reference_ids, text_ids
+from limner.tokens import image_ids, text_ids
 
-__all__ = ["Velocity", "reuse_bytes"]
-
-
-def reuse_bytes(networks: Networks, workload: Workload, *, sides: int) -> int:
-    """Return the bytes of K/V that joint references have in one step, for a batch and each of its `sides`."""
-    config, kv = networks.transformer.config, networks.kv_cache_dtype
-    one = kv_bytes(config, workload.num_ref, itemsize=networks.dtype.itemsize, kv=kv)
-    return sides * workload.batch * one // (networks.ranks.shard[1] if networks.ranks.shard else 1)
+__all__ = ["Velocity"]
 
 
 class Velocity:
@@ -36,19 +31,17 @@ class Velocity:
     def __init__(self, networks: Networks, request: DrawRequest, references: References | None) -> None:
         self._networks, self._guidance = networks, request.guidance
         self._reference_guidance = request.reference_guidance if references is not None else 1.0
-        self._weights = request.reference_weights if references is not None else None
+        self._weights = request.reference_weights if references is not None else ()
         self._step = -1
         self._img_ids = image_ids(request.grid)
         tokens = references.tokens if references is not None else None
         self._isolated = references if tokens is None else None
         self._ref_tokens = None if tokens is None else tokens.to(networks.device, networks.dtype)
-        sizes = references.sizes if references is not None else ()
-        self._num_tokens = [num_tokens(size) for size in sizes]
-        self._ref_ids = reference_ids([(h // PIXELS, w // PIXELS) for w, h in sizes]) if sizes else None
+        self._num_tokens = [num_tokens(size) for size in (references.sizes if references is not None else ())]
+        self._ref_ids = references.ids if references is not None else None
         self._reuses = request.reuse == "step0" and tokens is not None
-        self._kept_bytes = (
-            reuse_bytes(networks, request.workload, sides=1 + (self._guidance is not None)) if self._reuses else 0
-        )
+        kept = reused_bytes(networks.transformer.config, request.workload, formats=networks.formats)
+        self._kept_bytes = kept // (networks.ranks.shard[1] if networks.ranks.shard else 1) if self._reuses else 0
         self._kept: dict[str, tuple[list[int], ReferenceKV]] = {}
         self._ropes: dict[tuple[int, bool], Rope] = {}
 
@@ -56,6 +49,14 @@ class Velocity:
     def kept_bytes(self) -> int:
         """Bytes of K/V that are used again, once the first step has made them."""
         return self._kept_bytes
+
+    def prepare(self, prompt_embeds: Tensor, negative_embeds: Tensor | None) -> None:
+        """Make what all steps use, for prompts of these lengths: a device other than the CPU is sent nothing in a step."""
+        as_tokens = self._ref_tokens is not None
+        for num_txt in {x.shape[1] for x in (prompt_embeds, negative_embeds) if x is not None}:
+            self._rope(num_txt, with_references=as_tokens)
+            if as_tokens and (self._reuses or self._reference_guidance != 1):
+                self._rope(num_txt, with_references=False)
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, *, prompt_embeds: Tensor, negative_embeds: Tensor | None, rows: list[int]
@@ -77,7 +78,8 @@ class Velocity:
         # K/V that are used again belong to one side, as does guidance by references
         if self._guidance.together and alike and not self._reuses and self._reference_guidance == 1:
             both = torch.cat([negative_embeds, prompt_embeds])
-            negative, positive = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows, side="both").chunk(2)
+            joined = self._forward(latents.repeat(2, 1, 1), both, sigma, rows=rows * 2, side="both")
+            negative, positive = joined.chunk(2)
         else:
             positive = self._guided(latents, prompt_embeds, sigma, rows=rows)
             negative = self._forward(latents, negative_embeds, sigma, rows=rows, side="negative")
@@ -91,12 +93,14 @@ class Velocity:
         without = self._forward(latents, txt, sigma, rows=rows, side="without").float()
         return without + self._reference_guidance * (velocity.float() - without)
 
-    def _reference_weights(self) -> list[tuple[int, float]] | None:
-        """(tokens, weight) of each reference in this step; None where all are 1."""
-        if self._weights is None:
-            return None
-        weights = self._weights[min(self._step, len(self._weights) - 1)]
-        return None if set(weights) == {1.0} else list(zip(self._num_tokens, weights, strict=True))
+    def _reference_weights(self, rows: list[int]) -> RefWeights | list[RefWeights]:
+        """(tokens, weight) of each reference in this step; a list of them where those of the images differ."""
+        found: list[RefWeights] = [self._weighted(self._weights[row]) for row in rows] if self._weights else [None]
+        return found[0] if all(one == found[0] for one in found) else found
+
+    def _weighted(self, weights: tuple[tuple[float, ...], ...] | None) -> RefWeights:
+        now = () if weights is None else weights[min(self._step, len(weights) - 1)]
+        return None if set(now) <= {1.0} else tuple(zip(self._num_tokens, now, strict=True))
 
     def _forward(self, latents: Tensor, txt: Tensor, sigma: Tensor, *, rows: list[int], side: str) -> Tensor:
         """`side` says which prompts `txt` are of ("without": no references): K/V that are used again belong to one."""
@@ -105,14 +109,16 @@ class Velocity:
         again = self._again(rows, side)
         as_tokens = uses and self._ref_tokens is not None and again is None
         kept = _Kept(self._networks.kv_cache_dtype) if as_tokens and self._reuses else None
-        velocity: Tensor = transformer(
+        graphs = transformer.execution.graphs
+        forward = transformer if graphs is None else functools.partial(graphs, transformer)
+        velocity: Tensor = forward(
             latents,
             txt,
             sigma,
             img_ids=self._img_ids,
             txt_ids=text_ids(num_txt),
             references=(self._isolated or again) if uses else None,
-            ref_weights=self._reference_weights() if uses else None,
+            ref_weights=self._reference_weights(rows) if uses else None,
             ref_tokens=self._ref_tokens if as_tokens else None,
             ref_ids=self._ref_ids if as_tokens else None,
             rope=self._rope(num_txt, with_references=as_tokens),

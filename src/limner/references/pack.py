@@ -27,7 +27,7 @@ from torch import Tensor
 
 from limner.errors import CapacityError, InvalidRequest
 from limner.files import open_regular
-from limner.grid import num_tokens
+from limner.grid import PIXELS, num_tokens
 from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, QuantizedLayerKV, ReferenceTokens
 from limner.references.key import FORMAT
@@ -151,8 +151,8 @@ def _to_json(identity: PackIdentity) -> str:
 # reading
 
 
-def read_pack(path: str | os.PathLike[str]) -> tuple[PackIdentity, dict[str, Tensor]]:
-    """Return the identity and the tensors of a pack, in host memory, every byte checked.
+def read_pack(path: str | os.PathLike[str], *, page_locked: bool = False) -> tuple[PackIdentity, dict[str, Tensor]]:
+    """Return the identity and the tensors of a pack, in host memory (`page_locked` for a GPU), every byte checked.
 
     Raises `InvalidRequest` for a file that cannot be read, its subclass `DamagedPack`, and `CapacityError` for a sound
     pack that does not fit in memory.
@@ -161,7 +161,7 @@ def read_pack(path: str | os.PathLike[str]) -> tuple[PackIdentity, dict[str, Ten
         with open_regular(path) as file:
             header = _read_header(file, where=path)
             identity = header.identity(where=path)
-            return identity, _read_tensors(file, header, identity, where=path)
+            return identity, _read_tensors(file, header, identity, where=path, page_locked=page_locked)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -243,7 +243,7 @@ class _Place(NamedTuple):
 
 
 def _read_tensors(
-    file: io.BufferedReader, header: _Header, identity: PackIdentity, *, where: object
+    file: io.BufferedReader, header: _Header, identity: PackIdentity, *, where: object, page_locked: bool
 ) -> dict[str, Tensor]:
     """Copy each tensor out of the file and check the digest of the copy. Raises `DamagedPack` and `OSError`."""
     tensors: dict[str, Tensor] = {}
@@ -253,7 +253,7 @@ def _read_tensors(
         with ThreadPoolExecutor() as pool:
             tasks = {}
             for place in places:
-                tensor = tensors[place.name] = _empty(place, where=where)
+                tensor = tensors[place.name] = _empty(place, where=where, page_locked=page_locked)
                 if file.readinto(_bytes(tensor)) != place.end - place.start:
                     raise ValueError("the file ends early")
                 tasks[place.name] = _digest_in(pool, tensor)
@@ -310,10 +310,10 @@ def _place(name: str, entry: dict[str, Any]) -> _Place:
     return _Place(start, end, name, _CODES[entry["dtype"]], shape)
 
 
-def _empty(place: _Place, *, where: object) -> Tensor:
+def _empty(place: _Place, *, where: object, page_locked: bool) -> Tensor:
     """Return memory for a tensor. Raises `CapacityError`."""
     try:
-        return torch.empty(place.shape, dtype=place.dtype)
+        return torch.empty(place.shape, dtype=place.dtype, pin_memory=page_locked)
     except (RuntimeError, MemoryError) as error:
         raise CapacityError(
             f"references: {where} needs {place.end - place.start} bytes for {place.name}, and memory has no room for them; "
@@ -377,6 +377,7 @@ def _report(values: dict[str, Any]) -> ReferenceReport:
         added=_box(values.get("added", (0, 0, 0, 0))),
         upright_size=None if values.get("upright_size") is None else _size(values["upright_size"]),
         profile=None if values.get("profile") is None else _text(values["profile"]),
+        origin=_origin(values.get("origin", (0, 0))),
     )
 
 
@@ -388,6 +389,13 @@ def _box(value: Any) -> tuple[int, int, int, int]:
 def _size(value: Any) -> tuple[int, int]:
     width, height = (_count(x) for x in value)
     return width, height
+
+
+def _origin(value: Any) -> tuple[int, int]:
+    x, y = _size(value)
+    if x % PIXELS or y % PIXELS:
+        raise ValueError(f"origin={value!r} is not on the grid of {PIXELS}")
+    return x, y
 
 
 def _count(value: Any) -> int:

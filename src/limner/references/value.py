@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,24 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.files import atomic_write
-from limner.grid import num_tokens
+from limner.grid import PIXELS, num_tokens
 from limner.images import ReferenceReport
 from limner.model.kv import KV_FORMATS, LayerKV, ReferenceKV, quantize_layer
+from limner.model.transfer import to_device, to_host
 from limner.references.key import reference_key
 from limner.references.pack import MALFORMED, DamagedPack, PackIdentity, read_pack, write_pack
+from limner.tokens import reference_ids
 
-__all__ = ["References"]
+__all__ = ["References", "position_ids"]
+
+
+def position_ids(reports: Sequence[ReferenceReport]) -> Tensor:
+    """Return the positions (S_ref, 4) of the tokens of references, as processed."""
+    sizes = [(report.processed_size, report.origin) for report in reports]
+    return reference_ids(
+        [(height // PIXELS, width // PIXELS) for (width, height), _ in sizes],
+        [(y // PIXELS, x // PIXELS) for _, (x, y) in sizes],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,17 +67,19 @@ class References(ReferenceKV):
         kernel: str,
         quantization: str | None,
         reports: tuple[ReferenceReport, ...],
+        dtype: torch.dtype | None = None,
         prefill_seconds: float = 0.0,
         shard: tuple[int, int] | None = None,
     ) -> References:
-        """Return the result of a prefill as References: quantized if asked for, with its content key.
+        """Return the result of a prefill as References: quantized if asked for and not done yet, with its content key.
 
-        `kernel` names the arithmetic that computed `kv`.
+        `kernel` names the arithmetic that computed `kv`; `dtype` is that of K/V before they were quantized, by default
+        theirs.
         """
-        dtype = kv.layers[0][0].dtype
+        dtype = dtype or kv.layers[0][0].dtype
         layers = kv.layers
         if quantization is not None:
-            layers = tuple(quantize_layer(layer, quantization) for layer in kv.kv if isinstance(layer, LayerKV))
+            layers = tuple(quantize_layer(x, quantization) if isinstance(x, LayerKV) else x for x in kv.kv)
         made = cls(
             layers=layers,
             key="",
@@ -80,6 +93,14 @@ class References(ReferenceKV):
         )
         return dataclasses.replace(made, key=made._key(shard))
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{width}x{height}" for width, height in self.sizes)
+        kind = self.quantization or str(self.dtype).removeprefix("torch.")
+        return (
+            f"References({sizes}: {self.num_tokens} tokens, {self.nbytes / 2**20:.1f} MiB of {kind} on {self.device}, "
+            f"key {self.key[:12]})"
+        )
+
     @property
     def arithmetic(self) -> str:
         """The arithmetic that computed the K/V; another one may differ in the last bits. `kernel` is its older name."""
@@ -89,6 +110,11 @@ class References(ReferenceKV):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The processed size (width, height) of each reference, in pixels."""
         return tuple(report.processed_size for report in self.reports)
+
+    @property
+    def ids(self) -> Tensor:
+        """The positions (S_ref, 4) of all tokens."""
+        return position_ids(self.reports)
 
     def part(self, rank: int, size: int) -> References:
         """Return copies of part `rank` of `size` of the heads, under a key of its own. Raises `InvalidRequest`."""
@@ -108,15 +134,11 @@ class References(ReferenceKV):
         device = torch.device(device)
         if device == self.device:
             return self
-        return dataclasses.replace(self, layers=self._layers(layer.to(device) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(to_device(self.layers, device)))
 
     def to_host(self, *, page_locked: bool) -> References:
         """Return a copy in host memory; from page-locked memory a CUDA device copies without waiting."""
-
-        def copy(x: Tensor) -> Tensor:
-            return torch.empty_like(x, device="cpu", pin_memory=page_locked).copy_(x)
-
-        return dataclasses.replace(self, layers=self._layers(type(layer)(*map(copy, layer)) for layer in self.layers))
+        return dataclasses.replace(self, layers=self._layers(to_host(self.layers, page_locked=page_locked)))
 
     @staticmethod
     def _layers(layers: Iterable[Any]) -> Any:
@@ -145,13 +167,15 @@ class References(ReferenceKV):
         write_pack(path, identity, tensors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> References:
-        """Read a pack and check every byte. Whether a pipeline has the same weights is checked where they are used.
+    def load(cls, path: str | os.PathLike[str], *, page_locked: bool = False) -> References:
+        """Read a pack and check every byte; `page_locked`: into memory from which a GPU copies without waiting.
+
+        Whether a pipeline has the same weights is checked where they are used.
 
         Raises `InvalidRequest` for a file that cannot be read, `DamagedPack`, a subclass, for one that is damaged or no
         pack, and `CapacityError` for a sound one that does not fit in memory.
         """
-        identity, tensors = read_pack(path)
+        identity, tensors = read_pack(path, page_locked=page_locked)
         try:
             kind = identity.kind
             references = cls(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import time
@@ -39,6 +38,7 @@ from limner.server.http.pictures import PictureReader
 from limner.server.http.result_urls import ResultUrls
 from limner.server.http.service import KEYS, Service
 from limner.server.http.settings import ServeSettings
+from limner.server.http.turns import Turns
 from limner.server.http.wire import SafeJSON
 from limner.server.jobs.records import Job
 from limner.server.jobs.store import JobStore
@@ -165,6 +165,8 @@ def _application(service: Service, metrics: Metrics, lifespan: Lifespan[FastAPI]
             expose_headers=["retry-after"],
         )
     app.add_middleware(_Observed, metrics=metrics)
+    if not service.keyring.is_open:  # whoever may come to one without keys is the same owner
+        app.add_middleware(Turns, owner_of=service.keyring.identify)
     _build_routes(app)
     return app
 
@@ -234,11 +236,13 @@ def _add_document(app: FastAPI) -> None:
         return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
-    rendered = functools.cache(lambda: SafeJSON(app.openapi()).body)
+    rendered = b""
 
     @app.get("/openapi.json", include_in_schema=False)
     async def document() -> Response:
-        return Response(await asyncio.to_thread(rendered), media_type="application/json")
+        nonlocal rendered
+        rendered = rendered or await asyncio.to_thread(lambda: bytes(SafeJSON(app.openapi()).body))
+        return Response(rendered, media_type="application/json")
 
 
 def _add_errors(app: FastAPI) -> None:

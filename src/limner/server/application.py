@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limner.engine.about import ModelAbout
 from limner.errors import InvalidRequest, MissingExtra
 from limner.options import MAX_MODEL_NAME, ServeOptions, ServiceOptions, default_data
 from limner.outbound.policy import OutboundPolicy
@@ -48,16 +49,27 @@ def check_options(options: ServeOptions) -> None:
     _served_names(options)
 
 
-def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs: JobStore | None = None) -> FastAPI:
-    """Return the application over an engine. Raises `LimnerError` for what the options get wrong."""
+def build_app(
+    engine: Backend,
+    options: ServiceOptions,
+    *,
+    model_name: str,
+    about: ModelAbout | None = None,
+    jobs: JobStore | None = None,
+) -> FastAPI:
+    """Return the application over an engine. `about` is what people may read of its model.
+
+    Raises `LimnerError` for what the options get wrong.
+    """
     with needs_extra("limner serve"):
         from limner.server.app import create_app
         from limner.server.http.settings import ServeSettings
         from limner.server.jobs.settings import RunnerSettings
 
+    keys = keyring(options)
     return create_app(
         engine=engine,
-        keyring=keyring(options),
+        keyring=keys,
         checks=safety.no_checks() if options.unsafe_no_checks else safety.default_checks(terms=options.terms),
         settings=ServeSettings(
             data=options.storage,
@@ -70,10 +82,9 @@ def build_app(engine: Backend, options: ServiceOptions, *, model_name: str, jobs
                 burst=max(1, round(options.requests_per_minute)),
                 concurrent=options.concurrent,
             ),
-            runner=RunnerSettings(
-                keep_results=options.keep_results, drain=options.drain, images_per_key=options.images_per_key
-            ),
+            runner=RunnerSettings.of(options, is_open=keys.is_open),
             model_name=(names := _served_names(options) or (model_name,))[0],
+            about=about or ModelAbout(),
             served_names=names if options.served_model_names else (),
             browser_origins=_origins("--allow-browser-origin", options.allow_browser_origins),
         ),

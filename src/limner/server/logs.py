@@ -15,7 +15,10 @@ __all__ = ["log_everything", "log_own"]
 
 
 def log_everything(form: str) -> None:
-    """Send all loggers to one handler of this form: from INFO on for Limner and uvicorn, from WARNING on for others."""
+    """Send all loggers to one handler of this form: from INFO on for Limner and uvicorn, from WARNING on for others.
+
+    json, text, or auto: text where stderr is a terminal.
+    """
     logging.basicConfig(handlers=[_handler(form)], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     for name in ("limner", "uvicorn"):
@@ -34,7 +37,8 @@ def log_own(form: str) -> None:
 
 def _handler(form: str) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JSONLines() if form == "json" else logging.Formatter("%(levelname)s %(message)s"))
+    is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s") if is_text else _JSONLines())
     return handler
 
 

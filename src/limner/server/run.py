@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -19,8 +19,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from limner.engine import Engine
+from limner.engine.about import ModelAbout
 from limner.engine.load import load_in_thread
 from limner.errors import OutputError
+from limner.memory.free import spare_garbage_collector
 from limner.options import ServeOptions
 from limner.pipeline import Pipeline
 from limner.server import descriptors
@@ -39,11 +41,15 @@ __all__ = ["ServeOptions", "make_server", "open_jobs", "serve"]
 
 _logger = logging.getLogger("limner.server")
 _STANDBY_SECONDS = 1.0
+_MAX_BACKLOG = 512
+"""Connections that wait until they are accepted."""
 _SWITCH_SECONDS = 0.001
 """The event loop waits so long for a thread that computes in Python, several times a request. Python's default is 5 ms."""
 
 
-def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str) -> None:
+def serve(
+    load: Callable[[], Pipeline], options: ServeOptions, *, model_name: str, about: ModelAbout | None = None
+) -> None:
     """Serve until a signal stops it, then wait `drain` seconds for jobs. Raises `LimnerError` for wrong options.
 
     The jobs are held before the model is loaded, so that a server that cannot have them ends soon. On standby the model is
@@ -59,10 +65,12 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
     pipe = load_in_thread(load)
     jobs = jobs or open_jobs(options)
     engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)
-    app = build_app(engine, options, model_name=model_name, jobs=jobs)
+    app = build_app(engine, options, model_name=model_name, about=about, jobs=jobs)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{'https' if options.tls_certificate else 'http'}://{host}:{options.port}"
     _logger.info("%s at %s, jobs in %s", model_name, address, app.state.service.jobs.name)
+    if sys.stderr.isatty():  # by itself, for terminals that open what is clicked
+        print(f"\n    {address}/\n", file=sys.stderr, flush=True)
 
     server = make_server(
         app,
@@ -78,15 +86,6 @@ def serve(load: Callable[[], Pipeline], options: ServeOptions, *, model_name: st
         server.run()
     if not server.started:
         raise OutputError(f"port: {options.host}:{options.port} cannot be used; see the log, or give another --port")
-
-
-def spare_garbage_collector() -> None:
-    """Let Python's collector of cycles leave alone what is there now: modules and networks, half a million objects.
-
-    They live as long as the process. Going through all of them held every thread for a quarter of a second, now and then.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _check_port(host: str, port: int) -> None:
@@ -136,12 +135,13 @@ def make_server(
     """Return uvicorn over the application, with limits for what comes before a request is one."""
     import uvicorn
 
-    from limner.server.http.connection import Handshake, HastyProtocol
+    from limner.server.http.connection import Handshake, HastyProtocol, Intake
 
     most = descriptors.max_connections()
 
     class Protocol(HastyProtocol):
         max_connections = most
+        intake = Intake()
 
     class Config(uvicorn.Config):
         def load(self) -> None:
@@ -154,6 +154,13 @@ def make_server(
                 )
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for server in self.servers:
+                for listening in server.sockets:  # asyncio has one number for those that wait and those of a round
+                    with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                        same.listen(_MAX_BACKLOG)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.state.service.refuse()  # before it waits for callers whose jobs run
             await super().shutdown(sockets)
@@ -164,7 +171,9 @@ def make_server(
             host=host,
             port=port,
             http=Protocol,
-            backlog=max(16, min(512, descriptors.reserved() // 2)),  # so many are accepted before one is counted
+            backlog=max(
+                16, min(64, descriptors.reserved() // 2)
+            ),  # accepted in a round of the loop, before one is counted
             loop="asyncio",  # and not another one where it is installed
             ws="none",
             log_config=None,

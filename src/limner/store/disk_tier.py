@@ -58,13 +58,13 @@ class DiskTier:
 
     # reading
 
-    def get(self, key: str) -> References | None:
+    def get(self, key: str, *, page_locked: bool = False) -> References | None:
         path = self.folder / f"{key}.safetensors"
         if not CONTENT_KEY.fullmatch(key) or not path.is_file():
             return None
         start = time.perf_counter()
         try:
-            references = self._load(path)
+            references = self._load(path, page_locked=page_locked)
         except DamagedPack as error:
             _logger.warning("dropped %s: %s", path, error)
             with self._lock:
@@ -83,8 +83,8 @@ class DiskTier:
         return references
 
     @staticmethod
-    def _load(path: Path) -> References:
-        references = References.load(path)
+    def _load(path: Path, *, page_locked: bool = False) -> References:
+        references = References.load(path, page_locked=page_locked)
         if references.key != path.stem:
             raise DamagedPack(path, f"holds the key {references.key}, not that of its name")
         return references

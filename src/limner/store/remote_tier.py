@@ -75,11 +75,11 @@ class BucketTier:
 
     # reading
 
-    def get(self, key: str) -> References | None:
+    def get(self, key: str, *, page_locked: bool = False) -> References | None:
         start = time.perf_counter()
         try:
             with self._temporary_folder() as folder:
-                references = self._read(key, folder / "pack", explicit=False)
+                references = self._read(key, folder / "pack", explicit=False, page_locked=page_locked)
                 if references is not None and self._near is not None:
                     self._near.adopt(key, folder / "pack")
         except DamagedPack as error:
@@ -94,14 +94,14 @@ class BucketTier:
             return references
         return None
 
-    def _read(self, key: str, path: Path, *, explicit: bool) -> References | None:
+    def _read(self, key: str, path: Path, *, explicit: bool, page_locked: bool = False) -> References | None:
         """Fetch an entry into a file. Returns None if there is none. Raises as `References.load`, and `RemoteError`."""
         if not self.bucket.fetch(key, path, explicit=explicit):
             with self._lock:
                 self._seen.pop(key, None)
             return None
         try:
-            references = References.load(path)
+            references = References.load(path, page_locked=page_locked)
         except DamagedPack as error:
             error.args = (str(error).replace(str(path), self.bucket.name(key)),)
             raise

@@ -135,7 +135,7 @@ class ReferenceStore:
                 writes.touch(found)
             return found, "memory"
         try:
-            found, source = self._from_backing(key) or (_make(key, make), "miss")
+            found, source = self._from_backing(key, device) or (_make(key, make), "miss")
         except BaseException as error:
             with self._lock:
                 del self._flights[key]
@@ -167,9 +167,9 @@ class ReferenceStore:
         """
         return self._placement.place(references, with_index(device))
 
-    def _from_backing(self, key: str) -> tuple[References, Source] | None:
+    def _from_backing(self, key: str, device: torch.device) -> tuple[References, Source] | None:
         for writes in self._backing:
-            if (references := writes.tier.get(key)) is not None:
+            if (references := writes.tier.get(key, page_locked=device.type == "cuda")) is not None:
                 return references, writes.tier.name
         return None
 

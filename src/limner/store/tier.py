@@ -89,6 +89,9 @@ class BackingTier(Tier, Protocol):
     @property
     def name(self) -> Source: ...
 
+    def get(self, key: str, *, page_locked: bool = False) -> References | None:
+        """As that of a `Tier`; with `page_locked` into memory from which a GPU copies without waiting."""
+
     def wants(self, key: str, *, explicit: bool, new: bool) -> bool:
         """Return True if an entry should be written, without waiting for anything.
 

@@ -147,8 +147,9 @@ def _kind_header(part: str, source: Path) -> dict[str, str]:
 def save_quantized(transformer: Transformer, source: Path, target: Path) -> None:
     """Write the model folder `source` to `target` with this int8 transformer in place of its own. Raises `OutputError`.
 
-    `target` has to be new. It appears whole or not at all.
+    `target` has to be new. It appears whole or not at all. Raises `InvalidRequest` for weights that are fp8 by now.
     """
+    _check_int8(transformer)
     tensors = transformer.state_dict()
     output = _Output(
         part="transformer",
@@ -171,8 +172,19 @@ def save_network(part: str, tensors: Mapping[str, Tensor], config: Mapping[str, 
 
 
 def transformer_config(transformer: Transformer) -> dict[str, Any]:
-    """Return the `config.json` of a transformer in memory, wide or int8."""
+    """Return the `config.json` of a transformer in memory, wide or int8. Raises `InvalidRequest` for one in fp8."""
+    _check_int8(transformer)
     return transformer.config.to_diffusers() if transformer.quantization is None else _int8_config(transformer.config)
+
+
+def _check_int8(transformer: Transformer) -> None:
+    """Raise `InvalidRequest` if int8 weights were rounded to fp8, in which this GPU multiplies: they are not int8."""
+    if any(value.dtype == torch.float8_e4m3fn for value in transformer.state_dict().values()):
+        raise InvalidRequest(
+            "quantize",
+            "the int8 weights of this pipeline were rounded to fp8 for this GPU and are not int8 any more; save it from a "
+            "pipeline on device='cpu', or run limner convert",
+        )
 
 
 def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | None) -> _Output:

@@ -123,17 +123,17 @@ def fingerprint(module: nn.Module, *, after: Callable[[Tensor], None] | None = N
     tensors = [
         t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None
     ]
-    samples: dict[torch.dtype, list[Tensor]] = {}
+    samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for t in tensors:
         if t.numel():
             some = sample(t)
             if after is not None:
                 some = some.clone()
                 after(t)
-            samples.setdefault(t.dtype, []).append(some)
+            samples.setdefault((t.dtype, t.device), []).append(some)
     values = hashlib.sha256()
-    for of_one_dtype in samples.values():
-        values.update(torch.cat(of_one_dtype).cpu().view(torch.uint8).numpy().data)
+    for alike in samples.values():
+        values.update(torch.cat(alike).cpu().view(torch.uint8).numpy().data)
     return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors), values.digest()
 
 

@@ -103,6 +103,13 @@ class TensorFile(ABC):
         """Return one tensor as it is stored, memory-mapped where the format allows."""
 
 
+def _unreadable(path: Path, error: BaseException) -> str:
+    """Return what to say of a file that is no safetensors: by its name it should be one, or it is something else."""
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        return f"cannot be read ({error}); it is truncated or damaged, download it again"
+    return "is no file of weights that Limner reads; give a .safetensors or .gguf file, or a model's folder"
+
+
 class SafetensorsFile(TensorFile):
     """One safetensors file. It stays mapped while it or one of its tensors is in use."""
 
@@ -115,9 +122,7 @@ class SafetensorsFile(TensorFile):
             self.infos = {name: _info(s.get_dtype(), s.get_shape()) for name, s in slices.items()}
             self.headers = (self._file.metadata() or {},)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error}); it is truncated or damaged, download it again"
-            ) from error
+            raise CheckpointError(f"{path}: {_unreadable(path, error)}") from error
 
     def read(self, name: str) -> Tensor:
         try:

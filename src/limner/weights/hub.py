@@ -71,8 +71,15 @@ def download_failures() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def downloading(hub_id: str, *, field: str, instead: str) -> Iterator[None]:
     """Raise `CheckpointError` for a failed download; `instead` is what the message says to give in its place."""
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{field}: {hub_id} has a licence that has to be accepted: visit https://huggingface.co/{hub_id} with your "
+            f"account, then run: hf auth login (or set HF_TOKEN); or give {instead}"
+        ) from error
     except download_failures() as error:
         raise CheckpointError(
             f"{field}: {hub_id} is not in the local cache and could not be downloaded ({first_line(error)}); "

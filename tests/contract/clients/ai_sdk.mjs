@@ -1,11 +1,11 @@
-// The AI SDK with three of its providers, against the service at argv[2] with the pictures of argv[3] and argv[4].
+// The AI SDK with three of its providers, against the service at argv[2] with the picture of argv[3], and masks of both kinds.
 import fs from "node:fs";
 import { createBlackForestLabs } from "@ai-sdk/black-forest-labs";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateImage } from "ai";
 
-const [url, first, mask] = process.argv.slice(2);
+const [url, first, mask, white] = process.argv.slice(2);
 const images = [fs.readFileSync(first)];
 const hosted = createBlackForestLabs({ baseURL: `${url}/v1`, apiKey: "none", pollIntervalMillis: 20 });
 const openai = createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" });
@@ -30,6 +30,10 @@ await draw("options", {
   },
 });
 await draw("edit", { model: klein, prompt: { text: "make it blue", images: [...images, ...images] } });
+await draw("mask", {
+  model: klein, prompt: { text: "make it blue", images, mask: fs.readFileSync(white) },
+  providerOptions: { blackForestLabs: { outputFormat: "png" } },
+});
 await draw("openai", { model: openai.image("gpt-image-1"), prompt: "a rocket", size: "64x64", n: 2 });
 await draw("openai edit", {
   model: openai.image("gpt-image-1"), prompt: { text: "make it blue", images, mask: fs.readFileSync(mask) },

@@ -14,8 +14,11 @@ let answer = await client.images.generate({
 found.generate = { pictures: answer.data.map((one) => one.b64_json), size: answer.size };
 answer = await client.images.edit({ model: "dall-e-2", prompt: "make it blue", image: [await png(first), await png(first)] });
 found.edit = { pictures: answer.data.map((one) => one.b64_json), references: answer.limner.references.length };
-answer = await client.images.edit({ prompt: "make it blue", image: await png(first), mask: await png(mask) });
-found.mask = { pictures: answer.data.map((one) => one.b64_json) };
+answer = await client.images.edit({
+  prompt: "make it blue", image: [await png(first), await png(first)], mask: await png(mask), mask_blur: 0,
+  reference_weights: [1, 0.5],
+});
+found.mask = { pictures: answer.data.map((one) => one.b64_json), canvas: answer.limner.canvas };
 found.events = [];
 const events = await client.images.generate({ prompt: "a red ball", size: "64x64", stream: true, partial_images: 1 });
 for await (const event of events) found.events.push(event.type);

@@ -7,9 +7,11 @@ import contextlib
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.support.tiny import picture
 
 from limner import Pipeline
@@ -27,7 +29,7 @@ from limner.errors import (
     RateLimited,
     RemoteError,
 )
-from limner.images import prepare_reference
+from limner.images import prepare_reference, prepare_references
 from limner.store import StoreStats
 
 REQUEST = EditRequest(prompt="a red ball", seeds=(1,), width=64, height=64)
@@ -231,6 +233,34 @@ def test_refuses_and_answers_as_the_pipeline_would(card: ModelCard, tiny_folder:
         assert (counts.misses, counts.prefill_seconds, counts.nbytes["memory"]) == (1, 0.5, 6)
         assert await asyncio.to_thread(engine.forget, "k")
         assert not engine.holds("k")
+
+    run(test)
+
+
+def test_replicas_get_pixels_and_no_names_of_files(card: ModelCard, finished: Finished, tmp_path: Path) -> None:
+    """A mask is read, and refused, where it is sent; what a replica is chosen by is the picture that is really drawn."""
+    Image.new("L", (96, 64), 255).save(tmp_path / "mask.png")
+    canvas = picture(96, 64)
+    references = prepare_references([canvas], policy=card.reference_policy)
+    masked = EditRequest(
+        prompt="a", seeds=(1,), references=references, canvas=canvas, control={"mask_image": str(tmp_path / "mask.png")}
+    )
+
+    async def test() -> None:
+        engine = engine_of(card, [finished], [finished])
+        heard: list[Event] = []
+        engine.submit(masked, id="a", listener=heard.append)
+        engine.submit(replace(masked, control={"expand": (0, 0, 32, 0)}), id="b", listener=heard.append)
+        with pytest.raises(InvalidRequest, match="mask_image: it is 64x64 and the canvas 96x64"):
+            engine.submit(
+                replace(masked, control={"mask_image": Image.new("L", (64, 64))}), id="c", listener=heard.append
+            )
+        await until(lambda: len(heard) == 2)
+        sent = [request for request, _ in engine.replicas.asked]  # type: ignore[attr-defined]
+        whole, expanded = ([r.report.digest for r in request.references] for request in sent)
+        assert whole == [references[0].report.digest] != expanded
+        assert b"mask.png" not in pickle.dumps(sent)
+        assert engine.opened(sent[0]) is sent[0]
 
     run(test)
 

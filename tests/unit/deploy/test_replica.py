@@ -6,12 +6,15 @@ import asyncio
 import pickle
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.support.tiny import picture
+from PIL import Image
+from tests.support.tiny import generators, picture
 
 from limner import Pipeline
 from limner.config import ReferencePolicy
@@ -65,6 +68,23 @@ def test_edits_and_prefills_are_told_apart_by_their_types(replica: Replica) -> N
     assert (engine.finished, engine.prefills, store.num_entries["memory"]) == (2, 1, 1)
     assert asyncio.run(replica.forget(prefilled.key))
     assert replica.stats()[2].num_entries["memory"] == 0
+
+
+def test_masks_and_what_is_said_of_them_go_through(replica: Replica) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    masked = replace(EDIT, control={"mask_image": mask, "mask_blur": 0})
+    sent = pickle.loads(pickle.dumps(replica._engine.opened(masked)))
+    *_, finished = pickle.loads(pickle.dumps(heard(replica, sent)))
+    assert isinstance(finished, Finished)
+    expected = replica._pipe("a dog", image=picture(64, 64), generator=generators(1), mask_image=mask, mask_blur=0)
+    assert np.array_equal(np.asarray(finished.result.images[0]), np.asarray(expected.images[0]))
+    assert finished.result.canvas == expected.canvas
+    assert finished.result.metadata == expected.metadata
+    assert len(finished.result.canvas) == 1
+    *_, kept = pickle.loads(pickle.dumps(heard(replica, replace(EDIT, control={"preserve": "auto"}), id="b")))
+    (report,) = kept.result.preserved
+    assert report.picture is kept.result.images[0]  # sent once
 
 
 def test_costs_for_the_router_are_of_what_was_drawn(replica: Replica) -> None:

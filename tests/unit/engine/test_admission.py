@@ -60,8 +60,9 @@ def test_memory_bounds_edits_prefills_and_batches(admission: Admission, pipe: Pi
     reference = prepare_reference(picture(64, 64), policy=pipe.reference_policy)
     needed = pipe.memory_needed(num_ref=16, num_own=16 + min(512, pipe.text_encoder.max_length), batch=2)
     enough, short = replace(admission, memory_bytes=needed), replace(admission, memory_bytes=needed - 1)
-    assert enough.fits((reference,), size=(64, 64), batch=2)
-    assert not short.fits((reference,), size=(64, 64), batch=2)
+    two = [edit(references=(reference,)), edit(references=(reference,))]
+    assert enough.fits(two, size=(64, 64))
+    assert not short.fits(two, size=(64, 64))
     assert enough.check(edit(seeds=(1, 2), references=(reference,))) == (64, 64)
     with pytest.raises(CapacityError, match="references: 16 reference tokens and 2 x .* own tokens need"):
         short.check(edit(seeds=(1, 2), references=(reference,)))

@@ -11,52 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.engines import Heard
 from tests.support.tiny import Gate, generators, picture
 
 from limner import Cancelled, CapacityError, InvalidRequest, Pipeline
 from limner.config import ReferencePolicy
-from limner.engine import (
-    EditRequest,
-    EditResult,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    Prefilled,
-    PrefillRequest,
-    Progress,
-    Started,
-)
+from limner.engine import EditRequest, Engine, Event, Failed, Finished, Prefilled, PrefillRequest, Progress, Started
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
 from limner.pipeline.prefill import Prefiller
-
-
-class Heard:
-    """A listener that keeps what it hears and can be waited for."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._ended = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, (Finished, Failed, Prefilled)):
-            self._ended.set()
-
-    def end(self) -> Event:
-        assert self._ended.wait(60)
-        return self.events[-1]
-
-    def result(self) -> EditResult:
-        end = self.end()
-        assert isinstance(end, Finished), end
-        return end.result
-
-    def error(self) -> Exception:
-        end = self.end()
-        assert isinstance(end, Failed), end
-        return end.error
 
 
 @pytest.fixture
@@ -188,6 +151,33 @@ def test_cancelled_requests_leave_the_queue_and_the_batch(engine: Engine, pipe: 
     assert same(stayed.result().images[0], alone.images[0])
     assert stayed.result().batch == 1
     assert engine.stats().cancelled == 2
+
+
+def test_a_long_request_lets_short_ones_of_others_through(engine: Engine, pipe: Pipeline) -> None:
+    refs = (reference(),)
+    short: list[Heard] = []
+    long, told = Heard(), []
+
+    def listen(event: Event) -> None:
+        long(event)
+        told.append(sum(isinstance(one.events[-1], Finished) for one in short if one.events))
+        if isinstance(event, Progress) and event.step == 1:
+            short.append(submit(engine, request("short", 2), owner="b"))
+            short.append(submit(engine, request("mine", 2), owner="a"))
+
+    engine.submit(request("long", 1, references=refs, num_inference_steps=30), id="long", listener=listen, owner="a")
+    result = long.result()
+    assert told[2] == 1  # by its second step
+    assert told[-1] == 1  # one's own waits
+    assert short[1].result().waited >= short[0].result().waited
+    steps = [event.step for event in long.events if isinstance(event, Progress)]
+    assert steps == list(range(1, 31))
+    assert result.ran + result.waited >= result.timings.total
+    alone = pipe("long", image=list(refs), num_inference_steps=30, generator=generators(1))
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(alone.images[0]))
+    alone = pipe("short", width=64, height=64, generator=generators(2))
+    assert np.array_equal(np.asarray(short[0].result().images[0]), np.asarray(alone.images[0]))
+    assert engine._runs == []
 
 
 def test_a_lone_cancelled_request_frees_the_device(engine: Engine) -> None:

@@ -13,6 +13,8 @@ from limner.engine import Admission, EditRequest, Event, Job, PrefillRequest, Re
 from limner.engine.queue import too_late
 from limner.errors import DeadlineExceeded, QueueFull
 from limner.images import PreparedReference, prepare_reference
+from limner.kinds import ISOLATED
+from limner.memory import Workload
 
 
 class Model:
@@ -24,9 +26,13 @@ class Model:
     text_length = 512
     previews = False
     digest = "d"
+    kind = ISOLATED
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         return batch
+
+    def memory_for(self, workload: Workload) -> int:
+        return workload.batch
 
 
 class Clock:
@@ -263,3 +269,30 @@ def test_guidance_divides_batches(queue: RequestQueue) -> None:
     add(queue, "a2", guidance_scale=3.0)
     add(queue, "a3", guidance_scale=2.0)
     assert take(queue) == ["a1", "a2"]
+
+
+def between(
+    queue: RequestQueue, *, owner: str = "a", priority: int = 0, steps: int = 50, num_bytes: int = 1
+) -> list[str]:
+    """The ids of what may run between two steps of a picture of 64x64 pixels, with that many left."""
+    batch = queue.take_between(owners={owner}, priority=priority, work=64 * 64 * steps, num_bytes=num_bytes)
+    return [job.id for job in batch]
+
+
+def test_short_ones_of_others_run_between_two_steps(queue: RequestQueue) -> None:
+    add(queue, "a1", num_inference_steps=1)
+    add(queue, "b1", owner="b", num_inference_steps=20, width=64, height=64)
+    add(queue, "b2", owner="b", num_inference_steps=4, width=64, height=64)
+    add(queue, "b3", owner="b", num_inference_steps=4, width=64, height=64)
+    assert between(queue, steps=5) == []  # half of what is left, at most
+    assert between(queue, steps=8) == ["b2"]  # alone
+    assert queue.running.keys() == {"b2"}
+    assert between(queue, owner="b", steps=1) == []  # a1 takes the model's size, which is as large
+    assert between(queue, owner="b", steps=2) == ["a1"]
+    assert between(queue) == ["b1"]
+    assert between(queue, num_bytes=3) == []  # no memory beside those that run
+    assert between(queue, priority=1) == []
+    assert between(queue) == ["b3"]
+    prefill(queue, "p", owner="c", ref=0)  # is as much work as a step of its pixels
+    assert between(queue, steps=1) == []
+    assert between(queue, steps=2) == ["p"]

@@ -8,14 +8,15 @@ from PIL import Image
 from tests.support.tiny import picture
 
 from limner import InvalidRequest
-from limner.images import expand_canvas
+from limner.images import expand_canvas, expanded_size
 
 
 def test_the_picture_stays_and_the_rest_is_masked() -> None:
     old = picture(80, 64)
-    new, mask = expand_canvas(old, expand=(32, 0, 16, 8), overlap=4)
-    assert new.size == (128, 72)
+    new, mask, known = expand_canvas(old, expand=(32, 0, 16, 8), overlap=4)
+    assert new.size == (128, 72) == expanded_size(old.size, expand=(32, 0, 16, 8), overlap=4)
     assert mask.shape == (72, 128)
+    assert known == (32, 0, 112, 64)
     assert np.array_equal(np.asarray(new)[:64, 32:112], np.asarray(old))
     expected = np.full((72, 128), 255, np.uint8)
     expected[:60, 36:108] = 0  # nothing new at the top: no overlap there
@@ -28,8 +29,8 @@ def test_the_picture_stays_and_the_rest_is_masked() -> None:
 )
 def test_anchors(anchor: str, corner: tuple[int, int]) -> None:
     old = picture(80, 64)
-    new, _ = expand_canvas(old, size=(128, 99), anchor=anchor)
-    assert new.size == (128, 99)
+    new, *_ = expand_canvas(old, size=(128, 99), anchor=anchor)
+    assert new.size == (128, 99) == expanded_size(old.size, size=(128, 99), anchor=anchor)
     x, y = corner
     assert np.array_equal(np.asarray(new)[y : y + 64, x : x + 80], np.asarray(old))
 

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from tests.support.pictures import encoded
 
 from limner import InvalidRequest
-from limner.images import describe_mask, read_alpha_mask, read_mask
+from limner.images import check_marked, describe_mask, mask_of_picture, picture_of_mask, read_alpha_mask, read_mask
 
 SIZE = (48, 32)
 
@@ -138,3 +138,12 @@ def test_empty_and_full_masks_are_said() -> None:
     (full,) = describe_mask(np.full((8, 8), 255, np.uint8), field="mask")
     assert empty == "mask_image: it is black everywhere, so nothing is repainted; white is repainted"
     assert full == "mask: it is white everywhere, so nothing of the canvas is kept; black is kept"
+
+
+def test_a_mask_is_kept_as_a_picture() -> None:
+    kept = picture_of_mask(values())
+    assert kept.report.processed_size == SIZE
+    assert np.array_equal(mask_of_picture(kept), values())
+    check_marked(values(), field="mask")
+    with pytest.raises(InvalidRequest, match="^mask: no pixel is transparent, so nothing would be drawn"):
+        check_marked(np.zeros((32, 48), np.uint8), field="mask", marked="transparent")

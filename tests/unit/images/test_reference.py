@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.support.pictures import encoded
 from tests.support.tiny import picture
 
 from limner import InvalidRequest, ReferencePolicy
-from limner.images import prepare_reference, to_pixels
+from limner.images import prepare_canvas, prepare_reference, to_pixels
 
 POLICY = ReferencePolicy()
 
@@ -30,6 +31,25 @@ def test_refuses_policies() -> None:
             ReferencePolicy(**changes)
     with pytest.raises(InvalidRequest, match="would be scaled to 45x5, under 16 pixels; raise max_pixels=256"):
         prepare_reference(picture(576, 72), policy=ReferencePolicy(max_pixels=256))
+
+
+def test_a_canvas_keeps_its_size() -> None:
+    """On no grid and under no cap, but upright, in RGB, and with the refusals of references."""
+    policy = ReferencePolicy(max_pixels=64 * 64)
+    image = picture(131, 83)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    found = prepare_canvas(buffer.getvalue(), policy=policy)
+    assert (found.report.processed_size, found.report.oriented, found.report.resized_to) == ((83, 131), True, None)
+    assert found.data == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert found.computed_digest() == found.report.digest
+    assert prepare_canvas(found, policy=policy) is found
+    with pytest.raises(InvalidRequest, match="^canvas: 131x20 is too small"):
+        prepare_canvas(picture(131, 20), policy=policy)
+    with pytest.raises(InvalidRequest, match="^canvas: it is transparent in places"):
+        prepare_canvas(Image.new("RGBA", (80, 80)), policy=policy)
 
 
 def test_orientation_is_applied_and_said() -> None:

@@ -24,7 +24,7 @@ import limner
 from limner import CapacityError, InvalidRequest, Pipeline, References
 
 NODES = load_pack().NODE_CLASS_MAPPINGS
-SOCKETS = {"LIMNER_MODEL", "LIMNER_REFERENCES", "IMAGE", "STRING", "INT", "FLOAT", "BOOLEAN"}
+SOCKETS = {"LIMNER_MODEL", "LIMNER_REFERENCES", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN"}
 
 
 @pytest.fixture
@@ -269,6 +269,86 @@ def test_a_batch_is_pictures_in_order_and_seeds_in_order(comfy: Executor, host: 
     for i in range(2):
         alone, _ = NODES["LimnerGenerate"]().draw(load, **asked, seed=5 + i, batch_size=1)
         torch.testing.assert_close(several[i], alone[0], atol=1e-5, rtol=0)  # a batch of two sums in another order
+
+
+def masked(host: Host, model: Path, *, size: tuple[int, int] = (96, 70), **changes: Any) -> Prompt:
+    """Edit the left half of a.png, which is off the grid."""
+    mask = Image.new("RGBA", size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 40, size[1]))
+    mask.save(host.folder / "mask.png")
+    prompt = graph(host, model, mask=["mask", 1], **changes)
+    return {**prompt, "mask": node("LoadImage", image=str(host.folder / "mask.png"))}
+
+
+def test_a_mask_repaints_its_place_and_nothing_else(
+    comfy: Executor, host: Host, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed mask computes no references again; outside of it the file's pixels come back through Save Image."""
+    prefills: list[int] = []
+    prefill = limner.model.transformer.Transformer.prefill
+    monkeypatch.setattr(
+        limner.model.transformer.Transformer, "prefill", lambda own, *given: prefills.append(1) or prefill(own, *given)
+    )
+    kept = np.asarray(Image.open(host.folder / "a.png"))
+    prompt = masked(host, tiny_folder, mask_blur=4)
+    ((pixels, report),) = comfy.run(prompt, "edit")
+    drawn = np.clip(255.0 * pixels.numpy(), 0, 255).astype(np.uint8)[0]  # as Save Image does
+    assert drawn.shape == kept.shape
+    assert np.array_equal(drawn[:, 44:], kept[:, 44:])
+    assert (drawn[:, :40] != kept[:, :40]).any(-1).mean() > 0.9
+    assert "canvas 96x70, drawn whole" in report
+    host.steps.clear()
+    other = image(comfy, masked(host, tiny_folder, strength=0.5, reference_weights="1, 0.5", reference_guidance=1.5))
+    assert comfy.ran == ["edit"]
+    assert len(prefills) == 1
+    assert len(host.steps) == 1  # of two steps half are drawn
+    assert not np.array_equal(other[0, :, :40], pixels.numpy()[0, :, :40])
+
+
+def test_expand_strength_preserve_and_canvas(comfy: Executor, host: Host, tiny_folder: Path) -> None:
+    kept = np.asarray(Image.open(host.folder / "a.png"))
+    found = image(comfy, graph(host, tiny_folder, expand_left=32))[0]
+    assert found.shape == (70, 128, 3)
+    assert np.array_equal((found * 255).round()[:, 32 + 16 + 8 :], kept[:, 24:])
+    for asked in ({"preserve": "auto"}, {"strength": 0.5}, {"reference_weights": "0 0.5"}):
+        assert image(comfy, graph(host, tiny_folder, **asked)).shape[1:3] == (
+            (70, 96) if "preserve" in asked else (80, 96) if "strength" in asked else (64, 96)
+        )
+    found = image(comfy, graph(host, tiny_folder, canvas=["b", 0], preserve="auto"))
+    assert found.shape[1:3] == (80, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"size": (90, 70)}, "mask: is 90x70, the picture 96x70"),
+        ({"preserve": "auto"}, "preserve: is for edits without a mask"),
+        ({"expand_top": 16}, "expand: .* are both given"),
+        ({"reference_weights": "1"}, "reference_weights: there are 1 for 2 references"),
+        ({"reference_weights": "a"}, "reference_weights: 'a' is not a number"),
+        ({"width": 64}, "width: 64 is not that of the canvas"),
+    ],
+)
+def test_masks_that_cannot_be_followed_are_refused(
+    comfy: Executor, host: Host, tiny_folder: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        comfy.run(masked(host, tiny_folder, **changes), "edit")
+
+
+def test_what_is_missing_for_a_mask_is_said(comfy: Executor, host: Host, tiny_folder: Path) -> None:
+    no_mask = graph(host, tiny_folder, mask=["a", 1])
+    with pytest.raises(InvalidRequest, match="the loaded file has no mask"):
+        comfy.run(no_mask, "edit")
+    with pytest.raises(InvalidRequest, match="canvas: is connected, and nothing says"):
+        comfy.run(graph(host, tiny_folder, canvas=["a", 0]), "edit")
+    pack = masked(host, tiny_folder)
+    pack["save"] = node("LimnerSaveReferences", references=["refs", 0], name="cat")
+    comfy.run({id: pack[id] for id in ("model", "a", "b", "refs", "save")}, "save")
+    del pack["save"]
+    pack["refs"] = node("LimnerLoadReferences", pack="cat_00001.safetensors")
+    with pytest.raises(InvalidRequest, match="a pack holds no pictures"):
+        comfy.run(pack, "edit")
 
 
 def test_the_stop_button_ends_the_call_and_the_next_one_runs(comfy: Executor, host: Host, tiny_folder: Path) -> None:

@@ -79,8 +79,18 @@ def test_what_fits_nowhere_is_told_with_numbers() -> None:
     ):
         cheapest(MODELS["klein-9b"], EDIT, formats=Formats(), limit=GIB)
     geometry = MODELS["klein-9b"]
-    with pytest.raises(CapacityError, match="quantize=int8, kv_cache_dtype=None, staging whole"):
-        cheapest(geometry, EDIT, formats=Formats(), limit=16 * GIB, device="cuda")  # a device has no staging
-    card = cheapest(geometry, EDIT, formats=Formats(packed=False), limit=24 * GIB, device="cuda")
-    assert (card.staging, card.formats.quantize, card.phases[0].file_backed) == ("whole", "int8", 0)
-    assert 0 < card.host < GIB
+    with pytest.raises(CapacityError, match="staging layers"):
+        cheapest(geometry, EDIT, formats=Formats(packed=False), limit=2 * GIB, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("limit", "staging", "quantize"),
+    [(48, "whole", None), (24, "parts", None), (16, "parts", "int8"), (8, "layers", None)],
+)
+def test_a_gpu_has_networks_by_turns_too(limit: int, staging: str, quantize: str | None) -> None:
+    geometry, formats = MODELS["klein-9b"], Formats(packed=False)
+    card = cheapest(geometry, EDIT, formats=formats, limit=limit * GIB, device="cuda")
+    assert (card.staging, card.formats.quantize, card.phases[0].file_backed) == (staging, quantize, 0)
+    assert card.peak <= limit * GIB
+    weights = sum(nbytes for name, nbytes in card.components.items() if "weights" in name)
+    assert (card.host > weights) == (staging != "whole")

@@ -13,7 +13,7 @@ from tests.support.tiny import relative_error
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.model.attention import KERNELS, KeyWeights, attend, choose_kernel
+from limner.model.attention import CPU_KERNELS, KeyWeights, attend, choose_kernel
 from limner.model.kv import LayerKV, quantize_layer
 from limner.native import kernels as native
 
@@ -29,7 +29,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tens
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 @pytest.mark.parametrize(
     ("num_own", "num_ref", "heads", "dim", "batch"),
     [
@@ -77,7 +77,7 @@ def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 def test_quantized_references_are_their_widened_values(kernel: str, kind: str) -> None:
     if kernel == "native" and native.native_library() is None:
         pytest.skip("no AVX-512 BF16 or no C compiler")
@@ -177,6 +177,13 @@ def test_native_refuses_what_it_cannot_do() -> None:
         attend(x.to("meta"), x.to("meta"), x.to("meta"), kernel="native")
 
 
+def test_kernels_of_gpus_are_refused_on_a_cpu() -> None:
+    x = torch.randn(1, 4, 1, 16)
+    for name in ("cudnn", "efficient", "flash3", "triton"):
+        with pytest.raises(InvalidRequest, match=f"kernel: '{name}' does not run on"):
+            attend(x, x, x, kernel=name)
+
+
 @has_native
 def test_native_checks_what_it_is_given() -> None:
     q, k, v = (torch.randn(2, 5, 4, 16).bfloat16() for _ in range(3))
@@ -223,7 +230,7 @@ def test_each_input_alone_gets_its_gradient(which: int) -> None:
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 def test_weights_multiply_the_terms_of_keys(kernel: str, dtype: torch.dtype, quantized: bool) -> None:
     """Against the formula; 1 changes no bit; 0 is as if the keys were not there."""
     if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):

@@ -9,9 +9,11 @@ import torch
 from tests.support.tiny import make_transformer
 from torch import nn
 
+from limner import InvalidRequest
 from limner.config import TransformerConfig
 from limner.model.context import Execution
 from limner.model.kv import LayerKV, ReferenceKV
+from limner.model.lora import Branches, Dense
 from limner.model.shards import Ranks
 from limner.model.transformer import Transformer
 from limner.tokens import image_ids, reference_ids, text_ids
@@ -89,3 +91,31 @@ def test_references_of_another_depth_are_refused(transformer: Transformer) -> No
             txt_ids=text_ids(3),
             references=ReferenceKV(layers=(layer,)),
         )
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_one_graph_each_and_follow_loras(transformer: Transformer) -> None:
+    """Nothing on the way measures or logs, and a hook that comes later is not left out."""
+    config = transformer.config
+    given = [torch.randn(1, 16, config.in_channels), torch.randn(1, 8, config.text_width), torch.tensor(0.5)]
+    places = {"img_ids": image_ids((4, 4)), "txt_ids": text_ids(8)}
+    kv = transformer.prefill(torch.randn(1, 4, config.in_channels), reference_ids([(2, 2)]))
+
+    def call() -> torch.Tensor:
+        velocity: torch.Tensor = transformer(*given, references=kv, **places)
+        return velocity
+
+    plain = call()
+    transformer.compile_blocks("eager")  # one graph each, or an error
+    torch.testing.assert_close(call(), plain, rtol=1e-5, atol=1e-5)
+    updates = {"transformer_blocks.0.ff.linear_in": torch.randn(6 * config.width, config.width)}
+    names = {name: [(Dense(weight=x), 1.0)] for name, x in updates.items()}
+    branches = Branches(transformer, names, dtype=torch.float32, device=transformer.device)
+    changed = call()
+    transformer.compile_blocks(None)
+    torch.testing.assert_close(call(), changed, rtol=1e-5, atol=1e-5)
+    assert (changed - plain).norm() > 0.01 * plain.norm()
+    branches.remove()
+    assert torch.equal(call(), plain)
+    with pytest.raises(InvalidRequest, match="compile_blocks: on a CPU is for torch.float32"):
+        transformer.bfloat16().compile_blocks("eager")

@@ -9,11 +9,12 @@ from tests.support.tiny import relative_error
 from torch import nn
 
 from limner.model.int8 import Int8Linear, quantize_rows
-from limner.model.layers import gated_silu, norm_rope
 from limner.model.rope import apply_rope, rope_table
+from limner.model.rows import NativeRows
 from limner.native import kernels as native
 
 ROUNDING = 2.5e-3
+norm_rope, gated_silu = NativeRows().norm_rope, NativeRows().gated_silu
 pytestmark = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
 
 

@@ -69,7 +69,7 @@ def test_references_that_were_prefilled_before(pipe: Pipeline) -> None:
     [
         ({"seeds": ()}, "seeds: there are none"),
         ({"width": 80}, "width: 80 and 64 cannot be drawn together"),
-        ({"height": None}, "height: None and 64 cannot be drawn together"),
+        ({"height": None}, "height: 80 and 64 cannot be drawn together"),
         ({"num_inference_steps": 3}, "num_inference_steps: 3 and 1 cannot be drawn together"),
         ({"references": "other"}, "references: those of the requests differ"),
         ({"prompt": " "}, "prompt: ' ' is empty"),

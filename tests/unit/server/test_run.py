@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from limner.server.run import spare_garbage_collector
+from limner.memory.free import spare_garbage_collector
 
 
 class Held:

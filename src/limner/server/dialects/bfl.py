@@ -1,8 +1,9 @@
 """The hosted dialect of the model family: submit a job, poll for its result.
 
 Owns these wire schemas. Source: the public OpenAPI document of the hosted service and its documentation, and what clients
-send that were made for all of its models. `references`, `background` and `without_effect`, and in /v1/edit `num_images`,
-`num_inference_steps`, `priority` and `timeout`, are Limner's own additions.
+send that were made for all of its models. `mask` is that of its fill endpoint; `top`, `bottom`, `left` and `right` are
+those of its expand endpoint. `references`, `background`, `canvas`, `without_effect` and the fields of `ControlFields`, and
+in /v1/edit `num_images`, `num_inference_steps`, `priority` and `timeout`, are Limner's own additions.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.config import Fit
 from limner.errors import InvalidRequest
-from limner.images import PreparedReference
-from limner.requests import MAX_PROMPT_CHARACTERS
+from limner.requests import MAX_PROMPT_CHARACTERS, with_mask
 from limner.server.access.keys import Owner
+from limner.server.dialects.control_fields import ControlFields, control_of, read_controls
 from limner.server.dialects.job_view import STATUSES, as_result
 from limner.server.dialects.model_names import ENDPOINTS
 from limner.server.dialects.unused import (
@@ -43,10 +44,14 @@ __all__ = ["routes"]
 
 NUM_IMAGES = 10
 _FIELDS = ("input_image", *(f"input_image_{i}" for i in range(2, NUM_IMAGES + 1)))
+_SIDES = ("left", "top", "right", "bottom")
 Picture = Annotated[str | None, Field(description="base64, a data URL, or a URL where the server fetches them")]
 
 
-class Inputs(BaseModel):
+Margin = Annotated[int | None, Field(ge=0, le=16384, strict=True, description="new pixels at this side; see expand")]
+
+
+class Inputs(ControlFields):
     """Body of the hosted endpoints."""
 
     model_config = ConfigDict(extra="forbid")
@@ -63,7 +68,16 @@ class Inputs(BaseModel):
     input_image_9: Picture = None
     input_image_10: Picture = None
     references: str | None = Field(None, description="handle from POST /v1/references, instead of input_image ...")
-    mask: Picture = Field(None, description="white where the first picture is to change; black stays as it is")
+    mask: Picture = Field(
+        None, description="of the canvas' size: white is repainted, black stays as it is, to the pixel"
+    )
+    canvas: Picture = Field(
+        None, description="the picture to repaint, at its own size, which is no reference; without it the first picture"
+    )
+    left: Margin = None
+    top: Margin = None
+    right: Margin = None
+    bottom: Margin = None
     background: str | None = Field(
         None, max_length=100, description="colour behind transparent pictures, as white or #fff"
     )
@@ -200,7 +214,6 @@ async def _submit(
     job_request = JobRequest(
         prompt=inputs.prompt,
         seed=inputs.seed,
-        pictures=await service.pictures.read(sent, owner=owner, background=inputs.background, fit=fit),
         handle=inputs.references,
         idempotency=idempotency,
         width=inputs.width or None,
@@ -223,12 +236,22 @@ async def _submit(
             priority=inputs.priority,
             timeout=inputs.timeout,
         )
-    if inputs.mask is not None:
-        job_request = replace(job_request, mask=await _read_mask(service, owner, inputs.mask, job_request))
+    job_request = await read_controls(
+        service,
+        owner,
+        job_request,
+        pictures=sent,
+        control=_control(inputs),
+        canvas=_sent("canvas", inputs.canvas),
+        mask=_sent("mask", inputs.mask),
+        drawn="white",
+        background=inputs.background,
+        fit=fit,
+    )
     try:
         job, _ = await service.accept(owner, job_request)
     except InvalidRequest as error:
-        raise renamed(error, {"num_inference_steps": "steps"} if inputs.steps else {}) from None
+        raise renamed(with_mask(error), _names(inputs)) from None
     answer = _submitted(job, service.base_url(request))
     if webhook is not None:
         answer |= {"status": STATUSES[job.status], "webhook_url": webhook.url}
@@ -254,14 +277,26 @@ def _steps(inputs: EditInputs) -> int | None:
     return inputs.steps
 
 
-async def _read_mask(service: Service, owner: Owner, text: str, request: JobRequest) -> PreparedReference:
-    """Return the mask over the first picture of a request or of its handle."""
-    first = await service.first_reference(owner, request)
-    if first is None:
-        raise InvalidRequest("mask", "needs a picture to change: send input_image")
-    return await service.pictures.read_mask(
-        SentPicture(field="mask", data=text), owner=owner, first=first, drawn="white"
-    )
+def _control(inputs: Inputs) -> dict[str, Any]:
+    """Return what is asked for beyond prompt and references. Raises `InvalidRequest`."""
+    found = control_of(inputs)
+    sides = [getattr(inputs, name) for name in _SIDES]
+    if any(side is not None for side in sides):
+        if "expand" in found:
+            raise InvalidRequest("expand", "left, top, right or bottom is given as well; give one of them")
+        found["expand"] = [side or 0 for side in sides]
+    return found
+
+
+def _sent(field: str, text: str | None) -> SentPicture | None:
+    return None if text is None else SentPicture(field=field, data=text)
+
+
+def _names(inputs: Inputs) -> dict[str, str]:
+    """Return the names of this dialect for those of the service, as the request used them."""
+    names = {"num_inference_steps": "steps"} if inputs.steps else {}
+    side = next((name for name in _SIDES if getattr(inputs, name) is not None), None)
+    return names if side is None else {**names, "expand": side}
 
 
 def _webhook(service: Service, inputs: Inputs) -> Webhook | None:

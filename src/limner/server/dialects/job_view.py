@@ -8,7 +8,7 @@ from typing import Any
 from limner.server.jobs.records import Job
 from limner.server.jobs.updates import Update
 
-__all__ = ["STATUSES", "as_result", "cache_report"]
+__all__ = ["STATUSES", "as_result", "cache_report", "controls"]
 
 STATUSES = {
     "pending": "Pending",
@@ -34,7 +34,8 @@ _REPORTED = (
     "ran",
     "batch",
     "encode_seconds",
-    "mask",
+    "canvas",
+    "preserved",
 )
 
 
@@ -94,8 +95,14 @@ def _ready(job: Job, urls: list[str]) -> dict[str, Any]:
     }
 
 
+def controls(job: Job) -> dict[str, Any] | None:
+    """Return what a job was asked beyond prompt and references, for programs that ask it again; None: nothing."""
+    pictures = {name: True for name, one in (("mask", job.mask), ("canvas", job.canvas)) if one is not None}
+    return {**pictures, **job.control} or None
+
+
 def cache_report(job: Job) -> dict[str, Any]:
-    """Return how a ready job was drawn: whether its references were cached, what that saved, and timings.
+    """Return how a ready job was drawn: whether its references were cached, what that saved, timings, and what was kept.
 
     `without_effect` names fields of the request that were not followed, if there are any.
     """

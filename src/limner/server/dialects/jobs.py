@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from limner.server.access.keys import Owner
-from limner.server.dialects.job_view import as_result
+from limner.server.dialects.job_view import as_result, controls
 from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute
@@ -39,6 +39,9 @@ class JobEntry(BaseModel):
     negative_prompt: str | None = None
     output_format: str
     num_references: int
+    controls: dict[str, Any] | None = Field(
+        None, description="what was asked for beyond prompt and references; mask and canvas: true if there is one"
+    )
     references: str | None = Field(None, description="content key of its references, also their handle if you have one")
     result: dict[str, Any] | None = None
     progress: float | None = None
@@ -50,6 +53,12 @@ class JobList(BaseModel):
     data: list[JobEntry]
 
 
+class Forgotten(BaseModel):
+    """How many ended jobs were removed with their results."""
+
+    deleted: int
+
+
 def routes(service: Service) -> APIRouter:
     """Return the routes of jobs."""
     router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
@@ -57,21 +66,36 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/jobs", response_model=JobList, responses=ERRORS, summary="Your jobs, the newest first")
     async def list_jobs(
-        request: Request, owner: Owner = Depends(service.owner), limit: int = Query(50, ge=1, le=200)
+        request: Request,
+        owner: Owner = Depends(service.owner),
+        limit: int = Query(50, ge=1, le=200),
+        before: float | None = Query(None, ge=0, allow_inf_nan=False, description="those created before this time"),
     ) -> dict[str, Any]:
-        found = await service.offload.store(service.jobs.of_owner, owner.id, limit=limit)
+        found = await service.offload.store(service.jobs.of_owner, owner.id, limit=limit, before=before)
         return {"data": [_entry(service, request, job) for job in found]}
+
+    @router.delete("/v1/jobs", response_model=Forgotten, responses=ERRORS, summary="Remove all of your ended jobs")
+    async def forget_jobs(owner: Owner = Depends(service.owner)) -> dict[str, int]:
+        return {"deleted": await service.offload.store(service.jobs.forget_all, owner.id)}
 
     @router.get("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="One of your jobs")
     async def get_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         return _entry(service, request, await service.job(owner, id))
 
-    @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job")
-    async def cancel_job(request: Request, id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
+    @router.delete("/v1/jobs/{id}", response_model=JobEntry, responses=ERRORS, summary="Cancel a job, or remove it")
+    async def cancel_job(
+        request: Request,
+        id: str,
+        owner: Owner = Depends(service.owner),
+        forget: bool = Query(False, description="also remove the job, with its results and what only it needs"),
+    ) -> dict[str, Any]:
         await service.job(owner, id)
         if runner.cancel(id):
             await runner.wait(id)
-        return _entry(service, request, await service.job(owner, id))
+        entry = _entry(service, request, await service.job(owner, id))
+        if forget:
+            await service.offload.store(service.jobs.forget, id)
+        return entry
 
     @router.get(
         "/v1/jobs/{id}/events",
@@ -103,6 +127,7 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "negative_prompt": job.negative_prompt,
         "output_format": job.output_format,
         "num_references": len(job.references),
+        "controls": controls(job),
         "references": job.result.get("reference_key") or job.options.handle,
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }

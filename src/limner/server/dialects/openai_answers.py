@@ -24,6 +24,7 @@ from limner.server.dialects.openai_schemas import Generation
 from limner.server.http.errors import answer_of
 from limner.server.http.service import Service
 from limner.server.jobs.records import Job
+from limner.server.jobs.updates import Update
 
 __all__ = ["Answer"]
 
@@ -109,16 +110,20 @@ class Answer:
                 self.service.runner.cancel(self.job.id)
 
     async def _previews(self, common: dict[str, Any]) -> AsyncGenerator[str, None]:
-        shown, steps = 0, _preview_steps(self.fields.partial_images or 0, self.job.num_inference_steps)
+        shown = 0
         async with contextlib.aclosing(self.service.runner.watch(self.job.id, idle=15)) as updates:
             async for update in updates:
                 if update is None:
                     yield ": waiting\n\n"
-                elif update.state == "running" and update.step in steps and update.previews:
+                elif update.state == "running" and update.previews and update.step in self._shown_steps(update):
                     data = await self.service.offload.run(_enlarge, update.previews[0], self.job)
                     event = {"partial_image_index": shown, "b64_json": base64.b64encode(data).decode(), **common}
                     yield _event(f"{self.kind}.partial_image", event)
                     shown += 1
+
+    def _shown_steps(self, update: Update) -> set[int]:
+        """Return the steps after which a preview is sent; of a picture that is drawn over, fewer steps are drawn."""
+        return _preview_steps(self.fields.partial_images or 0, update.num_inference_steps)
 
 
 async def _until_gone(request: Request) -> None:
@@ -155,7 +160,9 @@ def _usage(job: Job) -> dict[str, Any]:
     """Return the number of tokens that the model read and drew."""
     text = job.result["prompt"]["num_tokens"]
     pictures = grid.num_tokens(*(report["processed_size"] for report in job.result["references"]))
-    drawn = len(job.seeds) * grid.num_tokens((job.result["width"], job.result["height"]))
+    canvas = job.result.get("canvas")  # of which a part may be drawn, at another scale
+    drawn_size = canvas["drawn_size"] if canvas else (job.result["width"], job.result["height"])
+    drawn = len(job.seeds) * grid.num_tokens(drawn_size)
     return {
         "total_tokens": text + pictures + drawn,
         "input_tokens": text + pictures,
@@ -176,11 +183,13 @@ def _preview_steps(num: int, num_inference_steps: int) -> set[int]:
 
 
 def _enlarge(preview: bytes, job: Job) -> bytes:
-    """Scale a preview to the size of the result."""
+    """Scale a preview to the size of the result, or what fits in it if a part of a picture is drawn."""
     with Image.open(io.BytesIO(preview)) as image:
         assert job.width is not None
         assert job.height is not None
-        large = image.resize((job.width, job.height), Image.Resampling.BICUBIC)
+        scale = min(job.width / image.width, job.height / image.height)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        large = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     large.save(buffer, job.output_format.upper())
     return buffer.getvalue()

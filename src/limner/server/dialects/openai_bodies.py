@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from limner.errors import InvalidRequest
-from limner.server.dialects.openai_schemas import Edit, Generation, ImageSource, NestedUrl
+from limner.server.dialects.control_fields import Expansion
+from limner.server.dialects.openai_schemas import Edit, EditForm, Generation, ImageSource, NestedUrl
 from limner.server.http.pictures import SentPicture
 from limner.server.http.wire import read_form
 from limner.server.jobs.offload import Offload
@@ -25,6 +27,9 @@ __all__ = ["EditInputs", "read_edit"]
 
 _PICTURE = re.compile(r"(?:images?|urls?)(?:\[([0-9]{0,3})\])?")
 """Fields of pictures, and the place that some clients write into the name."""
+_PART = re.compile(r"(reference_weights|expand)\[(?:(expand|size|anchor|overlap)\](?:(\[)\])?|\])")
+"""Fields in which clients spread a list or an object: reference_weights[], expand[size][], expand[anchor]."""
+_NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,20})?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +39,7 @@ class EditInputs:
     fields: Generation
     pictures: tuple[SentPicture, ...] = ()
     mask: SentPicture | None = None
+    canvas: SentPicture | None = None
 
 
 async def read_edit(request: Request, *, max_picture_bytes: int, offload: Offload) -> EditInputs:
@@ -41,7 +47,7 @@ async def read_edit(request: Request, *, max_picture_bytes: int, offload: Offloa
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = kind == "application/json"
     inputs = await (_read_json(request) if is_json else _read_form(request, max_picture_bytes, offload))
-    if not inputs.pictures and inputs.fields.references is None:
+    if not inputs.pictures and inputs.fields.references is None and inputs.canvas is None:
         field = "images" if kind == "application/json" else "image"
         raise InvalidRequest(field, "is missing; send one or more pictures, or references with a handle")
     return inputs
@@ -59,15 +65,18 @@ async def _read_json(request: Request) -> EditInputs:
         raise InvalidRequest(_path(first["loc"]) or "body", first["msg"]) from None
     pictures = [_source(one, field=f"images[{i}]") for i, one in enumerate(fields.images or ())]
     pictures += [*_texts(fields.image, field="image"), *_texts(fields.url, field="url")]
-    mask = None if fields.mask is None else _source(fields.mask, field="mask")
-    return EditInputs(fields=fields, pictures=tuple(pictures), mask=mask)
+    mask, canvas = (
+        None if one is None else _source(one, field=name)
+        for name, one in (("mask", fields.mask), ("canvas", fields.canvas))
+    )
+    return EditInputs(fields=fields, pictures=tuple(pictures), mask=mask, canvas=canvas)
 
 
 def _path(loc: Iterable[int | str]) -> str:
     """Return where an error is, as images[0].image_url: without the names that pydantic gives to kinds of values."""
-    kinds = ("str", "list[str]", ImageSource.__name__, NestedUrl.__name__)
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part not in kinds]
-    return "".join(parts).removeprefix(".")
+    kinds = ("str", "list[str]", ImageSource.__name__, NestedUrl.__name__, Expansion.__name__)
+    names = [part for part in loc if part not in kinds and not str(part).endswith(("]", ")", "float"))]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).removeprefix(".")
 
 
 def _source(source: ImageSource | str, *, field: str) -> SentPicture:
@@ -92,8 +101,9 @@ def _texts(value: str | list[str] | None, *, field: str) -> Iterator[SentPicture
 
 async def _read_form(request: Request, max_picture_bytes: int, offload: Offload) -> EditInputs:
     values: dict[str, str] = {}
+    parts: list[tuple[re.Match[str], str]] = []
     pictures: list[SentPicture] = []
-    mask: SentPicture | None = None
+    single: dict[str, SentPicture] = {}
     async with read_form(request, max_fields=60, max_part=2 * max_picture_bytes + 1024) as form:
         for name, value in form.multi_items():
             is_file, is_picture = isinstance(value, UploadFile), _PICTURE.fullmatch(name)
@@ -102,16 +112,47 @@ async def _read_form(request: Request, max_picture_bytes: int, offload: Offload)
                 data = await offload.run(value.file.read, max_picture_bytes + 1)
             if is_picture:
                 pictures.append(SentPicture(field=name, data=data))
-            elif name == "mask" and mask is None:
-                mask = SentPicture(field=name, data=data)
-            elif is_file:
-                raise InvalidRequest(name, "is not a field for a file; pictures are image or image[], a mask is mask")
-            elif name in values or name == "mask":
+            elif name in ("mask", "canvas") and name not in single:
+                single[name] = SentPicture(field=name, data=data)
+            elif is_file and name not in single:
+                raise InvalidRequest(
+                    name, "is not a field for a file; pictures are image or image[], and mask and canvas are others"
+                )
+            elif name in values or name in single:
                 raise InvalidRequest(name, "is there twice; give it once")
+            elif part := _PART.fullmatch(name):
+                parts.append((part, str(data)))
             else:
-                assert isinstance(data, str)
-                values[name] = data
-    return EditInputs(fields=_validate(values), pictures=tuple(_in_order(pictures)), mask=mask)
+                values[name] = str(data)
+    for name, text in _joined(parts).items():
+        if name in values:
+            raise InvalidRequest(name, "is there twice; give it once")
+        values[name] = text
+    return EditInputs(fields=_validate(values), pictures=tuple(_in_order(pictures)), **single)
+
+
+def _joined(parts: Iterable[tuple[re.Match[str], str]]) -> dict[str, str]:
+    """Return values that clients spread over several fields as one text of JSON each."""
+    found: dict[str, Any] = {}
+    for part, text in parts:
+        name, key, is_list = part[1], part[2], part[3] is not None
+        value: Any = float(text) if _NUMBER.fullmatch(text) else text
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        if key is None:
+            into, last = found.setdefault(name, []), None
+        else:
+            into, last = found.setdefault(name, {}), key
+        if isinstance(into, dict) != (last is not None):
+            raise InvalidRequest(part[0], f"is beside {name}[] or {name}[{key}] of another form; give one of them")
+        if isinstance(into, list):
+            into.append(value)
+        elif is_list:
+            into.setdefault(key, []).append(value)
+        elif key in into:
+            raise InvalidRequest(part[0], "is there twice; give it once")
+        else:
+            into[key] = value
+    return {name: json.dumps(value) for name, value in found.items()}
 
 
 def _in_order(pictures: Iterable[SentPicture]) -> list[SentPicture]:
@@ -126,9 +167,9 @@ def _in_order(pictures: Iterable[SentPicture]) -> list[SentPicture]:
     return [one for _, one in sorted(zip(map(int, places), pictures, strict=True), key=lambda pair: pair[0])]
 
 
-def _validate(values: Mapping[str, str]) -> Generation:
+def _validate(values: Mapping[str, str]) -> EditForm:
     try:
-        return Generation.model_validate_strings(dict(values))
+        return EditForm.model_validate_strings(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidRequest(".".join(map(str, first["loc"])) or "body", first["msg"]) from None
+        raise InvalidRequest(_path(first["loc"]) or "body", first["msg"]) from None

@@ -1,19 +1,21 @@
 """The OpenAI Images dialect: pictures in the answer to the request, or as a stream of events.
 
-Owns what a request of this dialect asks of the service. `seed`, `num_inference_steps`, `references` (a handle) and a
-colour as `background` are additions; `limner` in an answer reports on cached references, and on fields without effect.
+Owns what a request of this dialect asks of the service. `seed`, `num_inference_steps`, `references` (a handle), `canvas`,
+the fields of `ControlFields` and a colour as `background` are additions; `limner` in an answer reports on cached
+references, on what was repainted, and on fields without effect.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import Response
 
 from limner.errors import InvalidRequest, NotFound
+from limner.requests import with_mask
 from limner.server.access.keys import Owner
+from limner.server.dialects.control_fields import ControlFields, control_of, read_controls
 from limner.server.dialects.model_names import answers_to, model_names
 from limner.server.dialects.openai_answers import Answer
 from limner.server.dialects.openai_bodies import EditInputs, read_edit
@@ -101,6 +103,7 @@ async def _answer(
 
 def _named(error: InvalidRequest, fields: Generation) -> InvalidRequest:
     """Return an error of the service in the names of this dialect."""
+    error = with_mask(error)
     if error.field in ("width", "height") and getattr(fields, error.field) is None:
         side = "" if "x" in error.problem.partition(" ")[0] else f"{error.field} "
         return InvalidRequest("size", side + error.problem)
@@ -123,7 +126,6 @@ async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idemp
         prompt=fields.prompt,
         seed=fields.seed,
         num_images=fields.n or 1,
-        pictures=await service.pictures.read(inputs.pictures, owner=owner, background=background),
         handle=fields.references,
         idempotency=idempotency,
         width=width,
@@ -138,12 +140,17 @@ async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idemp
             *without_effect(fields, kind=service.engine.model.kind),
         ),
     )
-    if inputs.mask is None:
-        return job_request
-    first = await service.first_reference(owner, job_request)
-    assert first is not None  # an edit has pictures or a handle
-    mask = await service.pictures.read_mask(inputs.mask, owner=owner, first=first, drawn="transparent")
-    return replace(job_request, mask=mask)
+    return await read_controls(
+        service,
+        owner,
+        job_request,
+        pictures=inputs.pictures,
+        control=control_of(fields) if isinstance(fields, ControlFields) else {},
+        canvas=inputs.canvas,
+        mask=inputs.mask,
+        drawn="transparent",
+        background=background,
+    )
 
 
 def _check_model(service: Service, name: str) -> None:

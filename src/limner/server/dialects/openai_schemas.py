@@ -11,9 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.options import MAX_MODEL_NAME
 from limner.requests import MAX_PROMPT_CHARACTERS
+from limner.server.dialects.control_fields import ControlFields
 from limner.server.dialects.unused import ABOUT, Guidance, NegativePrompt, Unused, UnusedField, UnusedFlag
 
-__all__ = ["EDIT_BODY", "Edit", "Generation", "ImageData", "ImageSource", "Images", "ModelEntry", "Models", "NestedUrl"]
+__all__ = [
+    "EDIT_BODY",
+    "Edit",
+    "EditForm",
+    "Generation",
+    "ImageData",
+    "ImageSource",
+    "Images",
+    "ModelEntry",
+    "Models",
+    "NestedUrl",
+]
 
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
@@ -73,6 +85,10 @@ class Generation(BaseModel):
     diffusers_kwargs: UnusedField = None
 
 
+class EditForm(Generation, ControlFields):
+    """The fields of /v1/images/edits that are no pictures."""
+
+
 class NestedUrl(BaseModel):
     """A URL as chat messages have it."""
 
@@ -94,13 +110,16 @@ class ImageSource(BaseModel):
         return self.image_url.url if isinstance(self.image_url, NestedUrl) else self.image_url
 
 
-class Edit(Generation):
+class Edit(EditForm):
     """JSON body of /v1/images/edits. `images` is OpenAI's; `image` and `url` are what others take."""
 
     images: list[ImageSource | str] | None = Field(None, max_length=16)
     image: str | list[str] | None = None
     url: str | list[str] | None = None
     mask: ImageSource | str | None = None
+    canvas: ImageSource | str | None = Field(
+        None, description="the picture to repaint, which is no reference; without it the first picture"
+    )
 
 
 class ImageData(BaseModel):
@@ -164,7 +183,8 @@ EDIT_BODY = {
                         "url": _TEXTS,
                         "url[]": _TEXTS,
                         "mask": {"type": "string", "format": "binary"},
-                        **{name: {"type": "string"} for name in Generation.model_fields},
+                        "canvas": {"type": "string", "format": "binary"},
+                        **{name: {"type": "string"} for name in EditForm.model_fields},
                     },
                 }
             },

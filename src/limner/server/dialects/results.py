@@ -14,13 +14,22 @@ from starlette.responses import Response
 from limner import grid
 from limner.errors import NotFound
 from limner.images import MEDIA_TYPES, SUFFIXES
+from limner.pipeline.control import MASK_BLUR
 from limner.server.access.keys import Owner
+from limner.server.dialects.control_fields import CONTROL_FIELDS
 from limner.server.dialects.picture_answers import picture_answer, reference_answer
 from limner.server.http.errors import ERRORS
 from limner.server.http.service import KEYS, Service
 from limner.version import __version__
 
 __all__ = ["routes"]
+
+
+class AppliedLora(BaseModel):
+    """A LoRA that the server was started with, and its strength."""
+
+    name: str
+    strength: float
 
 
 class Capabilities(BaseModel):
@@ -32,6 +41,9 @@ class Capabilities(BaseModel):
     sizes: list[list[int]] = Field(description="those that the model has learned to draw; none: any")
     grid: int = Field(description="output sides are multiples of it")
     max_output_pixels: int
+    max_canvas_pixels: int = Field(
+        description="of what is repainted, with what is added to it, times the images of a job"
+    )
     max_images: int
     max_references: int
     max_picture_bytes: int
@@ -39,8 +51,22 @@ class Capabilities(BaseModel):
     is_distilled: bool = Field(description="drawn in few steps without guidance; guidance has no effect then")
     num_inference_steps: int = Field(description="steps of a request that names none")
     guidance_scale: float = Field(description="guidance of a request that names none; 1: none")
+    controls: list[str] = Field(description="fields that say what is repainted and what references count")
+    mask_blur: int = Field(description="that of a request that names none, in pixels")
     previews: bool = Field(description="whether jobs show small pictures while they are drawn")
     keep_seconds: float = Field(description="how long results are served")
+    keep_bytes: int | None = Field(description="the oldest jobs go when what is kept of jobs has more; null: never")
+    fetch_urls: bool = Field(description="whether pictures may be named by https URL")
+    words: list[str] = Field(description="the only words of prompts that the model was trained on; none: any")
+    loras: list[AppliedLora] = Field(description="LoRAs that act")
+
+
+class ModelCard(BaseModel):
+    """What there is to read of the model: its card as Markdown, or where it stands."""
+
+    model: str
+    card: str | None
+    url: str | None
 
 
 def routes(service: Service) -> APIRouter:
@@ -80,6 +106,20 @@ def routes(service: Service) -> APIRouter:
         return await reference_answer(service, job.references, number)
 
     @router.get(
+        "/v1/jobs/{id}/{name}.png",
+        responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture"}},
+        response_class=Response,
+        dependencies=KEYS,
+        summary="The canvas of a job, at its own size, or its mask, which is white where it is repainted",
+    )
+    async def job_picture(id: str, name: Literal["canvas", "mask"], owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        report = job.canvas if name == "canvas" else job.mask
+        if report is None:
+            raise NotFound(f"name: {id} has no {name}" + ("" if name == "mask" else "; what it repaints is image 1"))
+        return await reference_answer(service, [report], 1)
+
+    @router.get(
         "/v1/capabilities",
         response_model=Capabilities,
         responses=ERRORS,
@@ -95,6 +135,7 @@ def routes(service: Service) -> APIRouter:
             sizes=[list(size) for size in model.sizes],
             grid=grid.PIXELS,
             max_output_pixels=settings.max_output_pixels,
+            max_canvas_pixels=settings.max_canvas_pixels,
             max_images=service.engine.max_batch,
             max_references=settings.max_references,
             max_picture_bytes=settings.max_picture_bytes,
@@ -102,8 +143,25 @@ def routes(service: Service) -> APIRouter:
             is_distilled=model.kind.distilled,
             num_inference_steps=model.kind.num_inference_steps,
             guidance_scale=model.kind.guidance_scale,
+            controls=list(CONTROL_FIELDS),
+            mask_blur=MASK_BLUR,
             previews=model.previews,
             keep_seconds=settings.runner.keep_results,
+            keep_bytes=settings.runner.keep_bytes,
+            fetch_urls=settings.fetch_urls,
+            words=list(settings.about.words),
+            loras=[AppliedLora(name=name, strength=strength) for name, strength in settings.about.loras],
         )
+
+    @router.get(
+        "/v1/model-card",
+        response_model=ModelCard,
+        responses=ERRORS,
+        dependencies=KEYS,
+        summary="What the model is, and what can be asked of it",
+    )
+    async def model_card(owner: Owner = Depends(service.owner)) -> ModelCard:
+        about = service.settings.about
+        return ModelCard(model=service.settings.model_name, card=about.card, url=about.url)
 
     return router

@@ -1,7 +1,8 @@
 """Limits of connections: times for handshake, head and reading of answers, how many there are, how small chunks are.
 
-uvicorn's HTTP/1.1 with two more timers and some numbers. Without them a client that sends nothing, or a header now and
-then, or reads no answer, holds a connection for any time, and connections take the file descriptors that jobs need.
+uvicorn's HTTP/1.1 with two more timers and some numbers, and an intake that leaves the loop to others now and then. Without
+the timers a client that sends nothing, or a header now and then, or reads no answer, holds a connection for any time, and
+connections take the file descriptors that jobs need.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import fcntl
 import ssl
 import termios
 from asyncio import sslproto
+from collections import deque
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["HEAD_SECONDS", "Handshake", "HastyProtocol"]
+__all__ = ["HEAD_SECONDS", "Handshake", "HastyProtocol", "Intake"]
 
 _FULL = (
     b'{"detail":[{"loc":[],"msg":"the server has as many connections as it may; try again later","type":"http_503"}]}'
@@ -29,8 +31,39 @@ HEAD_SECONDS = 10.0
 """Seconds from the connection, or the first byte of a further request, to the end of the head."""
 _GOODBYE_SECONDS = 1.0
 """A connection that is closed waits so long for its caller to close it as well, where it speaks TLS."""
+_PARSING_SECONDS = 0.005
 _FREE_CHUNKS, _MIN_CHUNK = 1000, 256
 """After so many chunks of a body, they have so many bytes on average: each is parsed while all others wait."""
+
+
+class Intake:
+    """What came over all connections of a loop, parsed for `_PARSING_SECONDS` in a round of it; the rest in the next ones.
+
+    Hundreds of connections that send at once would be parsed in one round, while all else waits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[HastyProtocol] = deque()
+        self._end: float | None = None
+        """Until when something is parsed in this round; None: nothing was yet."""
+
+    def is_open(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether something may be parsed in this round: nothing waits that came before, and there is time."""
+        if self._end is None:
+            self._end = loop.time() + _PARSING_SECONDS
+            loop.call_soon(self._round, loop)
+        return not self._waiting and loop.time() < self._end
+
+    def wait(self, connection: HastyProtocol) -> None:
+        """Have a connection take up what came, after those that wait already."""
+        self._waiting.append(connection)
+
+    def _round(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._end = loop.time() + _PARSING_SECONDS if self._waiting else None
+        while self._waiting and self._end is not None and loop.time() < self._end:
+            self._waiting.popleft().take_up()
+        if self._end is not None:
+            loop.call_soon(self._round, loop)
 
 
 class _Requests(h11.Connection):
@@ -61,12 +94,15 @@ class HastyProtocol(H11Protocol):
     write_seconds = 60.0
     """A caller who takes nothing of an answer for so long has left, or holds the answer in memory on purpose."""
     max_connections = 4096
+    intake: Intake
+    """That of all connections of a server."""
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _idle_since = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._came: list[bytes] = []
         self.conn = _Requests(h11.SERVER, self.config.h11_max_incomplete_event_size or (64 << 10))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -76,8 +112,23 @@ class HastyProtocol(H11Protocol):
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._time_head()
+        if not self._came and self.intake.is_open(self.loop):
+            super().data_received(data)
+            self._time_head()
+            return
+        if not self._came:
+            self.intake.wait(self)
+        self._came.append(data)
+        self.flow.pause_reading()
+
+    def take_up(self) -> None:
+        """Parse what came while there was no time for it."""
+        data = b"".join(self._came)
+        self._came.clear()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            super().data_received(data)
+            self._time_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -124,6 +175,8 @@ class HastyProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _make_room(self) -> None:
+        if len(self.connections) <= self.max_connections:  # those that close included: nobody has to be looked at
+            return
         others = [one for one in self.connections if isinstance(one, HastyProtocol) and one is not self]
         others = [one for one in others if not one.transport.is_closing()]
         if len(others) < self.max_connections:

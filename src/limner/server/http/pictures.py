@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from limner import images
-from limner.config import Fit
+from limner.config import Fit, ReferencePolicy
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest
-from limner.images import PreparedReference, ReferenceReport
+from limner.images import PreparedReference
 from limner.outbound.client import OutboundClient
 from limner.outbound.pictures import decode_picture, is_url, read_picture
 from limner.server.access.keys import Owner
@@ -44,10 +44,16 @@ class PictureReader:
         self._outbound = outbound if settings.fetch_urls else None
 
     async def read(
-        self, sent: Sequence[SentPicture], *, owner: Owner, background: str | None = None, fit: Fit | None = None
+        self,
+        sent: Sequence[SentPicture],
+        *,
+        owner: Owner,
+        background: str | None = None,
+        fit: Fit | None = None,
+        first_whole: bool = False,
     ) -> tuple[PreparedReference, ...]:
         """Prepare pictures, in order. `background` is what this caller wants behind transparent ones, `fit` how they
-        get to the grid; None: as the service does.
+        get to the grid; None: as the service does. `first_whole`: the first one is repainted, and stays as large as it is.
 
         Raises `InvalidRequest` that names the field of the caller, and which of its pictures if it has several.
         """
@@ -56,36 +62,55 @@ class PictureReader:
         self._check_number(sent)
         fields, found = Counter(picture.field for picture in sent), []
         for number, picture in enumerate(sent, start=1):
+            policy = self._policy(background=background, fit=fit)
             try:
-                found.append(await self._prepare(picture, owner=owner, background=background, fit=fit))
+                whole = first_whole and number == 1
+                found.append(await self._prepare(picture, owner=owner, policy=policy, whole=whole))
             except InvalidRequest as error:
                 if fields[picture.field] == 1 or error.field != picture.field:
                     raise
                 raise InvalidRequest(picture.field, f"picture {number}: {error.problem}") from None
         return tuple(found)
 
-    async def read_mask(
-        self, sent: SentPicture, *, owner: Owner, first: ReferenceReport, drawn: Literal["transparent", "white"]
-    ) -> PreparedReference:
-        """Prepare a mask for the first reference; see `images.prepare_mask`. Raises `InvalidRequest`."""
-        data = await self._bytes(sent, owner=owner)
-        prepare = functools.partial(images.prepare_mask, data, reference=first, drawn=drawn, field=sent.field)
-        return await self._decode(prepare, owner=owner, field=sent.field)
+    async def read_canvas(self, sent: SentPicture, *, owner: Owner, background: str | None = None) -> PreparedReference:
+        """Prepare a picture that is repainted, at its own size. Raises `InvalidRequest`."""
+        return await self._prepare(sent, owner=owner, policy=self._policy(background=background), whole=True)
 
-    async def _prepare(
-        self, sent: SentPicture, *, owner: Owner, background: str | None, fit: Fit | None
+    async def read_mask(
+        self, sent: SentPicture, *, owner: Owner, size: tuple[int, int], drawn: Literal["transparent", "white"]
     ) -> PreparedReference:
+        """Read a mask over a picture of `size` (width, height), as a picture that is white where it is repainted.
+
+        `drawn` says what marks such pixels in what was sent. Raises `InvalidRequest`, also where nothing is marked.
+        """
         data = await self._bytes(sent, owner=owner)
+
+        def read() -> PreparedReference:
+            reader = images.read_mask if drawn == "white" else images.read_alpha_mask
+            mask = reader(data, size=size, field=sent.field)
+            images.check_marked(mask, field=sent.field, marked=drawn)
+            return images.picture_of_mask(mask)
+
+        return await self._decode(read, owner=owner, field=sent.field)
+
+    def _policy(self, *, background: str | None, fit: Fit | None = None) -> ReferencePolicy:
         changes: dict[str, Any] = {"background": background, "fit": fit}
         policy = self._engine.model.reference_policy
-        policy = replace(policy, **{name: value for name, value in changes.items() if value is not None})
-        prepare = functools.partial(
-            images.prepare_reference,
-            data,
-            policy=policy,
-            field=sent.field,
-            ask_background='"background": "white" in the request',
-        )
+        return replace(policy, **{name: value for name, value in changes.items() if value is not None})
+
+    async def _prepare(
+        self, sent: SentPicture, *, owner: Owner, policy: ReferencePolicy, whole: bool
+    ) -> PreparedReference:
+        data = await self._bytes(sent, owner=owner)
+        ask = '"background": "white" in the request'
+
+        def prepare() -> PreparedReference:
+            if not whole:
+                return images.prepare_reference(data, policy=policy, field=sent.field, ask_background=ask)
+            canvas = images.prepare_canvas(data, policy=policy, field=sent.field, ask_background=ask)
+            self._settings.check_canvas(canvas.report.processed_size, field=sent.field)
+            return canvas
+
         return await self._decode(prepare, owner=owner, field=sent.field)
 
     async def _bytes(self, sent: SentPicture, *, owner: Owner) -> bytes:

@@ -1,7 +1,9 @@
 """Threads that read callers' large bodies and decode their pictures, and nothing else, with a time for each.
 
 A decoder cannot be stopped. One that takes too long is left: its caller is answered, its thread ends when it ends. Owners
-share the threads: a place that is free goes to who has fewest, and no owner has them all. Knows nothing of pictures.
+share the threads: a place that is free goes to who has fewest, and none has more than half. What takes longer than most is
+given less of the processors (under Linux), since the threads that draw wait for the slowest one of them in each layer.
+Knows nothing of pictures.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from limner.errors import InvalidRequest, QueueFull
@@ -21,16 +27,24 @@ __all__ = ["Decoders"]
 
 _logger = logging.getLogger("limner.server")
 _R = TypeVar("_R")
+_SHORT_SECONDS = 0.05
+"""What takes longer steps back: most pictures do not."""
+_NICE = 10
+"""Of a processor that a thread of the engine wants too, one with this gets a tenth."""
+_PATIENCE = 4
+"""The time in which it only waits for a processor does not count, until this many times its seconds are over."""
+_SOON = 0.01
 
 
 class Decoders:
-    """At most `threads` decode at once, of one owner one fewer. Each has `seconds`; `max_left` that took longer may run.
+    """At most `threads` decode at once, of one owner half of them. Each has `seconds`; `max_left` that took longer may run.
 
-    Of one owner half of those may be left. Use it in one event loop.
+    Of one owner half of those may be left. By default there is a thread for each processor. Use it in one event loop.
     """
 
-    def __init__(self, *, threads: int = 4, seconds: float = 30.0, max_left: int = 4) -> None:
-        self._threads, self._of_owner = threads, max(1, threads - 1)
+    def __init__(self, *, threads: int | None = None, seconds: float = 30.0, max_left: int = 4) -> None:
+        self._threads = max(2, os.cpu_count() or 1) if threads is None else threads
+        self._of_owner = max(1, self._threads // 2)
         self._seconds = seconds
         self._max_left, self._left_of_owner = max_left, max(1, max_left // 2)
         self._running: Counter[str] = Counter()
@@ -89,10 +103,17 @@ class Decoders:
 
         The place is held until the work ends or its time is over, whether or not its caller still waits.
         """
-        loop, is_left = future.get_loop(), False
+        loop, is_left, started = future.get_loop(), False, time.monotonic()
+        timer = loop.call_later(min(_SHORT_SECONDS, self._seconds), lambda: check())
 
-        def leave() -> None:
-            nonlocal is_left
+        def check() -> None:
+            nonlocal is_left, timer
+            _step_back(thread)
+            taken = time.monotonic() - started
+            left = min(self._seconds - _worked(thread, taken), _PATIENCE * self._seconds - taken)
+            if left > 0:
+                timer = loop.call_later(max(left, _SOON), check)
+                return
             is_left = True
             self._left[owner] += 1
             self._give_place(owner)
@@ -118,8 +139,24 @@ class Decoders:
             with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(settle, done)
 
-        timer = loop.call_later(self._seconds, leave)
+        thread = threading.Thread(target=decode, name="limner-decoder", daemon=True)
         try:
-            threading.Thread(target=decode, name="limner-decoder", daemon=True).start()
+            thread.start()
         except RuntimeError as error:  # the machine has no thread left
             settle(functools.partial(future.set_exception, QueueFull(f"{field}: {error}; send it again later")))
+
+
+def _step_back(thread: threading.Thread) -> None:
+    """Let a thread have less of the processors than others, where the system has a priority for each."""
+    if sys.platform == "linux" and thread.is_alive() and thread.native_id is not None:
+        with contextlib.suppress(OSError):  # it has just ended, or this is not allowed here
+            os.setpriority(os.PRIO_PROCESS, thread.native_id, _NICE)
+
+
+def _worked(thread: threading.Thread, taken: float) -> float:
+    """Return the seconds that a thread had a processor or waited for other things than one: `taken` where none is told."""
+    try:
+        waited = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1]
+    except (OSError, IndexError):
+        return taken
+    return taken - int(waited) / 1e9

@@ -82,7 +82,9 @@ class PictureFiles:
         """Remove files that have no user and were written at least `grace_seconds` ago."""
         used = {f"{digest}.png" for (digest,) in self._storage.rows("SELECT DISTINCT digest FROM uses")}
         self._storage.remove_files(
-            f"inputs/{name}" for name, age in self._storage.files("inputs") if name not in used and age >= grace_seconds
+            f"inputs/{name}"
+            for name, age, _ in self._storage.files("inputs")
+            if name not in used and age >= grace_seconds
         )
 
     def read(self, report: ReferenceReport) -> PreparedReference:

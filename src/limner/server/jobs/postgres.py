@@ -290,9 +290,11 @@ class PostgresStorage:
     def check_writable(self) -> None:
         self.rows("SELECT 1")  # connections are to a primary, which can be written
 
-    def files(self, folder: str) -> list[tuple[str, float]]:
-        query = "SELECT name, extract(epoch FROM now() - written)::float8 FROM files WHERE folder = ?"
-        return [(name, seconds) for name, seconds in self.rows(query, (folder,))]
+    def files(self, folder: str) -> list[tuple[str, float, int]]:
+        query = (
+            "SELECT name, extract(epoch FROM now() - written)::float8, octet_length(data) FROM files WHERE folder = ?"
+        )
+        return [(name, seconds, size) for name, seconds, size in self.rows(query, (folder,))]
 
 
 class _Statements:

@@ -24,8 +24,6 @@ from limner.version import __version__
 
 __all__ = ["ResultWriter"]
 
-_MASKED = "drawn whole, then what the mask leaves out was put back from the first picture; the model sees no mask"
-
 
 class ResultWriter:
     """Write the pictures that an engine drew."""
@@ -39,16 +37,6 @@ class ResultWriter:
         self._known = known
         self._signer = signer
 
-    async def finish(self, job: Job, result: EditResult) -> EditResult:
-        """Return a result as it is given out: with a mask, the pixels outside of it are those of the first reference."""
-        return result if job.mask is None else await self._offload.with_retry(self._put_back, job, result)
-
-    def _put_back(self, job: Job, result: EditResult) -> EditResult:
-        assert job.mask is not None
-        first, mask = self._jobs.picture(job.references[0]), self._jobs.picture(job.mask)
-        drawn = tuple(images.keep_outside(image, first=first, mask=mask) for image in result.images)
-        return replace(result, images=drawn, metadata={**result.metadata, "mask": job.mask.digest})
-
     async def write(self, job: Job, result: EditResult) -> dict[str, Any]:
         """Encode and store the pictures of a job. Return what is stored and answered of the result, as JSON values."""
         started = time.perf_counter()
@@ -56,8 +44,6 @@ class ResultWriter:
         suffix = SUFFIXES[job.output_format].removeprefix(".")
         names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
         report = _report(await self._for_owner(job.owner, result))
-        if job.mask is not None:
-            report["mask"] = _MASKED
         return report | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
 
     async def _for_owner(self, owner: str, result: EditResult) -> EditResult:
@@ -78,23 +64,23 @@ class ResultWriter:
 
     def _encode(self, job: Job, result: EditResult) -> list[bytes]:
         files = []
-        for image, seed in zip(result.images, result.seeds, strict=True):
+        for number, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
             metadata = {
                 "prompt": job.prompt,
                 "seed": seed,
                 "version": __version__,
                 "model": self._model,
-                **result.metadata,
+                **result.metadata_of(number),
             }
             data = images.encode(image, job.output_format, metadata=metadata, quality=job.quality)
             files.append(data if self._signer is None else self._sign(data, job, metadata, self._signer))
         return files
 
     def _sign(self, data: bytes, job: Job, metadata: dict[str, Any], signer: Signer) -> bytes:
-        used = [
-            Ingredient(data=self._jobs.picture_png(report.digest), title=f"image {number}")
-            for number, report in enumerate(job.references, start=1)
-        ]
+        titles = [(f"image {number}", report) for number, report in enumerate(job.references, start=1)]
+        if job.canvas is not None:  # the first is what the result is made of
+            titles.insert(0, ("canvas", job.canvas))
+        used = [Ingredient(data=self._jobs.picture_png(report.digest), title=title) for title, report in titles]
         return provenance.sign(
             data,
             format=job.output_format,
@@ -112,10 +98,17 @@ class ResultWriter:
 
 
 def _report(result: EditResult) -> dict[str, Any]:
+    controls: dict[str, Any] = {}
+    if result.canvas:  # of one request: its pictures are drawn alike
+        controls["canvas"] = asdict(result.canvas[0])
+    if result.preserved:
+        controls["preserved"] = [one.as_json() for one in result.preserved]
+    width, height = result.images[0].size  # those of the canvas where it is put back
     return {
+        **controls,
         "seeds": list(result.seeds),
-        "width": result.metadata["width"],
-        "height": result.metadata["height"],
+        "width": width,
+        "height": height,
         "reference_cache": result.reference_cache,
         "reference_key": result.reference_key,
         "seconds_saved": round(result.seconds_saved, 4),

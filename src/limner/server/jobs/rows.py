@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from limner.images import ReferenceReport
+from limner.requests import CONTROL_VALUES
 from limner.server.jobs.records import Handle, Job, JobOptions, Status, Webhook
 
 __all__ = ["SCHEMA", "VERSION", "fingerprint", "handle_row", "job_row", "read_handle", "read_job"]
@@ -73,12 +74,14 @@ _NAMES = frozenset(
         "quality",
         "options",
         "references",
-        "mask",
+        "control",
         "guidance_scale",
         "negative_prompt",
+        "mask",
     }
 )
-"""Names of what `_request` writes."""
+"""Names of what `_request` writes, and `mask`, which earlier versions wrote of pictures that were drawn whole."""
+_CONTROL = frozenset({*CONTROL_VALUES, "canvas", "mask"})
 _OPTIONS = frozenset({"base_url", "handle", "references_checked", "without_effect"})
 
 
@@ -104,7 +107,14 @@ def _read_job(row: tuple[Any, ...]) -> Job:
     values = json.loads(request)
     if status not in _STATUSES:
         raise ValueError(f"its status is {status!r}")
-    unknown = {*(values.keys() - _NAMES), *(values["options"].keys() - _OPTIONS)}
+    control = dict(values.get("control", {}))
+    if "mask" in values:  # its edge was not softened
+        control |= {"mask": values["mask"], "mask_blur": 0}
+    unknown = {
+        *(values.keys() - _NAMES),
+        *(values["options"].keys() - _OPTIONS),
+        *(f"control {name}" for name in control.keys() - _CONTROL),
+    }
     if status == "pending" and unknown:  # it asks for something that would not be done
         raise ValueError(f"it has {', '.join(sorted(unknown))}")
     return Job(
@@ -127,7 +137,9 @@ def _read_job(row: tuple[Any, ...]) -> Job:
         quality=values["quality"],
         options=_read_options(values["options"]),
         references=_read_reports(values["references"]),
-        mask=_read_reports([values["mask"]])[0] if "mask" in values else None,
+        control={name: value for name, value in control.items() if name in CONTROL_VALUES},
+        canvas=_read_reports([control["canvas"]])[0] if "canvas" in control else None,
+        mask=_read_reports([control["mask"]])[0] if "mask" in control else None,
         ended=ended,
         expires=expires,
         result=json.loads(result),
@@ -143,8 +155,9 @@ def fingerprint(job: Job) -> str:
     values = _request(job)
     del values["options"]
     values["references"] = [report.digest for report in job.references]
-    if job.mask is not None:
-        values["mask"] = job.mask.digest
+    if "control" in values:
+        reports = {name: one.digest for name, one in (("canvas", job.canvas), ("mask", job.mask)) if one is not None}
+        values["control"] |= reports
     values["seeds"] = len(job.seeds) if job.drawn_seeds else job.seeds
     values["webhook"] = asdict(job.webhook) if job.webhook else None
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -152,7 +165,7 @@ def fingerprint(job: Job) -> str:
 
 def _request(job: Job) -> dict[str, Any]:
     newer = {  # older versions read jobs that have none of these
-        "mask": None if job.mask is None else job.mask.as_stored(),
+        "control": _control(job) or None,
         "guidance_scale": job.guidance_scale,
         "negative_prompt": job.negative_prompt,
     }
@@ -172,6 +185,12 @@ def _request(job: Job) -> dict[str, Any]:
         "references": [report.as_stored() for report in job.references],
         **{name: value for name, value in newer.items() if value is not None},
     }
+
+
+def _control(job: Job) -> dict[str, Any]:
+    """Return what a job asks for beyond prompt and references; an older version sets a job with any of it aside."""
+    pictures = {name: one.as_stored() for name, one in (("canvas", job.canvas), ("mask", job.mask)) if one is not None}
+    return {**job.control, **pictures}
 
 
 def _options(options: JobOptions) -> dict[str, Any]:
@@ -241,6 +260,7 @@ def _read_reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, 
             added=tuple(values.get("added", (0, 0, 0, 0))),
             upright_size=tuple(values["upright_size"]) if values.get("upright_size") else None,
             profile=values.get("profile"),
+            origin=tuple(values.get("origin", (0, 0))),
         )
         for values in found
     )

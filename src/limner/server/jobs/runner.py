@@ -21,12 +21,12 @@ from PIL import Image
 from limner.engine import EditResult, Event, Failed, Finished, Progress, Started
 from limner.engine.protocol import Backend
 from limner.errors import Cancelled, DeadlineExceeded, LimnerError, OutputError, QueueFull
-from limner.images import PreparedReference
+from limner.requests import EditRequest
 from limner.server.access.keys import Owner
 from limner.server.access.limits import Limiter, Slot
 from limner.server.jobs.moderation import Moderation
 from limner.server.jobs.offload import Offload, pauses
-from limner.server.jobs.records import Job, Status, edit_request
+from limner.server.jobs.records import Job, JobPictures, Status, edit_request
 from limner.server.jobs.results import ResultWriter
 from limner.server.jobs.settings import RunnerSettings
 from limner.server.jobs.store import JobStore
@@ -150,23 +150,24 @@ class JobRunner:
 
     # callers
 
-    async def accept(
-        self, job: Job, pictures: Sequence[PreparedReference], slot: Slot, *, mask: PreparedReference | None = None
-    ) -> tuple[Job, bool]:
-        """Write a job and queue it. Return it as stored, and whether it is new. Raises what the engine refuses."""
+    async def accept(self, job: Job, pictures: JobPictures, slot: Slot, *, request: EditRequest) -> tuple[Job, bool]:
+        """Write a job and queue it. Return it as stored, and whether it is new. Raises what the engine refuses.
+
+        `request` is what the engine is asked for it, opened.
+        """
         begun = False
         self._num_admitted += 1
         try:
             if self._stop_by is not None:
                 raise QueueFull("the server shuts down; send the request again later")
-            self._engine.check(edit_request(job, tuple(pictures)))
-            kept = pictures if mask is None else (*pictures, mask)
+            self._engine.check(request)
+            kept = pictures.all
             self._engine.check_room(num_admitted=self._num_admitted - 1)
             files = await self._offload.run(self._jobs.encode, kept) if kept else None
             budget = self._settings.images_per_key
             stored, new = await self._offload.store(self._jobs.add, job, kept, files=files, budget=budget)
             if new and stored.id not in self._live:  # one whose writing took long may have been adopted
-                self._begin(stored, slot)
+                self._begin(stored, slot, request)
                 begun = True
             else:
                 self.resume(stored)
@@ -225,22 +226,29 @@ class JobRunner:
 
     # the way of a job
 
-    def _begin(self, job: Job, slot: Slot) -> None:
+    def _begin(self, job: Job, slot: Slot, request: EditRequest) -> None:
         self._live[job.id] = _LiveJob(job=job, slot=slot)
-        self._tasks.spawn(self._submit(job))
+        self._tasks.spawn(self._submit(job, request))
 
-    async def _submit(self, job: Job) -> None:
-        """Check prompt and references, and give the job to the engine. The caller has counted it in `_num_admitted`."""
+    async def _submit(self, job: Job, request: EditRequest | None = None) -> None:
+        """Check prompt and pictures, and give the job to the engine. The caller has counted it in `_num_admitted`.
+
+        `request` is what it is for the engine; None: made of what is stored.
+        """
         try:
             finding = await self._moderation.check_prompt(job.prompt, tolerance=job.tolerance)
             if finding is None and job.negative_prompt:
                 finding = await self._moderation.check_prompt(job.negative_prompt, tolerance=job.tolerance)
-            pictures = [await self._offload.with_retry(self._jobs.picture, report) for report in job.references]
-            if finding is None and not job.options.references_checked:
-                finding = await self._moderation.check_references(pictures, tolerance=job.tolerance)
+            pictures = await self._offload.with_retry(self._jobs.pictures, job)
+            if finding is None:
+                canvas = () if pictures.canvas is None else (pictures.canvas,)
+                looked_at = canvas if job.options.references_checked else (*pictures.references, *canvas)
+                finding = await self._moderation.check_references(looked_at, tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "request_moderated", {"finding": asdict(finding)})
                 return
+            if request is None:
+                request = await self._offload.run(self._engine.opened, edit_request(job, pictures))
             if self._live[job.id].cancelled:
                 raise Cancelled(f"{job.id} was cancelled before it began")
 
@@ -248,7 +256,7 @@ class JobRunner:
                 self._loop.call_soon_threadsafe(self._hear, job, event)
 
             self._engine.submit(
-                edit_request(job, tuple(pictures)),
+                request,
                 id=job.id,
                 listener=listen,
                 owner=job.owner,
@@ -281,7 +289,6 @@ class JobRunner:
     async def _deliver(self, job: Job, result: EditResult) -> None:
         """Check and write the pictures of a job, then end it."""
         try:
-            result = await self._results.finish(job, result)
             finding = await self._moderation.check_results(result.images, tolerance=job.tolerance)
             if finding is not None:
                 await self._end(job, "content_moderated", {"finding": asdict(finding)})

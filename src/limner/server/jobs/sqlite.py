@@ -114,11 +114,12 @@ class FolderStorage:
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def files(self, folder: str) -> list[tuple[str, float]]:
-        found = []
+    def files(self, folder: str) -> list[tuple[str, float, int]]:
+        found, now = [], time.time()
         for path in (self.folder / folder).glob("*"):
             with contextlib.suppress(FileNotFoundError):
-                found.append((path.name, time.time() - path.stat().st_mtime))
+                about = path.stat()
+                found.append((path.name, now - about.st_mtime, about.st_size))
         return found
 
     def check_writable(self) -> None:

@@ -106,8 +106,8 @@ class Storage(Protocol):
     def remove_files(self, names: Iterable[str]) -> None:
         """Remove files; missing ones are ignored."""
 
-    def files(self, folder: str) -> list[tuple[str, float]]:
-        """Return the names in a folder, each with the seconds since it was written."""
+    def files(self, folder: str) -> list[tuple[str, float, int]]:
+        """Return the names in a folder, each with the seconds since it was written, and its bytes."""
         ...
 
     def check_writable(self) -> None:

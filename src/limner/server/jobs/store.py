@@ -5,7 +5,7 @@ however often the job was begun. No picture of a refused job stays. Knows nothin
 databases.
 
     tables                jobs, handles of references, which pictures they use, images made for each owner
-    inputs/<digest>.png   processed reference pictures, each once, without loss
+    inputs/<digest>.png   pictures of requests (processed references, canvases, masks), each once, without loss
     results/<id>-<n>.png  results, until they expire
     secret                key of signed URLs, 32 random bytes
 """
@@ -13,6 +13,7 @@ databases.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -23,7 +24,8 @@ from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
 from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
-from limner.server.jobs.records import Handle, Job, Status
+from limner.server.jobs.records import Handle, Job, JobPictures, Status
+from limner.server.jobs.room import Room
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -47,6 +49,7 @@ class JobStore:
         self._storage = open_storage(data)
         self._lock = self._storage.lock
         self._pictures = PictureFiles(self._storage)
+        self._room = Room(self._storage, self._pictures)
         self._check_again = 0.0
         self._unwritable: OutputError | None = None
         try:
@@ -107,7 +110,7 @@ class JobStore:
         files: Mapping[str, bytes] | None = None,
         budget: int | None = None,
     ) -> tuple[Job, bool]:
-        """Write a job and the `pictures` of its references. Return the job as stored, and whether it is new.
+        """Write a job and its `pictures` (references, canvas, mask). Return the job as stored, and whether it is new.
 
         The same request again under an idempotency key of its owner gives the first job; another request under that key
         raises `Conflict`. Raises `BudgetSpent` if the owner would have more than `budget` images over all jobs. A job
@@ -120,8 +123,7 @@ class JobStore:
             job = replace(job, created=self._clock())
             with self._pictures.written(pictures, files or {}), self._storage.transaction() as db:
                 self._spend(db, job.owner, len(job.seeds), budget)
-                used = job.references if job.mask is None else (*job.references, job.mask)
-                self._pictures.use(db, used, user=f"job:{job.id}")
+                self._pictures.use(db, job.pictures, user=f"job:{job.id}")
                 db.execute(
                     "INSERT INTO jobs (id, owner, created, status, request, idempotency, fingerprint, webhook) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -171,9 +173,14 @@ class JobStore:
         rows = self._rows("SELECT * FROM jobs WHERE status = 'pending' ORDER BY created, id")
         return [job for job in map(read_job, rows) if not job.set_aside]
 
-    def of_owner(self, owner: str, *, limit: int = 50) -> list[Job]:
-        """Return an owner's jobs, newest first."""
-        rows = self._rows("SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, id LIMIT ?", owner, limit)
+    def of_owner(self, owner: str, *, limit: int = 50, before: float | None = None) -> list[Job]:
+        """Return an owner's jobs, newest first; those created before a time, if one is given."""
+        rows = self._rows(
+            "SELECT * FROM jobs WHERE owner = ? AND created < ? ORDER BY created DESC, id LIMIT ?",
+            owner,
+            math.inf if before is None else before,
+            limit,
+        )
         return [read_job(row) for row in rows]
 
     def counts(self) -> dict[str, int]:
@@ -249,6 +256,11 @@ class JobStore:
 
     # references
 
+    def pictures(self, job: Job) -> JobPictures:
+        """Return the stored pictures of a job. Raises `LimnerError` if a file is gone, damaged or changed."""
+        canvas, mask = (None if one is None else self.picture(one) for one in (job.canvas, job.mask))
+        return JobPictures(references=tuple(map(self.picture, job.references)), canvas=canvas, mask=mask)
+
     def picture(self, report: ReferenceReport) -> PreparedReference:
         """Return a stored reference. Raises `LimnerError` if its file is gone, damaged or changed."""
         return self._pictures.read(report)
@@ -320,29 +332,19 @@ class JobStore:
         A job whose webhook is still to be delivered stays. Files that no row knows (left by a process that was killed
         between two writes) are removed once they are `grace_seconds` old.
         """
-        now = self._clock()
-        with self._lock:
-            with self._storage.transaction() as db:
-                old = db.execute(
-                    "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
-                    (now - forget_seconds,),
-                ).fetchall()
-                unused = [digest for (id_,) in old for digest in self._pictures.release(db, user=f"job:{id_}")]
-                for row in old:
-                    db.execute("DELETE FROM jobs WHERE id = ?", row)
-            self._pictures.remove(unused)
-            self._pictures.remove_unused(grace_seconds=grace_seconds)
-        self._remove_expired_results(now, grace_seconds)
+        self._room.clean(self._clock(), forget_seconds=forget_seconds, grace_seconds=grace_seconds)
 
-    def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
-        rows = self._rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")
-        expires: dict[str, float | None] = dict(rows)
-        expired: list[str] = []
-        for name, age in self._storage.files("results"):
-            id_ = name.rpartition("-")[0]
-            end = expires.get(id_)
-            # those of a pending job stay, however long it takes to note its end, and whatever the clock says
-            is_left = id_ not in expires and age >= grace_seconds
-            if is_left or (end is not None and end <= now):
-                expired.append(f"results/{name}")
-        self._storage.remove_files(expired)
+    def trim(self, max_bytes: int) -> int:
+        """Remove the oldest ended jobs while results and pictures of jobs have more bytes. Return how many were removed.
+
+        Pictures of handles do not count, and stay.
+        """
+        return self._room.trim(self._clock(), max_bytes=max_bytes)
+
+    def forget(self, id: str) -> bool:
+        """Remove an ended job with its pictures. Return whether it was there and had ended."""
+        return self._room.forget([id]) == 1
+
+    def forget_all(self, owner: str) -> int:
+        """Remove all ended jobs of an owner. Return how many were removed."""
+        return self._room.forget_all(owner)

@@ -76,7 +76,9 @@ class JobWork:
             jobs=jobs,
             offload=offload,
             every=settings.clean_every,
+            give_back_every=settings.give_back_every,
             keep_jobs=settings.keep_jobs,
+            keep_bytes=settings.keep_bytes,
             adopt_lost=runner.adopt_lost,
         )
         return cls(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from limner.errors import InvalidRequest, LimnerError
 from limner.images import MEDIA_TYPES, decode, encode, format_of
-from limner.trust.provenance.library import ASSERTION, require, settings
+from limner.trust.provenance.library import ASSERTION, as_assertion, require, settings
 from limner.trust.provenance.signer import Signer
 from limner.version import __version__
 
@@ -22,6 +22,10 @@ __all__ = ["Ingredient", "sign"]
 _logger = logging.getLogger("limner")
 
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_COMPOSED_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""IPTC's word for inpainting and outpainting: a part of the pixels is the canvas'."""
+_COMPOSED = ("mask", "preserve")
+"""Names in the metadata of a picture that holds pixels of its first reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +53,9 @@ def sign(
     """Return the bytes of a picture file with a signed C2PA manifest in them; pixels and metadata are those of `data`.
 
     "created" is a picture from text. "edited" has references: the first is the parent, the others are inputs of the
-    model. `metadata` (values of JSON) becomes an assertion, which also says if the certificate is for development.
-    Raises `InvalidRequest`, `MissingExtra`, and `LimnerError` if signing fails.
+    model; with a mask, or where the rest was left alone, it is a composite. `metadata` (values of JSON) becomes an
+    assertion, which also says if the certificate is for development. Raises `InvalidRequest`, `MissingExtra`, and
+    `LimnerError` if signing fails.
     """
     name = format.lower()
     if name not in MEDIA_TYPES:
@@ -112,17 +117,16 @@ def _manifest(
     title: str, *, action: str, ingredients: int, metadata: Mapping[str, Any], signer: Signer
 ) -> dict[str, Any]:
     agent = {"name": "Limner", "version": __version__}
-    made: dict[str, Any] = {"action": f"c2pa.{action}", "softwareAgent": agent, "digitalSourceType": _SOURCE_TYPE}
+    source = _COMPOSED_TYPE if any(name in metadata for name in _COMPOSED) else _SOURCE_TYPE
+    made: dict[str, Any] = {"action": f"c2pa.{action}", "softwareAgent": agent, "digitalSourceType": source}
     actions = [made]
     if ingredients:
         opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": ["reference-1"]}}
         made["parameters"] = {"ingredientIds": [f"reference-{i}" for i in range(1, ingredients + 1)]}
         actions = [opened, made]
+    about = {**as_assertion(metadata), "version": __version__, "development": signer.development}
     return {
         "claim_generator_info": [agent],
         "title": title,
-        "assertions": [
-            {"label": "c2pa.actions.v2", "data": {"actions": actions}},
-            {"label": ASSERTION, "data": {**metadata, "version": __version__, "development": signer.development}},
-        ],
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}, {"label": ASSERTION, "data": about}],
     }

@@ -17,7 +17,7 @@ from PIL import Image
 from limner.errors import InvalidRequest
 from limner.images import MEDIA_TYPES, format_of, read_metadata
 from limner.images.decode import describe_source, read_file
-from limner.trust.provenance.library import ASSERTION, DEVELOPMENT_NAME, require, settings
+from limner.trust.provenance.library import ASSERTION, DEVELOPMENT_NAME, has_c2pa, of_assertion, require, settings
 
 __all__ = ["ProvenanceReport", "State", "read"]
 
@@ -31,7 +31,8 @@ class ProvenanceReport:
     `metadata` is Limner's, {} if there is none; in a file without a manifest anybody can change it. `state` is None
     without a manifest, else "Trusted", "Valid" (unchanged, but no given certificate vouches for the signer) or
     "Invalid". `remote` is the URL of a manifest that is not in the file; nothing is fetched from there. `ingredients`
-    are the relationships of the references. `generation` is the signed metadata.
+    are the relationships of the references. `generation` is the signed metadata. `checked` is False where the c2pa
+    library is not installed: there is no manifest in the file then, and one kept elsewhere would not be found.
     """
 
     format: str
@@ -49,6 +50,7 @@ class ProvenanceReport:
     ingredients: tuple[str, ...] = ()
     generation: dict[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    checked: bool = True
 
     @property
     def whole(self) -> bool:
@@ -60,9 +62,10 @@ class ProvenanceReport:
         shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in self.metadata.items())
         lines = [f"metadata: {shown or 'none of Limner'}"]
         if self.state is None:
-            lines.append(
-                f"C2PA: not in the file; kept at {self.remote}, not fetched" if self.remote else "C2PA: no manifest"
+            text = (
+                "no manifest" if self.checked else "no manifest in the file; pip install c2pa-python to look for more"
             )
+            lines.append(f"C2PA: {f'not in the file; kept at {self.remote}, not fetched' if self.remote else text}")
         else:
             word = {"Trusted": "whole, trusted", "Valid": "whole, untrusted", "Invalid": "broken"}[self.state]
             signer = ", ".join(part for part in (self.signed_by, self.issuer, self.signed_at) if part)
@@ -94,7 +97,8 @@ def read(source: str | os.PathLike[str] | bytes, *, trust: bytes | None = None) 
     """Report Limner's metadata and the checked C2PA manifest of a picture file or its bytes.
 
     `trust` are root certificates (PEM) that vouch for signers. Raises `InvalidRequest` for anything but a picture file,
-    and `MissingExtra`. A manifest or metadata that is damaged or was changed is a problem in the report.
+    and `MissingExtra` where there is a manifest and the c2pa library is not installed. A manifest or metadata that is
+    damaged or was changed is a problem in the report.
     """
     shown = describe_source(source)
     data = source if isinstance(source, bytes) else read_file(source, field="file", too_large=", the most that is read")
@@ -114,6 +118,8 @@ def read(source: str | os.PathLike[str] | bytes, *, trust: bytes | None = None) 
         problems.append("the picture cannot be opened")
     except (ValueError, RecursionError):
         problems.append("Limner's metadata was changed and cannot be read")
+    if not begun and not has_c2pa():
+        return ProvenanceReport(format=kind, metadata=metadata, checked=False, problems=tuple(problems))
     require("c2pa", package="c2pa-python")
     import c2pa
 
@@ -195,7 +201,7 @@ def _assertions(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
         if assertion.get("label", "").startswith("c2pa.actions") and isinstance(found, dict):
             actions += found.get("actions", [])
         elif assertion.get("label") == ASSERTION and isinstance(found, dict):
-            generation = found
+            generation = of_assertion(found)
     return actions, generation
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from limner.errors import CheckpointError
+from limner.models import PUBLISHED, published
 from limner.weights import layouts
 from limner.weights.hub import Hub, downloading, is_hub_id, local_path
 
@@ -63,15 +64,20 @@ def resolve_part(part: str, given: str | os.PathLike[str] | None, *, model: Path
 
 
 def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str], hub: Hub) -> Path:
-    """Return the path on this disk of a path or hub id."""
+    """Return the path on this disk of a path, a hub id, or a model's short name."""
     path, exists = local_path(given, field=field)
     if exists:
         if hub.revision is not None:
             _logger.info("revision=%r has no effect: %s is on this disk", hub.revision, path)
         return path
     text = os.fspath(given)
+    if known := published(text):
+        text = known.hub_id
     if not is_hub_id(text) or path.suffix in (".safetensors", ".gguf", ".sft"):
-        raise CheckpointError(f"{field}: {text} is neither a folder nor a hub id (owner/name); check the path")
+        raise CheckpointError(
+            f"{field}: {text} is neither a folder nor a hub id (owner/name); check the path. Short names: "
+            f"{', '.join(PUBLISHED)}"
+        )
     return _download(text, field, without=without, hub=hub)
 
 

@@ -25,7 +25,8 @@ class FolderSettings:
     """What a folder says besides its parts. Sizes are (width, height).
 
     `sizes` are those that the model draws (none: any). `max_reference_pixels` caps references, `preview` maps latents to
-    pixels. `kind` is what the folder says of what the model was trained for.
+    pixels. `kind` is what the folder says of what the model was trained for. `words` are the only ones of its
+    prompts; none: any.
     """
 
     default_size: tuple[int, int] = (1024, 1024)
@@ -34,6 +35,7 @@ class FolderSettings:
     preview: LatentPreview | None = None
     max_reference_pixels: int | None = None
     kind: FoundKind = DEFAULT
+    words: tuple[str, ...] = ()
 
 
 def read_settings(folder: Path) -> FolderSettings:
@@ -61,7 +63,15 @@ def read_settings(folder: Path) -> FolderSettings:
         preview=preview,
         max_reference_pixels=pixels,
         kind=kind,
+        words=_read_words(own, file),
     )
+
+
+def _read_words(own: dict[str, Any], file: Path) -> tuple[str, ...]:
+    words = own.get("words", [])
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise CheckpointError(f"{file}: words={str(words)[:100]} has to be a list of the words of prompts")
+    return tuple(words)
 
 
 def _read_sizes(own: dict[str, Any], file: Path) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:

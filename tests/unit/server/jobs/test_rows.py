@@ -139,6 +139,8 @@ def test_rows_are_written_as_an_earlier_version_wrote_them(on_disk: JobStore, mo
 NEWER: dict[str, dict[str, object]] = {
     "another field": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "voice": "a dog"})},
     "another option": {"request": OLD_PLAIN[4].replace('"options": {}', '"options": {"lora": "x"}')},
+    "another control": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "control": {"voice": "a dog"}})},
+    "a control of another form": {"request": json.dumps({**json.loads(OLD_PLAIN[4]), "control": {"mask": "m"}})},
     "a field less": {"request": OLD_PLAIN[4].replace('"num_steps"', '"steps"')},
     "another format": {"request": "\x01not JSON"},
     "another kind": {"request": "[]"},
@@ -171,6 +173,13 @@ def test_a_row_of_a_newer_version_is_set_aside(on_disk: JobStore, caplog: pytest
     on_disk.clean(forget_seconds=0)
     (left,) = sqlite(on_disk).execute("SELECT request FROM jobs WHERE id = ?", (id_,)).fetchone()
     assert left == row["request"]
+
+
+def test_a_mask_of_an_earlier_version_is_read(on_disk: JobStore) -> None:
+    """It stood outside of `control`, and its edge was not softened."""
+    row = (*OLD_PLAIN[:4], json.dumps({**json.loads(OLD_PLAIN[4]), "mask": json.loads(OLD_REPORT)}), *OLD_PLAIN[5:])
+    sqlite(on_disk).execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(row))})", row)
+    assert on_disk.pending() == [replace(PLAIN, mask=REPORT, control={"mask_blur": 0})]
 
 
 def test_an_ended_job_with_fields_of_a_newer_version_is_shown(on_disk: JobStore) -> None:

@@ -6,11 +6,14 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.support.jobs import Clock, files, inputs, job, reference
+from tests.support.jobs import POLICY, Clock, files, inputs, job, reference
+from tests.support.tiny import picture
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
-from limner.server.jobs.records import Handle, JobOptions, Webhook
+from limner.images import PreparedReference, mask_of_picture, picture_of_mask, prepare_canvas
+from limner.server.jobs.records import Handle, JobOptions, JobPictures, Webhook, edit_request
 from limner.server.jobs.storage import StorageInUse
 from limner.server.jobs.store import JobStore
 
@@ -177,6 +180,58 @@ def test_what_is_over_goes(store: JobStore, clock: Clock) -> None:
     store.webhook_attempted(waiting.id, again=None)
     store.clean(forget_seconds=100)
     assert store.get(waiting.id) is None
+
+
+def test_masks_and_canvases_are_kept_and_go_with_their_job(store: JobStore, data: str, clock: Clock) -> None:
+    own, canvas = reference(1), canvas_of(101)
+    values = np.zeros((64, 101), np.uint8)
+    values[:, :50] = 200
+    mask = picture_of_mask(values)
+    control = {"strength": 0.5, "expand": {"size": [128, 96], "anchor": "left"}, "reference_weights": [1.0, 0.5]}
+    asked = job(own, canvas=canvas.report, mask=mask.report, control=control, idempotency="k")
+    kept, _ = store.add(asked, JobPictures(references=(own,), canvas=canvas, mask=mask).all)
+    assert kept == replace(asked, created=1000.0)
+    used = {own.report.digest, canvas.report.digest, mask.report.digest}
+    assert inputs(store) == used
+    store.close()
+    after = JobStore(data, clock=clock)
+    assert after.pending() == [kept]
+    found = after.pictures(kept)
+    assert found.canvas is not None
+    assert found.mask is not None
+    assert [one.data for one in found.all] == [own.data, canvas.data, mask.data]
+    assert np.array_equal(mask_of_picture(found.mask), values)
+    request = edit_request(kept, found)
+    assert (request.control["canvas"], request.canvas) == (found.canvas, None)
+    assert request.control["strength"] == 0.5
+    others: list[dict[str, Any]] = [
+        {"mask": picture_of_mask(255 - values).report},
+        {"canvas": canvas_of(102).report},
+        {"control": {**control, "strength": 0.4}},
+        {"mask": None},
+    ]
+    for change in others:
+        with pytest.raises(Conflict):
+            after.add(replace(asked, **change))
+    assert inputs(after) == used
+    after.end(kept.id, "ready", result={}, keep_seconds=0)
+    after.clean(forget_seconds=-1)
+    assert inputs(after) == set()
+    after.close()
+
+
+def test_the_first_reference_is_repainted_where_there_is_no_canvas() -> None:
+    first, second = canvas_of(101), reference(2)
+    masked = job(first, second, width=101, height=64, control={"preserve": "auto"})
+    request = edit_request(masked, JobPictures(references=(first, second)))
+    assert (request.canvas, request.width, request.height) == (first, None, None)
+    weighed = job(first, second, width=64, height=64, control={"reference_weights": [1.0, 0.0]})
+    request = edit_request(weighed, JobPictures(references=(first, second)))
+    assert (request.canvas, request.width, request.height) == (None, 64, 64)
+
+
+def canvas_of(width: int) -> PreparedReference:
+    return prepare_canvas(picture(width, 64, seed=3), policy=POLICY)
 
 
 def test_webhooks_that_are_due(store: JobStore, clock: Clock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -70,6 +71,18 @@ def test_edited(format: str, signer: Signer) -> None:  # noqa: A002
     ]
     opened, edited = next(a for a in found["assertions"] if a["label"] == "c2pa.actions.v2")["data"]["actions"]
     assert [len(a["parameters"]["ingredients"]) for a in (opened, edited)] == [1, 3]
+
+
+@pytest.mark.parametrize("control", [{"mask": "0" * 64, "box": [0, 0, 64, 64]}, {"preserve": "auto"}])
+def test_what_keeps_pixels_of_the_canvas_is_a_composite(control: dict[str, Any], signer: Signer) -> None:
+    metadata = METADATA | control
+    data = made("PNG")
+    signed = sign(
+        data, format="PNG", title="t", action="edited", ingredients=references("PNG"), metadata=metadata, signer=signer
+    )
+    report = read(signed)
+    assert report.source_type == "compositeWithTrainedAlgorithmicMedia"
+    assert control.items() <= report.generation.items()
 
 
 def test_no_picture_of_a_reference_is_in_the_manifest(signer: Signer) -> None:
@@ -164,10 +177,17 @@ def test_a_timestamp_authority_is_asked_only_if_given(signer: Signer, server: Se
 
 
 def test_without_the_extra(signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = sign(made(), format="PNG", title="t", action="created", signer=signer)
     monkeypatch.setitem(sys.modules, "c2pa", None)
     monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.setattr("limner.trust.provenance.report.has_c2pa", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report = read(made())
+    assert (report.checked, report.state) == (False, None)
+    assert report.metadata
+    assert "no manifest in the file; pip install c2pa-python" in report.describe()[1]
     for call in (
-        lambda: read(made()),
+        lambda: read(signed),
         lambda: sign(made(), format="PNG", title="t", action="created", signer=signer),
         lambda: development_credentials(tmp_path / "c2pa"),
     ):

@@ -36,12 +36,29 @@ async function refusal(response) {
   return new Refused(response.status, message, field);
 }
 
+/** As `fetch`, and tells the share of the body that has left; fetch does not tell it. */
+function upload(path, { method, headers, body, signal, onProgress }) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open(method, path);
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+    request.responseType = "blob";
+    request.upload.onprogress = ({ lengthComputable, loaded, total }) => { if (lengthComputable) onProgress(loaded / total); };
+    request.onload = () => resolve(new Response(request.response, { status: request.status, statusText: request.statusText }));
+    request.onerror = () => reject(new TypeError("the connection failed"));
+    request.onabort = () => reject(new DOMException("aborted", "AbortError"));
+    signal?.addEventListener("abort", () => request.abort());
+    request.send(body);
+  });
+}
+
 async function answer(path, options = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     let response;
     try {
-      response = await fetch(path, { ...options, headers: { ...options.headers, ...(key ? { "x-key": key } : {}) } });
+      const send = options.onProgress ? upload : fetch;
+      response = await send(path, { ...options, headers: { ...options.headers, ...(key ? { "x-key": key } : {}) } });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Refused(0, "The server does not answer. Is limner serve still running?", "");
@@ -61,10 +78,11 @@ export async function get(path) {
   return (await answer(path)).json();
 }
 
-export async function post(path, body, { signal } = {}) {
+/** `onProgress(share)` is told how much of the body has left. */
+export async function post(path, body, { signal, onProgress } = {}) {
   const form = body instanceof FormData;
   const headers = form ? {} : { "content-type": "application/json" };
-  return (await answer(path, { method: "POST", headers, body: form ? body : JSON.stringify(body), signal })).json();
+  return (await answer(path, { method: "POST", headers, body: form ? body : JSON.stringify(body), signal, onProgress })).json();
 }
 
 export async function remove(path) {

@@ -1,27 +1,37 @@
-// The ordered references: their thumbnails, what the server made of each, and the handle that it knows them by.
+// The ordered references, and the handle that the server knows them by.
 //
 // The server keeps the K/V of an ordered set of pictures. So the set is sent when it changes, and never otherwise: sets
 // that were sent before are known by the digests of their pictures, in order.
 
-import { announce, byId, h, plural, size } from "./dom.js";
+import { announce, byId, plural } from "./dom.js";
 import * as api from "./api.js";
+import { newItem, showItem } from "./reference.js";
 
 const PAUSE = 150; // ms that more changes may follow in
+const TRANSPARENT = /transparent in places/; // in the server's words
 const DRAGGED = "application/x-limner-reference";
 
 export class References extends EventTarget {
-  items = []; // {name, url, data(), digest, report, problem, element}
+  items = []; // see reference.js
   #known = new Map(); // digests in order to handle
   #settled = Promise.resolve(null);
   #list = byId("references");
   #dragged = null;
   #version = 0;
+  #weighted = false;
+  #background = null; // a colour, once one was chosen
 
   constructor() {
     super();
     this.#list.addEventListener("dragover", (event) => this.#over(event));
     this.#list.addEventListener("drop", (event) => this.#drop(event));
     this.#list.addEventListener("dragend", () => this.#mark(null));
+  }
+
+  /** Whether the server takes weights of references. */
+  set weighted(on) {
+    this.#weighted = on;
+    this.#render();
   }
 
   /** Pictures of this machine, or results: File or Blob with a name. */
@@ -33,14 +43,27 @@ export class References extends EventTarget {
   }
 
   /** The references of a run or of a handle, instead of those that are here. `path(n)` gives picture n. */
-  async replace({ count, reports, path, handle, names }) {
+  async replace({ count, reports, path, handle, names, weights }) {
     const urls = await Promise.all(Array.from({ length: count }, (_, i) => api.pictureURL(path(i + 1))));
     this.items = urls.map((url, i) => this.#item({
       name: names?.[i] || `image ${i + 1}`, url, data: () => api.blob(path(i + 1)), report: reports?.[i] ?? null,
-      digest: reports?.[i]?.digest,
+      digest: reports?.[i]?.digest, isServers: true, weight: weights?.[i] ?? 1,
     }));
     if (handle && this.items.every((item) => item.digest)) this.#known.set(this.#signature(this.items), handle);
     this.#changed(`${plural(count, "reference")} taken over`);
+  }
+
+  /** What stands behind pictures that are transparent, or null: then such pictures are refused. */
+  get background() {
+    return this.items.some((item) => item.transparent) ? this.#background : null;
+  }
+
+  /** Puts a colour behind all pictures that are transparent. */
+  fill(colour) {
+    this.#background = colour;
+    this.#known.clear(); // the digests were of other pictures
+    for (const item of this.items) if (item.transparent) Object.assign(item, { problem: "", report: null, digest: undefined });
+    this.#changed(`What is transparent is ${colour} now`);
   }
 
   clear() {
@@ -60,23 +83,16 @@ export class References extends EventTarget {
     const refused = this.items.findIndex((item) => item.problem);
     if (refused >= 0) {
       if (focus) this.items[refused].drop.focus();
-      throw new api.Refused(422, `${this.items[refused].name} cannot be used: ${this.items[refused].problem} Remove it first.`, "");
+      throw new api.Refused(422, `${this.items[refused].name} cannot be used: ${this.items[refused].problem} ${this.items[refused].transparent ? "Choose a background, or remove it." : "Remove it first."}`, "");
     }
     return this.#settled;
   }
 
   #item(values) {
-    const item = { report: null, problem: "", digest: undefined, ...values };
-    const move = (by) => () => this.#move(item, by);
-    item.image = h("img", { src: item.url, alt: "", draggable: false });
-    item.number = h("span", { className: "number" });
-    item.note = h("p", { className: "note small muted" });
-    item.left = h("button", { type: "button", className: "quiet left", textContent: "←", onclick: move(-1) });
-    item.right = h("button", { type: "button", className: "quiet right", textContent: "→", onclick: move(1) });
-    item.drop = h("button", { type: "button", className: "quiet remove", textContent: "✕", onclick: () => this.#remove(item) });
-    item.element = h("li", { draggable: true },
-      h("div", { className: "thumb" }, item.image, item.number),
-      h("div", { className: "tools" }, item.left, item.right, item.drop), item.note);
+    const item = newItem(values, {
+      move: (by) => this.#move(item, by), remove: () => this.#remove(item), weigh: () => this.dispatchEvent(new Event("weigh")),
+      fill: (colour) => this.fill(colour),
+    });
     item.element.addEventListener("dragstart", (event) => {
       this.#dragged = item;
       event.dataTransfer.setData(DRAGGED, "");
@@ -162,12 +178,14 @@ export class References extends EventTarget {
         if (version !== this.#version || !items.length) { say(""); return null; }
         const signature = this.#signature(items);
         if (this.#known.has(signature)) { say(""); return this.#known.get(signature); }
+        const sending = (share) => say(share < 1 ? `Sending, ${Math.floor(share * 100)} %` : "Reading …");
         say("Sending …");
         const form = new FormData();
         for (const item of items) form.append("image", await item.data(), item.name);
         form.append("prefill", "false");
+        if (this.#background) form.append("background", this.#background);
         try {
-          const told = await api.post("/v1/references", form);
+          const told = await api.post("/v1/references", form, { onProgress: sending });
           items.forEach((item, i) => { item.report ??= told.references[i]; item.digest = told.references[i].digest; });
           this.#known.set(this.#signature(items), told.id);
           if (version === this.#version) { this.#render(); say(""); this.dispatchEvent(new Event("report")); }
@@ -177,6 +195,10 @@ export class References extends EventTarget {
           const number = items.length === 1 ? 1 : Number(/picture (\d+): /.exec(error.message)?.[1]);
           if (!items[number - 1]) throw error;
           items[number - 1].problem = error.message.replace(/^image: /, "").replace(/^picture \d+: /, "");
+          if (TRANSPARENT.test(error.message)) {
+            items[number - 1].transparent = true;
+            items[number - 1].problem = "It is transparent in places.";
+          }
           this.#render();
           announce(`${items[number - 1].name} cannot be used: ${items[number - 1].problem}`);
         }
@@ -195,34 +217,7 @@ export class References extends EventTarget {
     let number = 0;
     this.items.forEach((item, at) => {
       if (!item.problem) number += 1;
-      const name = item.problem ? item.name : `image ${number}`;
-      item.number.textContent = item.problem ? "!" : `image ${number}`;
-      item.element.classList.toggle("refused", Boolean(item.problem));
-      item.image.alt = `${name}: ${item.name}`;
-      item.left.disabled = at === 0;
-      item.right.disabled = at === this.items.length - 1;
-      item.left.setAttribute("aria-label", `Move ${name} to the left`);
-      item.right.setAttribute("aria-label", `Move ${name} to the right`);
-      item.drop.setAttribute("aria-label", `Remove ${name}`);
-      item.note.textContent = item.problem || (item.report ? describe(item.report) : "");
-      item.note.title = item.note.textContent;
+      showItem(item, { number, isFirst: at === 0, isLast: at === this.items.length - 1, weighted: this.#weighted });
     });
-    byId("samples").hidden = this.items.length > 0;
   }
-}
-
-/** What was done to a reference, in a few words. */
-export function describe(report) {
-  const sides = ["left", "top", "right", "bottom"];
-  const counted = (box) => (box ?? []).map((pixels, i) => (pixels ? `${pixels} ${sides[i]}` : "")).filter(Boolean);
-  const cut = counted(report.cut), added = counted(report.added);
-  const parts = [
-    report.profile ? `colour profile ${report.profile}` : "",
-    report.oriented ? "turned upright" : "",
-    report.resized_to ? `scaled to ${size(report.resized_to)}` : "",
-    cut.length ? `cut ${cut.join(", ")}` : "",
-    added.length ? `padded ${added.join(", ")}` : "",
-  ].filter(Boolean);
-  if (!parts.length) return `${size(report.original_size)}, whole`;
-  return `${size(report.original_size)}, ${parts.join(", ")}: used as ${size(report.processed_size)}`;
 }

@@ -1,0 +1,11 @@
+"""Repaint a part of a picture: all pixels outside of the mask stay, bit for bit."""
+
+from PIL import Image, ImageDraw
+
+import limner
+
+pipe = limner.Pipeline.from_pretrained()
+mask = Image.new("L", (128, 128))  # black stays
+ImageDraw.Draw(mask).rectangle((8, 56, 72, 120), fill=255)  # white is repainted
+out = pipe("put the cat from image 2 into image 1", image=["samples/beach.png", "samples/cat.png"], mask_image=mask)
+out.images[0].save("masked.png")

@@ -1,0 +1,163 @@
+"""What a row of a manifest repaints, and how much its references count: its fields, and the request that they stand for.
+
+Owns the names of these fields, and how their files are found. What they mean, and whether they fit together, is
+`limner.pipeline`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from limner.errors import InvalidRequest
+from limner.images.sources import open_picture
+from limner.pipeline import Pipeline
+from limner.pipeline.canvas import Canvas
+from limner.pipeline.control import check_strength
+from limner.pipeline.together import canvases_of
+from limner.requests import Control, EditRequest
+
+__all__ = ["CONTROL_FIELDS", "canvas_values", "open_row", "read_control", "renamed", "repaints_first", "row_warnings"]
+
+_FILES = ("mask", "canvas")
+CONTROL_FIELDS = {
+    "mask": "mask_image",
+    "canvas": "canvas",
+    "expand": "expand",
+    "strength": "strength",
+    "preserve": "preserve",
+    "mask_blur": "mask_blur",
+    "padding_mask_crop": "padding_mask_crop",
+    "reference_weights": "reference_weights",
+    "reference_guidance": "reference_guidance",
+}
+"""The fields of a row, and what they are called in a call."""
+
+
+def read_control(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those fields of a row, by their names there; what is null is left out.
+
+    Raises `InvalidRequest` for what is wrong with one of them by itself.
+    """
+    found = {name: values[name] for name in CONTROL_FIELDS if values.get(name) is not None}
+    for name, value in found.items():
+        _CHECKS[name](name, value)
+    return found
+
+
+def repaints_first(fields: Mapping[str, Any]) -> bool:
+    """Whether the first reference of a row is repainted."""
+    return "canvas" not in fields and any(not name.startswith("reference_") for name in fields)
+
+
+def open_row(
+    request: EditRequest, fields: Mapping[str, Any], *, base: Path, first: str | None, pipe: Pipeline
+) -> EditRequest:
+    """Return a request with the controls of a row, opened. It has no references but, if it is repainted, the first.
+
+    `base` is the folder of the manifest, `first` the row's first reference. Raises `InvalidRequest`, with the row's names.
+    """
+    if not fields:
+        return request
+    canvas = None
+    if repaints_first(fields):
+        if first is None:
+            raise InvalidRequest("references", "there are none to repaint; name the picture there first, or as canvas")
+        canvas = open_picture(str(base / first), field="references")[0]
+    control = {CONTROL_FIELDS[name]: str(base / x) if name in _FILES else x for name, x in fields.items()}
+    try:
+        return pipe.opened(replace(request, control=cast("Control", control), canvas=canvas))
+    except InvalidRequest as error:
+        raise renamed(error) from None
+
+
+def renamed(error: InvalidRequest) -> InvalidRequest:
+    """Return an error of a call under the name that its field has in a row."""
+    names = {name: field for field, name in CONTROL_FIELDS.items()} | {"image 1": "references"}
+    for name, field in names.items():
+        if error.field == name or error.field.startswith(f"{name} "):
+            return InvalidRequest(field + error.field.removeprefix(name), error.problem)
+    return error
+
+
+def canvas_values(opened: EditRequest) -> dict[str, Any] | None:
+    """Return values of JSON that differ wherever another picture or mask, or another way to draw it, is asked for."""
+    canvas = _canvas_of(opened)
+    if canvas is None:
+        return None
+    picture = hashlib.sha256(f"{canvas.picture.mode} {canvas.picture.size}".encode())
+    picture.update(canvas.picture.tobytes())
+    return {**canvas.metadata, "picture": picture.hexdigest()}
+
+
+def row_warnings(opened: EditRequest) -> list[str]:
+    """Return what is to be said of the mask, under the name that it has in a row."""
+    canvas = _canvas_of(opened)
+    return [] if canvas is None else [text.replace("mask_image", "mask") for text in canvas.warnings]
+
+
+def _canvas_of(opened: EditRequest) -> Canvas | None:
+    """Return the canvas of the one image of an opened request."""
+    return next(iter(canvases_of(opened)), None)
+
+
+# Checks of single fields
+
+
+def _check_file(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(name, f"{_short(value)} is not the name of a file")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest(name, f"{value!r} is not valid Unicode; write it as UTF-8") from None
+
+
+def _check_expand(name: str, value: Any) -> None:
+    if not isinstance(value, (list, dict)):
+        raise InvalidRequest(name, f'{_short(value)} is not [left, top, right, bottom] or {{"size": [width, height]}}')
+
+
+def _check_strength(name: str, value: Any) -> None:
+    check_strength(value)
+
+
+def _check_preserve(name: str, value: Any) -> None:
+    if value != "auto":
+        raise InvalidRequest(name, f"{_short(value)} is not 'auto'; leave it out for none")
+
+
+def _check_pixels(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidRequest(name, f"{_short(value)} is not a whole number of pixels from 0")
+
+
+def _check_weights(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise InvalidRequest(name, f"{_short(value)} is not a list of numbers, one for each reference")
+
+
+def _check_guidance(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InvalidRequest(name, f"{_short(value)} is not a number")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "mask": _check_file,
+    "canvas": _check_file,
+    "expand": _check_expand,
+    "strength": _check_strength,
+    "preserve": _check_preserve,
+    "mask_blur": _check_pixels,
+    "padding_mask_crop": _check_pixels,
+    "reference_weights": _check_weights,
+    "reference_guidance": _check_guidance,
+}

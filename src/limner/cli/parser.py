@@ -1,0 +1,88 @@
+"""A parser whose errors are one line with what the caller probably meant, and whose help ends with examples.
+
+Owns how errors and help look. Knows no command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from limner import ranks
+
+__all__ = ["Parser", "add_command", "commands_of"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as one line; of several processes of torchrun, one does.
+
+    `examples` are commands as they are typed, shown at the end of `--help`.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.examples = tuple(examples)
+        if examples:
+            self.epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+
+    def error(self, message: str) -> NoReturn:
+        if not ranks.speaks():
+            ranks.exit_silently()
+        self.exit(2, f"limner: {message}; see {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; what no argument takes is an error of the command it was typed for."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            getattr(found, "parser", self).unrecognized(left, all_commands=commands_of(self))
+        return found
+
+    def unrecognized(self, words: Sequence[str], *, all_commands: Iterable[argparse.ArgumentParser]) -> NoReturn:
+        """End with what these words may have been meant for: another option of the command, or another command."""
+        word = words[0].partition("=")[0]
+        if not word.startswith("-"):
+            self.error(f"{' '.join(words)!r} is not expected here; quote a prompt of several words")
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.7)
+        others = [p.prog for p in all_commands if p is not self and word in p._option_string_actions]
+        if close:
+            remedy = f"did you mean {close[0]}?"
+        elif others:
+            remedy = f"it is an option of {', '.join(others[:3])}"
+        else:
+            remedy = "leave it out"
+        self.error(f"{word}: {self.prog} has no such option; {remedy}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is no choice; for a command, with the one that is spelled most like it."""
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        what = "a command" if isinstance(action, argparse._SubParsersAction) else "allowed"
+        raise argparse.ArgumentError(action, f"{str(value)!r} is not {what}; {meant}there are {', '.join(choices)}")
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    *,
+    help: str,  # noqa: A002
+    description: str,
+    examples: Sequence[str],
+) -> argparse.ArgumentParser:
+    """Add a command with examples of how it is typed; what is parsed has its parser as `parser`."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description, examples=examples)
+    parser.set_defaults(parser=parser)
+    return parser
+
+
+def commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return the parsers of commands that have no commands of their own, in the order of `--help`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return [found for child in action.choices.values() for found in commands_of(child)]
+    return [parser]

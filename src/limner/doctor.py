@@ -1,0 +1,177 @@
+"""What Limner finds on a machine: devices, kernels, the compiler, versions, memory and disk, and what is missing.
+
+Loads no model and changes nothing; the native kernels are built if they have not been.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from limner.version import __version__
+
+__all__ = ["Report", "examine"]
+
+_EXTRAS = {"serve": "fastapi", "ray": "ray", "postgres": "psycopg", "mcp": "mcp"}
+"""Extras of the package, and a module of each."""
+_MODEL_BYTES = 40 << 30
+"""Disk that klein-9B takes with its text encoder, in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The findings, in groups of (name, value). `notes` may matter; `problems` keep Limner from running."""
+
+    groups: dict[str, dict[str, str]]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        found: list[str] = []
+        for title, values in self.groups.items():
+            found += [f"{title}:", *(f"  {name:18} {value}" for name, value in values.items())]
+        found += [f"note: {note}" for note in self.notes]
+        return found + [f"problem: {problem}" for problem in self.problems]
+
+    def as_json(self) -> dict[str, object]:
+        """Return the report as one object."""
+        return asdict(self)
+
+
+def examine() -> Report:
+    """Look at this machine. Takes the seconds that importing torch takes, and a few where kernels are built."""
+    notes: list[str] = []
+    problems: list[str] = []
+    groups = {"versions": _versions(notes, problems)}
+    if not problems:
+        groups["devices"] = _devices(notes)
+        groups["kernels"] = _kernels(notes)
+        groups["memory and disk"] = _room(notes)
+    groups["extras"] = {
+        name: "installed" if _has(module) else f"pip install 'limner[{name}]'" for name, module in _EXTRAS.items()
+    }
+    return Report(groups=groups, notes=tuple(notes), problems=tuple(problems))
+
+
+def _has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def _tested() -> dict[str, str]:
+    """Return the versions that are tested together: of the package, or of the checkout it runs from."""
+    package = Path(__file__).parent
+    for file in (package / "tested-versions.txt", package.parents[1] / "constraints.txt"):
+        if file.is_file():
+            found = re.findall(r"^([\w.-]+)==(\S+)$", file.read_text(), re.M)
+            return {name.replace("_", "-"): version for name, version in found}
+    return {}
+
+
+def _required() -> Iterator[tuple[str, str]]:
+    """Yield name and least version of what the package requires, extras left out."""
+    for text in importlib.metadata.requires("limner") or ():
+        if found := re.fullmatch(r"([\w.-]+)\s*>=\s*([\w.]+)", text):
+            yield found[1], found[2]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _versions(notes: list[str], problems: list[str]) -> dict[str, str]:
+    found = {"limner": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
+    tested = _tested()
+    for name, least in _required():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is not installed; pip install '{name}>={least}'")
+            continue
+        found[name] = version
+        if _numbers(version) < _numbers(least):
+            problems.append(f"{name} {version} is older than {least}; pip install --upgrade {name}")
+        elif _numbers(version)[:2] != _numbers(known := tested.get(name.replace("_", "-"), version))[:2]:
+            notes.append(f"{name} {version} is here, {known} is what is tested")
+    return found
+
+
+def _devices(notes: list[str]) -> dict[str, str]:
+    import torch
+
+    found = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    build = "CUDA " + torch.version.cuda if torch.version.cuda else "CPU"
+    if getattr(torch.version, "hip", None):
+        build = f"ROCm {torch.version.hip}"
+    found["torch's build"] = build
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        found[f"cuda:{number}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.backends.mps.is_available():
+        found["mps"] = "available"
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        notes.append("there is an NVIDIA driver, and torch is built for the CPU; install a CUDA build of torch")
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _kernels(notes: list[str]) -> dict[str, str]:
+    import torch
+
+    from limner.model.attention import choose_kernel
+    from limner.model.int8 import has_int8_products
+    from limner.native.kernels import why_missing
+
+    reason = why_missing()
+    found = {"native": "built" if reason is None else f"not used: {reason}"}
+    cpu = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float32):
+        found[f"attention {str(dtype).removeprefix('torch.')}"] = choose_kernel(cpu, dtype, 128)
+    found["int8 products"] = "of the CPU" if has_int8_products() else "widened: int8 saves memory, not time"
+    if reason is not None and "compiler" in reason:
+        notes.append(f"native kernels: {reason}; apt-get install gcc makes bfloat16 faster")
+    return found
+
+
+def _room(notes: list[str]) -> dict[str, str]:
+    import psutil
+
+    from limner.memory.free import free_bytes
+
+    def gib(number: float) -> str:
+        return f"{number / 2**30:.1f} GiB"
+
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    there = next(folder for folder in (hub, *hub.parents) if folder.exists())
+    disk = shutil.disk_usage(there)
+    if disk.free < _MODEL_BYTES:
+        notes.append(
+            f"{hub} has {gib(disk.free)} free; klein-9b takes {gib(_MODEL_BYTES)}. HF_HOME names another folder"
+        )
+    return {
+        "memory": f"{gib(free_bytes())} free of {gib(psutil.virtual_memory().total)}",
+        "models of the hub": f"{hub}, {gib(disk.free)} free",
+        "login at the hub": "yes" if _logged_in() else "no; gated models need one: hf auth login",
+    }
+
+
+def _logged_in() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None

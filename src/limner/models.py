@@ -1,0 +1,52 @@
+"""The published models of the family by short names: where they are, what they are, and under which licence.
+
+Knows no files and downloads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from limner.config import MODELS, ModelGeometry
+from limner.kinds import ISOLATED, ModelKind
+
+__all__ = ["PUBLISHED", "PublishedModel", "published"]
+
+_OWNER = "black-forest-labs"
+_APACHE, _NON_COMMERCIAL = "Apache-2.0", "FLUX Non-Commercial License"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedModel:
+    """One model. `hub_id` is its repository on the Hugging Face hub, `geometry` that of its networks."""
+
+    hub_id: str
+    geometry: ModelGeometry
+    kind: ModelKind
+    licence: str
+
+    @property
+    def page(self) -> str:
+        """The page of the model, where its licence is accepted."""
+        return f"https://huggingface.co/{self.hub_id}"
+
+
+_JOINT = ModelKind(references="joint", distilled=True)
+_BASE = ModelKind(references="joint", distilled=False)
+
+PUBLISHED = {
+    short: PublishedModel(hub_id=f"{_OWNER}/{name}", geometry=MODELS[geometry], kind=kind, licence=licence)
+    for short, name, geometry, kind, licence in (
+        ("klein-9b-kv", "FLUX.2-klein-9b-kv", "klein-9b", ISOLATED, _NON_COMMERCIAL),
+        ("klein-9b", "FLUX.2-klein-9B", "klein-9b", _JOINT, _NON_COMMERCIAL),
+        ("klein-4b", "FLUX.2-klein-4B", "klein-4b", _JOINT, _APACHE),
+        ("klein-base-9b", "FLUX.2-klein-base-9B", "klein-9b", _BASE, _NON_COMMERCIAL),
+        ("klein-base-4b", "FLUX.2-klein-base-4B", "klein-4b", _BASE, _APACHE),
+    )
+}
+"""Short names that `model` may be, everywhere. A folder of that name comes first."""
+
+
+def published(name: str) -> PublishedModel | None:
+    """Return the model of a short name, in any case; None if there is none."""
+    return PUBLISHED.get(name.lower())

@@ -1,0 +1,130 @@
+"""What a job store has room for: what expired is removed, what owners want forgotten, and the oldest beyond a size.
+
+Knows nothing of engines and HTTP, and no job beyond the row that it removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from limner.server.jobs.pictures import PictureFiles
+from limner.server.jobs.storage import Connection, Storage
+
+__all__ = ["Room"]
+
+_GRACE_SECONDS = 600.0
+_YOUNG_SECONDS = 60.0
+"""Results stay for so long at least, however large they are: their caller may be fetching them."""
+_AT_ONCE = 200
+
+
+class Room:
+    """Removes jobs, results and pictures of one storage. `now` in the methods is the time of the store's clock."""
+
+    def __init__(self, storage: Storage, pictures: PictureFiles) -> None:
+        self._storage = storage
+        self._pictures = pictures
+
+    def clean(self, now: float, *, forget_seconds: float, grace_seconds: float = _GRACE_SECONDS) -> None:
+        """See `JobStore.clean`."""
+        with self._storage.lock:
+            with self._storage.transaction() as db:
+                old = db.execute(
+                    "SELECT id FROM jobs WHERE status != 'pending' AND expires <= ? AND webhook_due IS NULL",
+                    (now - forget_seconds,),
+                ).fetchall()
+                unused = self._delete(db, [id_ for (id_,) in old])
+            self._pictures.remove(unused)
+            self._pictures.remove_unused(grace_seconds=grace_seconds)
+        self._remove_expired_results(now, grace_seconds)
+
+    def forget(self, ids: Sequence[str]) -> int:
+        """Remove ended jobs with their results, and pictures that nobody else uses. Return how many were removed.
+
+        A job whose webhook is still to be delivered keeps its row until then, and nothing else.
+        """
+        removed = 0
+        for start in range(0, len(ids), _AT_ONCE):  # others wait for the lock
+            removed += len(self._forget(ids[start : start + _AT_ONCE], self._results())[0])
+        return removed
+
+    def _forget(self, ids: Sequence[str], results: Mapping[str, Sequence[str]]) -> tuple[set[str], list[str]]:
+        """Remove jobs of those ids, as `forget` does; `results` are the files of each. Return which, and their files."""
+        marks = ", ".join("?" * len(ids))
+        with self._storage.lock:
+            with self._storage.transaction() as db:
+                rows = db.execute(
+                    f"SELECT id, webhook_due IS NULL FROM jobs WHERE status != 'pending' AND id IN ({marks})", ids
+                ).fetchall()
+                unused = self._delete(db, [id_ for id_, is_told in rows if is_told])
+                for id_, is_told in rows:
+                    if not is_told:
+                        db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", (id_,))
+            self._pictures.remove(unused)
+            files = [name for id_, _ in rows for name in results.get(id_, ())]
+            self._storage.remove_files(files)
+        return {id_ for id_, _ in rows}, [*files, *(f"inputs/{digest}.png" for digest in unused)]
+
+    def _results(self) -> dict[str, list[str]]:
+        """Return the files of results by job."""
+        found: dict[str, list[str]] = {}
+        for name, *_ in self._storage.files("results"):
+            found.setdefault(_job_of(name), []).append(f"results/{name}")
+        return found
+
+    def forget_all(self, owner: str) -> int:
+        """Remove all ended jobs of an owner as `forget` does. Return how many were removed."""
+        rows = self._storage.rows("SELECT id FROM jobs WHERE owner = ? AND status != 'pending'", (owner,))
+        return self.forget([id_ for (id_,) in rows])
+
+    def trim(self, now: float, *, max_bytes: int) -> int:
+        """Remove the oldest ended jobs while results and pictures of jobs have more bytes. Return how many were removed.
+
+        Pictures of references that are kept for an owner do not count, and stay.
+        """
+        found = self._storage.rows('SELECT DISTINCT digest FROM uses WHERE substr("user", 1, 7) = ?', ("handle:",))
+        kept = {f"{digest}.png" for (digest,) in found}
+        sizes = {f"results/{name}": size for name, _, size in self._storage.files("results")}
+        sizes |= {f"inputs/{name}": size for name, _, size in self._storage.files("inputs") if name not in kept}
+        over, results, removed = sum(sizes.values()) - max_bytes, self._results(), 0
+        while over > 0:
+            rows = self._storage.rows(
+                "SELECT id FROM jobs WHERE status != 'pending' AND ended <= ? AND webhook_due IS NULL "
+                "ORDER BY ended, id LIMIT ?",
+                (now - _YOUNG_SECONDS, _AT_ONCE),
+            )
+            if not rows:
+                break  # what is left is pending, young or kept as references
+            for (id_,) in rows:
+                _, files = self._forget([id_], results)
+                over -= sum(sizes.get(file, 0) for file in files)
+                removed += 1
+                if over <= 0:
+                    break
+        return removed
+
+    def _delete(self, db: Connection, ids: Iterable[str]) -> list[str]:
+        """Remove rows. Return pictures without users, to be removed after the transaction."""
+        unused: list[str] = []
+        for id_ in ids:
+            unused += self._pictures.release(db, user=f"job:{id_}")
+            db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
+        return unused
+
+    def _remove_expired_results(self, now: float, grace_seconds: float) -> None:
+        rows = self._storage.rows("SELECT id, expires FROM jobs WHERE status IN ('ready', 'pending')")
+        expires: dict[str, float | None] = dict(rows)
+        expired: list[str] = []
+        for name, age, _ in self._storage.files("results"):
+            id_ = _job_of(name)
+            end = expires.get(id_)
+            # those of a pending job stay, however long it takes to note its end, and whatever the clock says
+            is_left = id_ not in expires and age >= grace_seconds
+            if is_left or (end is not None and end <= now):
+                expired.append(f"results/{name}")
+        self._storage.remove_files(expired)
+
+
+def _job_of(name: str) -> str:
+    """The id of the job that a file of results belongs to."""
+    return name.rpartition("-")[0]

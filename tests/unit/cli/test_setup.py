@@ -1,0 +1,100 @@
+"""`limner samples`, `doctor` and `completion`, and how `edit` names its files."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import limner.doctor
+from limner.cli.draw import _output_files, _read_prompt
+from limner.cli.main import main
+from limner.errors import InvalidRequest, OutputError
+
+
+def test_samples_are_copied_and_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "pictures"
+    assert main(["samples", str(folder), "--json"]) == 0
+    names = {Path(file).name for file in json.loads(capsys.readouterr().out)["files"]}
+    assert {"cat.png", "beach.png", "rows.jsonl"} <= names == {file.name for file in folder.iterdir()}
+    (folder / "cat.png").write_bytes(b"mine")
+    assert main(["samples", str(folder)]) == 2
+    assert "is there already; add --force" in capsys.readouterr().err
+    assert (folder / "cat.png").read_bytes() == b"mine"
+    assert main(["samples", str(folder), "--force"]) == 0
+    assert len((folder / "cat.png").read_bytes()) > 500
+    assert main(["samples", str(folder / "cat.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["groups"]["versions"]["torch"].startswith("2.")
+    assert found["groups"]["kernels"]["attention bfloat16"] in ("flash", "native", "chunked", "chunked_float32")
+    assert "GiB free of" in found["groups"]["memory and disk"]["memory"]
+
+
+def test_doctor_names_what_keeps_limner_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("no-such-thing", "1"), ("numpy", "99"), ("torch", "2")])
+    monkeypatch.setattr(limner.doctor, "_tested", lambda: {"torch": "3.0"})
+    report = limner.doctor.examine()
+    assert report.problems == (
+        "no-such-thing is not installed; pip install 'no-such-thing>=1'",
+        next(problem for problem in report.problems if problem.startswith("numpy ") and "older than 99" in problem),
+    )
+    assert "3.0 is what is tested" in report.notes[0]
+    assert report.lines()[-1].startswith("problem: numpy")
+
+
+def test_the_tested_versions_are_found() -> None:
+    assert limner.doctor._tested()["torch"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "limner.bash"
+    script.write_text(capsys.readouterr().out)
+    program = f"source {script}; COMP_WORDS=(limner edit --refe); COMP_CWORD=2; _shtab_limner; printf '%s\\n' ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert {"--references", "--reference-weight", "--reference-guidance"} <= set(done.stdout.split())
+
+
+def test_a_pipe_that_closes_is_no_traceback() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m limner completion bash | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout
+
+
+def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _output_files(None, 2, force=False) == [Path("limner-1.png"), Path("limner-2.png")]
+    for name in ("limner-7.png", "limner-x.png", "out.png", "many-2.png"):
+        Path(name).write_bytes(b"")
+    assert _output_files(None, 1, force=False) == [Path("limner-8.png")]
+    for output, number in (("out.png", 1), ("many.png", 3)):
+        with pytest.raises(OutputError, match="is there already; add --force"):
+            _output_files(output, number, force=False)
+        assert len(_output_files(output, number, force=True)) == number
+
+
+@pytest.mark.parametrize(("given", "prompt"), [(b"make it snow\n", "make it snow"), ("für\r\n".encode(), "für")])
+def test_a_prompt_of_stdin(given: bytes, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert _read_prompt("-") == prompt
+    assert _read_prompt("- a dash") == "- a dash"
+
+
+def test_a_prompt_of_stdin_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    with pytest.raises(InvalidRequest, match="no UTF-8"):
+        _read_prompt("-")

@@ -1,0 +1,85 @@
+"""What a job store has room for: jobs that are forgotten, and the oldest beyond a number of bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.jobs import Clock, files, inputs, job, reference
+
+from limner.images import PreparedReference
+from limner.server.jobs.records import Handle, Job, Webhook
+from limner.server.jobs.store import JobStore
+
+
+def ended(store: JobStore, *pictures: PreparedReference, size: int = 100, **values: Any) -> Job:
+    """A ready job with two results of so many bytes."""
+    kept, _ = store.add(job(*pictures, **values), pictures)
+    names = store.write_results(kept.id, [bytes(size), bytes(size)], suffix="png")
+    done = store.end(kept.id, "ready", result={"files": names}, keep_seconds=1e6)
+    assert done is not None
+    return done
+
+
+def test_a_job_is_forgotten_with_what_only_it_needs(store: JobStore) -> None:
+    own, shared = reference(1), reference(2)
+    first, second = ended(store, own, shared), ended(store, shared)
+    pending, _ = store.add(job(own), [own])
+    assert store.forget(first.id)
+    assert store.get(first.id) is None
+    assert inputs(store) == {own.report.digest, shared.report.digest}
+    assert {name.rpartition("-")[0] for name in files(store, "results")} == {second.id}
+    assert not store.forget(first.id)
+    assert not store.forget(pending.id)
+    assert store.get(pending.id) is not None
+    assert store.spent("anna") == 6  # what was drawn was drawn
+
+
+def test_all_ended_jobs_of_one_owner_are_forgotten(store: JobStore) -> None:
+    mine = [ended(store) for _ in range(3)]
+    others, (pending, _) = ended(store, owner="bob"), store.add(job())
+    assert store.forget_all("anna") == 3
+    assert [store.get(one.id) for one in mine] == [None] * 3
+    assert store.get(others.id) is not None
+    assert store.get(pending.id) is not None
+    assert store.forget_all("anna") == 0
+
+
+def test_a_webhook_is_still_delivered(store: JobStore) -> None:
+    done = ended(store, webhook=Webhook(url="u"))
+    assert store.forget(done.id)
+    assert files(store, "results") == set()
+    assert [one.id for one in store.due_webhooks()] == [done.id]
+    store.webhook_attempted(done.id, again=None)
+    store.clean(forget_seconds=0)
+    assert store.get(done.id) is None
+
+
+def test_the_oldest_jobs_go_when_there_is_no_room(store: JobStore, clock: Clock) -> None:
+    kept, used = reference(1), reference(2)
+    store.add_handle(Handle(owner="anna", key="k", references=(kept.report,), num_tokens=1), [kept], max_handles=9)
+    jobs = []
+    for number in range(5):
+        clock.now = 1000.0 + number
+        jobs.append(ended(store, *([used] if number == 0 else [kept])))
+    clock.now += 61
+    picture = next(size for name, _, size in store._storage.files("inputs") if name.startswith(used.report.digest))
+    assert store.trim(5 * 200 + picture) == 0  # what has a handle does not count
+    assert store.trim(4 * 200) == 1  # with the picture that only the oldest used
+    assert store.trim(3 * 200 - 1) == 2
+    assert [store.get(one.id) is None for one in jobs] == [True, True, True, False, False]
+    assert inputs(store) == {kept.report.digest}
+    clock.now -= 61
+    assert store.trim(0) == 0  # who asked for them may be fetching them
+    clock.now += 61
+    assert store.trim(0) == 2
+    assert inputs(store) == {kept.report.digest}  # it has a handle
+    assert store.trim(0) == 0
+
+
+def test_jobs_before_a_time_are_listed(store: JobStore, clock: Clock) -> None:
+    found = []
+    for clock.now in (1.25, 2.5, 3.75):
+        found.append(store.add(job())[0])
+    assert [one.created for one in store.of_owner("anna")] == [3.75, 2.5, 1.25]
+    assert store.of_owner("anna", before=3.75, limit=1) == [found[1]]
+    assert store.of_owner("anna", before=1.25) == []
