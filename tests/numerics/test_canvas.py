@@ -14,6 +14,8 @@ from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture
 import limner
 from limner import EditRequest, InvalidRequest, Pipeline
 from limner.images import feathered
+from limner.pipeline.canvas import open_canvas
+from limner.tokens import reference_ids
 
 TOLERANCE = 2e-5
 CANVAS, OTHER = picture(96, 64), picture(64, 80, seed=1)
@@ -188,6 +190,35 @@ def test_outpainting(pipe: Pipeline) -> None:
     assert np.array_equal(made[: 64 - 16, : 96 - 16], np.asarray(CANVAS)[: 64 - 16, : 96 - 16])
     named = draw(pipe, expand={"size": (128, 80), "anchor": "top-left"}, mask_blur=0)
     assert np.array_equal(np.asarray(named.images[0]), made)
+
+
+def test_the_model_sees_what_is_known_at_its_place(pipe: Pipeline) -> None:
+    """Of an expanded canvas the reference is the old picture: no fill, and positions in the new picture."""
+    out = draw(pipe, expand=(32, 16, 0, 0))
+    (report,) = out.references
+    assert (report.processed_size, report.origin) == (CANVAS.size, (32, 16))
+    assert report.describe().endswith("used as 96x64 at 32, 16 of the picture")
+    ready = open_canvas({"expand": (32, 16, 0, 0)}, [CANVAS], policy=pipe.reference_policy, sizes=(), num_prompts=1)
+    (shown,) = ready[1]
+    assert shown.data == CANVAS.tobytes()
+    assert shown.computed_digest() == report.digest
+    refs = pipe.prefill(shown)
+    places = reference_ids([(4, 6)]) + torch.tensor([0, 1, 2, 0])
+    assert torch.equal(refs.ids, places)
+    tokens = pipe._prefiller._encode((shown,))
+    if refs.tokens is None:
+        expected = pipe.transformer.prefill(tokens, places)
+        assert all(
+            torch.equal(a, b) for x, y in zip(refs.kv, expected.kv, strict=True) for a, b in zip(x, y, strict=True)
+        )
+    assert refs.key != pipe.prefill(CANVAS).key
+
+
+def test_new_area_to_the_right_and_below_takes_no_prefill(pipe: Pipeline) -> None:
+    kept = pipe.prefill(CANVAS)
+    out = draw(pipe, expand=(0, 0, 32, 16))
+    assert out.reference_key == kept.key
+    assert out.reference_cache == "memory"
 
 
 def test_preserve_takes_what_did_not_change(pipe: Pipeline) -> None:

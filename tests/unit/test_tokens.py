@@ -12,6 +12,7 @@ def test_positions() -> None:
     assert text_ids(3).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
     assert image_ids((2, 2)).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]
     assert reference_ids([(1, 2), (2, 1)]).tolist() == [[10, 0, 0, 0], [10, 0, 1, 0], [20, 0, 0, 0], [20, 1, 0, 0]]
+    assert reference_ids([(1, 2)], [(3, 4)]).tolist() == [[10, 3, 4, 0], [10, 3, 5, 0]]
 
 
 def test_positions_are_those_of_diffusers() -> None:

@@ -172,12 +172,7 @@ def _try(device: torch.device, dtype: torch.dtype) -> bool:
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    x, mod, mlp, heads = (
-        made(2, 33, 384),
-        made(2, 1, 3 * 384),
-        made(2, 33, 512),
-        [made(2, 33, 3, 128) for _ in range(6)],
-    )
+    x, mod, mlp, heads = (made(2, 5, 384), made(2, 1, 3 * 384), made(2, 5, 512), [made(2, 5, 3, 128) for _ in range(6)])
     norms = [nn.RMSNorm(128, eps=1e-6, device=device, dtype=dtype) for _ in range(2)]
     angle = torch.randn(10, 64, generator=generator).to(device)
     rope = Rope(angle.cos(), angle.sin())

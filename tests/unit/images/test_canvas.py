@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from limner import InvalidRequest
-from limner.images import CanvasPlan, cut, feathered, plan_canvas, stitch
+from limner.images import CanvasPlan, cut, expand_canvas, feathered, known_box, plan_canvas, stitch
 
 SIZES = ((128, 128), (160, 96), (96, 160))
 
@@ -179,3 +179,30 @@ def test_refuses() -> None:
         cut(Image.new("L", (64, 64)), plan)
     with pytest.raises(ValueError, match="the drawn picture is"):
         stitch(Image.new("RGB", (64, 64)), Image.new("RGB", (32, 32)), plan)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_known_has_nothing_of_what_is_beside_it(seed: int) -> None:
+    """Whatever stands in new area, drawn whole, scaled or cropped: the known tokens are the same."""
+    rng = np.random.default_rng(seed)
+    margins = [int(value) for value in rng.integers(0, 90, 4)]
+    margins[seed % 4] += 1
+    old = noise(int(rng.integers(100, 300)), int(rng.integers(100, 300)), seed=seed)
+    new, mask, known = expand_canvas(old, expand=margins)
+    pixels = (40_000, 90_000, 10**6)[seed % 3]
+    plan = plan_canvas(new.size, mask, max_pixels=pixels, sizes=SIZES if seed % 2 else (), mask_blur=8)
+    box = known_box(plan, known)
+    assert box is not None
+    assert all(side % 16 == 0 for side in box)
+    other = Image.new("RGB", new.size, (255, 0, 255))
+    other.paste(old, known[:2])
+    assert cut(new, plan)[0].crop(box).tobytes() == cut(other, plan)[0].crop(box).tobytes()
+    if plan.drawn_size == plan.box_size:  # and no whole token of it is missing
+        left, top = (max(a, b) - b for a, b in zip(known[:2], plan.box[:2], strict=True))
+        assert max(box[0] - left, box[1] - top) < 16
+
+
+def test_too_little_that_is_known_is_nothing() -> None:
+    new, mask, known = expand_canvas(noise(70, 20), expand=(0, 7, 0, 100))
+    plan = plan_canvas(new.size, mask, max_pixels=10**6, mask_blur=8)
+    assert known_box(plan, known) is None

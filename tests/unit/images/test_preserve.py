@@ -73,7 +73,7 @@ def test_drift_is_found_and_undone(shift: tuple[float, float], colour: int) -> N
     assert same(found.picture, canvas)[away(canvas)].mean() > 0.999
     middle = np.asarray(found.picture)[50:60, 65:75].astype(int)
     assert np.abs(middle - (230, 20, 30)).max() < 24  # the edit is there, at its place
-    assert 0.8 < found.share_kept < 0.97
+    assert 0.95 < found.share_kept < 0.981  # the ellipse is 1.9 % of the picture
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ REPORT = {
         {"reports": [REPORT | {"processed_size": None, "digest": "0" * 64}]},
         {"reports": [REPORT | {"processed_size": [48, 64], "digest": "0" * 64}]},
         {"reports": [REPORT | {"cut": [0, 0], "digest": "0" * 64}]},
+        {"reports": [REPORT | {"origin": [8, 0], "digest": "0" * 64}]},
         {"reports": [REPORT | {"oriented": 1, "digest": "0" * 64}]},
         {"reports": [REPORT | {"original_size": [math.inf, 64], "digest": "0" * 64}]},
         {"num_layers": 0},

@@ -15,8 +15,11 @@ def test_reports_outlive_a_pack(pipe: Pipeline, tmp_path: Path) -> None:
     plain = prepare_reference(image, policy=ReferencePolicy())
     image.info["icc_profile"] = b"damaged"
     padded = prepare_reference(image, policy=ReferencePolicy(fit="pad"))
-    refs = pipe.prefill([plain, padded])
+    part = plain.part((16, 32, 80, 64))
+    refs = pipe.prefill([plain, padded, part])
     refs.save(tmp_path / "a.safetensors")
-    assert References.load(tmp_path / "a.safetensors").reports == refs.reports == (plain.report, padded.report)
+    loaded = References.load(tmp_path / "a.safetensors")
+    assert loaded.reports == refs.reports == (plain.report, padded.report, part.report)
+    assert loaded.ids.equal(refs.ids)
     head = (tmp_path / "a.safetensors").read_bytes()[:4000]
-    assert head.count(b'\\"added\\"') == head.count(b'\\"profile\\"') == 1
+    assert head.count(b'\\"added\\"') == head.count(b'\\"profile\\"') == head.count(b'\\"origin\\"') == 1
