@@ -261,7 +261,6 @@ def _read_reports(found: Sequence[Mapping[str, Any]]) -> tuple[ReferenceReport, 
             upright_size=tuple(values["upright_size"]) if values.get("upright_size") else None,
             profile=values.get("profile"),
             origin=tuple(values.get("origin", (0, 0))),
-            origin=tuple(values.get("origin", (0, 0))),
         )
         for values in found
     )
