@@ -17,22 +17,12 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
+from tests.support.command import run, run_script
 from tests.support.tiny import picture
 
 import limner
 from limner.cli import main
 from limner.images import read_metadata
-
-
-def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "limner", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )  # type: ignore[call-overload]
 
 
 @pytest.fixture
@@ -199,7 +189,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_bad_input_in_a_process_of_its_own(files: Path) -> None:
-    done = run("edit", "x", "-i", files / "no.png", "-o", files / "out.png")
+    command = [sys.executable, "-m", "limner", "edit", "x", "-i", files / "no.png", "-o", files / "out.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"limner: image 1: {files / 'no.png'} cannot be read (No such file or directory); give a picture file\n"
@@ -522,8 +513,7 @@ def test_seeds_are_plain_digits(files: Path) -> None:
 def test_benchmarks_run(script: str, words: list[object], field: str, tmp_path: Path) -> None:
     """In miniature: they end, write what they print, and hold their numbers."""
     file = Path(__file__).parents[2] / "benchmarks" / f"{script}.py"
-    command = [sys.executable, file, "--geometry", 2, 1, 1, *words, "-o", tmp_path / "out.json"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=300)
+    done = run_script(file, "--geometry", 2, 1, 1, *words, "-o", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report == json.loads((tmp_path / "out.json").read_text())

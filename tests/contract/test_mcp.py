@@ -351,7 +351,7 @@ def test_a_resource_that_is_not_there_is_an_error_of_the_protocol(assistant: Ass
 
 
 def test_a_fault_of_ours_tells_the_caller_little(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assistant.pictures, "read", lambda texts: 1 / 0)
+    monkeypatch.setattr(assistant.pictures, "read", lambda texts, **_: 1 / 0)
     assert refusal(call(assistant, "edit", prompt="x", pictures=["a.png"])) == (
         "edit failed (ZeroDivisionError); the log of limner mcp (stderr) says more"
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.command import run
 from tests.support.tiny import picture
 
 import limner
@@ -16,13 +17,7 @@ from limner.trust.provenance import Ingredient, development_credentials, sign
 
 
 def verify(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "limner", "verify", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run("verify", *args)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "limner"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 FILE_LINES = 700
 FUNCTION_LINES = 100
-CORE_LINES = 3700
+CORE_LINES = 3800
 DOCUMENT_LINES = 180
 
 

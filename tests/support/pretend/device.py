@@ -178,8 +178,12 @@ class PretendedDevice:
     # operations
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        with self._lock:
-            return self._run(func, args, kwargs)
+        try:
+            with self._lock:
+                return self._run(func, args, kwargs)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        raise torch.OutOfMemoryError(problem)  # as CUDA's, which holds nothing of the operation
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
@@ -381,6 +385,10 @@ class PretendedDevice:
         else:
             for name, value in found.items():
                 monkeypatch.setattr(cuda, name, value)
+            # without CUDA torch takes the formula, whose scores CUDA's kernels never have in memory
+            plain = torch.nn.functional.scaled_dot_product_attention
+            chosen = functools.partial(_chosen, plain)
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", chosen)
         run = threading.Thread.run
 
         def run_here(thread: threading.Thread) -> None:
@@ -521,6 +529,19 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any = No
         q, k, v, is_causal=bool(options.get("is_causal")), attn_mask=bias, scale=options.get("scale")
     )
     return out, lse.float()
+
+
+def _chosen(plain: Any, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:
+    """What torch chooses on CUDA for any dtype, mask and heads: the efficient kernel."""
+    if not isinstance(q, Pretended):
+        return plain(q, k, v, attn_mask, dropout_p, **options)
+    if options.get("enable_gqa"):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+    causal, scale = bool(options.get("is_causal")), options.get("scale")
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(q, k, v, attn_mask, False, 0.0, causal, scale=scale)[0]
 
 
 def _formula(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0, **options: Any) -> Any:

@@ -134,7 +134,7 @@ def test_another_prompt_computes_no_references_and_draws_the_same(
     monkeypatch.setattr(
         limner.model.transformer.Transformer,
         "prefill",
-        lambda self, *given: prefills.append(1) or prefill(self, *given),
+        lambda self, *given, **options: prefills.append(1) or prefill(self, *given, **options),
     )
     first = image(comfy, graph(host, tiny_folder))
     assert comfy.ran == ["model", "a", "b", "refs", "edit"]
@@ -287,7 +287,9 @@ def test_a_mask_repaints_its_place_and_nothing_else(
     prefills: list[int] = []
     prefill = limner.model.transformer.Transformer.prefill
     monkeypatch.setattr(
-        limner.model.transformer.Transformer, "prefill", lambda own, *given: prefills.append(1) or prefill(own, *given)
+        limner.model.transformer.Transformer,
+        "prefill",
+        lambda self, *given, **options: prefills.append(1) or prefill(self, *given, **options),
     )
     kept = np.asarray(Image.open(host.folder / "a.png"))
     prompt = masked(host, tiny_folder, mask_blur=4)

@@ -159,9 +159,9 @@ def test_limits_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_fold
     monkeypatch.setattr("limner.memory.residency.can_release", lambda: False)
     with pytest.raises(InvalidRequest, match="memory_limit: needs Linux"):
         Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB")
-    monkeypatch.setattr("limner.pipeline.load.check_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("limner.pipeline.load.check_device", lambda device: torch.device("mps"))
     with pytest.raises(InvalidRequest, match="memory_limit: is for the CPU"):
-        Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB", device="cuda")
+        Pipeline.from_pretrained(tiny_folder, memory_limit="1TiB", device="mps")
 
 
 def test_without_a_limit_nothing_happens(pipe: Pipeline) -> None:
