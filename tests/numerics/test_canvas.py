@@ -14,7 +14,7 @@ from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture
 import limner
 from limner import EditRequest, InvalidRequest, Pipeline
 from limner.images import feathered
-from limner.pipeline.canvas import open_canvas
+from limner.pipeline.canvas import open_canvases
 from limner.tokens import reference_ids
 
 TOLERANCE = 2e-5
@@ -198,7 +198,7 @@ def test_the_model_sees_what_is_known_at_its_place(pipe: Pipeline) -> None:
     (report,) = out.references
     assert (report.processed_size, report.origin) == (CANVAS.size, (32, 16))
     assert report.describe().endswith("used as 96x64 at 32, 16 of the picture")
-    ready = open_canvas({"expand": (32, 16, 0, 0)}, [CANVAS], policy=pipe.reference_policy, sizes=(), num_prompts=1)
+    ready = open_canvases({"expand": (32, 16, 0, 0)}, [CANVAS], policy=pipe.reference_policy, sizes=(), num_prompts=1)
     (shown,) = ready[1]
     assert shown.data == CANVAS.tobytes()
     assert shown.computed_digest() == report.digest

@@ -188,7 +188,6 @@ def test_a_crop_is_another_reference_than_the_whole(isolated: Pipeline) -> None:
         ({"image": [], "mask_image": MASK}, "canvas: mask_image needs a picture to repaint"),
         ({"mask": MASK}, "mask: is not one of reference_weights"),
     ],
-    ids=str,
 )
 def test_what_is_refused_when_it_is_submitted(how: dict[str, Any], problem: str, isolated: Pipeline) -> None:
     engine = Engine(isolated, memory_bytes=1 << 32)
