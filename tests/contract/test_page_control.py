@@ -92,6 +92,7 @@ def stroke(page: Page, *places: tuple[float, float]) -> None:
 
 def tint(page: Page) -> np.ndarray:
     """What is painted on the board, (height, width) bool."""
+    page.wait_for_function("() => document.querySelector('#board-mask').width !== 300")  # the picture is there
     width, height, values = page.eval_on_selector(
         "#board-mask",
         """(e) => {
@@ -397,6 +398,7 @@ def test_fingers_paint_on_a_phone_and_two_of_them_zoom(open_page, server: str) -
     touches(page, [middle], [(middle[0], middle[1] + step / 2)], [(middle[0], middle[1] + step)])
     assert page.input_value("#expand-bottom") == "32"
     page.locator("label:has([value=paint])").tap()
+    expect(page.locator("[value=paint]")).to_be_checked()
     page.locator("#editor-done").tap()
     draw(page, "in the snow")
     image, before = np.asarray(result(page, server).convert("RGB")), np.asarray(photo.convert("RGB"))

@@ -371,7 +371,8 @@ def test_cases_that_keep_a_part_know_what_stays() -> None:
         for case in found:
             given, truth = case.arguments(renderer), renderer.render(case.result)
             for name, value in case.kept(truth, renderer).items():
-                assert value == (0 if name == "changed_outside" else 100), (task, name)
+                if name != "continued":  # the edges drawn out, which no truth is
+                    assert value == (0 if name == "changed_outside" else 100), (task, name)
             if task == "outpaint":
                 left, top, right, bottom = given["expand"]
                 (kept,) = given["image"]
