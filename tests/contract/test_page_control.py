@@ -397,7 +397,7 @@ def test_fingers_paint_on_a_phone_and_two_of_them_zoom(open_page, server: str) -
     step = page.locator("#board-picture").bounding_box()["width"] / 4
     touches(page, [middle], [(middle[0], middle[1] + step / 2)], [(middle[0], middle[1] + step)])
     assert page.input_value("#expand-bottom") == "32"
-    page.locator("label:has([value=paint])").tap()
+    page.locator("label:has([value=paint])").click()
     expect(page.locator("[value=paint]")).to_be_checked()
     page.locator("#editor-done").tap()
     draw(page, "in the snow")
