@@ -96,6 +96,7 @@ def stroke(page: Page, *places: tuple[float, float]) -> None:
 def tint(page: Page) -> np.ndarray:
     """What is painted on the board, (height, width) bool."""
     page.wait_for_selector("#editor[open]")
+    page.wait_for_function("() => document.querySelector('#board-mask').width !== 300")  # the picture is there
     width, height, values = page.eval_on_selector(
         "#board-mask",
         """(e) => {
@@ -411,7 +412,8 @@ def test_fingers_paint_on_a_phone_and_two_of_them_zoom(open_page, server: str) -
     step = page.locator("#board-picture").bounding_box()["width"] / 4
     touches(page, [middle], [(middle[0], middle[1] + step / 2)], [(middle[0], middle[1] + step)])
     assert page.input_value("#expand-bottom") == "32"
-    tap(page, "label:has([value=paint])", "!document.querySelector('#paint-tools').hidden")
+    page.locator("label:has([value=paint])").click()
+    expect(page.locator("[value=paint]")).to_be_checked()
     page.locator("#editor-done").tap()
     expect(page.locator("#change-state")).to_contain_text("is drawn anew")
     draw(page, "in the snow")

@@ -69,7 +69,7 @@ def test_two_processes_give_what_one_gives(
 def test_loras_are_cut_with_the_weights(alone: Transformer, found: list[dict[Any, Any]]) -> None:
     given = dict(inputs())[NAMES[-1]]
     plain = draw(alone, given)[0]
-    branches = Branches(alone, loras(alone), dtype=torch.float32)
+    branches = Branches(alone, loras(alone), dtype=torch.float32, device=alone.device)
     expected = draw(alone, given)[0]
     branches.remove()
     assert relative_error(plain, expected) > 0.1

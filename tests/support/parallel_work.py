@@ -98,7 +98,7 @@ def work(rank: int, size: int, folder: Path) -> dict[str, Any]:
             name: [(sharding.part_of_update(name, update), strength) for update, strength in terms]
             for name, terms in updates.items()
         }
-        branches = Branches(transformer, own, dtype=torch.float32)
+        branches = Branches(transformer, own, dtype=torch.float32, device=transformer.device)
         found[mode, "lora"] = draw(transformer, given)[0]
         branches.remove()
         int8 = build(folder)

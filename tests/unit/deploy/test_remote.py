@@ -250,7 +250,7 @@ def test_replicas_get_pixels_and_no_names_of_files(card: ModelCard, finished: Fi
         engine = engine_of(card, [finished], [finished])
         heard: list[Event] = []
         engine.submit(masked, id="a", listener=heard.append)
-        engine.submit(replace(masked, control={"expand": (0, 0, 32, 0)}), id="b", listener=heard.append)
+        engine.submit(replace(masked, control={"expand": (32, 0, 0, 0)}), id="b", listener=heard.append)
         with pytest.raises(InvalidRequest, match="mask_image: it is 64x64 and the canvas 96x64"):
             engine.submit(
                 replace(masked, control={"mask_image": Image.new("L", (64, 64))}), id="c", listener=heard.append

@@ -203,6 +203,6 @@ def test_what_is_known_has_nothing_of_what_is_beside_it(seed: int) -> None:
 
 
 def test_too_little_that_is_known_is_nothing() -> None:
-    new, mask, known = expand_canvas(noise(70, 20), expand=(0, 7, 0, 100))
+    new, mask, known = expand_canvas(noise(70, 20), expand=(0, 7, 0, 100), overlap=4)
     plan = plan_canvas(new.size, mask, max_pixels=10**6, mask_blur=8)
     assert known_box(plan, known) is None

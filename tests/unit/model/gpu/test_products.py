@@ -117,7 +117,7 @@ def test_a_lora_acts_beside_narrow_weights(fp8: bool) -> None:
         network["one"].to_fp8()
     x, update = torch.randn(3, 20, 64), LowRank(down=torch.randn(4, 64), up=torch.randn(48, 4), scale=0.5)
     plain = network["one"](x)
-    branches = Branches(network, {"one": [(update, 1.0)]}, dtype=torch.float32)
+    branches = Branches(network, {"one": [(update, 1.0)]}, dtype=torch.float32, device=torch.device("cpu"))
     added = 0.5 * x @ update.down.t() @ update.up.t()
     assert relative_error(network["one"](x) - plain, added) <= 1e-5
     prepared = network["one"].prepare(x)
