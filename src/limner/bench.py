@@ -28,7 +28,7 @@ from limner.config import TransformerConfig
 from limner.grid import PIXELS
 from limner.model.int8 import quantize_blocks
 from limner.model.kv import LayerKV, ReferenceKV, quantize_layer
-from limner.model.transformer import Transformer
+from limner.model.transformer import RefWeights, Transformer
 from limner.pipeline.denoise import Surroundings
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
@@ -267,7 +267,7 @@ class Bench:
         cached: ReferenceKV | None = None,
         quantize: bool = False,
         surroundings: Surroundings | None = None,
-        weights: Sequence[tuple[int, float]] | None = None,
+        weights: RefWeights = None,
     ) -> Tensor:
         """Limner's loop; without `cached` K/V the references are prefilled first.
 
@@ -383,7 +383,7 @@ class Bench:
                 )
         kept = self.surroundings(given)
         num_tokens = len(given["ref_ids"]) // max(case.num_references, 1)
-        weights = [(num_tokens, (i + 1) / 4) for i in range(case.num_references)]
+        weights = tuple((num_tokens, (i + 1) / 4) for i in range(case.num_references))
         return {
             "standard": lambda: self.diffusers(case, given, cached=False),
             "diffusers_kv": lambda: self.diffusers(case, given, cached=True),
