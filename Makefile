@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@mkdir -p build
 	$(BIN)/limner edit "use the background of image 2" \
-	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1 --force
+	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
 	@echo "Open build/demo.png: the cat of one sample on the beach of another (src/limner/assets/samples)."
 
 serve: $(READY)

@@ -65,7 +65,7 @@ def test_files_are_those_of_limner_edit(folder: Path, tiny_folder: Path, capsys:
         words = ["edit" if "references" in row else "generate", row["prompt"], "--seed", row["seed"]]
         words += [word for name in row.get("references", []) for word in ("-i", folder / name)]
         words += [word for name in ("size", "steps") if name in row for word in (f"--{name}", row[name])]
-        assert main([*map(str, words), "-o", str(folder / "alone.png"), "--force", "--model", str(tiny_folder)]) == 0
+        assert main([*map(str, words), "-o", str(folder / "alone.png"), "--model", str(tiny_folder)]) == 0
         assert (folder / "out" / f"{row['id']}.png").read_bytes() == (folder / "alone.png").read_bytes(), row["id"]
 
 

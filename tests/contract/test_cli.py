@@ -144,7 +144,10 @@ BAD = {
     "no prompt": (["edit", "", "-i", "a.png", "-o", "out.png"], "prompt: '' is empty; say what to draw"),
     "image to generate": (["generate", "x", "-o", "out.png", "-i", "a.png"], "with them: limner edit PROMPT -i FILE"),
     "no image": (["edit", "x", "-o", "out.png"], "--image: give either pictures (-i FILE, again for more) or one pack"),
-    "another's file": (["generate", "x", "-o", "a.png"], "output: a.png is there already; add --force"),
+    "another's file": (
+        ["generate", "x", "-o", "a.png"],
+        "output: a.png is there already, and Limner did not make it; add --force",
+    ),
     "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),
     "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
     "transparent": (["edit", "x", "-i", "clear.png", "-o", "out.png"], "it is transparent in places; flatten it"),

@@ -19,7 +19,7 @@ def words(tiny_folder: Path, tmp_path: Path) -> list[str]:
     picture(96, 64).save(tmp_path / "a.png")
     picture(64, 64, seed=1).save(tmp_path / "b.png")
     files = ["-i", str(tmp_path / "a.png"), "-i", str(tmp_path / "b.png")]
-    return ["edit", "a dog", *files, "--seed", "3", "--model", str(tiny_folder), "--force", "-o"]
+    return ["edit", "a dog", *files, "--seed", "3", "--model", str(tiny_folder), "-o"]
 
 
 def pixels(file: Path) -> np.ndarray:

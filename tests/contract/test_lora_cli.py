@@ -60,21 +60,7 @@ def test_packs_and_stores_are_those_of_a_lora(files: Path, tiny_folder: Path, ca
     model, store = ["--model", tiny_folder, "--dtype", "bfloat16"], ["--store", files / "store"]
     pack = ["refs", "pack", files / "a.png", "-o", files / "a.safetensors", *model]
     assert run(*pack, *lora, capsys=capsys)[0] == 0
-    edit = [
-        "edit",
-        "bluer",
-        "--size",
-        "64x64",
-        "--steps",
-        1,
-        "--seed",
-        1,
-        *model,
-        "-o",
-        files / "out.png",
-        "--force",
-        "--json",
-    ]
+    edit = ["edit", "bluer", "--size", "64x64", "--steps", 1, "--seed", 1, *model, "-o", files / "out.png", "--json"]
     assert run(*edit, "--references", files / "a.safetensors", *lora, capsys=capsys)[0] == 0
     for other in ([], ["--lora", f"{files / 'style.safetensors'}:0.8"], ["--lora", files / "other.safetensors"]):
         code, _, err = run(*edit, "--references", files / "a.safetensors", *other, capsys=capsys)

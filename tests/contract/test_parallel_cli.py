@@ -83,7 +83,7 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path, capsys: pytest.Ca
 
 def test_two_processes_share_a_store_under_a_url(tmp_path: Path) -> None:
     arguments = ["edit", "make it red", "-i", SAMPLES / "cat.png", "--seed", 1, "--json", "--steps", 1]
-    arguments += ["--store", f"file://{tmp_path}/far", "-o", tmp_path / "out.png", "--force"]
+    arguments += ["--store", f"file://{tmp_path}/far", "-o", tmp_path / "out.png"]
     found = []
     for _ in range(2):
         done = torchrun(2, "-m", "limner", *arguments)

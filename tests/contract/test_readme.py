@@ -56,7 +56,7 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode() + b"\n")))
     words = shlex.split(command, comments=True)
     assert words[0] == "limner", command
-    code = main([*words[1:], "--force"] if words[1:2] == ["samples"] else words[1:])
+    code = main(words[1:])
     shown = capsys.readouterr()
     assert code == 0, f"{command}: {shown.err}"
     if target:

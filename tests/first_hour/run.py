@@ -77,7 +77,7 @@ class Hour:
             sys.exit(f"{text}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
     def type_page(self, page: Path) -> None:
-        """Type what a page says, but for making the environment; what is there already is written over."""
+        """Type what a page says, but for making the environment."""
         for kind, text in blocks(page, "sh", "python"):
             if kind == "python":
                 (self.folder / "typed.py").write_text(text)
@@ -85,9 +85,7 @@ class Hour:
                 continue
             for line in text.replace("\\\n", " ").splitlines():
                 if line.strip() and not line.startswith((*SET_UP, "pip install")):
-                    self.shell(
-                        line + " --force" * line.startswith(("limner samples", "limner edit", "limner generate"))
-                    )
+                    self.shell(line)
 
 
 def install(hour: Hour) -> None:

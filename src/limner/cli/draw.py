@@ -87,7 +87,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="picture to write: .png, .jpg, .jpeg or .webp; default: limner-N.png, the next number that is free",
     )
-    group.add_argument("--force", action="store_true", help="replace files that are there")
+    group.add_argument("--force", action="store_true", help="replace a file that Limner did not make")
     group.add_argument(
         "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
     )
@@ -183,9 +183,9 @@ def _read_prompt(given: str) -> str:
 def _output_files(output: str | None, num_images: int, *, force: bool) -> list[Path]:
     """Return out.png, or out-1.png, out-2.png, ...; without a name, limner-N.png with numbers that are free.
 
-    Raises `OutputError` where one is there already, unless `force`.
+    Raises `OutputError` where there is a file that Limner did not make, as a photo, unless `force`.
     """
-    from limner.images import check_output, numbered
+    from limner.images import check_output, is_ours, numbered
 
     if not 1 <= num_images <= 1000:
         raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
@@ -195,8 +195,11 @@ def _output_files(output: str | None, num_images: int, *, force: bool) -> list[P
         return [check_output(f"limner-{number}.png") for number in range(first, first + num_images)]
     files = [check_output(path) for path in numbered(Path(output), num_images)]
     for file in files if not force else ():
-        if file.exists():
-            raise OutputError(f"output: {file} is there already; add --force to replace it, or leave -o out")
+        if file.exists() and not is_ours(file):
+            raise OutputError(
+                f"output: {file} is there already, and Limner did not make it; add --force to replace it, or give "
+                "another name"
+            )
     return files
 
 

@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "folder", nargs="?", default="samples", metavar="DIR", help="made if it is not there (default: %(default)s)"
     )
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace other files of these names")
     add_json(parser)
     parser.set_defaults(run=samples)
 
@@ -59,14 +59,15 @@ def add_commands(commands: Commands) -> None:
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Copy the samples. Raises `OutputError` where one is there already, unless --force."""
+    """Copy the samples. Raises `OutputError` where another file has the name of one, unless --force."""
     source, target = Path(__file__).parents[1] / "assets" / "samples", Path(args.folder)
     files = sorted(source.iterdir())
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in files if not args.force else ():
-            if (target / file.name).exists():
-                raise OutputError(f"DIR: {target / file.name} is there already; add --force to replace it")
+            there = target / file.name
+            if there.exists() and there.read_bytes() != file.read_bytes():
+                raise OutputError(f"DIR: {there} is another file; add --force to replace it, or give another folder")
         for file in files:
             shutil.copyfile(file, target / file.name)
     except OSError as error:

@@ -8,7 +8,7 @@ from limner.images.expand import expand_canvas, expanded_size
 from limner.images.formats import FORMATS, MEDIA_TYPES, SUFFIXES, format_of
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES
 from limner.images.mask import check_marked, describe_mask, mask_of_picture, picture_of_mask, read_alpha_mask, read_mask
-from limner.images.metadata import picture_metadata, read_metadata
+from limner.images.metadata import is_ours, picture_metadata, read_metadata
 from limner.images.preserve import Preserved, preserve
 from limner.images.reference import (
     Picture,
@@ -45,6 +45,7 @@ __all__ = [
     "expanded_size",
     "feathered",
     "format_of",
+    "is_ours",
     "known_box",
     "mask_of_picture",
     "numbered",

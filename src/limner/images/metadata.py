@@ -53,6 +53,14 @@ def read_metadata(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Return True for a picture file that has Limner's metadata; False for any other file, and one that cannot be read."""
+    try:
+        return bool(read_metadata(path))
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        return False
+
+
 def _to_json(metadata: Mapping[str, Any]) -> str:
     return json.dumps(dict(metadata), ensure_ascii=True, sort_keys=True)
 

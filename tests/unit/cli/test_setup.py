@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import limner.doctor
 from limner.cli.draw import _output_files, _read_prompt
 from limner.cli.main import main
 from limner.errors import InvalidRequest, OutputError
+from limner.images import save
 
 
 def test_samples_are_copied_and_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,9 +24,11 @@ def test_samples_are_copied_and_not_written_over(tmp_path: Path, capsys: pytest.
     assert main(["samples", str(folder), "--json"]) == 0
     names = {Path(file).name for file in json.loads(capsys.readouterr().out)["files"]}
     assert {"cat.png", "beach.png", "rows.jsonl"} <= names == {file.name for file in folder.iterdir()}
+    assert main(["samples", str(folder)]) == 0  # they are the same
+    capsys.readouterr()
     (folder / "cat.png").write_bytes(b"mine")
     assert main(["samples", str(folder)]) == 2
-    assert "is there already; add --force" in capsys.readouterr().err
+    assert "is another file; add --force" in capsys.readouterr().err
     assert (folder / "cat.png").read_bytes() == b"mine"
     assert main(["samples", str(folder), "--force"]) == 0
     assert len((folder / "cat.png").read_bytes()) > 500
@@ -82,9 +86,14 @@ def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         Path(name).write_bytes(b"")
     assert _output_files(None, 1, force=False) == [Path("limner-8.png")]
     for output, number in (("out.png", 1), ("many.png", 3)):
-        with pytest.raises(OutputError, match="is there already; add --force"):
+        with pytest.raises(OutputError, match="is there already, and Limner did not make it; add --force"):
             _output_files(output, number, force=False)
         assert len(_output_files(output, number, force=True)) == number
+    for name, metadata in (("out.png", {"seed": 1}), ("photo.webp", {})):
+        save(Image.new("RGB", (16, 16)), name, metadata=metadata)
+    assert _output_files("out.png", 1, force=False) == [Path("out.png")]  # Limner's own is made again
+    with pytest.raises(OutputError, match=r"photo\.webp is there already"):
+        _output_files("photo.webp", 1, force=False)
 
 
 @pytest.mark.parametrize(("given", "prompt"), [(b"make it snow\n", "make it snow"), ("für\r\n".encode(), "für")])

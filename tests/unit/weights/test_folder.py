@@ -228,7 +228,6 @@ def test_a_model_says_how_many_pixels_a_reference_keeps(tiny_copy: Path) -> None
             tiny_copy / "a.png",
             "-o",
             tiny_copy / "out.png",
-            "--force",
             "--model",
             tiny_copy,
             *more,
