@@ -172,7 +172,7 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
     page, _ = open_page()
     add(page, file(picture(128, 96, seed=4), "a.png"))
     page.click("#paint")
-    assert page.locator("#mask-undo").is_disabled()
+    expect(page.locator("#mask-undo")).to_be_disabled()
     page.locator("#brush").evaluate("(e) => { e.value = 12; e.dispatchEvent(new Event('input')); }")
     stroke(page, (0.25, 0.5), (0.75, 0.5))
     line = tint(page)

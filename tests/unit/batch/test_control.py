@@ -13,10 +13,11 @@ from PIL import Image
 from tests.support.batches import results, run, write
 from tests.support.tiny import generators, picture
 
-from limner import Pipeline
+from limner import Pipeline, References
 from limner.batch import Batch, BatchOptions
 from limner.batch.control import CONTROL_FIELDS
 from limner.images import read_metadata
+from limner.store.writes import BackgroundWrites
 
 MASK = {"mask": "mask.png"}
 ROWS: list[dict[str, Any]] = [
@@ -114,9 +115,16 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
     assert found[-1]["warnings"][0].startswith("mask: it is black everywhere")
 
 
-def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline) -> None:
+def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     write(rows, ROWS[1:5])
     left = []
+    enqueue = BackgroundWrites.try_enqueue
+
+    def wait_and_enqueue(writes: BackgroundWrites, references: References, *, explicit: bool) -> bool:
+        writes.flush()  # a batch's queue has room for one entry: on a slow disk the second would not be kept
+        return enqueue(writes, references, explicit=explicit)
+
+    monkeypatch.setattr(BackgroundWrites, "try_enqueue", wait_and_enqueue)
 
     def look(done: int, of: int, failed: int) -> None:
         pipe.store.flush()
