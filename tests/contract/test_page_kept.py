@@ -169,7 +169,11 @@ def test_the_card_is_a_click_away_and_words_that_the_model_does_not_know_are_tol
     page.get_by_role("button", name="What it can do").last.click()
     expect(page.locator("#card")).to_be_visible()
     expect(page.locator("#card h3").first).to_have_text("The bundled model: stickers on scenes")
-    assert page.locator("#card-text table").count() == len(re.findall(r"^\|[-|]+\|$", about_model(ModelOptions()).card, re.M)) > 0
+    assert (
+        page.locator("#card-text table").count()
+        == len(re.findall(r"^\|[-|]+\|$", about_model(ModelOptions()).card, re.M))
+        > 0
+    )
     assert page.locator("#card-text").get_by_text("Does not").evaluate("(e) => e.tagName") == "STRONG"
     assert "ink, strength 0.8" in page.inner_text("#card-facts")
     page.keyboard.press("Escape")
