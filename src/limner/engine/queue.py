@@ -187,8 +187,8 @@ class RequestQueue:
     def take_between(self, *, owners: Collection[str], priority: int, work: int, num_bytes: int) -> list[Job]:
         """Move the next job that may run between two steps of others to those that run; none if there is none.
 
-        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to them,
-        is not late, and fits in memory beside their `num_bytes`.
+        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to
+        them, is not late, and fits in memory beside their `num_bytes`.
         """
         now, room = self._clock(), self.admission.memory_bytes - num_bytes
         for job in self._in_turn():
