@@ -45,6 +45,8 @@ class Job:
     """Jobs of equal keys may run as one batch (`Admission.batch_key`). None: it runs alone."""
     held_bytes: int = 0
     """Bytes of its canvases."""
+    on_dropped: Callable[[], None] | None = None
+    """Called instead of the listener if the job is dropped."""
 
     @property
     def num_images(self) -> int:
@@ -101,6 +103,7 @@ class RequestQueue:
         priority: int,
         timeout: float | None,
         accepted: bool,
+        on_dropped: Callable[[], None] | None = None,
     ) -> Job:
         """Check a request and let it wait; `accepted` ones are taken however many wait.
 
@@ -127,6 +130,7 @@ class RequestQueue:
             arrived=now,
             key=None if isinstance(request, PrefillRequest) else self.admission.batch_key(request, size=size),
             held_bytes=self.admission.held_bytes(request),
+            on_dropped=on_dropped,
         )
         self._admit_owner(owner)
         self._asked[owner] = now
@@ -264,7 +268,7 @@ class RequestQueue:
         return True
 
     def drop_all(self) -> list[Job]:
-        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more."""
+        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more; `on_dropped` is the caller's."""
         dropped = [*self.running.values(), *self.waiting.values()]
         self.running.clear()
         self.waiting.clear()
