@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_control", "control_of"]
 
+
 def add_control(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     group = parser.add_argument_group("what is repainted")
