@@ -151,18 +151,27 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         accepted: bool = False,
+        on_dropped: Callable[[], None] | None = None,
     ) -> None:
         """Queue a request. Its listener hears `Started`, `Progress`, and at last `Finished`, `Prefilled` or `Failed`.
 
         Of two waiting requests the one of higher `priority` runs first; of equal ones, that of the owner who was served
         less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
-        however many wait. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
+        however many wait. `on_dropped` is called if the engine is closed before the request is done: the listener hears
+        nothing then. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
         """
         if isinstance(request, EditRequest):
             request = self.opened(request)  # before the lock
         with self._changed:
             self._queue.add(
-                request, id=id, listener=listener, owner=owner, priority=priority, timeout=timeout, accepted=accepted
+                request,
+                id=id,
+                listener=listener,
+                owner=owner,
+                priority=priority,
+                timeout=timeout,
+                accepted=accepted,
+                on_dropped=on_dropped,
             )
             self._changed.notify_all()
 
@@ -189,6 +198,9 @@ class Engine:
                 self._changed.wait(left)
             dropped = self._queue.drop_all()
             self._changed.notify_all()
+        for job in dropped:
+            if job.on_dropped is not None:
+                job.on_dropped()
         self._thread.join(timeout=_JOIN_SECONDS)
         return [job.id for job in dropped]
 

@@ -48,6 +48,8 @@ class Job:
     """Bytes of its canvases."""
     work: int = 0
     """Pixels that it reads and draws, those of each step counted."""
+    on_dropped: Callable[[], None] | None = None
+    """Called instead of the listener if the job is dropped."""
 
     @property
     def num_images(self) -> int:
@@ -104,6 +106,7 @@ class RequestQueue:
         priority: int,
         timeout: float | None,
         accepted: bool,
+        on_dropped: Callable[[], None] | None = None,
     ) -> Job:
         """Check a request and let it wait; `accepted` ones are taken however many wait.
 
@@ -131,6 +134,7 @@ class RequestQueue:
             key=None if isinstance(request, PrefillRequest) else self.admission.batch_key(request, size=size),
             held_bytes=self.admission.held_bytes(request),
             work=self.admission.work(request, size=size),
+            on_dropped=on_dropped,
         )
         self._admit_owner(owner)
         self._asked[owner] = now
@@ -266,7 +270,7 @@ class RequestQueue:
         return True
 
     def drop_all(self) -> list[Job]:
-        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more."""
+        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more; `on_dropped` is the caller's."""
         dropped = [*self.running.values(), *self.waiting.values()]
         self.running.clear()
         self.waiting.clear()
