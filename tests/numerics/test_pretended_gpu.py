@@ -5,6 +5,7 @@ What is not shown here: CUDA's own kernels and their rounding, and time.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,9 @@ from limner.images import prepare_reference
 from limner.memory import residency
 from limner.memory.plan import DEVICE_BASE
 from limner.memory.staged import Staged
+from limner.model.gpu import attention_triton
 from limner.model.graphs import StepGraphs
+from limner.model.kv import LayerKV
 
 PICTURES = [picture(96, 64), picture(64, 80, seed=1)]
 FLOAT32 = 1e-5
@@ -182,6 +185,72 @@ def test_steps_as_graphs(pretended: PretendedDevice, tiny_folder: Path) -> None:
     draw(there, progress=steps)
     assert steps.launches < 4 * 20
     assert (steps.waits, steps.uploads) == (Counter(), Counter())
+
+
+def attention_as_tritons(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    references: Any = None,
+    ref_bias: Any = None,
+    own_bias: Any = None,
+) -> torch.Tensor:
+    """The formula of `attention_triton.attend`, with the biases that it is given."""
+    held = LayerKV(k[:, :0], v[:, :0]) if references is None else references
+    keys, values = (
+        torch.cat([kept.expand(len(q), -1, -1, -1), own], dim=1) for kept, own in zip(held, (k, v), strict=True)
+    )
+    biases = [
+        torch.zeros(of.shape[1], device=q.device) if bias is None else bias
+        for of, bias in ((held.k, ref_bias), (k, own_bias))
+    ]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5 + torch.cat(biases) * math.log(2)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+
+
+def test_a_graph_keeps_the_weights_of_its_keys(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDevice, tiny_folder: Path
+) -> None:
+    """Their biases are made once and kept, some of them: a graph reads none that others may push out."""
+    monkeypatch.setattr(attention_triton, "takes", lambda *_: True)
+    monkeypatch.setattr(attention_triton, "attend", attention_as_tritons)
+    there = Pipeline.from_pretrained(tiny_folder, device="cuda")
+    there.transformer.kernel = "triton"
+    weighted: dict[str, Any] = {"reference_weights": [1, 0.5], "num_inference_steps": 2}
+    want = real(draw(there, **weighted).images)
+    assert relative_error(real(draw(there, num_inference_steps=2).images), want) > 100 * FLOAT32
+    there.use_cuda_graphs()
+    assert torch.equal(real(draw(there, **weighted).images), want)
+    for number in range(16):  # as a call with other weights in each of its steps
+        attention_triton.key_bias(((1, 1 + number / 16),), pretended.device)
+    pretended.clear()
+    assert torch.equal(real(draw(there, **weighted).images), want)
+    assert pretended.launches["graph"] == 2
+
+
+def test_other_threads_wait_while_a_graph_is_captured(pretended: PretendedDevice, tiny_folder: Path) -> None:
+    """As the thread that writes references to disk: neither it nor the capture fails, and the graph has none of its work."""
+    there = Pipeline.from_pretrained(tiny_folder, device="cuda")
+    want, heard = real(draw(there).images), list[Any]()
+    there.use_cuda_graphs()
+
+    def copy_down() -> None:
+        try:
+            heard.append(torch.ones(3, device="cuda").add(1).cpu().tolist())
+        except RuntimeError as error:
+            heard.append(error)
+
+    def meanwhile(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=copy_down)
+            thread.start()
+            thread.join()
+
+    hook = there.transformer.x_embedder.register_forward_hook(meanwhile)
+    assert torch.equal(real(draw(there).images), want)
+    hook.remove()
+    assert heard == [[2.0, 2.0, 2.0]]
 
 
 @pytest.mark.parametrize("room", ["parts", "layers"])
