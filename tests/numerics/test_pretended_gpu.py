@@ -5,6 +5,7 @@ What is not shown here: CUDA's own kernels and their rounding, and time.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import Counter
@@ -23,7 +24,8 @@ from limner.images import prepare_reference
 from limner.memory import residency
 from limner.memory.plan import DEVICE_BASE
 from limner.memory.staged import Staged
-from limner.model.gpu import attention_triton
+from limner.model import attention, transformer
+from limner.model.gpu import attention_triton, choice, products
 from limner.model.graphs import StepGraphs
 from limner.model.kv import LayerKV
 
@@ -197,7 +199,7 @@ def attention_as_tritons(
     own_bias: Any = None,
 ) -> torch.Tensor:
     """The formula of `attention_triton.attend`, with the biases that it is given."""
-    held = LayerKV(k[:, :0], v[:, :0]) if references is None else references
+    held = LayerKV(k[:, :0], v[:, :0]) if references is None else references.dense(q.dtype)
     keys, values = (
         torch.cat([kept.expand(len(q), -1, -1, -1), own], dim=1) for kept, own in zip(held, (k, v), strict=True)
     )
@@ -290,6 +292,46 @@ def test_weights_by_turns(room: str, on_cpu: torch.Tensor, pretended: PretendedD
     assert relative_error(beside, on_cpu) > 100 * FLOAT32
     with pytest.raises(InvalidRequest, match="to: weights with a memory_limit stay where they are"):
         there.to("cpu")
+
+
+@pytest.mark.parametrize("limit", [None, "2GiB"])
+def test_kernels_are_tried_when_a_model_is_loaded(
+    limit: str | None, monkeypatch: pytest.MonkeyPatch, pretended: PretendedDevice, tiny_folder: Path
+) -> None:
+    """Never in a step, whose time and memory they would take: products of int8 weights, attention to narrow K/V."""
+    tried, rank = list[str](), choice.rank
+
+    def watched(what: str, *rest: Any, **how: Any) -> list[str]:
+        tried.append(what)
+        return rank(what, *rest, **how)
+
+    for module in (choice, products):
+        monkeypatch.setattr(module, "rank", watched)
+    monkeypatch.setattr(products, "_right", {})
+    reads_narrow = functools.cache(attention.reads_narrow.__wrapped__)
+    for user in (attention, transformer):
+        monkeypatch.setattr(user, "reads_narrow", reads_narrow)
+    monkeypatch.setattr(attention_triton, "takes", lambda *_: True)
+    monkeypatch.setattr(attention_triton, "attend", attention_as_tritons)
+    how: dict[str, Any] = {"quantize": "int8", "kv_cache_dtype": "int8", "memory_limit": limit}
+    there = Pipeline.from_pretrained(tiny_folder, device="cuda", **how)
+    loaded = tried.copy()
+    assert {what.partition(" on ")[0] for what in loaded} == {
+        "int8 weights",
+        "attention to int8 references",
+        "attention to fp8 references",
+    }
+    draw_there(there, pretended)
+    assert tried == loaded
+
+
+def test_arithmetic_under_a_limit_is_that_of_the_device(pretended: PretendedDevice, tiny_folder: Path) -> None:
+    """Weights in host memory run on the device: keys of references name what runs there."""
+    how: dict[str, Any] = {"device": "cuda", "quantize": "int8"}
+    free, limited = (Pipeline.from_pretrained(tiny_folder, **how, memory_limit=x) for x in (None, "2GiB"))
+    assert limited.arithmetic == free.arithmetic
+    assert limited.arithmetic.startswith("cuda/")
+    assert torch.equal(real(draw(limited).images), real(draw(free).images))
 
 
 def test_the_engine_draws_a_batch(pretended: PretendedDevice, tiny_folder: Path, pipe: Pipeline) -> None:
