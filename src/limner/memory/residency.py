@@ -47,6 +47,7 @@ class Residency:
         self._bytes: dict[nn.Module, int] = {}  # of a network's or layer's tensors that are mapped from files
         self._files: dict[nn.Module, int] = {}  # the same of a network, tables included
         self._following: dict[nn.Module, nn.Module] = {}
+        self._unpacked: set[nn.Module] = set()  # networks and layers whose packed copies do not outlast a layer's run
         self._resident: frozenset[nn.Module] | None = None  # layers that stay while the others leave; None: all stay
 
     @staticmethod
@@ -69,8 +70,9 @@ class Residency:
     ) -> None:
         """Put a network under the limit, as its weights are now.
 
-        `layers` run one after the other: `visit` brings them in, or with `hooks` hooks on the modules do. Of `tables` only
-        a few rows are read; they are not counted.
+        `layers` run one after the other: `visit` brings them in, or with `hooks` hooks on the modules do. The latter run
+        once a prompt, not in every step: copies of int8 weights for the CPU's products are made anew each time. Of `tables`
+        only a few rows are read; they are not counted.
         """
         known = network in self._networks
         self._networks[network] = tuple(layers)
@@ -82,6 +84,8 @@ class Residency:
         weights = sum(self._bytes[other] for other in self._networks)
         self._tight = resident()[1] + self._libraries + weights + _SPARE > self.limit
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))
+        if hooks:
+            self._unpacked |= {network, *layers}
         if hooks and not known:
             for layer in layers:
                 layer.register_forward_pre_hook(self._before_layer)
@@ -120,8 +124,9 @@ class Residency:
             self._resident = before
 
     def _enter(self, network: nn.Module, growth: int) -> None:
-        growth += sum(m.weight.nbytes - m.packed_bytes for m in network.modules() if _packs(m))
-        own, packs = self._bytes[network], any(_packs(m) for m in network.modules())
+        growth += self._packed_later(network)
+        own = self._bytes[network]
+        packs = network not in self._unpacked and any(_packs(m) for m in network.modules())
         room = self.limit - resident()[1] - self._libraries - growth
         if not packs and sum(self._bytes[other] for other in self._networks) <= room:
             return
@@ -151,6 +156,13 @@ class Residency:
         self._resident = frozenset(staying)
         _logger.info("memory limit: %d of %d layers of %s stay", len(staying), len(sizes), type(network).__name__)
 
+    def _packed_later(self, network: nn.Module) -> int:
+        """Return the bytes of packed copies that a network makes and does not have yet."""
+        if network in self._unpacked:
+            layers = self._networks[network]
+            return max((sum(m.weight.nbytes for m in layer.modules() if _packs(m)) for layer in layers), default=0)
+        return sum(m.weight.nbytes - m.packed_bytes for m in network.modules() if _packs(m))
+
     def release(self, network: nn.Module) -> None:
         """Drop all pages of a network that can be dropped."""
         for tensor in _tensors(network):
@@ -173,6 +185,10 @@ class Residency:
                 read_ahead(tensor)
 
     def _after_layer(self, layer: nn.Module, *_: Any) -> None:
+        if layer in self._unpacked:
+            for module in layer.modules():
+                if _packs(module):
+                    module.unpack()
         if self._resident is not None and layer not in self._resident:
             for tensor in _tensors(layer):
                 release(tensor)

@@ -39,12 +39,7 @@ class Watched(Residency):
             own, sizes = self._bytes[network], [self._bytes[layer] for layer in self._networks[network]]
             if self.room == "layers" and sizes:
                 own += 2 * max(sizes) + (sizes[0] if len(sizes) > 3 else 0) - sum(sizes)
-            unpacked = sum(
-                m.weight.nbytes - m.packed_bytes
-                for m in network.modules()
-                if isinstance(m, Int8Linear) and m.multiplies_int8()
-            )
-            self.limit, self._libraries = growth + unpacked + own, -resident()[1]
+            self.limit, self._libraries = growth + self._packed_later(network) + own, -resident()[1]
         super()._enter(network, growth)
 
     def release(self, network: torch.nn.Module) -> None:
@@ -58,16 +53,16 @@ class Watched(Residency):
 
 
 @needs_release
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("quantize", "quantize_text"), [(None, False), ("int8", False), ("int8", True)])
 def test_a_limit_changes_no_bit(
-    quantize: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quantize: str | None, quantize_text: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Networks by turns, and layers by turns: the picture is that of the pipeline without a limit."""
     from limner.weights.convert import convert
 
     folder = tiny_folder
     if quantize:
-        convert(tiny_folder, folder := tmp_path / "int8", to="int8")
+        convert(tiny_folder, folder := tmp_path / "int8", to="int8", quantize_text=quantize_text)
     expected = call(Pipeline.from_pretrained(folder))
     monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
     networks = {"Transformer", "Autoencoder", "TextEncoder"}
@@ -89,6 +84,31 @@ def test_a_limit_changes_no_bit(
                 layers if room == "layers" else {"DoubleBlock", "SingleBlock"} if packs else set()
             )
         assert torch.equal(call(pipe), expected), room
+
+
+@needs_release
+def test_packed_copies_of_a_text_encoder_do_not_outlast_a_layer(tiny_folder: Path) -> None:
+    """Under a limit; the transformer's stay for the next step, and without a limit those of both."""
+    limited = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True, memory_limit="1TiB")
+    if not limited.formats.packed:
+        pytest.skip("this CPU has no int8 dot products")
+    most = []
+    text, residency = limited.text_encoder, limited.residency
+    assert residency is not None
+
+    def packed(network: torch.nn.Module) -> list[int]:
+        return [m.packed_bytes for m in network.modules() if isinstance(m, Int8Linear)]
+
+    text.network.layers[2].register_forward_pre_hook(lambda *_: most.append(sum(packed(text))))
+    expected = residency._packed_later(text)
+    call(limited)
+    assert most == [0]
+    assert expected == sum(m.weight.nbytes for m in text.network.layers[0].modules() if isinstance(m, Int8Linear))
+    assert not any(packed(text))
+    assert all(packed(limited.transformer))
+    free = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True)
+    assert torch.equal(call(free), call(limited))
+    assert all(packed(free.text_encoder))
 
 
 @needs_release
