@@ -86,29 +86,52 @@ def test_a_limit_changes_no_bit(
         assert torch.equal(call(pipe), expected), room
 
 
+def packed(network: torch.nn.Module) -> list[int]:
+    return [m.packed_bytes for m in network.modules() if isinstance(m, Int8Linear)]
+
+
 @needs_release
-def test_packed_copies_of_a_text_encoder_do_not_outlast_a_layer(tiny_folder: Path) -> None:
-    """Under a limit; the transformer's stay for the next step, and without a limit those of both."""
-    limited = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True, memory_limit="1TiB")
-    if not limited.formats.packed:
+def test_packed_copies_of_a_text_encoder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay where all networks have room. Else they do not outlast a layer's run, while the transformer's do."""
+    how = {"quantize": "int8", "quantize_text": True}
+    free = Pipeline.from_pretrained(tiny_folder, **how)
+    if not free.formats.packed:
         pytest.skip("this CPU has no int8 dot products")
-    most = []
-    text, residency = limited.text_encoder, limited.residency
-    assert residency is not None
-
-    def packed(network: torch.nn.Module) -> list[int]:
-        return [m.packed_bytes for m in network.modules() if isinstance(m, Int8Linear)]
-
-    text.network.layers[2].register_forward_pre_hook(lambda *_: most.append(sum(packed(text))))
-    expected = residency._packed_later(text)
-    call(limited)
-    assert most == [0]
-    assert expected == sum(m.weight.nbytes for m in text.network.layers[0].modules() if isinstance(m, Int8Linear))
-    assert not any(packed(text))
-    assert all(packed(limited.transformer))
-    free = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True)
-    assert torch.equal(call(free), call(limited))
+    expected = call(free)
     assert all(packed(free.text_encoder))
+    monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
+    monkeypatch.setattr(Admission, "check_limit", lambda own, workload: None)
+    for room in (None, "parts", "layers"):
+        pipe, most = Pipeline.from_pretrained(tiny_folder, **how, memory_limit="1TiB"), []
+        residency, text = pipe.residency, pipe.text_encoder
+        assert isinstance(residency, Watched)
+        residency.room = room
+        one = sum(m.weight.nbytes for m in text.network.layers[0].modules() if isinstance(m, Int8Linear))
+        assert residency._packed_later(text) == one
+        for layer in text.network.layers:
+            layer.register_forward_pre_hook(lambda *_, text=text, most=most: most.append(sum(packed(text))))
+        assert torch.equal(call(pipe), expected)
+        assert most == ([0, one, 2 * one] if room is None else [0, 0, 0])
+        assert all(packed(text)) if room is None else not any(packed(text))
+        assert all(packed(pipe.transformer))
+
+
+@needs_release
+def test_packed_copies_make_room_for_another_network(tiny_folder: Path) -> None:
+    """A call that needs more than the one before: copies of the text encoder leave before the transformer is refused."""
+    pipe = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True, memory_limit="1TiB")
+    if not pipe.formats.packed:
+        pytest.skip("this CPU has no int8 dot products")
+    expected = call(pipe)
+    residency = pipe.residency
+    assert residency is not None
+    assert all(packed(pipe.text_encoder))
+    residency.limit = 1
+    with pytest.raises(CapacityError), residency.working(pipe.transformer, growth=0):
+        pass
+    assert not any(packed(pipe.text_encoder))
+    residency.limit = 1 << 40
+    assert torch.equal(call(pipe), expected)
 
 
 @needs_release
