@@ -3,7 +3,8 @@
 `true_width` has layers of klein-4b's Qwen3 with random weights, in bfloat16, and 512 positions of which some are read; its
 embedding has fewer rows, since a row is read and not multiplied. Hidden states are compared with the same weights in
 float32. `outliers` are the same layers with a few channels of every norm much larger, as trained language models have
-them. `bundled` is the bundled model with its weights, in float32 and with int8 matrices. The last line is one JSON object.
+them. `seconds` are those of one prompt. `bundled` is the bundled model with its weights, in float32 and with int8
+matrices: hidden states, and pictures drawn from the same noise. The last line is one JSON object.
 
     .venv/bin/python benchmarks/int8_text.py -o benchmarks/results/int8_text.json
 """
@@ -49,6 +50,8 @@ PROMPTS = (
     "a little bee at the bottom on a green to blue gradient",
 )
 """Prompts of the bundled model's evaluation, which it was not trained on."""
+ROWS = 4096
+"""Of the random embedding."""
 OUTLIERS, LARGER = 4, 30
 """Channels of each norm, and how many times larger they are."""
 
@@ -64,15 +67,18 @@ def errors(found: Tensor, right: Tensor) -> dict[str, float]:
     }
 
 
-def random_layers(layers: int, rows: int) -> Qwen3:
-    """Layers of klein-4b's text encoder with random weights in bfloat16."""
+def random_layers(layers: int, *, alike: bool = False) -> Qwen3:
+    """Layers of klein-4b's text encoder with random weights in bfloat16; `alike`: those of the first one in all."""
     with torch.device("meta"):
-        network = Qwen3(QWEN3_4B | {"num_hidden_layers": layers, "vocab_size": rows})
+        network = Qwen3(QWEN3_4B | {"num_hidden_layers": layers, "vocab_size": ROWS})
     network = network.bfloat16().to_empty(device="cpu").requires_grad_(False).eval()
     torch.manual_seed(0)
-    for p in network.parameters():
-        p.normal_(std=p.shape[1] ** -0.5) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    for part in (network.layers[0] if alike else network.layers, network.norm, network.embed_tokens):
+        for p in part.parameters():
+            p.normal_(std=p.shape[1] ** -0.5) if p.dim() == 2 else p.uniform_(0.5, 1.5)
     network.embed_tokens.weight.normal_()
+    for layer in network.layers if alike else ():
+        layer.load_state_dict(network.layers[0].state_dict())
     return network
 
 
@@ -83,7 +89,7 @@ def larger(network: Qwen3) -> None:
             norm.weight[:OUTLIERS] *= LARGER
 
 
-def seconds(run: Callable[[], object], times: int) -> float:
+def median(run: Callable[[], object], times: int) -> float:
     """Return the median of some runs, after one to warm up."""
     run()
     laps = []
@@ -94,40 +100,56 @@ def seconds(run: Callable[[], object], times: int) -> float:
     return statistics.median(laps)
 
 
+def positions(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Return ids (1, S) and a mask of the first ones."""
+    return torch.randint(ROWS, (1, args.tokens)), torch.arange(args.tokens)[None] < args.read
+
+
+def sizes(args: argparse.Namespace) -> dict[str, int]:
+    return {"hidden": QWEN3_4B["hidden_size"], "layers": args.layers, "tokens": args.tokens, "tokens_read": args.read}
+
+
 def true_width(args: argparse.Namespace) -> dict[str, Any]:
-    wide = random_layers(args.layers, rows=4096)
-    ids = torch.randint(4096, (1, args.tokens))
-    mask = torch.arange(args.tokens)[None] < args.read
-    read = [args.layers * n // 3 for n in (1, 2, 3)]
+    """Errors of bfloat16 and int8 against float32, without and with outliers."""
+    wide = random_layers(args.layers)
+    ids, mask = positions(args)
     narrow = copy.deepcopy(wide)
     quantize_layers(narrow)
+    places = {f"after layer {args.layers * n // 3}": args.layers * n // 3 for n in (1, 2)} | {
+        "after the last, normed": -1
+    }
 
     def compared() -> dict[str, Any]:
         right = copy.deepcopy(wide).float()(ids, mask)
         found = {"bfloat16": wide(ids, mask), "int8": narrow(ids, mask)}
         return {
-            f"after layer {n}": {name: errors(states[n], right[n]) for name, states in found.items()} for n in read[:2]
-        } | {"after the last layer, normed": {name: errors(x[-1], right[-1]) for name, x in found.items()}}
+            place: {name: errors(states[n], right[n]) for name, states in found.items()} for place, n in places.items()
+        }
 
-    result: dict[str, Any] = {"hidden": wide.config.hidden_size, "layers": args.layers}
-    result |= {"tokens": args.tokens, "tokens_read": args.read, "errors": compared()}
-    matrices = [module for module in narrow.modules() if isinstance(module, Int8Linear)]
+    result: dict[str, Any] = {**sizes(args), "errors": compared()}
+    for network in (wide, narrow):
+        larger(network)
+    return result | {"outliers": {"channels": OUTLIERS, "times": LARGER, "errors": compared()}}
+
+
+def seconds(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one prompt; all layers have the same values, in memory of their own."""
+    wide = random_layers(args.layers, alike=True)
+    ids, mask = positions(args)
+    laps = {"bfloat16": median(lambda: wide(ids, mask), args.times)}
+    quantize_layers(wide)
+    matrices = [module for module in wide.modules() if isinstance(module, Int8Linear)]
 
     def packed_anew() -> None:
         for module in matrices:
             module.unpack()
-        narrow(ids, mask)
+        wide(ids, mask)
 
-    laps = {"bfloat16": seconds(lambda: wide(ids, mask), args.times)}
-    laps["int8"] = seconds(lambda: narrow(ids, mask), args.times)
+    laps["int8"] = median(lambda: wide(ids, mask), args.times)
     if has_int8_products():
-        laps["int8, packed anew, as under a memory limit"] = seconds(packed_anew, args.times)
-    result["seconds"] = {name: round(value, 3) for name, value in laps.items()}
-    result["ratio"] = round(laps["bfloat16"] / laps["int8"], 2)
-    for network in (wide, narrow):
-        larger(network)
-    result["outliers"] = {"channels": OUTLIERS, "times": LARGER, "errors": compared()}
-    return result
+        laps["int8 with packing, the first prompt"] = median(packed_anew, 1)
+    found = {name: round(value, 3) for name, value in laps.items()}
+    return {**sizes(args), "seconds": found, "ratio": round(laps["bfloat16"] / laps["int8"], 2)}
 
 
 def bundled() -> dict[str, Any]:
@@ -155,6 +177,13 @@ def bundled() -> dict[str, Any]:
     }
 
 
+MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "bundled": lambda args: bundled(),
+    "true_width": true_width,
+    "seconds": seconds,
+}
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,11 +192,17 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=60, help="positions that are no padding")
     parser.add_argument("--times", type=int, default=3, help="runs that are timed")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="others are kept as they are"
+    )
     args = parser.parse_args()
-    result = {"benchmark": "int8_text", **machine(torch.device("cpu")), "bundled": bundled()}
-    result["true_width"] = true_width(args)
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"benchmark": "int8_text"}
+    if args.output and args.output.exists():
+        result = json.loads(args.output.read_text())
+    for name in args.only:
+        result[name] = {**machine(torch.device("cpu")), **MEASURES[name](args)}
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -16,10 +16,13 @@ from tests.support.tiny import generators, picture, relative_error
 
 from limner import CheckpointError, Flux2KleinKVPipeline, InvalidRequest, Pipeline
 from limner.cli import main
+from limner.deploy.options import DeployOptions
+from limner.engine.load import load_pipeline
 from limner.model import int8
 from limner.model.int8 import Int8Linear, quantize_layers
 from limner.model.qwen3 import Qwen3
 from limner.model.text_encoder import TextEncoder, TokenizedPrompt
+from limner.options import ModelOptions
 from limner.weights.convert import convert
 from limner.weights.networks import empty_text_network
 
@@ -137,6 +140,19 @@ def test_the_folder_is_the_quantized_model(tiny_folder: Path, int8_folder: Path,
     narrow = Pipeline.from_pretrained(int8_folder, dtype=torch.bfloat16).text_encoder
     assert narrow.dtype == torch.bfloat16
     assert {m.weight_scale.dtype for m in narrow.modules() if isinstance(m, Int8Linear)} == {torch.float32}
+
+
+def test_the_option_reaches_every_loader(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ModelOptions(model=str(tiny_folder), quantize_text=True)
+    assert load_pipeline(options).text_encoder.quantization == "int8"
+    assert load_pipeline(ModelOptions(model=str(tiny_folder))).text_encoder.quantization is None
+    deployed = DeployOptions.parse({"model": str(tiny_folder), "quantize_text": "true"})
+    assert deployed.model_options() == options
+    words = ["generate", "a dog", "--size", "64x64", "--seed", "1", "--model", str(tiny_folder)]
+    files = [tmp_path / "wide.png", tmp_path / "narrow.png"]
+    for file, more in zip(files, ([], ["--quantize-text"]), strict=True):
+        assert main([*words, "-o", str(file), *more]) == 0
+    assert files[0].read_bytes() != files[1].read_bytes()
 
 
 def test_its_weights_are_mapped(int8_folder: Path) -> None:
