@@ -128,6 +128,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         quantize=args.quantize,
+        quantize_text=args.quantize_text,
         kv_cache_dtype=args.kv_cache_dtype,
     )
     rows, digests = [], {}
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")
+    parser.add_argument("--quantize-text", action="store_true", help="the same of the text encoder")
     parser.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="format of kept K/V")
     parser.add_argument(
         "--ceiling", action="store_true", help="judge the truth, encoded and decoded: what no transformer can beat"
