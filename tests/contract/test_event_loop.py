@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_the_first_request_builds_nothing(tiny_folder: Path, tmp_path: Path, mon
         monkeypatch.setattr("fastapi.openapi.utils.get_openapi", built)
         monkeypatch.setattr(served.app, "openapi", built)
         assert served.http.get("/openapi.json").content == document.content  # made once
+
+
+def test_many_who_ask_for_the_document_at_once_have_it_made_once(tiny_folder: Path, tmp_path: Path) -> None:
+    served = Served(Pipeline.from_pretrained(tiny_folder), tmp_path / "data")
+    make, made = served.app.openapi, []
+    served.app.openapi = lambda: made.append(time.sleep(0.05)) or make()  # type: ignore[method-assign,func-returns-value]
+    with served:
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: served.http.get("/openapi.json").content, range(8)))
+        assert len(set(answers)) == 1
+        assert len(made) == 1
 
 
 BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
