@@ -334,6 +334,11 @@ def test_what_the_edit_does_not_change_is_left_alone(open_page, server: str) -> 
     draw(page, "put the sticker in the snow", steps=4)
     assert bodies[0]["preserve"] == "auto"
     assert re.search(r"[\d.]+ % left alone", page.inner_text(".card .foot"))
+    page.locator("button.picture").click()
+    page.select_option("#compare-a", label="what picture 1 changed, in white")
+    page.wait_for_function("() => document.querySelector('#picture-a').alt.endsWith('changed, in white')")
+    page.wait_for_function("() => document.querySelector('#picture-a').naturalWidth === 128")
+    page.keyboard.press("Escape")
     slider = page.get_by_label("Weight of image 2")
     slider.focus()
     for _ in range(8):
