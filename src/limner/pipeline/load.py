@@ -123,7 +123,7 @@ def load(
     sources = {part: resolve_part(part, source, model=folder, hub=hub) for part, source in replaced.items()}
     check_variant(variant, sources)
     kind = chosen_kind(find_kind(folder, transformer=sources["transformer"]), given=references, called=called)
-    dtype = _checked_dtype(dtype or settings.default_dtype)
+    dtype = _checked_dtype(dtype, default=settings.default_dtype)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
     stamps = {part: file_stamp(source) for part, source in sources.items()}
@@ -194,7 +194,8 @@ def _check_quantize(quantize: str | None) -> None:
         raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
 
 
-def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+def _checked_dtype(dtype: torch.dtype | None, *, default: torch.dtype | None) -> torch.dtype | None:
+    dtype = dtype or default
     if dtype not in _DTYPES:
         raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
     return dtype
