@@ -44,7 +44,7 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert main([*words, "--memory", "24GiB", "--device", "cuda"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["quantize"], found["device"], found["staging"]) == (None, "cuda", "parts")
-    assert found["options"] == "--memory-limit 24GiB"
+    assert found["options"] == "--device cuda --memory-limit 24GiB"
     assert found["peak"] <= 24 << 30
     assert found["host"] > 28 << 30
     assert main(["plan", "--model", str(tiny_folder), "--json"]) == 0

@@ -187,6 +187,27 @@ def test_steps_as_graphs(pretended: PretendedDevice, tiny_folder: Path) -> None:
     assert (steps.waits, steps.uploads) == (Counter(), Counter())
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
+def test_a_callback_is_one_step_behind_the_device(
+    graphs: bool, pretended: PretendedDevice, tiny_folder: Path, on_cpu: torch.Tensor
+) -> None:
+    """Before each of its calls but the first, the host waits for the step before it."""
+    there, steps, queued = Pipeline.from_pretrained(tiny_folder, device="cuda"), Steps(pretended), list[int]()
+    there.transformer.use(graphs=StepGraphs() if graphs else None)
+    ends: list[tuple[int, int]] = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        ends.append(pretended.streams.current.now)  # the place in the stream of what was queued up to here
+        queued.append(sum(not pretended.streams.is_done(dict([end])) for end in ends))
+        return {}
+
+    for _ in range(2):  # captured, replayed
+        out = draw(there, progress=steps, callback_on_step_end=look)
+        assert [(what.split()[0], number) for what, number in steps.waits.items()] == [("event.synchronize", 3)]
+    assert queued == [1] * 8
+    assert relative_error(real(out.images), on_cpu) < FLOAT32
+
+
 @pytest.mark.parametrize("room", ["parts", "layers"])
 def test_weights_by_turns(room: str, on_cpu: torch.Tensor, pretended: PretendedDevice, tiny_folder: Path) -> None:
     """One network at a time, or layers through two buffers; LoRAs beside and in the weights."""

@@ -174,6 +174,8 @@ def _formats(args: argparse.Namespace, *, int8: frozenset[str]) -> Formats:
 def _options(args: argparse.Namespace, plan: MemoryPlan) -> str:
     """Return the options of `limner edit` that a plan stands for."""
     options = []
+    if args.device != "cpu":
+        options.append(f"--device {args.device}")
     if plan.staging != "whole" and args.memory is not None:
         options.append(f"--memory-limit {args.memory}")
     if plan.formats.kv:
