@@ -171,12 +171,18 @@ class Int8Linear(nn.Module):
 
     def multiplies_int8(self) -> bool:
         """Return True if products are u8 x s8 on a CPU."""
-        return self.weight.device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
+        return self._multiplies_int8(self.weight.device)
 
-    def arithmetic_name(self, dtype: torch.dtype) -> str:
-        """Return how activations of `dtype` are multiplied, where no gradient is recorded."""
+    def _multiplies_int8(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
+
+    def arithmetic_name(self, dtype: torch.dtype, *, device: torch.device | None = None) -> str:
+        """Return how activations of `dtype` are multiplied, where no gradient is recorded.
+
+        `device` is where products run, if the weight is somewhere else until then (`limner.memory.staged`).
+        """
         kind = "fp8" if self.weight.dtype == products.FP8 else "int8"
-        return self._product_of(dtype) or f"{kind} widened"
+        return self._product_of(dtype, device or self.weight.device) or f"{kind} widened"
 
     def to_fp8(self) -> None:
         """Round the weight to fp8, in place: for devices whose products in fp8 are the faster ones. It cannot be undone."""
@@ -198,18 +204,16 @@ class Int8Linear(nn.Module):
 
     def _product(self, x: Tensor) -> str | None:
         """None if a gradient of x is recorded: rounding has none, so the weights are widened."""
-        return None if torch.is_grad_enabled() and x.requires_grad else self._product_of(x.dtype)
+        return None if torch.is_grad_enabled() and x.requires_grad else self._product_of(x.dtype, self.weight.device)
 
-    def _product_of(self, dtype: torch.dtype) -> str | None:
+    def _product_of(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the name of the products that run; None: weights are widened."""
-        if self.multiplies_int8():
+        if self._multiplies_int8(device):
             return _ONEDNN
         if self.weight.is_meta or not products.fits(self.weight):
             return None
-        chosen = products.choose_products(self.weight.device, dtype)
-        if self.weight.dtype == products.FP8:
-            return "fp8 products" if chosen == "fp8" else None
-        return None if chosen is None else "int8 products"
+        kind = "fp8" if self.weight.dtype == products.FP8 else "int8"
+        return f"{kind} products" if kind in products.right_products(device, dtype) else None
 
     def _widened(self, rows: slice | None, dtype: torch.dtype) -> Tensor:
         """The weight, or some of its rows, in `dtype`, rounded once."""
@@ -228,9 +232,11 @@ class Int8Linear(nn.Module):
         return known.weight
 
     def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
-        """As `nn.Module`, but the scales stay in float32 when the module is cast."""
-        scale = self.weight_scale
+        """As `nn.Module`, but a cast changes neither the scales nor a weight in fp8, which torch takes for a float."""
+        weight, scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
         self.weight_scale = scale.to(self.weight.device)
         self._packed.clear()
         return self

@@ -206,6 +206,7 @@ def take_over(
     found = kind_of_index({**pipeline.config, "_class_name": name}, where="pipeline")
     kind = chosen_kind(replace(found, source=name), given=references, called=called)
     transformer = share_transformer(pipeline.transformer)
+    transformer.settle()
     autoencoder = share_autoencoder(pipeline.vae)
     text_encoder = share_text_encoder(
         pipeline.text_encoder, pipeline.tokenizer, out_layers=check_layers(text_encoder_out_layers)

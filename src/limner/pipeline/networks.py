@@ -152,6 +152,8 @@ class Networks:
         self.residency.adopt(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
         self.residency.adopt(self.text_encoder, list(text.layers), tables=[text.embed_tokens], hooks=True)
         self.residency.adopt(self.autoencoder)
+        if isinstance(self.residency, Staged):  # now it is known where the transformer runs
+            transformer.settle()
 
     def to(self, target: torch.device | torch.dtype) -> None:
         """Move the networks to a device, or cast them to a dtype. Raises `InvalidRequest`."""
