@@ -177,13 +177,9 @@ def load(
         latent_preview=preview,
         residency=residency,
         origins=tuple(
-            _Origin(
-                network=network,
-                source=sources[part],
-                stamp=stamps[part],
-                shard=ranks.shard if part == "transformer" else None,
-                whole=whole if part == "transformer" and ranks.shard else None,
-            )
+            _Origin(network=network, source=sources[part], stamp=stamps[part])
+            if part != "transformer" or not ranks.shard
+            else _Origin(network=network, source=sources[part], stamp=stamps[part], shard=ranks.shard, whole=whole)
             for part, network in networks.items()
         ),
     )
