@@ -9,7 +9,8 @@ that stages may be run one by one.
 
 With `--baseline COMMIT --rounds 3` the edits run with that commit's source too, in turn, on the same folder:
 
-    .venv/bin/python benchmarks/full_size.py --only 9b-int8 --limit 20GiB --baseline 398d915 --rounds 3 --keep
+    .venv/bin/python benchmarks/full_size.py --only 9b-int8 --quantize-text --limit 20GiB \
+        --baseline 398d915 --rounds 3 --keep
 
 Stages: 9b-bf16 and 9b-int8 (256x256, two references of 256x256, 4 steps), 9b-load (from a warm page cache to the first
 step), 4b-256 and 4b-512 (denoising of 4 steps with one reference of the output's size, against diffusers).
@@ -131,10 +132,18 @@ def watched(command: list[str], *, cache: Path, source: Path | None = None) -> d
     return found
 
 
-def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8: Path | None) -> dict[str, Any]:
+def edit(
+    args: argparse.Namespace,
+    geometry: ModelGeometry,
+    model: Path,
+    *,
+    int8: Path | None = None,
+    text: Path | None = None,
+) -> dict[str, Any]:
     """Run the target's edit in processes of its own; return its measures and the plan.
 
-    With a baseline its source runs the same edit, in turn; "ratio" is its median over this source's.
+    `int8` and `text` are an int8 transformer and text encoder. With a baseline its source runs the same edit, in turn,
+    with the model's own text encoder; "ratio" is its median over this source's.
     """
     side = args.side
     limit = args.limit or ("14GiB" if int8 else "20GiB")
@@ -142,7 +151,7 @@ def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     for number in range(args.rounds):
         for name, source in sources.items():
-            command = edit_command(args, model, int8=int8, limit=limit)
+            command = edit_command(args, model, int8=int8, text=text if name == "ours" else None, limit=limit)
             with tempfile.TemporaryDirectory() as cache:  # digests are computed, as in a first run
                 runs[name].append(watched(command, cache=Path(cache), source=source))
             print(f"round {number + 1}: {name} {runs[name][-1]['seconds']} s", file=sys.stderr, flush=True)
@@ -152,7 +161,8 @@ def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8
         found |= {"baseline": {"commit": git("rev-parse", args.baseline), **before}}
         found["ratio"] = round(before["seconds"] / found["seconds"], 3)
     found["memory_limit"] = limit
-    formats = Formats(quantize="int8" if int8 else None, packed=has_int8_products())
+    widths = {"quantize_text": True} if text else {}
+    formats = Formats(quantize="int8" if int8 else None, packed=has_int8_products(), **widths)
     request = Request(size=(side, side), references=((side, side),) * 2, num_text=args.text)
     plans = [
         make_plan(geometry, request, formats=formats, staging=staging, limit=parse_bytes(limit))
@@ -165,7 +175,9 @@ def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8
     return found
 
 
-def edit_command(args: argparse.Namespace, model: Path, *, int8: Path | None, limit: str) -> list[str]:
+def edit_command(
+    args: argparse.Namespace, model: Path, *, int8: Path | None, text: Path | None, limit: str
+) -> list[str]:
     """Return `limner edit` with two references, which are written here."""
     from PIL import Image
 
@@ -178,7 +190,9 @@ def edit_command(args: argparse.Namespace, model: Path, *, int8: Path | None, li
         picture = args.folder / f"reference-{i}.png"
         Image.fromarray(noise.numpy()).resize((args.side, args.side)).save(picture)
         command += ["-i", str(picture)]
-    return command if int8 is None else [*command, "--transformer", str(int8)]
+    for option, part in (("--transformer", int8), ("--text-encoder", text)):
+        command += [] if part is None else [option, str(part)]
+    return command
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,11 +221,11 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def quantized(model: Path, target: Path) -> Path:
-    """The transformer of a folder in int8, written once."""
+def quantized(model: Path, part: str, target: Path) -> Path:
+    """A part of a folder in int8, written once."""
     if not target.exists():
-        command = [sys.executable, "-m", "limner", "convert", str(model / "transformer"), "-o", str(target)]
-        subprocess.run([*command, "--to", "int8", "--part", "transformer"], check=True, stdout=sys.stderr)
+        command = [sys.executable, "-m", "limner", "convert", str(model / part), "-o", str(target)]
+        subprocess.run([*command, "--to", "int8", "--part", part], check=True, stdout=sys.stderr)
     return target
 
 
@@ -267,6 +281,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="of output and references (256)")
     parser.add_argument("--text", type=int, default=512, help="text tokens (512)")
     parser.add_argument("--rounds", type=int, default=1, help="of edits, and of the stages beside diffusers (1)")
+    parser.add_argument("--quantize-text", action="store_true", help="9b-int8: an int8 text encoder too")
     parser.add_argument("--baseline", metavar="COMMIT", help="run edits with the source of this commit too, in turn")
     parser.add_argument("--limit", help="memory limit of the edits; default: 20GiB, int8 14GiB")
     parser.add_argument("-o", "--output", type=Path, help="merge the result into this file")
@@ -289,8 +304,12 @@ def main() -> None:
             if stage == "9b-load":
                 result["stages"][stage] = load(model, side=args.side, num_text=args.text)
             elif stage.startswith("9b"):
-                narrow = quantized(model, int8) if stage == "9b-int8" else None
-                result["stages"][stage] = edit(args, nine, model, int8=narrow)
+                parts = {}
+                if stage == "9b-int8":
+                    parts["int8"] = quantized(model, "transformer", int8)
+                    if args.quantize_text:
+                        parts["text"] = quantized(model, "text_encoder", args.folder / f"{int8.name}-text")
+                result["stages"][stage] = edit(args, nine, model, **parts)
             else:
                 result["stages"][stage] = beside_diffusers(args, four, args.side if small else int(stage[3:]))
             print(json.dumps(result["stages"][stage]), file=sys.stderr, flush=True)

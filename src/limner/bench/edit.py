@@ -107,16 +107,16 @@ class Bench:
         torch.set_default_dtype(dtype)  # made as such: no float32 copy of a large model
         try:
             with torch.device(self.device):
-                self._theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
+                self.theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
         finally:
             torch.set_default_dtype(before)
-        for block in self._theirs.transformer_blocks:
+        for block in self.theirs.transformer_blocks:
             block.attn.set_processor(Flux2KVAttnProcessor())
-        for block in self._theirs.single_transformer_blocks:
+        for block in self.theirs.single_transformer_blocks:
             block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
         with torch.device("meta"):
             self.ours = Transformer(config)
-        self.ours.load_state_dict(self._theirs.state_dict(), assign=True)
+        self.ours.load_state_dict(self.theirs.state_dict(), assign=True)
         self.ours.requires_grad_(False)
         self._int8: Transformer | None = None
 
@@ -163,13 +163,13 @@ class Bench:
         for i in range(case.num_inference_steps):
             t = given["sigmas"][i].to(self.dtype).expand(case.batch)
             if cached and i > 0:
-                velocity = self._theirs(
+                velocity = self.theirs(
                     latents, txt, t, ids, txt_ids, return_dict=False, kv_cache=cache, kv_cache_mode="cached"
                 )[0]
             else:
                 both = torch.cat([ref, latents], dim=1)
                 mode = {"kv_cache_mode": "extract", "num_ref_tokens": ref.shape[1]} if cached else {}
-                velocity, *rest = self._theirs(both, txt, t, both_ids, txt_ids, return_dict=False, **mode)
+                velocity, *rest = self.theirs(both, txt, t, both_ids, txt_ids, return_dict=False, **mode)
                 cache = rest[0] if rest else None
                 velocity = velocity[:, -num_img:]
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1]).to(
