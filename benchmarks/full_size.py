@@ -161,8 +161,8 @@ def edit(
         found |= {"baseline": {"commit": git("rev-parse", args.baseline), **before}}
         found["ratio"] = round(before["seconds"] / found["seconds"], 3)
     found["memory_limit"] = limit
-    widths = {"quantize_text": True} if text else {}
-    formats = Formats(quantize="int8" if int8 else None, packed=has_int8_products(), **widths)
+    packed, quantize = has_int8_products(), "int8" if int8 else None
+    formats = Formats(quantize=quantize, quantize_text=text is not None, packed=packed)
     request = Request(size=(side, side), references=((side, side),) * 2, num_text=args.text)
     plans = [
         make_plan(geometry, request, formats=formats, staging=staging, limit=parse_bytes(limit))

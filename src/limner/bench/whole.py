@@ -25,7 +25,7 @@ from limner.errors import InvalidRequest
 from limner.images import encode
 from limner.memory.amounts import show_bytes
 from limner.memory.free import free_bytes
-from limner.model.int8 import quantize_blocks
+from limner.model.int8 import quantize_blocks, quantize_layers
 from limner.model.text_encoder import default_out_layers
 from limner.pipeline import Pipeline
 from limner.store import ReferenceStore
@@ -172,10 +172,16 @@ class WholeBench:
             )
 
     def _pipeline(self, theirs: Any, *, is_int8: bool) -> Pipeline:
-        """Return Limner's pipeline over the tensors of diffusers'; with `is_int8` its matrices are made int8."""
+        """Return Limner's pipeline over the tensors of diffusers'.
+
+        With `is_int8` the matrices of transformer and text encoder are made int8, as `quantize` and `quantize_text` do.
+        """
         pipe = Pipeline.from_diffusers(theirs)
         if is_int8:
             quantize_blocks(pipe.transformer)
+            quantize_layers(pipe.text_encoder.network)
+            pipe.transformer.settle()
+            pipe.text_encoder.settle()
         return pipe
 
     def _watch(self, theirs: Any) -> None:
