@@ -29,7 +29,10 @@ def now(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return device, threads, versions and date, which every report has."""
+    """Return device, threads, versions and date, which every report has.
+
+    `load_average` is that of the minute before: what other programs took, if it is called before anything is measured.
+    """
     import diffusers
 
     name = platform.processor()
@@ -43,6 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "load_average": round(psutil.getloadavg()[0], 2),
         "versions": {
             "limner": __version__,
             "torch": torch.__version__,

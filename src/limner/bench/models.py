@@ -5,6 +5,7 @@ Owns the values and the configurations, for folders of full size too (benchmarks
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 
 from limner.bench.edit import geometry
 from limner.config import MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+from limner.model.int8 import Int8Linear
 from limner.weights.folder import bundled_model
 
-__all__ = ["SIZES", "TINY", "RandomValues", "autoencoder_config", "random_pipeline", "text_config", "weight_bytes"]
+__all__ = [
+    "SIZES",
+    "TINY",
+    "RandomValues",
+    "autoencoder_config",
+    "map_int8",
+    "random_pipeline",
+    "text_config",
+    "weight_bytes",
+]
 
 TINY = ModelGeometry(
     transformer=TransformerConfig(
@@ -154,6 +165,19 @@ def weight_bytes(size: ModelGeometry, *, dtype: torch.dtype, tied: bool = True) 
     read = [tensor for name, tensor in _tensors(text) if _layer(name) is None or _layer(name, below=used) is not None]
     numbers = [tensor.numel() for tensor in read] + [p.numel() for p in _empty_transformer(size).parameters()]
     return sum(numbers) * dtype.itemsize
+
+
+def map_int8(network: nn.Module) -> None:
+    """Put int8 matrices into temporary files that are mapped, as those of a model's folder are.
+
+    Their copies in oneDNN's layout are what products read; without this both would be in memory. The files have no names,
+    and are gone when the network is. They are in the folder of `tempfile`, which has to be on a disk.
+    """
+    for module in network.modules():
+        if isinstance(module, Int8Linear):
+            with tempfile.NamedTemporaryFile() as file:
+                mapped = torch.from_file(file.name, shared=True, size=module.weight.numel(), dtype=torch.int8)
+                module.weight = mapped.view(module.weight.shape).copy_(module.weight)
 
 
 def _empty_text_encoder(size: ModelGeometry, *, tied: bool) -> Any:

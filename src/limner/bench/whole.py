@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from limner.bench.measure import Peak, now
-from limner.bench.models import SIZES, random_pipeline, weight_bytes
+from limner.bench.models import SIZES, map_int8, random_pipeline, weight_bytes
 from limner.errors import InvalidRequest
 from limner.images import encode
 from limner.memory.amounts import show_bytes
 from limner.memory.free import free_bytes
-from limner.model.int8 import quantize_blocks, quantize_layers
+from limner.model.int8 import has_int8_products, quantize_blocks, quantize_layers
 from limner.model.text_encoder import default_out_layers
 from limner.pipeline import Pipeline
 from limner.store import ReferenceStore
@@ -182,6 +182,9 @@ class WholeBench:
             quantize_layers(pipe.text_encoder.network)
             pipe.transformer.settle()
             pipe.text_encoder.settle()
+            if self.device.type == "cpu" and has_int8_products():  # which have a copy in oneDNN's layout
+                for network in (pipe.transformer, pipe.text_encoder):
+                    map_int8(network)
         return pipe
 
     def _watch(self, theirs: Any) -> None:

@@ -138,6 +138,7 @@ def _whole(args: argparse.Namespace, path: Path | None, common: dict[str, Any]) 
     from limner.bench import WholeBench, WholeCase, machine, whole_markdown
     from limner.bench.plot import save_phases
 
+    _print_progress(f"making the weights of {args.whole}")
     measured = WholeBench(args.whole, dtype=getattr(torch, args.dtype), engines=args.engines, device=args.device)
     measured.use_kernel(args.kernel)
     report: dict[str, Any] = {"benchmark": "whole", **machine(measured.device), **common, "size": args.whole}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from limner.bench import WholeBench, WholeCase
-from limner.bench.models import SIZES, random_pipeline, weight_bytes
+from limner.bench.models import SIZES, map_int8, random_pipeline, weight_bytes
 from limner.bench.plot import draw_phases, save_phases
 from limner.bench.whole import PHASES, WHOLE_ENGINES
 from limner.cli import main
 from limner.errors import InvalidRequest
+from limner.model.int8 import Int8Linear
 
 SMALL = ("--side", "64", "--reference-side", "64", "--text", "40", "--dtype", "float32")
 
@@ -120,3 +122,16 @@ def test_arguments_that_do_not_go_together(
 ) -> None:
     assert main(["bench", "--whole", "tiny", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_int8_matrices_in_files_are_the_same() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(Int8Linear.of(torch.nn.Linear(32, 16, bias=False)))
+    before, x = network[0].weight.clone(), torch.randn(3, 32)
+    expected = network(x)
+    map_int8(network)
+    assert torch.equal(network[0].weight, before)
+    assert torch.equal(network(x), expected)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert re.search(rf"^{network[0].weight.data_ptr():x}-.*\(deleted\)$", maps.read_text(), re.M)
