@@ -170,6 +170,7 @@ def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
         "9b-int8",
         "9b-load",
         "4b-256",
+        *(("--baseline", "HEAD") if (script.parents[1] / ".git").exists() else ()),
         "-o",
         tmp_path / "out.json",
     ]
@@ -180,6 +181,7 @@ def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
     edit, load, speed = (report["stages"][name] for name in ("9b-int8", "9b-load", "4b-256"))
     assert edit["peak_bytes"] >= edit["peak_anonymous_bytes"] > 0
+    assert "baseline" not in edit or edit["ratio"] == round(edit["baseline"]["seconds"] / edit["seconds"], 3)
     assert 0.5 < edit["planned_over_measured"] < 2  # here a process's own memory is nearly all
     assert load["load_seconds"] > 0
     assert {"standard", "diffusers_kv", "warm", "int8_warm"} <= speed["median_seconds"].keys()
