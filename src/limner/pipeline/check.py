@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ class ArgumentChecker:
             return None
         if scale <= 1:
             return None
-        both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        both = self.prefiller.admission.is_free(workload)
         both = all(self.prefiller.networks.ranks.all_gather(both))  # the same in all processes
         return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 
