@@ -1,8 +1,8 @@
 """Peak memory and seconds of what is done with canvases besides drawing, each case in a new process. Linux only.
 
-The picture is coarse and fine noise. What was drawn of it is moved by two pixels, tinted, and changed in a twentieth. Bytes are
-those of the peak over what the process held before, the most of three runs, for each pixel of the canvas; seconds are the median, for each megapixel of it. `limner.memory.control`
-counts these bytes. The last line is one JSON object.
+The picture is coarse and fine noise. What was drawn of it is moved by two pixels, tinted, and changed in a twentieth. Bytes
+are the growth of the process at its peak, the most of three runs, for each pixel of the canvas; seconds are the median, for
+each megapixel of it. `limner.memory.control` counts these bytes. The last line is one JSON object.
 
     .venv/bin/python benchmarks/canvas.py -o benchmarks/results/canvas.json
 """
