@@ -332,9 +332,23 @@ class Engine:
             return
         try:
             self._run(batch, start)
+        except CapacityError as error:  # beside the others, that is: it waits, and this batch stops for no one any more
+            _logger.warning("memory is too little beside a batch that runs: %s", error)
+            run.never_pause()
+            self._wait_again(batch)
         except Exception as error:  # of that request
             self._after_failure(batch, error)
         run.pause(start, self._clock())
+
+    def _wait_again(self, batch: Sequence[Job]) -> None:
+        """Let the jobs of a batch that did not run wait again, except those that were cancelled meanwhile."""
+        with self._changed:
+            cancelled = [job for job in batch if job.cancelled]
+            for job in batch:
+                if not job.ended and not job.cancelled:
+                    self._queue.requeue(job)
+        for job in cancelled:
+            self._fail(job, Cancelled(f"{job.id} was cancelled"))
 
     def _drop_stopped(self, rows: Rows) -> list[int]:
         """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""
