@@ -24,8 +24,8 @@ _STITCH = 24
 _PRESERVE = 128
 """Bytes a drawn pixel while what an edit left alone is looked for: two pictures in float32, pyramids, gradients.
 
-Both as measured by `benchmarks/canvas.py`: the growth of the process, 125 bytes a pixel at 2048x2048 and 24 at 4096x4096
-(docs/log.md).
+Both as measured by `benchmarks/canvas.py`: the growth of the process, 125 bytes a pixel at 2048x2048, 19 at 4096x4096
+(24 once; docs/log.md).
 """
 
 
