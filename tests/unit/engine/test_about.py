@@ -13,7 +13,9 @@ from limner.weights.folder import read_settings
 
 
 def test_the_bundled_model_has_a_card_and_words() -> None:
-    about = about_model(ModelOptions(loras=(("styles/ink.safetensors", 0.8), ("owner/style-v1.5", 1.0), ("a/b.c/", 1.0))))
+    about = about_model(
+        ModelOptions(loras=(("styles/ink.safetensors", 0.8), ("owner/style-v1.5", 1.0), ("a/b.c/", 1.0)))
+    )
     assert about.card is not None
     assert about.card.startswith("# The bundled model")
     assert {"put", "cat", "snow"} <= set(about.words)

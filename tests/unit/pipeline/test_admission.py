@@ -87,7 +87,9 @@ def test_guidance_is_one_batch_where_all_of_it_fits(pipe: Pipeline, monkeypatch:
     admission = pipe._admission
     needed = admission.memory_for(workload, together=True)
     plain = admission.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=2)
-    assert needed > max(plain + 5 * 1600 * 1200, pipe.memory_for(workload))
+    assert needed > plain + 5 * 1600 * 1200
+    edit = replace(workload, canvas_pixels=0)
+    assert admission.memory_for(edit, together=True) > admission.memory_for(edit)
     memory = SimpleNamespace(available=needed)
     monkeypatch.setattr("limner.memory.free.psutil.virtual_memory", lambda: memory)
     assert admission.is_free(workload)
