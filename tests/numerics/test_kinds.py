@@ -134,6 +134,8 @@ def test_guidance(case: str, together: bool, base_folder: Path, base: Any, monke
         settings["num_images_per_prompt"] = 1
     seeds = range(3, 3 + settings["num_images_per_prompt"])
     expected = theirs(base, **settings, generator=generators(*seeds))
+    forwards = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
     out = pipe(
         **settings,
         num_inference_steps=4,
@@ -142,6 +144,8 @@ def test_guidance(case: str, together: bool, base_folder: Path, base: Any, monke
         output_type="np",
     )
     assert_same(out, expected)
+    two = not together or case == "negative tokens of another length"
+    assert len(forwards) == (8 if two and case != "guidance 1.0" else 4)
 
 
 def test_defaults_of_base_models(base_folder: Path, base: Any) -> None:

@@ -81,7 +81,7 @@ class Admission:
         """
         networks = self.networks
         fits = self.memory_for(workload, together=True) <= free_bytes(networks.device)
-        return networks.residency.limit is None and fits
+        return fits and not networks.residency.is_limited
 
     def check_limit(self, workload: Workload) -> None:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
