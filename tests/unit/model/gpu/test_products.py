@@ -15,7 +15,6 @@ from limner.model.lora import Branches, LowRank
 from limner.model.transformer import Transformer
 from limner.tokens import image_ids, reference_ids, text_ids
 
-
 HERE = torch.device("cpu"), torch.bfloat16
 
 
