@@ -235,6 +235,36 @@ def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
     assert judge(blurred, truth, references=(), renderer=renderer).success
 
 
+_RENDER = """
+import sys
+import world
+picture = world.Picture(
+    scene=world.Scene(name=sys.argv[2], variant=3),
+    stickers=(world.Sticker(glyph=world.STICKERS["fox"], scale=world.LARGE, column="right", row="top"),),
+    size=world.SIZES[1],
+)
+assert all(side % world.TOKEN == 0 for side in (*picture.stickers[0].box(picture.size), picture.stickers[0].scale))
+world.Renderer(world.Path("build/NotoColorEmoji.ttf")).render(picture).save(sys.argv[1])
+"""
+
+
+@needs_font
+@pytest.mark.parametrize("scene", ["beach", "room", "night sky", "city", "forest"])
+def test_a_world_of_twice_the_size_shows_the_same(scene: str, tmp_path: Path) -> None:
+    from judge import pixels, psnr
+
+    shown = []
+    for zoom in ("1", "2"):
+        run(sys.executable, "-c", _RENDER, tmp_path / f"{zoom}.png", scene, ZOOM=zoom)
+        shown.append(Image.open(tmp_path / f"{zoom}.png"))
+    small, large = shown
+    assert large.size == (320, 192)
+    shrunk = psnr(pixels(large.resize(small.size, Image.Resampling.LANCZOS)), pixels(small))
+    assert shrunk > 33
+    enlarged = psnr(pixels(small.resize(large.size, Image.Resampling.LANCZOS)), pixels(large))
+    assert enlarged < shrunk - 3  # there is more to see
+
+
 @needs_font
 def test_the_judge_sees_a_sticker_that_was_not_removed() -> None:
     from judge import judge
@@ -356,6 +386,39 @@ def test_tokens_know_their_sticker() -> None:
     assert grey.count_nonzero() == 13
     assert (mirrored[6:, 6:] == 2).all()
     assert mirrored.count_nonzero() == 4  # a robot looks straight ahead
+
+
+def test_results_of_two_models_are_not_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate
+
+    row = {"psnr": 30.0, "ssim": 0.9, "copy": 10.0}
+    row |= dict.fromkeys(("success", "sticker", "place", "form", "scene"), 1.0)
+    card, file = tmp_path / "card.md", tmp_path / "evaluation.json"
+    card.write_text("\n".join([*evaluate.MARKS, "between", *evaluate.CONTROL_MARKS]) + "\n")
+    monkeypatch.setattr(evaluate, "CARD", card)
+    made = {"cases": 2, "steps": 4, "model": "a", "dtype": "float32", "quantize": None, "kv_cache_dtype": None}
+    evaluate.write(file, {**made, "tasks": {"draw": row | {"nearest": 20.0}, "preserve": row | {"untouched": 35.0}}})
+    evaluate.write(file, {**made, "tasks": {"draw": row | {"psnr": 31.0}, "edit": row | {"untouched": 33.0}}})
+    tasks = json.loads(file.read_text())["tasks"]
+    assert [*tasks] == ["draw", "edit", "preserve"]
+    assert tasks["draw"] == row | {"psnr": 31.0, "nearest": 20.0}  # what was not measured again stays
+    text = card.read_text()
+    assert "between" in text
+    assert "| edit | all pixels that should stay, without `preserve` | 33.0 dB |" in text
+    assert "| preserve | all pixels that should stay | 35.0 dB |" in text
+    before = file.read_text()
+    for name, value in (
+        ("model", "b"),
+        ("dtype", "bfloat16"),
+        ("quantize", "int8"),
+        ("kv_cache_dtype", "int8"),
+        ("cases", 3),
+    ):
+        with pytest.raises(ValueError, match=rf"has edit, preserve made otherwise \({name} .*, now {value}\)"):
+            evaluate.write(file, {**made, name: value, "tasks": {"draw": row}})
+    assert file.read_text() == before
+    evaluate.write(file, {**made, "model": "b", "tasks": {"draw": row, "edit": row, "preserve": row}})
+    assert json.loads(file.read_text()) == {**made, "model": "b", "tasks": {"draw": row, "edit": row, "preserve": row}}
 
 
 @needs_font

@@ -127,6 +127,7 @@ class Networks:
         return Formats(
             itemsize=self.dtype.itemsize,
             quantize=self.transformer.quantization,
+            quantize_text=self.text_encoder.quantization is not None,
             kv=self.kv_cache_dtype,
             packed=self.device.type == "cpu" and has_int8_products(),
             anonymous=frozenset(name for name, part in parts.items() if not self.residency.mapped(part)),
@@ -165,8 +166,8 @@ class Networks:
             for part in (self.transformer, self.autoencoder, self.text_encoder):
                 with nullcontext() if is_cast else self.digests.moving(part):
                     part.to(target)
-                    if part is self.transformer:
-                        self.transformer.settle()
+                    if isinstance(part, (Transformer, TextEncoder)):
+                        part.settle()
         self.text_encoder.rebuild_rotary()
         self.adopt()
 

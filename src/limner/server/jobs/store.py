@@ -6,7 +6,7 @@ databases.
 
     tables                jobs, handles of references, which pictures they use, images made for each owner
     inputs/<digest>.png   pictures of requests (processed references, canvases, masks), each once, without loss
-    results/<id>-<n>.png  results, until they expire
+    results/<id>-<n>.png  results, until they expire; results/<id>-map<n>.png what an edit with `preserve` changed of them
     secret                key of signed URLs, 32 random bytes
 """
 
@@ -19,13 +19,14 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
 from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.records import Handle, Job, JobPictures, Status
-from limner.server.jobs.room import Room
+from limner.server.jobs.room import NOT_FORGOTTEN, Room
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -176,7 +177,7 @@ class JobStore:
     def of_owner(self, owner: str, *, limit: int = 50, before: float | None = None) -> list[Job]:
         """Return an owner's jobs, newest first; those created before a time, if one is given."""
         rows = self._rows(
-            "SELECT * FROM jobs WHERE owner = ? AND created < ? ORDER BY created DESC, id LIMIT ?",
+            f"SELECT * FROM jobs WHERE owner = ? AND created < ? AND {NOT_FORGOTTEN} ORDER BY created DESC, id LIMIT ?",
             owner,
             math.inf if before is None else before,
             limit,
@@ -212,18 +213,18 @@ class JobStore:
 
     # results
 
-    def write_results(self, id: str, files: Sequence[bytes], *, suffix: str) -> list[str]:
-        """Write the pictures of a job, each whole, unless the job has ended. Return their names."""
-        names = [f"{id}-{number}.{suffix}" for number in range(1, len(files) + 1)]
+    def write_results(self, id: str, files: Sequence[bytes], *, suffix: str, kind: str = "") -> list[str]:
+        """Write the pictures of a job, each whole, unless the job has ended. Return their names, with the kind in them."""
+        names = [f"{id}-{kind}{number}.{suffix}" for number in range(1, len(files) + 1)]
         with self._storage.transaction() as db:  # another process may have held the storage, and ended the job
             if db.execute("SELECT 1 FROM jobs WHERE id = ? AND status = 'pending'", (id,)).fetchone():
                 for name, data in zip(names, files, strict=True):
                     self._storage.write_file(f"results/{name}", data)
         return names
 
-    def read_result(self, job: Job, number: int) -> bytes | None:
-        """Return a picture of a ready job, counted from 1; None if it has expired or never was."""
-        names = job.result.get("files", [])
+    def read_result(self, job: Job, number: int, *, kind: Literal["files", "maps"] = "files") -> bytes | None:
+        """Return a picture of a ready job, or the map of one, counted from 1; None if it has expired or never was."""
+        names = job.result.get(kind, [])
         if job.status != "ready" or not 1 <= number <= len(names) or (job.expires or 0) <= self._clock():
             return None
         try:
@@ -256,9 +257,10 @@ class JobStore:
 
     # references
 
-    def pictures(self, job: Job) -> JobPictures:
+    def pictures(self, job: Job, *, with_mask: bool = True) -> JobPictures:
         """Return the stored pictures of a job. Raises `LimnerError` if a file is gone, damaged or changed."""
-        canvas, mask = (None if one is None else self.picture(one) for one in (job.canvas, job.mask))
+        wanted = (job.canvas, job.mask if with_mask else None)
+        canvas, mask = (None if one is None else self.picture(one) for one in wanted)
         return JobPictures(references=tuple(map(self.picture, job.references)), canvas=canvas, mask=mask)
 
     def picture(self, report: ReferenceReport) -> PreparedReference:

@@ -13,6 +13,7 @@ export class Change extends EventTarget {
   #preserve = byId("preserve");
   #able = { controls: [], max_canvas_pixels: Infinity, mask_blur: 8 };
   #first = null;
+  #editing = false;
   #shown = null; // what is drawn over the picture of image 1
 
   constructor(references, editor) {
@@ -88,7 +89,7 @@ export class Change extends EventTarget {
   #tell() {
     const { part } = this, change = this.#first?.change;
     const texts = {
-      mask: () => `${percent(change.mask.share)} of it is drawn anew, the rest stays to the pixel.`,
+      mask: () => `${percent(change.mask.share)} of it is drawn anew. Beyond its soft edge the rest stays to the pixel.`,
       margins: () => `New area: ${["left", "top", "right", "bottom"].map((side, i) => (change.margins[i] ? `${change.margins[i]} ${side}` : "")).filter(Boolean).join(", ")}.`,
     };
     const text = part ? texts[part]() : this.preserves ? "What the edit does not change stays to the pixel." : "All of it may change.";
@@ -110,7 +111,9 @@ export class Change extends EventTarget {
   }
 
   async #edit(mode) {
+    if (this.#editing) return; // a second click, before the picture is there
     const item = this.#first, before = item.change;
+    this.#editing = true;
     try {
       const picture = await pictureOf(await this.#source(item));
       const done = await this.editor.open(picture, {
@@ -123,6 +126,8 @@ export class Change extends EventTarget {
       this.#changed();
     } catch (error) {
       this.dispatchEvent(new CustomEvent("problem", { detail: error }));
+    } finally {
+      this.#editing = false;
     }
     byId(mode).focus();
   }
