@@ -39,6 +39,11 @@ class StepGraphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def num_graphs(self) -> int:
+        """How many are kept now."""
+        return len(self._graphs)
+
     def __call__(
         self,
         transformer: Transformer,

@@ -54,22 +54,8 @@ def on_device(layers: Sequence[AnyLayerKV], device: torch.device) -> Iterator[An
 
 
 def to_device(layers: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
-    """Return layers, or tokens, on a device.
-
-    To CUDA they are copied on a stream of its own. Work that is queued on the device later waits for them; the host does
-    not, if their memory is page-locked.
-    """
-    if device.type != "cuda" or layers[0][0].device.type != "cpu":
-        return tuple(layer.to(device) for layer in layers)
-    made = tuple(type(layer)(*(torch.empty_like(x, device=device) for x in layer)) for layer in layers)
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(main)  # what used this memory before
-    with torch.cuda.stream(side):
-        for there, layer in zip(made, layers, strict=True):
-            for to, x in zip(there, layer, strict=True):
-                to.copy_(x, non_blocking=True)
-    main.wait_stream(side)
-    return made
+    """Return layers, or tokens, on a device. To CUDA the host does not wait for copies out of page-locked memory."""
+    return tuple(layer.to(device, non_blocking=device.type == "cuda") for layer in layers)
 
 
 def to_host(layers: Sequence[Any], *, page_locked: bool) -> tuple[Any, ...]:

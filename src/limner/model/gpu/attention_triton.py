@@ -90,7 +90,7 @@ def _attend(
     _check(q, LayerKV(k, v), refs, out, biases=(ref_bias, own_bias))
     if q.numel() == 0:
         return out
-    q, k, v = (_last_contiguous(x) for x in (q, k, v))
+    q, k, v = (_readable(x) for x in (q, k, v))
     kr, vr, k_scale, v_scale, form = _as_kept(refs, q)
     capability = _ANY_CARD if interpreted() or torch.version.hip else torch.cuda.get_device_capability(q.device)
     tile = tile_for(capability, narrow=k_scale is not None)
@@ -142,8 +142,8 @@ def _attend(
 def _as_kept(refs: AnyLayerKV, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, str]:
     """Return k, v and their scales as the kernel reads them, and their format; fp8 as bytes."""
     if isinstance(refs, LayerKV):
-        return _last_contiguous(refs.k.to(q.dtype)), _last_contiguous(refs.v.to(q.dtype)), None, None, ""
-    k, v = _last_contiguous(refs.k), _last_contiguous(refs.v)
+        return _readable(refs.k.to(q.dtype)), _readable(refs.v.to(q.dtype)), None, None, ""
+    k, v = _readable(refs.k), _readable(refs.v)
     k_scale, v_scale = refs.k_scale.float().contiguous(), refs.v_scale.float().contiguous()
     if k.dtype == torch.int8:
         return k, v, k_scale, v_scale, "int8"
@@ -180,5 +180,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1), x.stride(2)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """A tensor (B, S, H, D) in a layout that the kernel reads: its offsets within an image are 32 bits wide."""
+    return x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 1 << 31 else x.contiguous()

@@ -56,7 +56,10 @@ def _attend_part(
     BIASED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One pass over `num` keys: the running sum of values, of weights, and the running maximum, in powers of 2."""
+    """One pass over `num` keys: the running sum of values, of weights, and the running maximum, in powers of 2.
+
+    Offsets of keys are 32 bits wide: `limner.model.gpu.attention_triton` copies what reaches further.
+    """
     column = tl.arange(0, DIM)
     for start in range(0, num, KEYS):
         row = start + tl.arange(0, KEYS)
@@ -135,7 +138,8 @@ def attend(
     head = tl.program_id(1) % heads
     column = tl.arange(0, DIM)
     here = row[:, None] < num_q
-    query = tl.load(q + image * q_image + head * q_head + row[:, None] * q_row + column[None, :], mask=here, other=0.0)
+    far = row[:, None].to(tl.int64)
+    query = tl.load(q + image * q_image + head * q_head + far * q_row + column[None, :], mask=here, other=0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)  # finite: keys that are left out at the start have the weight 0, not NaN
@@ -186,7 +190,7 @@ def attend(
         OWN_BIASED,
         WIDE,
     )
-    place = out + image * out_image + head * out_head + row[:, None] * out_row + column[None, :]
+    place = out + image * out_image + head * out_head + far * out_row + column[None, :]
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
 
 
@@ -255,7 +259,7 @@ def norm_rope(
     v is not copied. `q_out`, `k_out` and `v_out` may be a part of longer sequences.
     """
     image = (tl.program_id(0) // num).to(tl.int64)
-    token = tl.program_id(0) % num
+    token = (tl.program_id(0) % num).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     here = (head < heads)[:, None]
     place = head[:, None] * DIM + tl.arange(0, DIM)[None, :]
@@ -314,12 +318,18 @@ def gate(x, out, width, x_row, out_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_int8(x, values, scale, width, x_row, BLOCK: tl.constexpr):
-    """A row to int8 in [-127, 127] and its scale, rounded to 8 bits: as `limner.model.int8.quantize_rows` on a CPU."""
+def _wide_row(x, width, x_row, BLOCK: tl.constexpr):
+    """The number of this program's row, its columns, which of them are there, and its values in float32."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     here = column < width
-    wide = tl.load(x + row * x_row + column, mask=here, other=0.0).to(tl.float32)
+    return row, column, here, tl.load(x + row * x_row + column, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantize_int8(x, values, scale, width, x_row, BLOCK: tl.constexpr):
+    """A row to int8 in [-127, 127] and its scale, rounded to 8 bits: as `limner.model.int8.quantize_rows` on a CPU."""
+    row, column, here, wide = _wide_row(x, width, x_row, BLOCK)
     unit = tl.maximum(tl.max(tl.abs(wide), 0) / 127.0, 1e-30)
     bits = unit.to(tl.uint32, bitcast=True)  # to bfloat16 and back by hand: to the nearest, a tie to the even one
     unit = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -333,10 +343,7 @@ def quantize_int8(x, values, scale, width, x_row, BLOCK: tl.constexpr):
 @triton.jit
 def quantize_fp8(x, values, scale, width, x_row, BLOCK: tl.constexpr):
     """A row to fp8 (E4M3) in [-448, 448] and its scale in float32."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    here = column < width
-    wide = tl.load(x + row * x_row + column, mask=here, other=0.0).to(tl.float32)
+    row, column, here, wide = _wide_row(x, width, x_row, BLOCK)
     unit = tl.maximum(tl.max(tl.abs(wide), 0) / 448.0, 1e-30)
     unit += tl.sum(wide * 0.0, 0)
     narrow = tl.minimum(tl.maximum(wide / unit, -448.0), 448.0)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import torch
 
 __all__ = ["Tile", "available", "interpreted", "launch", "power_of_2", "source_digest", "tile_for", "use"]
 
+_logger = logging.getLogger("limner")
 _KERNELS = "limner.model.gpu.kernels"
 _SOURCE = Path(__file__).with_name("kernels.py")
 _loaded: ModuleType | None = None
@@ -51,7 +53,7 @@ def tile_for(capability: tuple[int, int], *, narrow: bool) -> Tile:
 
 
 def available(device: torch.device) -> bool:
-    """Return True if Triton is installed and a GPU of that kind is there: NVIDIA's Ampere or newer, or AMD's."""
+    """Return True if a kernel of Triton runs there: on NVIDIA's Ampere or newer, or AMD's. Tried once in a process."""
     if _interpreted:
         return True
     if device.type != "cuda":
@@ -65,7 +67,15 @@ def available(device: torch.device) -> bool:
 def _has_triton(device: torch.device) -> bool:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    x, out = torch.zeros(1, 32, device=device), torch.empty(1, 16, device=device)
+    try:
+        launch("gate", (1, 1), x, out, 16, 32, 16, BLOCK=16, device=device, num_warps=1)
+    except Exception as problem:  # no C compiler, or one of the types of Triton's own compilers
+        _logger.warning("Triton's kernels do not run on %s, torch's operators do: %s", device, problem)
+        return False
+    return True
 
 
 def interpreted() -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.pretend import PretendedDevice
 
 from limner.model import attention
-from limner.model.gpu import attention_triton, choice, launch, with_lse
+from limner.model.gpu import attention_triton, choice, fused, launch, products, with_lse
 from limner.model.kv import LayerKV, quantize_layer
 
 CUDA = torch.device("cuda", 0)
@@ -110,6 +111,28 @@ def test_attention_on_a_card_is_checked_and_measured(monkeypatch: pytest.MonkeyP
     assert attention._choose_on_gpu(cpu, torch.bfloat16, 64) == "flash"
     monkeypatch.setattr(choice, "attention_candidates", lambda *a: ["cudnn", "sdpa"])
     assert attention._choose_on_gpu(cpu, torch.bfloat16, 64) == "sdpa"
+
+
+def test_a_card_where_triton_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, pretended: PretendedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a C compiler: torch's kernels are merged by torch's operators, and the log says why."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_found", {})
+    for module in (launch, fused, attention_triton):
+        monkeypatch.setattr(module, "launch", refuse)
+    monkeypatch.setattr(choice, "_takes", lambda name, device, dtype, dim: name in ("flash", "triton"))
+    monkeypatch.setattr(choice, "seconds", lambda device, call: call() is None)
+    assert attention.choose_kernel.__wrapped__(pretended.device, torch.bfloat16, 64) == "flash"
+    with torch.no_grad():
+        assert products.quantize(torch.ones(2, 64, device=pretended.device), torch.int8)[0].shape == (2, 64)
+    (said,) = [one.getMessage() for one in caplog.records if "Triton's kernels do not run" in one.message]
+    assert said.endswith("cuda:0, torch's operators do: Failed to find C compiler")
 
 
 def test_versions_of_flash_attention_are_activated_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,27 @@ def test_attention_without_references_and_with_left_out_ones() -> None:
     assert attend(q, k, v, references=kept, kernel="triton")[:, :, 0].isnan().all()
 
 
+def test_tokens_that_lie_far_apart() -> None:
+    """Offsets of over 2^31 values, as views of long sequences have them. Memory that is not touched is not taken."""
+    memory = torch.empty((1 << 31) + 64, dtype=torch.float16)
+    far = memory.as_strided((1, 3, 2, 16), (1 << 31, 1 << 30, 16, 1))
+    x, k, v = views(1, 3, 2, 16, dtype=torch.float16, num=3)
+    angle, weight = torch.randn(3, 8), torch.rand(16).half()
+    rope, found = (angle.cos(), angle.sin()), torch.empty(1, 3, 2, 16).half()
+    near = torch.empty_like(found)
+    far.copy_(x)
+    fused.norm_rope([far], [weight], [found], eps=1e-6, table=rope)
+    fused.norm_rope([x], [weight], [near], eps=1e-6, table=rope)
+    assert torch.equal(found, near)
+    expected = attend(x, k, v, kernel="triton")
+    assert torch.equal(attend(far, k, v, kernel="triton"), expected)
+    attention_triton.attend(x, k, v, out=far)
+    assert torch.equal(far, expected)
+    on_meta = torch.empty_strided((1, 3, 2, 16), (1 << 31, 1 << 30, 16, 1), device="meta")  # of keys: copied
+    assert attention_triton._readable(on_meta).is_contiguous()
+    assert attention_triton._readable(on_meta[:, :1]).stride(1) == 1 << 30
+
+
 def test_attention_is_one_operator_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = views(1, 9, 2, 16, dtype=torch.float32, num=3)
     plain = LayerKV(*views(1, 7, 2, 16, dtype=torch.float32, num=2))
