@@ -78,7 +78,7 @@ def _status(name: str) -> int:
 def planned(side: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that `limner.memory` counts for the activations of a picture."""
     workload = Workload(size=(side, side), references=((side, side),))
-    phases = phase_bytes(MODELS["klein-4b"].geometry, workload, formats=Formats(itemsize=dtype.itemsize))
+    phases = phase_bytes(MODELS["klein-4b"], workload, formats=Formats(itemsize=dtype.itemsize))
     return {"decode": phases["decode"], "encode": phases["encode references"]}
 
 
