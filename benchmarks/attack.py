@@ -15,7 +15,9 @@ back within 10 %.
     .venv/bin/python benchmarks/attack.py -o benchmarks/results/attack.json
     .venv/bin/python benchmarks/attack.py --attacks crumbs jobs --seconds 5
 
-`--add` keeps what the file of `-o` has of other attacks: so all can be tried in parts.
+Each entry says the command and the date of its run, and the median of the idle server that it was judged by. The file is
+written after each attack; what it lacks is in its "not_run". `--add` keeps what the file of `-o` has of other attacks: so
+all can be tried in parts.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,8 @@ def judge(report: dict[str, Any], idle: dict[str, Any]) -> dict[str, Any]:
         missed += ["pause"] if pause >= _PAUSE else []
     if report["mib_after"] > _MEMORY * report["mib_before"]:
         missed.append("memory")
-    return report | {"pause": pause, "missed": missed}
+    run = {"command": shlex.join(sys.argv), "date": machine()["date"], "idle_p50": idle["p50"]}
+    return report | {"pause": pause, "missed": missed} | run
 
 
 def certificate(folder: Path) -> tuple[str, ...]:
@@ -140,12 +144,24 @@ def line(report: dict[str, Any]) -> str:
     )
 
 
+def kept(file: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of a file but those of some attacks and of idle servers, each with the run that it is of."""
+    run = {"command": file["command"], "date": file["date"]}  # of entries that do not say it
+    idle = [one["p50"] for one in file["attacks"] if one["attack"] == "idle"]
+    if len(set(idle)) == 1:
+        run["idle_p50"] = idle[0]
+    return [run | one for one in file["attacks"] if one["attack"] not in ("idle", *names)]
+
+
 def summary(reports: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The file: of the last run, and all attacks that are there; "not_run" are the others."""
+    there = {one["attack"] for one in reports}
     return {
         "benchmark": "attack",
         **machine(),
         "command": shlex.join(sys.argv),
         "seconds_of_each": seconds,
+        "not_run": [name for name in ATTACKS if name not in there],
         "missed": {one["attack"]: one["missed"] for one in reports if one["missed"]},
         "median_of_medians": round(statistics.median(one["p50"] for one in reports if one["p50"]), 3),
         "attacks": reports,
@@ -163,7 +179,7 @@ def main() -> None:
         parser.error("--add needs the file of --output")
     reports: list[dict[str, Any]] = []
     if args.add and args.output.exists():
-        reports = [one for one in json.loads(args.output.read_text())["attacks"] if one["attack"] not in args.attacks]
+        reports = kept(json.loads(args.output.read_text()), args.attacks)
     print("{:>18} {:>5} {:>5} {:>7} {:>7} {:>8} {:>7} {:>11} {:>10}  {}".format(*COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as base, hanging() as hang:
         folder = Path(base)
@@ -187,7 +203,7 @@ def main() -> None:
             finally:
                 attacked.server.stop()
     report = summary(reports, args.seconds)
-    print(json.dumps({name: report[name] for name in ("benchmark", "device", "date", "missed")}))
+    print(json.dumps({name: report[name] for name in ("benchmark", "device", "date", "not_run", "missed")}))
     sys.exit(bool(report["missed"]))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner.errors import InvalidRequest
+from limner.pipeline.control import MASK_BLUR
 from limner.requests import Control
 
 from .pictures import to_mask, to_pictures
@@ -21,14 +22,13 @@ from .references import KeptReferences
 __all__ = ["control_inputs", "control_of", "read_weights"]
 
 _MAX_SIDE = 8192
-_MASK_BLUR = 8
 _SIDES = ("left", "top", "right", "bottom")
 
 
 def control_inputs() -> dict[str, Any]:
     """The optional inputs; what is left at its default asks for nothing."""
     side = {"default": 0, "min": 0, "max": _MAX_SIDE}
-    blur = {"default": _MASK_BLUR, "min": 0, "max": 1024, "tooltip": "pixels over which the repainted place fades out"}
+    blur = {"default": MASK_BLUR, "min": 0, "max": 1024, "tooltip": "pixels over which the repainted place fades out"}
     crop = {
         "default": -1,
         "min": -1,
@@ -63,7 +63,7 @@ def control_of(
     canvas: Tensor | None = None,
     strength: float = 1.0,
     preserve: str = "off",
-    mask_blur: int = _MASK_BLUR,
+    mask_blur: int = MASK_BLUR,
     padding_mask_crop: int = -1,
     reference_weights: str = "",
     reference_guidance: float = 1.0,
@@ -90,6 +90,7 @@ def control_of(
     if mask is None and not {"strength", "preserve", "expand"} & found.keys():
         if canvas is not None:
             raise InvalidRequest("canvas", "is connected, and nothing says what of it is repainted; connect a mask too")
+        _check_unused(mask_blur, padding_mask_crop)
         return found
     found["canvas"] = picture = _canvas(references, canvas)
     if mask is not None:
@@ -98,7 +99,18 @@ def control_of(
         found["mask_blur"] = mask_blur
         if padding_mask_crop >= 0:
             found["padding_mask_crop"] = padding_mask_crop
+    else:
+        _check_unused(mask_blur, padding_mask_crop)
     return found
+
+
+def _check_unused(mask_blur: int, padding_mask_crop: int) -> None:
+    """Raise `InvalidRequest` if either is not at its default: without a mask or new area they mean nothing."""
+    for name, value, default in (("mask_blur", mask_blur, MASK_BLUR), ("padding_mask_crop", padding_mask_crop, -1)):
+        if value != default:
+            raise InvalidRequest(
+                name, f"{value} needs a mask, or new pixels at a side; connect one, or leave it at {default}"
+            )
 
 
 def _canvas(references: KeptReferences, canvas: Tensor | None) -> Image.Image:

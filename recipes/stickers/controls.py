@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from judge import NewArea, pixels, psnr
 from limner.images import expand_canvas
 from tasks import NUM_VARIANTS, Example, Grammar
-from world import GRID, STICKERS, Picture, Renderer, Sticker
+from world import GRID, STICKERS, TOKEN, Picture, Renderer, Sticker
 
 CONTROLS = ("mask", "outpaint", "preserve")
 Box = tuple[int, int, int, int]
@@ -26,7 +26,7 @@ LEAST_KEPT = 4 * GRID
 """What is left of each side at least."""
 CONTINUE_WORDS = ("continue the picture", "extend the picture", "more of the scene", "the whole scene")
 """Prompts that leave it to the picture what is beside it; only training has them."""
-BESIDE = GRID // 2
+BESIDE = TOKEN // 2
 """Pixels beside a change of the truth, half a token, where no model can tell what is still old from what is new."""
 EVERYTHING = 0.01
 """Where less than this share is left, untouched pixels are not measured."""
@@ -62,7 +62,7 @@ class Control(Example):
         else:
             mask = expand_canvas(Image.new("RGB", _size(self.known)), expand=self.expand).mask > 0
         height, width = mask.shape
-        return mask.reshape(height // GRID, GRID, width // GRID, GRID).any((1, 3))
+        return mask.reshape(height // TOKEN, TOKEN, width // TOKEN, TOKEN).any((1, 3))
 
     def mask(self) -> np.ndarray:
         """Return what is repainted, (height, width) uint8 of 0 and 255."""

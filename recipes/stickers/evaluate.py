@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from controls import CONTROLS, Control, control_cases, untouched
 from judge import Pixels, judge, pixels, psnr
 from limner import Pipeline
 from tasks import Example, Grammar
-from world import HELD_OUT, STICKERS, Picture, Renderer
+from world import HELD_OUT, SIZES, STICKERS, Picture, Renderer
 
 TASKS = ("draw", "edit", "combine2", "combine3", "combine4", "held_out")
 DIFFERENT = 8 / 255
@@ -127,6 +128,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         quantize=args.quantize,
+        quantize_text=args.quantize_text,
         kv_cache_dtype=args.kv_cache_dtype,
     )
     rows, digests = [], {}
@@ -173,7 +175,7 @@ def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[
 
 def sheet(rows: list[list[Image.Image]]) -> Image.Image:
     """Pictures in rows, the last two of each (result, truth) in columns of their own."""
-    columns, side = max(len(row) for row in rows), 164
+    columns, side = max(len(row) for row in rows), 4 + max(itertools.chain(*SIZES))
     image = Image.new("RGB", (columns * side, len(rows) * side), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--quantize", choices=("int8",), help="weights and activations of the transformer")
+    parser.add_argument("--quantize-text", action="store_true", help="the same of the text encoder")
     parser.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="format of kept K/V")
     parser.add_argument(
         "--ceiling", action="store_true", help="judge the truth, encoded and decoded: what no transformer can beat"

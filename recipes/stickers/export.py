@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -38,8 +39,9 @@ SAMPLES = {
 
 @torch.no_grad()
 def fit_preview(vae: AutoencoderKLFlux2, tokens: Tensor) -> LatentPreview:
-    """The map from latents of 128x128 pictures, tokens (n, 64, C), to what the decoder makes of them, at an eighth."""
-    latents = unpack(tokens.float(), grid=(8, 8))
+    """The map from latents of square pictures, tokens (n, S, C), to what the decoder makes of them, at an eighth."""
+    side = math.isqrt(tokens.shape[1])
+    latents = unpack(tokens.float(), grid=(side, side))
     autoencoder = Autoencoder(vae.float().eval())
     pictures = torch.cat([autoencoder.decode(autoencoder.denormalise(part)) for part in latents.split(32)])
     return LatentPreview.fit(latents, F.avg_pool2d((pictures / 2 + 0.5).clamp(0, 1), 8))
@@ -109,7 +111,7 @@ def main() -> None:
         "default_size": list(SIZES[0]),
         "sizes": [list(size) for size in SIZES],
         "default_dtype": "float32",
-        "max_reference_pixels": 128 * 128,
+        "max_reference_pixels": math.prod(SIZES[0]),
         "words": vocabulary(),
         "latent_preview": {
             "weight": [[round(w, 4) for w in row] for row in preview.weight.tolist()],

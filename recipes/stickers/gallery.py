@@ -12,9 +12,9 @@ from common import find_font
 from evaluate import TASKS, cases
 from limner import Pipeline
 from tasks import Example
-from world import Renderer
+from world import SIZES, Renderer
 
-SIDE, GAP, TEXT, MOST = 128, 8, 220, 4
+SIDE, GAP, TEXT, MOST = SIZES[0][0], 8, 220, 4
 FIRST_SEED = 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from judge import other_forms, told_forms
 from limner.tokens import pack, patchify, unpack, unpatchify
 from tasks import Example, Grammar
 from train_autoencoder import pixels
-from world import GRID, HELD_OUT, STICKERS, Picture, Renderer
+from world import HELD_OUT, SIZES, STICKERS, TOKEN, Picture, Renderer
 
 MAX_TOKENS = 48
 ENOUGH_PROMPTS = 20000
@@ -85,13 +86,14 @@ def encode(vae: AutoencoderKLFlux2, pictures: list[torch.Tensor]) -> torch.Tenso
 def sensitivity(vae: AutoencoderKLFlux2, tokens: torch.Tensor, *, seed: int) -> torch.Tensor:
     """The squared error of pixels in [0, 1] that a unit squared error of each token channel costs, (C,).
 
-    `tokens` (n, 64, C) are pictures of 128x128. Measured: noise of deviation 0.2 in one channel, then the decoder.
+    `tokens` (n, S, C) are square pictures. Measured: noise of deviation 0.2 in one channel, then the decoder.
     """
     generator = torch.Generator().manual_seed(seed)
     mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    side = math.isqrt(tokens.shape[1])
 
     def decode(x: torch.Tensor) -> torch.Tensor:
-        return vae.decode(unpatchify(unpack(x * std + mean, grid=(8, 8)))).sample
+        return vae.decode(unpatchify(unpack(x * std + mean, grid=(side, side)))).sample
 
     tokens = tokens.float()
     plain, costs = decode(tokens), []
@@ -131,13 +133,13 @@ class Pictures:
 
         And the sticker of each token (2, S), counted from 1. 0: no sticker, or one that cannot be told from its other form.
         """
-        width, height = (side // GRID for side in picture.size)
+        width, height = (side // TOKEN for side in picture.size)
         owners = torch.zeros(2, height, width, dtype=torch.int8)
         found = [picture, picture]
         for i, sticker in enumerate(picture.stickers):
             told = told_forms(picture, i, self._renderer)
-            x, y = (start // GRID for start in sticker.box(picture.size))
-            side = sticker.scale // GRID
+            x, y = (start // TOKEN for start in sticker.box(picture.size))
+            side = sticker.scale // TOKEN
             for which, form in enumerate(other_forms(picture, i)):
                 owners[which, y : y + side, x : x + side] = i + 1 if form in told else 0
                 if form in told:
@@ -164,9 +166,9 @@ class Pictures:
 
 
 def results(data: dict[str, Any], num: int) -> torch.Tensor:
-    """Tokens (num, 64, C) of the first results of 128x128 pixels in a training set."""
-    numbers = [n for sitting in data["sittings"] if sitting["size"] == (128, 128) for n in sitting["results"]]
-    tokens: torch.Tensor = data["tokens"][128, 128][numbers[:num]]
+    """Tokens (num, S, C) of the first square results in a training set."""
+    numbers = [n for sitting in data["sittings"] if sitting["size"] == SIZES[0] for n in sitting["results"]]
+    tokens: torch.Tensor = data["tokens"][SIZES[0]][numbers[:num]]
     return tokens
 
 
@@ -238,7 +240,7 @@ def main() -> None:
         if control is not None:  # what is drawn of it, and where its part is: other sittings have neither
             if control.expand is not None:
                 references = [Part(control.result, control.known)]
-                more["origins"] = [(control.known[1] // GRID, control.known[0] // GRID)]
+                more["origins"] = [(control.known[1] // TOKEN, control.known[0] // TOKEN)]
             more["drawn"] = torch.from_numpy(control.drawn_tokens().reshape(1, -1))
         return {
             "task": task,

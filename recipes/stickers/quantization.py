@@ -26,6 +26,8 @@ FORMATS = {
     "bfloat16, K/V in int8": ("--dtype", "bfloat16", "--kv-cache-dtype", "int8"),
     "bfloat16, int8 weights and activations": ("--dtype", "bfloat16", "--quantize", "int8"),
     "the same, K/V in int8": ("--dtype", "bfloat16", "--quantize", "int8", "--kv-cache-dtype", "int8"),
+    "bfloat16, int8 text encoder": ("--dtype", "bfloat16", "--quantize-text"),
+    "bfloat16, int8 transformer and text encoder": ("--dtype", "bfloat16", "--quantize", "int8", "--quantize-text"),
 }
 
 

@@ -61,9 +61,9 @@ def batch(rng: random.Random, renderer: Renderer, glyphs: list[int], size: int) 
 
 
 def watched(renderer: Renderer) -> torch.Tensor:
-    """The pictures that every autoencoder is judged on, (48, 3, 128, 128)."""
+    """The pictures that every autoencoder is judged on, (48, 3, height, width), all square."""
     rng, glyphs = random.Random("0/evaluation"), [*STICKERS.values()] * 8 + renderer.unnamed_glyphs()
-    pictures = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == (128, 128)][:48]
+    pictures = [p for p in (random_picture(rng, glyphs) for _ in range(200)) if p.size == SIZES[0]][:48]
     return torch.stack([pixels(renderer.render(p)) for p in pictures])
 
 

@@ -1,24 +1,33 @@
 """The world of the bundled model: colour stickers on procedural scenes, as a scene graph that renders to pixels.
 
 Owns the sticker names, the scenes, the `Picture` value and its rendering. Knows nothing of prompts, tasks or models.
-Everything is snapped to the 16 pixel grid of the latent tokens (8x autoencoder, 2x2 patches), so that moving a sticker
-moves whole tokens.
+Everything is snapped to the grid of the latent tokens, so that moving a sticker moves whole tokens.
 """
 
 from __future__ import annotations
 
 import colorsys
 import functools
+import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-GRID = 16
-SIZES = ((128, 128), (160, 96), (96, 160))
-SMALL, MEDIUM, LARGE = 32, 48, 64
+Colour = tuple[int, int, int]
+TOKEN = 16
+"""Pixels of a latent token along each side (8x autoencoder, 2x2 patches)."""
+ZOOM = int(os.environ.get("ZOOM", "1"))
+"""1: pictures of 128x128 pixels; 2: the same ones of 256x256. All parts of a model are made with the same."""
+if ZOOM not in (1, 2):
+    raise ValueError(f"ZOOM is {ZOOM}, not 1 or 2")
+GRID = TOKEN * ZOOM
+"""Everything stands on a grid of so many pixels."""
+SIZES = tuple((width * GRID, height * GRID) for width, height in ((8, 8), (10, 6), (6, 10)))
+SMALL, MEDIUM, LARGE = 2 * GRID, 3 * GRID, 4 * GRID
 SCALES = (SMALL, MEDIUM, LARGE)
 COLUMNS = ("left", "center", "right")
 ROWS = ("top", "middle", "bottom")
@@ -166,7 +175,7 @@ class Sticker:
     grey: bool = False
 
     def box(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Top left corner in pixels, a multiple of the token grid."""
+        """Top left corner in pixels, a multiple of the grid."""
         free = (size[0] - self.scale, size[1] - self.scale)
         steps = (COLUMNS.index(self.column), ROWS.index(self.row))
         return (free[0] * steps[0] // 2 // GRID * GRID, free[1] * steps[1] // 2 // GRID * GRID)
@@ -178,7 +187,7 @@ class Picture:
 
     scene: Scene
     stickers: tuple[Sticker, ...] = ()
-    size: tuple[int, int] = (128, 128)
+    size: tuple[int, int] = SIZES[0]
 
     def with_sticker(self, index: int, **changes: object) -> Picture:
         stickers = list(self.stickers)
@@ -262,16 +271,39 @@ def _shift_hue(image: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (h.point(lambda x: int(x + 255 * turn) % 256), s, v)).convert("RGB")
 
 
+class Pen:
+    """Draw on an image whose pixels are `ZOOM` to a unit, along each side."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self._draw = ImageDraw.Draw(image)
+
+    def ellipse(self, box: Sequence[float], *, fill: Colour) -> None:
+        self._draw.ellipse(_zoomed(box), fill=fill)
+
+    def rectangle(self, box: Sequence[float], *, fill: Colour, outline: Colour | None = None, width: int = 1) -> None:
+        self._draw.rectangle(_zoomed(box), fill=fill, outline=outline, width=width * ZOOM)
+
+    def polygon(self, corners: Sequence[float], *, fill: Colour) -> None:
+        self._draw.polygon(_zoomed(corners), fill=fill)
+
+    def line(self, ends: Sequence[float], *, fill: Colour, width: int) -> None:
+        self._draw.line(_zoomed(ends), fill=fill, width=width * ZOOM)
+
+
+def _zoomed(lengths: Sequence[float]) -> tuple[float, ...]:
+    return tuple(length * ZOOM for length in lengths)
+
+
 def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
-    """Render one scene at twice the size, then shrinks it."""
+    """Render one scene at twice the size, then shrink it. Lengths here are in halves of a pixel of 128x128 pictures."""
     rng = random.Random(f"{scene.name}/{scene.variant}")
     jitter = 0.0 if scene.variant == 0 else 1.0
 
     def vary(amount: float) -> float:
         return jitter * rng.uniform(-amount, amount)
 
-    width, height = size[0] * 2, size[1] * 2
-    big = (width, height)
+    width, height = size[0] * 2 // ZOOM, size[1] * 2 // ZOOM
+    big = (size[0] * 2, size[1] * 2)
     name = scene.name
     if name in PLAIN:
         r, g, b = (c / 255 for c in PLAIN[name])
@@ -286,7 +318,7 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
     sun_x, sun_y = width * (0.8 + vary(0.15)), height * (0.17 + vary(0.06))
     if name == "beach":
         image = _vertical(big, [(0, (110, 190, 240)), (horizon / height, (190, 228, 248))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         draw.ellipse((sun_x - 24, sun_y - 24, sun_x + 24, sun_y + 24), fill=(255, 226, 110))
         draw.rectangle((0, horizon, width, height), fill=(54, 148, 190))
         shore = horizon + round(height * (0.14 + vary(0.04)))
@@ -296,27 +328,27 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         image = _vertical(
             big, [(0, (150, 200, 236)), (0.35, (206, 230, 244)), (0.36, (40, 110, 170)), (1, (16, 58, 112))]
         )
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         for i in range(4):
             y = height * (0.48 + 0.13 * i) + vary(8)
             draw.line((0, y, width, y), fill=(70, 140, 196), width=5)
     elif name == "night sky":
         image = _vertical(big, [(0, (10, 14, 44)), (1, (44, 48, 104))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         for i in range(14):
             x, y = width * ((i * 0.7549 + 0.07 + vary(0.02)) % 1), height * ((i * 0.5698 + 0.1 + vary(0.02)) % 1)
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(250, 246, 210))
         draw.ellipse((sun_x - 26, sun_y - 26, sun_x + 26, sun_y + 26), fill=(244, 238, 200))
     elif name == "meadow":
         image = _vertical(big, [(0, (124, 196, 240)), (1, (214, 236, 250))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         cx = width * (0.25 + vary(0.2))
         draw.ellipse((cx - 34, sun_y - 14, cx + 34, sun_y + 14), fill=(250, 252, 254))
         draw.ellipse((-width * 0.4, horizon - 10, width * 0.9, height * 1.9), fill=(112, 190, 88))
         draw.ellipse((width * 0.3, horizon, width * 1.5, height * 2), fill=(88, 168, 72))
     elif name == "snow":
         image = _vertical(big, [(0, (168, 190, 214)), (1, (222, 232, 242))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         draw.polygon(
             (width * (0.1 + vary(0.1)), horizon, width * 0.38, height * (0.2 + vary(0.05)), width * 0.7, horizon),
             fill=(132, 150, 178),
@@ -325,7 +357,7 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
     elif name == "room":
         warm = round(vary(24))
         image = Image.new("RGB", big, (226, 206 + warm // 2, 180 - warm))
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         floor = round(height * (0.72 + vary(0.06)))
         draw.rectangle((0, floor, width, height), fill=(150, 104, 70))
         draw.rectangle((0, floor, width, floor + 8), fill=(244, 236, 224))
@@ -335,7 +367,7 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         )
     elif name == "city":
         image = _vertical(big, [(0, (250, 190, 140)), (0.7, (250, 224, 190)), (1, (250, 224, 190))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         street = round(height * 0.86)
         for i in range(6):
             x = width * i / 6
@@ -345,13 +377,13 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         draw.rectangle((0, street, width, height), fill=(92, 92, 98))
     elif name == "desert":
         image = _vertical(big, [(0, (246, 206, 140)), (1, (252, 236, 196))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         draw.ellipse((sun_x - 26, sun_y - 26, sun_x + 26, sun_y + 26), fill=(255, 250, 226))
         draw.ellipse((-width * 0.5, horizon - 4, width * 0.8, height * 2), fill=(224, 164, 96))
         draw.ellipse((width * 0.2, horizon + 14, width * 1.6, height * 2), fill=(206, 140, 76))
     elif name == "forest":
         image = _vertical(big, [(0, (166, 206, 190)), (1, (120, 168, 140))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         ground = round(height * (0.78 + vary(0.05)))
         for i in range(6):
             x = width * (i + 0.5) / 6 + vary(8)
@@ -362,7 +394,7 @@ def draw_scene(scene: Scene, size: tuple[int, int]) -> Image.Image:
         draw.rectangle((0, ground, width, height), fill=(84, 112, 62))
     elif name == "sunset":
         image = _vertical(big, [(0, (88, 60, 120)), (0.35, (226, 104, 96)), (horizon / height, (252, 190, 110))])
-        draw = ImageDraw.Draw(image)
+        draw = Pen(image)
         cx = width * (0.5 + vary(0.25))
         draw.ellipse((cx - 34, horizon - 34, cx + 34, horizon + 34), fill=(255, 232, 150))
         draw.rectangle((0, horizon, width, height), fill=(70, 50, 84))

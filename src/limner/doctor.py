@@ -6,7 +6,6 @@ Loads no model and changes nothing; the native kernels are built if they have no
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from limner.errors import first_line
 from limner.version import __version__
 
 __all__ = ["Report", "examine"]
@@ -51,6 +51,8 @@ def examine() -> Report:
     notes: list[str] = []
     problems: list[str] = []
     groups = {"versions": _versions(notes, problems)}
+    if not problems:
+        _import_torch(problems)
     if not problems:
         groups["devices"] = _devices(notes)
         groups["kernels"] = _kernels(notes)
@@ -105,6 +107,16 @@ def _versions(notes: list[str], problems: list[str]) -> dict[str, str]:
     return found
 
 
+def _import_torch(problems: list[str]) -> None:
+    """Add a problem if torch is installed but cannot be imported, as where a library of CUDA is missing."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        problems.append(
+            f"torch cannot be imported ({first_line(error)}); pip install --force-reinstall torch, a build for this machine"
+        )
+
+
 def _devices(notes: list[str]) -> dict[str, str]:
     import torch
 
@@ -151,18 +163,20 @@ def _kernels(notes: list[str]) -> dict[str, str]:
 
 def _room(notes: list[str]) -> dict[str, str]:
     import psutil
+    from huggingface_hub import constants
 
     from limner.memory.free import free_bytes
 
     def gib(number: float) -> str:
         return f"{number / 2**30:.1f} GiB"
 
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (hub, *hub.parents) if folder.exists())
     disk = shutil.disk_usage(there)
     if disk.free < _MODEL_BYTES:
         notes.append(
-            f"{hub} has {gib(disk.free)} free; klein-9b takes {gib(_MODEL_BYTES)}. HF_HOME names another folder"
+            f"{hub} has {gib(disk.free)} free; klein-9b takes {gib(_MODEL_BYTES)}. HF_HOME or HF_HUB_CACHE names another "
+            "folder"
         )
     return {
         "memory": f"{gib(free_bytes())} free of {gib(psutil.virtual_memory().total)}",

@@ -46,10 +46,17 @@ def _remade(kind: type[LimnerError], args: tuple[object, ...]) -> LimnerError:
 class InvalidRequest(LimnerError, ValueError):
     """A value of the request is not allowed: `field`, the value, what is allowed and a remedy are in the message."""
 
-    def __init__(self, field: str, problem: str) -> None:
+    def __init__(self, field: str, problem: str, *, code: str | None = None, index: int | None = None) -> None:
+        """`code` is a word for programs, where they can remedy it; `index` says which value of a list it is, from 0."""
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+        self.code = code
+        self.index = index
+
+    def of(self, field: str) -> InvalidRequest:
+        """Return the error with another name for its field."""
+        return InvalidRequest(field, self.problem, code=self.code, index=self.index)
 
 
 class CheckpointError(LimnerError):

@@ -192,6 +192,9 @@ class ModelOptions(ReferenceOptions):
     quantize: Quantization | None = option(
         None, help="make the transformer's weights and activations int8", group="model"
     )
+    quantize_text: bool = option(
+        False, help="make the text encoder's weights and activations int8, with --quantize or alone", group="model"
+    )
     loras: tuple[tuple[str, float], ...] = option(
         (),
         help="a LoRA: file, folder or hub id, and its strength (default: 1); again for more",

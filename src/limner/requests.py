@@ -16,9 +16,13 @@ from limner.images import Picture, PreparedReference
 from limner.images.mask import MaskSource
 
 __all__ = [
+    "CONTROL_FIELDS",
     "CONTROL_VALUES",
     "MAX_PROMPT_CHARACTERS",
     "MAX_STEPS",
+    "OF_MASKS",
+    "REFERENCE_CONTROLS",
+    "REPAINTING",
     "Control",
     "EditRequest",
     "PrefillRequest",
@@ -49,22 +53,21 @@ class Control(TypedDict, total=False):
     preserve: str | None
 
 
-CONTROL_VALUES = (
-    "strength",
-    "expand",
-    "mask_blur",
-    "padding_mask_crop",
-    "preserve",
-    "reference_weights",
-    "reference_guidance",
-)
+REPAINTING = ("mask_image", "expand", "strength", "preserve")
+"""What of `Control` asks for a picture to be repainted: `canvas`, or else the first reference."""
+OF_MASKS = ("mask_blur", "padding_mask_crop")
+"""How it is repainted; they need mask_image or expand."""
+REFERENCE_CONTROLS = ("reference_weights", "reference_guidance")
+"""How much references count. All others are of the canvas."""
+CONTROL_VALUES = ("strength", "expand", *OF_MASKS, "preserve", *REFERENCE_CONTROLS)
 """What of `Control` is no picture: values of JSON."""
+CONTROL_FIELDS = {"mask": "mask_image", "canvas": "canvas", **{name: name for name in CONTROL_VALUES}}
+"""What callers who write no Python call them: options, rows of a manifest, fields of a body."""
 
 
 def repaints(control: Mapping[str, Any], *, mask: object = None) -> bool:
     """Return whether a picture is repainted. `mask`: one that is not in `control` yet."""
-    asked = (mask, *(control.get(name) for name in ("mask_image", "expand", "strength", "preserve")))
-    return any(value is not None for value in asked)
+    return any(value is not None for value in (mask, *map(control.get, REPAINTING)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,5 +133,6 @@ def check_prompt(text: object, *, allow_empty: bool = False) -> None:
 
 def with_mask(error: InvalidRequest) -> InvalidRequest:
     """Return an error in the words of callers whose field for `mask_image` is `mask`."""
-    field = "mask" if error.field == "mask_image" else error.field
+    name, *file = error.field.split(" ", 1)
+    field = " ".join(["mask" if name == "mask_image" else name, *file])
     return InvalidRequest(field, error.problem.replace("mask_image", "mask"))

@@ -59,6 +59,15 @@ def attacks() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def benchmark(attacks: ModuleType) -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("attack")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
 def hang(attacks: ModuleType) -> Iterator[str]:
     with attacks.hanging() as origin:
         yield origin
@@ -77,6 +86,43 @@ def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, hang: st
 
 def test_all_are_tried(attacks: ModuleType) -> None:
     assert set(NAMES) == set(attacks.ATTACKS)
+
+
+def test_a_file_of_several_runs_says_which_is_of_which_and_what_is_not_run(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was aborted looked whole, and what `--add` kept looked as old as the last run."""
+
+    def seen(attack: str, p50: float) -> dict[str, Any]:
+        times = {"p50": p50, "worst": p50, "ping_p50": 0.001, "ping_worst": 0.002, "mib_before": 1.0, "mib_after": 1.0}
+        return {"attack": attack, "jobs": 3, "problems": [], **times}
+
+    monkeypatch.setattr(sys, "argv", ["attack.py", "--attacks", "crumbs", "jobs"])
+    monkeypatch.setattr(benchmark, "machine", lambda: {"device": "a", "date": "2026-01-01"})
+    idle = seen("idle", 0.2)
+    first = benchmark.summary([benchmark.judge(one, idle) for one in (idle, seen("crumbs", 0.3))], 8.0)
+    assert set(first["not_run"]) == set(NAMES) - {"crumbs"}  # aborted before "jobs"
+    monkeypatch.setattr(sys, "argv", ["attack.py", "--attacks", "jobs", "--add"])
+    monkeypatch.setattr(benchmark, "machine", lambda: {"device": "a", "date": "2026-01-02"})
+    idle, late = seen("idle", 0.5), seen("jobs", 2.4)
+    old = benchmark.kept(first, ["jobs"])
+    added = benchmark.summary([*old, *(benchmark.judge(one, idle) for one in (idle, late))], 8.0)
+    told = [tuple(one[name] for name in ("attack", "date", "idle_p50", "missed")) for one in added["attacks"]]
+    assert told == [("crumbs", "2026-01-01", 0.2, []), ("idle", "2026-01-02", 0.5, []), ("jobs", "2026-01-02", 0.5, [])]
+    assert added["attacks"][0]["command"] == "attack.py --attacks crumbs jobs"
+    assert added["date"] == "2026-01-02"
+    assert set(added["not_run"]) == set(NAMES) - {"crumbs", "jobs"}
+    bare = {**first, "attacks": [{"attack": name, "p50": 0.2, "missed": []} for name in ("idle", "crumbs", "jobs")]}
+    assert benchmark.kept(bare, ["jobs"]) == [
+        {
+            "attack": "crumbs",
+            "p50": 0.2,
+            "missed": [],
+            "command": first["command"],
+            "date": "2026-01-01",
+            "idle_p50": 0.2,
+        }
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # a decoder warns of what it reads; a server logs that

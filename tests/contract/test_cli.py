@@ -120,6 +120,18 @@ def test_generate(files: Path, tiny_folder: Path) -> None:
     assert read_metadata(files / "out.jpg")["dtype"] == "bfloat16"
 
 
+def test_without_a_name_pictures_get_numbers_that_are_free(files: Path, tiny_folder: Path) -> None:
+    (files / "limner-2.png").write_bytes(b"mine")
+    words = ("generate", "a dog", "--size", "64x64", "--steps", 1, "--num-images", 2, "--model", tiny_folder)
+    for numbers in ((3, 4), (5, 6)):
+        done = run(*words, "--json", cwd=files)
+        assert done.returncode == 0, done.stderr
+        outputs = json.loads(done.stdout)["outputs"]
+        assert [output["file"] for output in outputs] == [f"limner-{number}.png" for number in numbers]
+        assert [read_metadata(files / output["file"])["seed"] for output in outputs] == [o["seed"] for o in outputs]
+    assert (files / "limner-2.png").read_bytes() == b"mine"
+
+
 def test_says_what_was_cut_from_the_prompt(files: Path, tiny_folder: Path) -> None:
     done = run("generate", "a dog " * 60 + "zebra", "-o", files / "out.png", "--size", "64x64", "--model", tiny_folder)
     assert done.returncode == 0

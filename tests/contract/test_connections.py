@@ -21,7 +21,7 @@ from limner import Pipeline
 from limner.errors import OutputError
 from limner.server import descriptors
 from limner.server.access import bodies
-from limner.server.http.connection import HastyProtocol
+from limner.server.http.connection import HastyProtocol, Intake
 from limner.server.jobs import offload, sqlite
 
 
@@ -190,6 +190,25 @@ def test_a_body_in_crumbs_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
         assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 800, 1) == b"HTTP/1.1 200"
         assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 300_000, 256) == b"HTTP/1.1 200"
         assert status(b'{"prompt": "a", "width": 64, "height": 64}' + b" " * 300_000, 1) == b"HTTP/1.1 400"
+
+
+def test_a_caller_who_sends_no_chunk_makes_nobody_wait(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is there before the body, and what follows is none: uvicorn raises where it would send its 400."""
+    is_open = Intake.is_open
+    monkeypatch.setattr(Intake, "is_open", lambda intake, loop: is_open(intake, loop) and False)  # as in a crowd
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with Served(pipe, tmp_path / "data") as served:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+                connection.sendall(head)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+                connection.sendall(b"zz\r\n")
+                with contextlib.suppress(ConnectionError):
+                    while connection.recv(65536):
+                        pass
+            assert httpx.get(f"{served.url}/healthz", timeout=20).status_code == 200
 
 
 def test_slow_bodies_of_one_owner_stop_no_other(

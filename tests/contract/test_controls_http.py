@@ -148,6 +148,8 @@ def test_a_mask_with_a_handle_alone(served: Served) -> None:
     assert field == "mask"
     assert "it is 101x83 and the canvas 96x80; scale it to the canvas' size: that of image 1 as it is kept" in message
     assert "as canvas" in message
+    body = {"prompt": "a", "references": handle["id"], "mask": text(half_mask())}
+    assert served.http.post("/v1/edit", json=body).json()["detail"][0]["type"] == "size"
 
 
 def test_masks_share_references_and_batches(

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from tests.support.serving import ANNA, KEYS, Served, text
+from PIL import Image
+from tests.support.jobs import POLICY, job
+from tests.support.serving import ANNA, KEYS, Served, png, text
+from tests.support.tiny import picture
 
 from limner import Pipeline
+from limner.images import PreparedReference, ReferenceReport, picture_of_mask, prepare_canvas
 from limner.server.access.limits import LimitPolicy
+from limner.server.jobs import records
+from limner.server.jobs.records import JobPictures
+from limner.server.jobs.store import JobStore
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,17 @@ def test_the_first_request_builds_nothing(tiny_folder: Path, tmp_path: Path, mon
         assert served.http.get("/openapi.json").content == document.content  # made once
 
 
+def test_many_who_ask_for_the_document_at_once_have_it_made_once(tiny_folder: Path, tmp_path: Path) -> None:
+    served = Served(Pipeline.from_pretrained(tiny_folder), tmp_path / "data")
+    make, made = served.app.openapi, []
+    served.app.openapi = lambda: made.append(time.sleep(0.05)) or make()  # type: ignore[method-assign,func-returns-value]
+    with served:
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: served.http.get("/openapi.json").content, range(8)))
+        assert len(set(answers)) == 1
+        assert len(made) == 1
+
+
 BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
     "40,000 names, one twice": (lambda: names(40_000), 400),
     "1,000,000 unknown fields": (lambda: names(1_000_000), 400),
@@ -112,3 +133,55 @@ def test_no_form_holds_the_loop(served: Served, path: str, inside: bytes) -> Non
     pause = longest_pause(served, lambda: answers.append(httpx.post(url, content=body, headers=headers, timeout=60)))
     assert answers[0].status_code in (400, 422), answers[0].text[:300]
     assert pause < 1.0
+
+
+def test_a_mask_is_converted_beside_the_loop_and_read_back_only_after_a_restart(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 16 million pixels takes a while each time."""
+    threads: list[str] = []
+    convert = records.mask_of_picture
+
+    def noted(mask: PreparedReference) -> np.ndarray:
+        threads.append(threading.current_thread().name)
+        return convert(mask)
+
+    monkeypatch.setattr(records, "mask_of_picture", noted)
+    values = np.zeros((64, 64), np.uint8)
+    values[:, :32] = 255
+    mask, canvas = picture_of_mask(values), prepare_canvas(picture(64, 64), policy=POLICY)
+    jobs, control = JobStore(tmp_path / "data"), {"mask_blur": 4}
+    left, _ = jobs.add(
+        job(canvas=canvas.report, mask=mask.report, control=control, num_inference_steps=1),
+        JobPictures(references=(), canvas=canvas, mask=mask).all,
+    )
+    jobs.close()
+    with Served(pipe, tmp_path / "data") as served:
+        end = time.monotonic() + 60
+        while (found := served.service.jobs.get(left.id)).status == "pending":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert found.status == "ready", found.result
+        assert len(threads) == 1
+        read: list[str] = []
+        original = JobStore.picture
+
+        def kept(store: JobStore, report: ReferenceReport) -> PreparedReference:
+            read.append(report.digest)
+            return original(store, report)
+
+        monkeypatch.setattr(JobStore, "picture", kept)
+        body = {"prompt": "a", "num_inference_steps": 1, "canvas": text(png()), "mask": text(png_of(values))}
+        answer = served.http.post("/v1/edit", json=body)
+        assert answer.status_code == 200, answer.text
+        assert served.poll(answer.json()["id"])["status"] == "Ready"
+    assert len(threads) == 2
+    assert all(name.startswith("limner-files") for name in threads)
+    assert mask.report.digest not in read
+    assert len(read) == 1  # the canvas, for the checks
+
+
+def png_of(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -269,7 +269,7 @@ def test_nothing_to_convert(tiny_folder: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_part_without_int8(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "convert", tiny_folder / "vae", "-o", tmp_path / "x", "--to", "int8")
-    assert (code, "int8 is a layout of the transformer" in err) == (2, True)
+    assert (code, "int8 is a layout of the transformer and the text encoder" in err) == (2, True)
 
 
 def test_the_model_folder_says_what_a_file_does_not(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.promql import read_series, series_of
 from tests.support.serving import Served
 
 from limner.cli.main import build_parser
@@ -135,7 +136,17 @@ def test_dashboard_and_rules_ask_for_metrics_that_exist(pipe: Pipeline, tmp_path
     rules = yaml.safe_load((PACKAGING / "prometheus" / "rules.yml").read_text())
     asked = expressions(dashboard) + expressions(rules)
     assert len(asked) > 25
+    instances = [one | {"instance": "here", "job": "limner"} for one in read_series(text)]
+    up = {"__name__": "up", "instance": "here", "job": "limner"}
+    failed = [one | {"status": "500"} for one in instances if one.get("status") == "200"]
+    series = [up, *instances, *failed]
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        found = series_of(rule["expr"], series)
+        assert found, f"{rule['expr']}: gives nothing, whatever the values"
+        if "record" in rule:
+            series += [one | {"__name__": rule["record"]} for one in found]
     for expression in asked:
+        assert series_of(expression.replace("$instance", ".*"), series), expression
         for name in re.findall(r"limner[:\w]+", expression.replace('job="limner"', "")):
             assert name in given, f"{expression}: {name}"
         for selector in re.findall(r"\{(.*?)\}", expression):
@@ -146,3 +157,42 @@ def test_dashboard_and_rules_ask_for_metrics_that_exist(pipe: Pipeline, tmp_path
     assert tuple(recorded) == RECORDED
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("expression", "labels"),
+    [
+        ('a_total{tier="memory"}', [{"__name__": "a_total", "tier": "memory", "job": "x"}]),
+        ('a_total{tier=~"d.*"} > 1', [{"__name__": "a_total", "tier": "disk", "job": "x"}]),
+        ("sum without (tier) (rate(a_total[5m]))", [{"job": "x"}]),
+        ("sum by (tier) (a_total)", [{"tier": "memory"}, {"tier": "disk"}]),
+        ("b_total < 0.5 and rate(a_total[5m]) > 0", []),
+        ("b_total < 0.5 and ignoring (tier) rate(a_total[5m]) > 0", [{"__name__": "b_total", "job": "x"}]),
+        ("b_total and on (job) a_total", [{"__name__": "b_total", "job": "x"}]),
+        ("60 * rate(b_total[5m]) / b_total", [{"job": "x"}]),
+        ("rate(a_total[5m]) / rate(b_total[5m])", []),
+        ("b_total unless b_total or b_total", [{"__name__": "b_total", "job": "x"}]),
+    ],
+)
+def test_series_are_matched_by_their_labels(expression: str, labels: list[dict[str, str]]) -> None:
+    known = read_series(
+        '# HELP a_total A\na_total{tier="memory",job="x"} 1.0\na_total{tier="disk",job="x"} 0.0\nb_total{job="x"} 2\n'
+    )
+    assert series_of(expression, known) == labels
+
+
+def test_a_match_of_many_to_one_is_refused() -> None:
+    known = read_series('a{tier="memory"} 1\na{tier="disk"} 1\nb 1\n')
+    with pytest.raises(ValueError, match="several series match one"):
+        series_of("a / ignoring (tier) b", known)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
+def test_promtool_sees_the_alerts_fire() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", PACKAGING / "prometheus" / "rules_test.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -192,6 +192,39 @@ def test_runs_and_the_form_survive_a_reload(open_page) -> None:
     assert seen.count("POST", "/v1/references") == 1  # the handle was kept, nothing was sent again
 
 
+def test_what_is_compared_is_what_was_chosen_last(open_page) -> None:
+    """A picture that comes late is not shown under the name of another, nor one of before in place of one that does not."""
+    page, _ = open_page()
+    add(page, flat((255, 0, 0), "red.png"))
+    draw(page, variations=2)
+    held: list[sync_api.Route] = []
+    page.route("**/v1/jobs/*/references/1.png", lambda route: held.append(route))
+    page.reload()
+    ready(page)
+    page.locator("button.picture").first.click()
+    job = page.locator(".card").get_attribute("data-id")
+    shown = "(e) => e.decode().then(() => e.src, () => 'none')"
+    assert page.input_value("#compare-a") == f"{job}/reference/1"
+    page.select_option("#compare-a", f"{job}/2")
+    second = page.locator(".card .picture img").nth(1).evaluate("(e) => e.src")
+    page.wait_for_function("(src) => document.querySelector('#picture-a').src === src", arg=second)
+    assert held
+    held.pop().continue_()
+    page.wait_for_function("() => document.querySelector('.thumbs img').naturalWidth")
+    assert page.locator("#picture-a").evaluate(shown) == second
+    page.unroute("**/v1/jobs/*/references/1.png")
+    page.route("**/v1/jobs/*/references/1.png", lambda route: route.abort())
+    page.reload()
+    ready(page)
+    page.locator("button.picture").first.click()
+    page.select_option("#compare-a", f"{job}/2")
+    page.wait_for_function("(src) => document.querySelector('#picture-a').src === src", arg=second)
+    page.select_option("#compare-a", f"{job}/reference/1")
+    expect(page.locator("#announce")).to_contain_text("reference, image 1 cannot be shown: The server does not answer.")
+    assert page.locator("#picture-a").evaluate(shown) == "none"
+    assert page.locator("#picture-a").get_attribute("alt").endswith(", which cannot be shown")
+
+
 def test_two_pictures_are_compared_by_keyboard(open_page) -> None:
     page, _ = open_page()
     add(page, flat((255, 0, 0), "red.png"))

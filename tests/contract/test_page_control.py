@@ -172,20 +172,21 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
     page, _ = open_page()
     add(page, file(picture(128, 96, seed=4), "a.png"))
     page.click("#paint")
-    assert page.locator("#mask-undo").is_disabled()
-    page.locator("#brush").evaluate("(e) => { e.value = 12; e.dispatchEvent(new Event('input')); }")
+    expect(page.locator("#mask-undo")).to_be_disabled()
+    page.locator("#brush").evaluate("(e) => { e.value = 20; e.dispatchEvent(new Event('input')); }")
     stroke(page, (0.25, 0.5), (0.75, 0.5))
     line = tint(page)
     left, top, right, bottom = box_of(line)
-    assert abs(left - (32 - 6)) <= 2
-    assert abs(right - (96 + 6)) <= 2
-    assert abs(top - 42) <= 2
-    assert abs(bottom - 54) <= 2
+    assert abs(left - (32 - 10)) <= 2
+    assert abs(right - (96 + 10)) <= 2
+    assert abs(top - (48 - 10)) <= 2
+    assert abs(bottom - (48 + 10)) <= 2
     page.locator("label:has([value=rectangle])").click()
     stroke(page, (0.0, 0.0), (0.25, 0.25))
     both = tint(page)
     assert both[:23, :31].all()
     assert (both & ~line)[25:].sum() == 0
+    assert line[40, 64]  # which the eraser has to take away
     page.click("#erase")
     stroke(page, (0.0, 0.0), (1.0, 0.5))
     assert not tint(page)[:47].any()
@@ -214,7 +215,71 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
     page.mouse.up(button="right")
     dot = ~tint(page) & inverted
     assert dot[9, 64]
-    assert abs(dot.sum() - np.pi * 6**2) < 40
+    assert abs(dot[:, :96].sum() - np.pi * 10**2) < 60
+
+
+def test_escape_gives_up_what_the_mouse_has_begun(open_page) -> None:
+    page, _ = open_page()
+    add(page, file(picture(128, 96, seed=4), "a.png"))
+    page.click("#paint")
+    stroke(page, (0.1, 0.1), (0.2, 0.1))
+    before = tint(page)
+    assert before.any()
+    for tool in ("rectangle", "brush"):
+        page.locator(f"label:has([value={tool}])").click()
+        page.mouse.move(*paper(page, x=0.4, y=0.4))
+        page.mouse.down()
+        page.mouse.move(*paper(page, x=0.6, y=0.6), steps=3)
+        page.keyboard.press("Escape")
+        page.mouse.move(*paper(page, x=0.8, y=0.8), steps=3)
+        page.mouse.up()
+        assert (tint(page) == before).all(), tool
+        expect(page.locator("#editor")).to_be_visible()
+        expect(page.locator("#board-rectangle")).to_be_hidden()
+    page.click("#mask-undo")
+    assert not tint(page).any()  # what was given up is no step
+    page.click("#mask-redo")
+    page.locator("label:has([value=extend])").click()
+    box = page.locator(".handle.at-right:not(.corner)").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1], steps=3)
+    assert page.input_value("#expand-right") != "0"
+    page.keyboard.press("Escape")
+    page.mouse.up()
+    assert page.input_value("#expand-right") == "0"
+    expect(page.locator("#editor")).to_be_visible()
+    page.keyboard.press("Escape")  # nothing is begun
+    expect(page.locator("#editor")).to_be_hidden()
+    expect(page.locator("#change-state")).to_contain_text("is drawn anew")
+
+
+def test_two_clicks_open_the_editor_once(open_page) -> None:
+    """The picture of the second click would come while the first one's is painted on, and take what is painted."""
+    page, _ = open_page()
+    add(page, file(picture(128, 96, seed=4), "a.png"))
+    expect(page.locator("#change")).to_be_visible()
+    page.evaluate(
+        """() => {
+            const read = window.createImageBitmap;
+            let calls = 0;
+            const late = new Promise((resolve) => { window.goOn = () => resolve(); });
+            window.createImageBitmap = async (file) => { if (calls++) await late; return read(file); };
+            for (const id of ["paint", "extend", "paint"]) document.getElementById(id).click();
+        }"""
+    )
+    stroke(page, (0.3, 0.3), (0.5, 0.5))
+    before = tint(page)
+    page.evaluate("() => { window.goOn(); return new Promise((resolve) => setTimeout(resolve, 200)); }")
+    assert (tint(page) == before).all()
+    expect(page.locator("#editor-state")).to_contain_text("is painted")
+    page.click("#editor-done")
+    expect(page.locator("#editor")).to_be_hidden()
+    expect(page.locator("#change-state")).to_contain_text("is drawn anew")
+    expect(page.locator("#error")).to_be_hidden()
+    page.click("#extend")
+    expect(page.locator("#expand-left")).to_be_visible()
 
 
 def test_the_frame_is_dragged_and_the_picture_stays_in_it(open_page, server: str) -> None:
@@ -469,3 +534,36 @@ def test_a_mask_outlives_a_reload_where_its_picture_does(open_page) -> None:
     expect(page.locator("#change-state")).to_contain_text("is drawn anew")
     page.click("#paint")
     assert (tint(page) == before).all()
+
+
+def test_the_last_save_of_a_draft_counts_and_a_slider_saves_when_it_rests(open_page) -> None:
+    """The mask of the first save takes long to encode: the second is there before."""
+    page, _ = open_page()
+    add(page, file(picture(128, 128, seed=8), "a.png"))
+    page.click("#paint")
+    stroke(page, (0.3, 0.3), (0.5, 0.5))
+    page.click("#editor-done")
+    page.wait_for_function("() => JSON.parse(sessionStorage.getItem('limner.draft'))?.part?.mask")
+    page.evaluate(
+        """() => {
+            const encode = HTMLCanvasElement.prototype.toBlob;
+            window.encoded = 0;
+            HTMLCanvasElement.prototype.toBlob = function (done, kind) {
+                const late = window.encoded++ === 0 ? 700 : 0;
+                encode.call(this, (blob) => setTimeout(() => { done(blob); window.ended = (window.ended ?? 0) + 1; }, late), kind);
+            };
+        }"""
+    )
+    prompt = "(text) => { const e = document.querySelector('#prompt'); e.value = text; e.dispatchEvent(new Event('change', {bubbles: true})); }"
+    saved = "JSON.parse(sessionStorage.getItem('limner.draft')).values.prompt"
+    page.evaluate(prompt, "first")
+    page.wait_for_function("() => window.encoded === 1")
+    page.evaluate(prompt, "second")
+    page.wait_for_function("() => window.ended === 2")
+    page.evaluate("() => new Promise((resolve) => setTimeout(resolve, 50))")
+    assert page.evaluate(saved) == "second"
+    page.locator("#references .weight input").evaluate(
+        "(e) => { for (let n = 0; n < 20; n++) { e.value = n / 20; e.dispatchEvent(new Event('input')); } }"
+    )
+    page.wait_for_function("() => JSON.parse(sessionStorage.getItem('limner.draft')).weights[0] === 0.95")
+    assert page.evaluate("window.encoded") == 3

@@ -104,6 +104,14 @@ def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "out.png").exists()
 
 
+def test_one_stdin_is_no_prompt_for_several() -> None:
+    done = torchrun(2, "-m", "limner", "edit", "-", "-i", SAMPLES / "cat.png")
+    assert done.returncode != 0
+    assert said(done) == [
+        "limner: PROMPT: - reads one stdin, and torchrun started several processes; give the prompt as a word"
+    ]
+
+
 def test_one_that_fails_ends_all(tmp_path: Path) -> None:
     program = """
         import os, sys
@@ -132,6 +140,7 @@ def test_one_that_fails_ends_all(tmp_path: Path) -> None:
         (["batch", "rows.jsonl", "-o", "out"], "batch: runs in one process, and torchrun started 2"),
         (["refs", "ls"], "refs: runs in one process, and torchrun started 2"),
         (["edit"], "the following arguments are required"),
+        (["--seed=4", "edit"], "--seed: belongs behind the command"),
     ],
 )
 def test_what_does_not_run_under_torchrun(

@@ -27,6 +27,13 @@ def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["peak"] == max(phase["total"] for phase in found["phases"].values())
     assert found["peaks"]["whole"] == found["peak"] > found["peaks"]["parts"] >= found["peaks"]["layers"]
     assert found["options"] == "--model FOLDER, one that limner quantize wrote"
+    assert main([*words, "--quantize-text", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["options"] == "--model FOLDER, one that limner quantize --quantize-text wrote"
+    assert both["components"]["text_encoder weights"] < 0.65 * found["components"]["text_encoder weights"]
+    assert main(["plan", "--quantize-text", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["options"] == "--text-encoder FOLDER, one that limner convert --part text_encoder --to int8 wrote"
 
 
 def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
@@ -37,7 +44,7 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert main([*words, "--memory", "24GiB", "--device", "cuda"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["quantize"], found["device"], found["staging"]) == (None, "cuda", "parts")
-    assert found["options"] == "--memory-limit 24GiB"
+    assert found["options"] == "--device cuda --memory-limit 24GiB"
     assert found["peak"] <= 24 << 30
     assert found["host"] > 28 << 30
     assert main(["plan", "--model", str(tiny_folder), "--json"]) == 0
@@ -45,6 +52,16 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert found["components"]["transformer weights"] < 1 << 20
     assert main(["plan"]) == 0
     assert "bundled on cpu" in capsys.readouterr().out
+
+
+def test_plan_reads_which_parts_are_int8(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(tiny_folder), "-o", str(tmp_path / "int8"), "--quantize-text", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["text_encoder_nbytes"] > 0
+    for folder, quantize, text in ((tiny_folder, None, False), (tmp_path / "int8", "int8", True)):
+        assert main(["plan", "--model", str(folder), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["quantize"], found["quantize_text"]) == (quantize, text)
 
 
 def test_plan_counts_canvases_and_further_forwards(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from tests.support.serving import opened, png, text
 from tests.support.tiny import generators, picture
 
@@ -136,6 +138,24 @@ def test_each_reference_set_is_prefilled_once_and_pictures_are_those_of_one_proc
     image = [picture(64, 64, seed=2), picture(64, 64, seed=9)]
     expected = pipe("a red ball", image=image, width=64, height=64, generator=generators(7)).images[0]
     assert np.abs(deployed.pixels(found[7]) - np.asarray(expected).astype(int)).max() <= 2  # batches round otherwise
+
+
+def test_a_mask_and_weights_come_through(deployed: Deployed, tiny_folder: Path) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    drawn = io.BytesIO()
+    mask.save(drawn, "PNG")
+    control = {"mask_blur": 0, "reference_weights": [1, 0.5]}
+    asked = {"input_image": text(png(seed=2)), "input_image_2": text(png(seed=9)), "mask": text(drawn.getvalue())}
+    found = deployed.pixels(deployed.poll(deployed.submit(**asked, **control, seed=3)))
+    image = [picture(64, 64, seed=2), picture(64, 64, seed=9)]
+    pipe = Pipeline.from_pretrained(tiny_folder)
+    expected = pipe("a red ball", image=image, mask_image=mask, generator=generators(3), **control, **SIZE).images[0]
+    assert np.abs(found - np.asarray(expected).astype(int)).max() <= 2
+    changed = (found != np.asarray(image[0]).astype(int)).any(-1)
+    assert changed[16:48, 16:48].mean() > 0.9
+    changed[16:48, 16:48] = False
+    assert not changed.any()
 
 
 def test_a_killed_replica_loses_no_accepted_job(deployed: Deployed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import Image
 from tests.support.serving import ANNA, BOB, KEYS, Served, Words, opened, png, text, types
 
 from limner import Pipeline, ReferenceStore
@@ -272,3 +274,28 @@ def test_handles_outlive_a_restart(served: Served, pipe: Pipeline, tmp_path: Pat
     served.stop()
     with Served(pipe, tmp_path / "data", keys=KEYS) as after:
         assert after.draw(references=made["id"])["result"]["limner"]["reference_cache"] == "memory"
+
+
+def test_a_program_sees_what_is_wrong_with_which_picture(served: Served) -> None:
+    """In words for programs: the page asks what stands behind a transparent picture."""
+    sheer = io.BytesIO()
+    Image.new("RGBA", (64, 64), (1, 2, 3, 99)).save(sheer, "PNG")
+
+    def problem(*files: bytes) -> dict[str, Any]:
+        answer = served.http.post("/v1/references", files=[("image", (f"{i}.png", f)) for i, f in enumerate(files)])
+        assert answer.status_code == 422, answer.text
+        return dict(answer.json()["detail"][0])
+
+    told = problem(png(), sheer.getvalue())
+    assert (told["loc"], told["type"]) == (["body", "image", 1], "transparent")
+    assert told["msg"].startswith("image: picture 2: it is transparent in places")
+    assert (problem(sheer.getvalue())["loc"], problem(sheer.getvalue())["type"]) == (["body", "image"], "transparent")
+    told = problem(png(20, 20), png())
+    assert (told["loc"], told["type"]) == (["body", "image", 0], "http_422")
+    answer = served.http.post(
+        "/v1/images/edits",
+        data={"prompt": "a"},
+        files=[("image[]", ("a.png", png())), ("image[]", ("b.png", sheer.getvalue()))],
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "image[]", "transparent")

@@ -235,6 +235,36 @@ def test_the_judge_accepts_the_truth_and_names_what_is_wrong() -> None:
     assert judge(blurred, truth, references=(), renderer=renderer).success
 
 
+_RENDER = """
+import sys
+import world
+picture = world.Picture(
+    scene=world.Scene(name=sys.argv[2], variant=3),
+    stickers=(world.Sticker(glyph=world.STICKERS["fox"], scale=world.LARGE, column="right", row="top"),),
+    size=world.SIZES[1],
+)
+assert all(side % world.TOKEN == 0 for side in (*picture.stickers[0].box(picture.size), picture.stickers[0].scale))
+world.Renderer(world.Path("build/NotoColorEmoji.ttf")).render(picture).save(sys.argv[1])
+"""
+
+
+@needs_font
+@pytest.mark.parametrize("scene", ["beach", "room", "night sky", "city", "forest"])
+def test_a_world_of_twice_the_size_shows_the_same(scene: str, tmp_path: Path) -> None:
+    from judge import pixels, psnr
+
+    shown = []
+    for zoom in ("1", "2"):
+        run(sys.executable, "-c", _RENDER, tmp_path / f"{zoom}.png", scene, ZOOM=zoom)
+        shown.append(Image.open(tmp_path / f"{zoom}.png"))
+    small, large = shown
+    assert large.size == (320, 192)
+    shrunk = psnr(pixels(large.resize(small.size, Image.Resampling.LANCZOS)), pixels(small))
+    assert shrunk > 33
+    enlarged = psnr(pixels(small.resize(large.size, Image.Resampling.LANCZOS)), pixels(large))
+    assert enlarged < shrunk - 3  # there is more to see
+
+
 @needs_font
 def test_the_judge_sees_a_sticker_that_was_not_removed() -> None:
     from judge import judge

@@ -1,7 +1,7 @@
 """What a row of a manifest repaints, and how much its references count: its fields, and the request that they stand for.
 
-Owns the names of these fields, and how their files are found. What they mean, and whether they fit together, is
-`limner.pipeline`'s.
+Owns how their files are found. Their names are `limner.requests`'; what they mean, what they may be, and whether they
+fit together, is `limner.pipeline`'s.
 """
 
 from __future__ import annotations
@@ -16,41 +16,29 @@ from limner.errors import InvalidRequest
 from limner.images.sources import open_picture
 from limner.pipeline import Pipeline
 from limner.pipeline.canvas import Canvas
-from limner.pipeline.control import check_strength
 from limner.pipeline.together import canvases_of
-from limner.requests import Control, EditRequest
+from limner.requests import CONTROL_FIELDS, Control, EditRequest, repaints, with_mask
 
-__all__ = ["CONTROL_FIELDS", "canvas_values", "open_row", "read_control", "renamed", "repaints_first", "row_warnings"]
+__all__ = ["canvas_values", "open_row", "read_control", "renamed", "repaints_first", "row_warnings"]
 
 _FILES = ("mask", "canvas")
-CONTROL_FIELDS = {
-    "mask": "mask_image",
-    "canvas": "canvas",
-    "expand": "expand",
-    "strength": "strength",
-    "preserve": "preserve",
-    "mask_blur": "mask_blur",
-    "padding_mask_crop": "padding_mask_crop",
-    "reference_weights": "reference_weights",
-    "reference_guidance": "reference_guidance",
-}
-"""The fields of a row, and what they are called in a call."""
 
 
 def read_control(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those fields of a row, by their names there; what is null is left out.
 
-    Raises `InvalidRequest` for what is wrong with one of them by itself.
+    Raises `InvalidRequest` for one that is of another type than rows have.
     """
     found = {name: values[name] for name in CONTROL_FIELDS if values.get(name) is not None}
     for name, value in found.items():
-        _CHECKS[name](name, value)
+        if (check := _CHECKS.get(name)) is not None:
+            check(name, value)
     return found
 
 
 def repaints_first(fields: Mapping[str, Any]) -> bool:
     """Whether the first reference of a row is repainted."""
-    return "canvas" not in fields and any(not name.startswith("reference_") for name in fields)
+    return "canvas" not in fields and repaints({CONTROL_FIELDS[name]: value for name, value in fields.items()})
 
 
 def open_row(
@@ -75,11 +63,10 @@ def open_row(
 
 
 def renamed(error: InvalidRequest) -> InvalidRequest:
-    """Return an error of a call under the name that its field has in a row."""
-    names = {name: field for field, name in CONTROL_FIELDS.items()} | {"image 1": "references"}
-    for name, field in names.items():
-        if error.field == name or error.field.startswith(f"{name} "):
-            return InvalidRequest(field + error.field.removeprefix(name), error.problem)
+    """Return an error of a call in the words that a row has for its fields."""
+    error = with_mask(error)
+    if error.field == "image 1" or error.field.startswith("image 1 "):
+        return InvalidRequest("references" + error.field.removeprefix("image 1"), error.problem)
     return error
 
 
@@ -121,28 +108,9 @@ def _check_expand(name: str, value: Any) -> None:
         raise InvalidRequest(name, f'{_short(value)} is not [left, top, right, bottom] or {{"size": [width, height]}}')
 
 
-def _check_strength(name: str, value: Any) -> None:
-    check_strength(value)
-
-
-def _check_preserve(name: str, value: Any) -> None:
-    if value != "auto":
-        raise InvalidRequest(name, f"{_short(value)} is not 'auto'; leave it out for none")
-
-
-def _check_pixels(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidRequest(name, f"{_short(value)} is not a whole number of pixels from 0")
-
-
 def _check_weights(name: str, value: Any) -> None:
     if not isinstance(value, list):
         raise InvalidRequest(name, f"{_short(value)} is not a list of numbers, one for each reference")
-
-
-def _check_guidance(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise InvalidRequest(name, f"{_short(value)} is not a number")
 
 
 def _short(value: object) -> str:
@@ -154,10 +122,6 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mask": _check_file,
     "canvas": _check_file,
     "expand": _check_expand,
-    "strength": _check_strength,
-    "preserve": _check_preserve,
-    "mask_blur": _check_pixels,
-    "padding_mask_crop": _check_pixels,
     "reference_weights": _check_weights,
-    "reference_guidance": _check_guidance,
 }
+"""Types that a call takes and a row does not. The pipeline checks the rest."""

@@ -19,7 +19,7 @@ from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
 from limner.errors import InvalidRequest, LimnerError, OutputError
-from limner.images import FORMATS, encode, prepare_references
+from limner.images import FORMATS, Picture, encode, prepare_references
 from limner.mentions import missing_pictures
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.pipeline.repaint import ImageReport
@@ -58,15 +58,23 @@ class Drawer:
             yield result
 
     def _draw_group(self, group: Group) -> Iterator[Result]:
+        tasks, first = list(group.tasks), None
+        while group.files and first is None and tasks:
+            try:
+                first = self._first_picture(tasks[0], group)
+            except Exception as error:  # of this row: the others may have another mask, or none
+                yield _failed(tasks.pop(0), error)
+        if not tasks:
+            return
         try:
-            references, source = self._prefill(group)
+            references, source = self._prefill(group, first)
         except OutputError:
             raise
         except Exception as error:
-            for task in group.tasks:
+            for task in tasks:
                 yield _failed(task, error)
             return
-        for chunk in chunks(group.tasks, self.options.images_at_once):
+        for chunk in chunks(tasks, self.options.images_at_once):
             yield from self._draw_together(chunk, references, source)
             source = _next_source(references)
         if self.options.store is None:  # the hidden one holds what is under way
@@ -74,18 +82,17 @@ class Drawer:
                 self.pipe.store.remove(key)
         self._canvas_keys.clear()
 
-    def _prefill(self, group: Group) -> tuple[References | None, str]:
-        """The References of a group, and where they came from."""
-        if not group.files:
+    def _first_picture(self, task: Task, group: Group) -> Picture:
+        """The first reference of a group, as one of its rows has it: cropped or grown, if it is repainted there."""
+        return task.opened(self.pipe).references[0] if repaints_first(task.control) else group.files[0]
+
+    def _prefill(self, group: Group, first: Picture | None) -> tuple[References | None, str]:
+        """The References of a group, and where they came from. `first`: its first picture; None if it has none."""
+        if first is None:
             return None, "none"
         policy = self.pipe.reference_policy
         policy = policy if group.fit is None else replace(policy, fit=group.fit)
-        first = group.tasks[0]
-        if repaints_first(first.control):  # and is cropped or grown for it
-            own = [first.opened(self.pipe).references[0], *group.files[1:]]
-        else:
-            own = list(group.files)
-        prepared = prepare_references(own, policy=policy)
+        prepared = prepare_references([first, *group.files[1:]], policy=policy)
         if tuple(picture.report.digest for picture in prepared) != group.digests:
             raise InvalidRequest("references", "a file changed while the batch ran; run it again")
         references, source = self.pipe.prefill_from(prepared)

@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from limner.batch.control import CONTROL_FIELDS, read_control
+from limner.batch.control import read_control
 from limner.config import FITS
 from limner.errors import InvalidRequest
 from limner.grid import check_size
-from limner.requests import check_guidance, check_length, check_prompt
+from limner.requests import CONTROL_FIELDS, check_guidance, check_length, check_prompt
 from limner.schedule import MAX_STEPS
 
 __all__ = ["MAX_MANIFEST_BYTES", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
@@ -33,7 +33,7 @@ _FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "n
 class Row:
     """One row as it stands in the manifest. `references` are files, relative to the manifest; `size` is (width, height).
 
-    `fit` None: as the run does. `control` are the fields of `limner.batch.control`, as they stand there.
+    `fit` None: as the run does. `control` are those of `CONTROL_FIELDS`, as they stand there.
     """
 
     line: int

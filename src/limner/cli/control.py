@@ -1,6 +1,6 @@
 """Options of `limner edit` that say how much references count, and what of a picture is repainted.
 
-Owns their names on the command line. What they mean is `limner.pipeline`'s.
+Owns how they are written on the command line. Their names are `limner.requests`', what they mean is `limner.pipeline`'s.
 """
 
 from __future__ import annotations
@@ -17,20 +17,6 @@ if TYPE_CHECKING:
     from limner.requests import Control
 
 __all__ = ["add_control", "control_of"]
-
-_NAMES = {
-    "mask": "mask_image",
-    "expand": "expand",
-    "strength": "strength",
-    "preserve": "preserve",
-    "canvas": "canvas",
-    "mask_blur": "mask_blur",
-    "padding_mask_crop": "padding_mask_crop",
-    "reference_weight": "reference_weights",
-    "reference_guidance": "reference_guidance",
-}
-"""The options, and what they are called in a call."""
-_REPAINTS = ("mask", "expand", "strength", "preserve", "canvas", "padding_mask_crop")
 
 
 def add_control(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +44,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how much references count")
     group.add_argument(
         "--reference-weight",
+        dest="reference_weights",
         action="append",
         type=float,
         metavar="X",
@@ -70,10 +57,11 @@ def add_control(parser: argparse.ArgumentParser) -> None:
 
 def control_of(args: argparse.Namespace, images: list[str]) -> tuple[Control, Image.Image | None]:
     """Return what is asked for, and image 1 as its file has it if it is repainted. Raises `InvalidRequest`."""
-    given = {name: getattr(args, flag) for flag, name in _NAMES.items()}
+    from limner.requests import CONTROL_FIELDS, repaints
+
+    given = {name: getattr(args, field) for field, name in CONTROL_FIELDS.items()}
     found = cast("Control", {name: value for name, value in given.items() if value is not None})
-    repaints = any(getattr(args, name) is not None for name in _REPAINTS)
-    if not repaints or args.canvas is not None:
+    if not repaints(found) or args.canvas is not None:
         return found, None
     if not images:
         raise InvalidRequest("--canvas", "a pack holds no pictures; give the picture to repaint as --canvas FILE")

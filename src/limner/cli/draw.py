@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -158,12 +159,15 @@ def _processes(args: argparse.Namespace) -> Iterator[_Process]:
     yield _Process(True, None)
 
 
-def _check(args: argparse.Namespace, process: _Process) -> list[Path]:
-    """Return the files to write, after checking all that can be without reading a picture or a model."""
+def _check(args: argparse.Namespace, process: _Process) -> list[Path] | None:
+    """Return the files to write, after checking all that can be without reading a picture or a model.
+
+    None if no name is given: names are taken when there are pictures.
+    """
     from limner.requests import check_prompt
 
     args.prompt = _read_prompt(args.prompt)
-    files = _output_files(args.output, args.num_images, force=args.force) if process.writes else []
+    files = _output_files(args.output, args.num_images, force=args.force) if process.writes else None
     if args.steps is not None and args.steps < 1:
         raise InvalidRequest("--steps", f"{args.steps} is not a number of steps; use 1 or more")
     check_prompt(args.prompt)
@@ -174,14 +178,18 @@ def _read_prompt(given: str) -> str:
     """Return the prompt; that of stdin for "-", without the newline at its end."""
     if given != "-":
         return given
+    if ranks.started():
+        raise InvalidRequest(
+            "PROMPT", "- reads one stdin, and torchrun started several processes; give the prompt as a word"
+        )
     try:
         return sys.stdin.buffer.read(_MAX_STDIN).decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest("PROMPT", f"what stdin gives is no UTF-8 text ({error}); give text") from None
 
 
-def _output_files(output: str | None, num_images: int, *, force: bool) -> list[Path]:
-    """Return out.png, or out-1.png, out-2.png, ...; without a name, limner-N.png with numbers that are free.
+def _output_files(output: str | None, num_images: int, *, force: bool) -> list[Path] | None:
+    """Return out.png, or out-1.png, out-2.png, ...; None without a name, if pictures can be written here.
 
     Raises `OutputError` where there is a file that Limner did not make, as a photo, unless `force`.
     """
@@ -190,9 +198,8 @@ def _output_files(output: str | None, num_images: int, *, force: bool) -> list[P
     if not 1 <= num_images <= 1000:
         raise InvalidRequest("--num-images", f"{num_images} is not within 1 to 1000")
     if output is None:
-        taken = [int(m[1]) for p in Path().iterdir() if (m := re.fullmatch(r"limner-(\d{1,9})\.png", p.name))]
-        first = max(taken, default=0) + 1
-        return [check_output(f"limner-{number}.png") for number in range(first, first + num_images)]
+        check_output("limner-0.png")
+        return None
     files = [check_output(path) for path in numbered(Path(output), num_images)]
     for file in files if not force else ():
         if file.exists() and not is_ours(file):
@@ -223,7 +230,7 @@ def prepare(files: Sequence[str], options: ModelOptions) -> tuple[PreparedRefere
 
 
 def _draw(
-    args: argparse.Namespace, process: _Process, *, files: list[Path], images: list[str], pack: str | None
+    args: argparse.Namespace, process: _Process, *, files: list[Path] | None, images: list[str], pack: str | None
 ) -> None:
     options = from_args(ModelOptions, args)
     prepared = prepare(images, options)  # bad ones are refused before a model is loaded
@@ -241,12 +248,11 @@ def _draw(
         out = pipe.draw(
             [request], references=references, output_type="pil" if process.writes else "latent", progress=progress
         )
-    if process.writes:
-        _save(args, pipe, out, files)
+    written = _save(args, pipe, out, files) if process.writes else []
     if store is not None:
         store.flush()
     if process.writes:
-        _print(args, pipe, out, files=files, names=images or [str(pack)] * len(out.references))
+        _print(args, pipe, out, files=written, names=images or [str(pack)] * len(out.references))
 
 
 def _request(
@@ -278,12 +284,37 @@ def _request(
     )
 
 
-def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path]) -> None:
-    from limner.images import save
+def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path] | None) -> list[Path]:
+    """Write the pictures, and return their files: those given, or the next limner-N.png that are free."""
+    from limner.images import picture_metadata, save
 
-    common = {"prompt": args.prompt, "model": pipe.digest, "version": __version__}
-    for i, (file, picture, drawn_from) in enumerate(zip(files, out.images, out.seeds, strict=True)):
-        save(picture, file, metadata={"seed": drawn_from, **common, **out.metadata_of(i)})
+    written = []
+    for i, (picture, drawn_from) in enumerate(zip(out.images, out.seeds, strict=True)):
+        metadata = picture_metadata(prompt=args.prompt, seed=drawn_from, model=pipe.digest, more=out.metadata_of(i))
+        with contextlib.nullcontext(files[i]) if files else _free_name() as file:
+            save(picture, file, metadata=metadata)
+        written.append(file)
+    return written
+
+
+@contextlib.contextmanager
+def _free_name() -> Iterator[Path]:
+    """Give the next limner-N.png, made as an empty file so that no other command takes it; removed if the block fails."""
+    taken = [int(m[1]) for p in Path().iterdir() if (m := re.fullmatch(r"limner-(\d{1,9})\.png", p.name))]
+    for number in itertools.count(max(taken, default=0) + 1):
+        file = Path(f"limner-{number}.png")
+        try:
+            file.open("xb").close()
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(f"output: {file} cannot be written ({error.strerror}); give a name with -o") from error
+    try:
+        yield file
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _print(

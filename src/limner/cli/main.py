@@ -47,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         if not ranks.speaks():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _main(argv)
+        try:
+            code = _main(argv)
+        except SystemExit:  # --help, or what the parser refuses
+            if _printed() != 0:
+                raise SystemExit(1) from None
+            raise
+        return code or _printed()
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -60,13 +66,31 @@ def _main(argv: Sequence[str] | None) -> int:
     except LimnerError as error:
         print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read what is printed has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         print("limner: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _printed() -> int:
+    """Flush what was printed, which the interpreter would do too late for an exit code; return 1 if it cannot be."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _drop_output()
+        if not isinstance(error, BrokenPipeError):
+            print(f"limner: stdout cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _drop_output() -> None:
+    """Drop what is printed: whoever read it has left, as `| head` does, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse_several(command: str) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; what no argument takes is an error of the command it was typed for."""
+        first = next(iter(sys.argv[1:] if args is None else args), "").partition("=")[0]
+        if first.startswith("-") and first not in self._option_string_actions:
+            for command in commands_of(self):
+                if first in command._option_string_actions:
+                    self.error(f"{first}: belongs behind the command, as in {command.prog} {first}")
         found, left = self.parse_known_args(args, namespace)
         if left:
             getattr(found, "parser", self).unrecognized(left, all_commands=commands_of(self))
@@ -45,6 +51,8 @@ class Parser(argparse.ArgumentParser):
         word = words[0].partition("=")[0]
         if not word.startswith("-"):
             self.error(f"{' '.join(words)!r} is not expected here; quote a prompt of several words")
+        if word in self._option_string_actions:
+            self.error(f"{word}: belongs behind the command, as in {self.prog} {word}")
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.7)
         others = [p.prog for p in all_commands if p is not self and word in p._option_string_actions]
         if close:

@@ -63,7 +63,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--reuse", choices=("step0",), help="K/V that joint references have in the first step are kept")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="arithmetic (default: %(default)s)")
     parser.add_argument("--quantize", choices=("int8",), help="a model that limner quantize wrote")
-    add_options(parser, ModelOptions, only=("kv_cache_dtype", "references_attention"))
+    add_options(parser, ModelOptions, only=("quantize_text", "kv_cache_dtype", "references_attention"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (default: %(default)s)")
     parser.add_argument(
         "--memory", metavar="SIZE", help="what there is, as 24GiB: finds the cheapest setting that fits"
@@ -82,9 +82,9 @@ def plan(args: argparse.Namespace) -> None:
         for side in sides:
             check_size(flag, side)
     limit = None if args.memory is None else parse_bytes(args.memory, field="--memory")
-    geometry, is_int8, kind = _geometry(args.model)
+    geometry, int8, kind = _geometry(args.model)
     kind = kind.with_references(args.references_attention)
-    formats = _formats(args, is_int8=is_int8)
+    formats = _formats(args, int8=int8)
     request = _request(args, kind)
     if limit is not None:
         made = cheapest(geometry, request, formats=formats, limit=limit, device=args.device, field="--memory")
@@ -133,14 +133,15 @@ def _request(args: argparse.Namespace, kind: ModelKind) -> Request:
     )
 
 
-def _geometry(model: str | None) -> tuple[ModelGeometry, bool, ModelKind]:
-    """Return a geometry by name or from a folder's configurations, whether its transformer is int8, and the kind."""
+def _geometry(model: str | None) -> tuple[ModelGeometry, frozenset[str], ModelKind]:
+    """Return a geometry by name or from a folder's configurations, the parts that are int8, and the kind."""
     from limner.config import AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
     from limner.models import published
 
     if model is not None and not Path(model).exists() and (known := published(model)):
-        return known.geometry, False, known.kind
+        return known.geometry, frozenset(), known.kind
     from limner.weights.folder import find_kind, read_json, resolve_model
+    from limner.weights.parts import says_int8
 
     folder = resolve_model(model)
     configs = {part: read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae")}
@@ -149,10 +150,11 @@ def _geometry(model: str | None) -> tuple[ModelGeometry, bool, ModelKind]:
         text_encoder=TextConfig.from_transformers(configs["text_encoder"]),
         autoencoder=AutoencoderConfig.from_diffusers(configs["vae"]),
     )
-    return geometry, "quantization_config" in configs["transformer"], find_kind(folder).kind
+    int8 = frozenset(part for part, config in configs.items() if says_int8(config))
+    return geometry, int8, find_kind(folder).kind
 
 
-def _formats(args: argparse.Namespace, *, is_int8: bool) -> Formats:
+def _formats(args: argparse.Namespace, *, int8: frozenset[str]) -> Formats:
     from limner.memory import Formats
 
     packed = False
@@ -162,7 +164,8 @@ def _formats(args: argparse.Namespace, *, is_int8: bool) -> Formats:
         packed = has_int8_products()
     return Formats(
         itemsize=4 if args.dtype == "float32" else 2,
-        quantize="int8" if is_int8 else args.quantize,
+        quantize="int8" if "transformer" in int8 else args.quantize,
+        quantize_text="text_encoder" in int8 or args.quantize_text,
         kv=args.kv_cache_dtype,
         packed=packed,
     )
@@ -171,12 +174,17 @@ def _formats(args: argparse.Namespace, *, is_int8: bool) -> Formats:
 def _options(args: argparse.Namespace, plan: MemoryPlan) -> str:
     """Return the options of `limner edit` that a plan stands for."""
     options = []
+    if args.device != "cpu":
+        options.append(f"--device {args.device}")
     if plan.staging != "whole" and args.memory is not None:
         options.append(f"--memory-limit {args.memory}")
     if plan.formats.kv:
         options.append(f"--kv-cache-dtype {plan.formats.kv}")
     if plan.formats.quantize:
-        options.append("--model FOLDER, one that limner quantize wrote")
+        text = " --quantize-text" if plan.formats.quantize_text else ""
+        options.append(f"--model FOLDER, one that limner quantize{text} wrote")
+    elif plan.formats.quantize_text:
+        options.append("--text-encoder FOLDER, one that limner convert --part text_encoder --to int8 wrote")
     return " ".join(options)
 
 

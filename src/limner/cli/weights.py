@@ -23,10 +23,14 @@ def add_commands(commands: Commands) -> None:
         "quantize",
         help="write a model folder with an int8 transformer",
         description="Quantize a model once, to int8.",
-        examples=("limner quantize klein-9b-kv -o klein-int8",),
+        examples=(
+            "limner quantize klein-9b-kv -o klein-int8",
+            "limner quantize klein-9b-kv -o klein-int8 --quantize-text",
+        ),
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; has to be new")
+    parser.add_argument("--quantize-text", action="store_true", help="make the text encoder int8 too")
     _add_dtype(parser)
     _add_variant(parser)
     add_json(parser)
@@ -91,7 +95,7 @@ def _add_variant(parser: argparse.ArgumentParser) -> None:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """Write a model folder with an int8 transformer."""
+    """Write a model folder with an int8 transformer, and text encoder if that is asked for."""
     import torch
 
     from limner.weights.convert import convert
@@ -100,9 +104,23 @@ def quantize(args: argparse.Namespace) -> None:
     source, target = resolve_model(args.model), Path(args.output)
     if target.exists():
         raise InvalidRequest("--output", f"{target} is there already; give a new folder")
-    convert(source, target, to="int8", dtype=getattr(torch, args.dtype) if args.dtype else None, variant=args.variant)
+    convert(
+        source,
+        target,
+        to="int8",
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        variant=args.variant,
+        quantize_text=args.quantize_text,
+    )
     nbytes = (target / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
-    print_result(args, {"folder": str(target), "nbytes": nbytes}, f"{target}: {nbytes} bytes")
+    found: dict[str, object] = {"folder": str(target), "nbytes": nbytes}
+    if args.quantize_text:
+        text = (target / "text_encoder" / "model.safetensors").stat().st_size
+        print_result(
+            args, found | {"text_encoder_nbytes": text}, f"{target}: {nbytes} bytes, text encoder {text} bytes"
+        )
+    else:
+        print_result(args, found, f"{target}: {nbytes} bytes")
 
 
 def inspect(args: argparse.Namespace) -> int:

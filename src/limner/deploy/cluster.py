@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from limner.cores import num_cores
 from limner.errors import InvalidRequest, MissingExtra, OutputError, RemoteError, first_line
 from limner.version import __version__
 
@@ -73,9 +74,8 @@ def connect(address: str, *, option: str, num_cpus: int | None = None, log_to_dr
         raise MissingExtra(option, package="ray", extra="ray") from error
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
     if address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options |= {
-            "num_cpus": max(cores, num_cpus or 1),
+            "num_cpus": max(num_cores(), num_cpus or 1),
             "include_dashboard": False,
             "object_store_memory": _LOCAL_OBJECT_BYTES,
         }

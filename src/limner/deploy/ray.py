@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from limner.cores import num_cores
 from limner.deploy.cluster import check_nodes, connect, nodes, quiet, this_node
 from limner.deploy.ingress import GRACE_SECONDS, IngressApp
 from limner.deploy.options import DeployOptions
@@ -117,18 +118,14 @@ def _scaling(options: DeployOptions) -> dict[str, Any]:
     }
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _threads(options: DeployOptions) -> int:
     """Threads of a replica: by default its share of the cores of this machine."""
-    return options.threads or max(1, _cores() // (options.max_replicas or options.replicas))
+    return options.threads or max(1, num_cores() // (options.max_replicas or options.replicas))
 
 
 def _replicas_here(options: DeployOptions) -> int:
     """How many replicas a machine with the cores of this one may have."""
-    return max(1, min(options.max_replicas or options.replicas, _cores() // _threads(options)))
+    return max(1, min(options.max_replicas or options.replicas, num_cores() // _threads(options)))
 
 
 def deploy(

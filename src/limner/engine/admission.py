@@ -99,6 +99,13 @@ class Admission:
         shared = self._shared(request)
         return int(shared["num_inference_steps"] - shared["strength"])
 
+    def work(self, request: EditRequest | PrefillRequest, *, size: tuple[int, int]) -> int:
+        """Return how many pixels an opened request drawn in a size reads and draws, those of each step counted."""
+        sizes = [reference.report.processed_size for reference in request.references]
+        if isinstance(request, EditRequest):
+            sizes += [size] * self.num_steps(request) * len(request.seeds)
+        return sum(width * height for width, height in sizes)
+
     def _shared(self, request: EditRequest) -> dict[str, Any]:
         return shared_of(request, kind=self.model.kind, default_size=self.model.default_size)
 

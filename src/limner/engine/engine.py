@@ -151,18 +151,27 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         accepted: bool = False,
+        on_dropped: Callable[[], None] | None = None,
     ) -> None:
         """Queue a request. Its listener hears `Started`, `Progress`, and at last `Finished`, `Prefilled` or `Failed`.
 
         Of two waiting requests the one of higher `priority` runs first; of equal ones, that of the owner who was served
         less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
-        however many wait. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
+        however many wait. `on_dropped` is called if the engine is closed before the request is done: the listener hears
+        nothing then. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
         """
         if isinstance(request, EditRequest):
             request = self.opened(request)  # before the lock
         with self._changed:
             self._queue.add(
-                request, id=id, listener=listener, owner=owner, priority=priority, timeout=timeout, accepted=accepted
+                request,
+                id=id,
+                listener=listener,
+                owner=owner,
+                priority=priority,
+                timeout=timeout,
+                accepted=accepted,
+                on_dropped=on_dropped,
             )
             self._changed.notify_all()
 
@@ -189,6 +198,9 @@ class Engine:
                 self._changed.wait(left)
             dropped = self._queue.drop_all()
             self._changed.notify_all()
+        for job in dropped:
+            if job.on_dropped is not None:
+                job.on_dropped()
         self._thread.join(timeout=_JOIN_SECONDS)
         return [job.id for job in dropped]
 
@@ -320,9 +332,23 @@ class Engine:
             return
         try:
             self._run(batch, start)
+        except CapacityError as error:  # beside the others, that is: it waits, and this batch stops for no one any more
+            _logger.warning("memory is too little beside a batch that runs: %s", error)
+            run.never_pause()
+            self._wait_again(batch)
         except Exception as error:  # of that request
             self._after_failure(batch, error)
         run.pause(start, self._clock())
+
+    def _wait_again(self, batch: Sequence[Job]) -> None:
+        """Let the jobs of a batch that did not run wait again, except those that were cancelled meanwhile."""
+        with self._changed:
+            cancelled = [job for job in batch if job.cancelled]
+            for job in batch:
+                if not job.ended and not job.cancelled:
+                    self._queue.requeue(job)
+        for job in cancelled:
+            self._fail(job, Cancelled(f"{job.id} was cancelled"))
 
     def _drop_stopped(self, rows: Rows) -> list[int]:
         """Fail the jobs of a batch that were cancelled or are late. Return the rows of those that go on."""

@@ -49,6 +49,7 @@ def load_pipeline(
         store=store,
         reference_policy=options.policy,
         quantize=options.quantize,
+        quantize_text=options.quantize_text,
         kv_cache_dtype=options.kv_cache_dtype,
         memory_limit=options.memory_limit,
         parallel=parallel,

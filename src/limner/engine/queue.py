@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,10 @@ class Job:
     """Jobs of equal keys may run as one batch (`Admission.batch_key`). None: it runs alone."""
     held_bytes: int = 0
     """Bytes of its canvases."""
+    work: int = 0
+    """Pixels that it reads and draws, those of each step counted."""
+    on_dropped: Callable[[], None] | None = None
+    """Called instead of the listener if the job is dropped."""
 
     @property
     def num_images(self) -> int:
@@ -73,8 +78,8 @@ class RequestQueue:
         self._clock = clock
         self._asked: dict[str, float] = {}
         """When each owner last sent a request."""
-        self._served: dict[str, float] = {}
-        """Service of each owner: images, those of a batch divided by the number of its requests."""
+        self._served: dict[str, int] = {}
+        """Service of each owner: the work of his requests."""
         self._num_batches = 0
         self._last_turn: dict[str, int] = {}
         """The number of the batch in which an owner was last served."""
@@ -101,6 +106,7 @@ class RequestQueue:
         priority: int,
         timeout: float | None,
         accepted: bool,
+        on_dropped: Callable[[], None] | None = None,
     ) -> Job:
         """Check a request and let it wait; `accepted` ones are taken however many wait.
 
@@ -127,6 +133,8 @@ class RequestQueue:
             arrived=now,
             key=None if isinstance(request, PrefillRequest) else self.admission.batch_key(request, size=size),
             held_bytes=self.admission.held_bytes(request),
+            work=self.admission.work(request, size=size),
+            on_dropped=on_dropped,
         )
         self._admit_owner(owner)
         self._asked[owner] = now
@@ -135,13 +143,19 @@ class RequestQueue:
         return job
 
     def _admit_owner(self, owner: str) -> None:
-        """A returning owner starts at the lowest service of active owners: no credit, no debt."""
+        """A returning owner starts at the lowest service that active owners had before what runs: no credit, no debt.
+
+        So is the virtual time of start-time fair queuing (Goyal et al. 1996).
+        """
         active = {job.owner for job in (*self.waiting.values(), *self.running.values())}
         if not active:
-            self._served, self._last_turn = {owner: 0.0}, {}
+            self._served, self._last_turn = {owner: 0}, {}
         elif owner not in active:
-            least = min(self._served[other] for other in active)
-            self._served[owner] = max(self._served.get(owner, 0.0), least)
+            running = Counter[str]()
+            for job in self.running.values():
+                running[job.owner] += job.work
+            least = min(self._served[other] - running[other] for other in active)
+            self._served[owner] = max(self._served.get(owner, 0), least)
 
     def take_late(self) -> list[Job]:
         """Remove and return the waiting jobs whose deadline has passed."""
@@ -177,17 +191,15 @@ class RequestQueue:
     def take_between(self, *, owners: Collection[str], priority: int, work: int, num_bytes: int) -> list[Job]:
         """Move the next job that may run between two steps of others to those that run; none if there is none.
 
-        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to them
-        (pixels, those of each step counted), and fits in memory beside their `num_bytes`.
+        It is of none of these `owners`, has that `priority` at least, takes at most half of the `work` that is left to
+        them, is not late, and fits in memory beside their `num_bytes`.
         """
+        now, room = self._clock(), self.admission.memory_bytes - num_bytes
         for job in self._in_turn():
-            beside = num_bytes + self.admission.needed([job.request], size=job.size)
-            if (
-                job.owner not in owners
-                and job.priority >= priority
-                and 2 * self._work(job) <= work
-                and beside <= self.admission.memory_bytes
-            ):
+            fits = (
+                job.owner not in owners and job.priority >= priority and 2 * job.work <= work and not job.is_late(now)
+            )
+            if fits and self.admission.needed([job.request], size=job.size) <= room:
                 return self._serve([job])
         return []
 
@@ -198,17 +210,9 @@ class RequestQueue:
             key=lambda job: (-job.priority, served[job.owner], last.get(job.owner, -1), job.arrived),
         )
 
-    def _work(self, job: Job) -> int:
-        """How many pixels a job reads and draws, those of each step counted."""
-        sizes = [reference.report.processed_size for reference in job.request.references]
-        if isinstance(job.request, EditRequest):
-            sizes += [job.size] * self.admission.num_steps(job.request) * job.num_images
-        return sum(width * height for width, height in sizes)
-
     def _serve(self, batch: list[Job]) -> list[Job]:
-        """Count the service of a batch, and move it to those that run."""
+        """Move a batch to those that run: it was its owners' turn."""
         for job in batch:
-            self._served[job.owner] += max(1, job.num_images) / len(batch)
             self._last_turn[job.owner] = self._num_batches
             self.start(job)
         self._num_batches += 1
@@ -225,13 +229,15 @@ class RequestQueue:
         return self.admission.fits(requests, size=jobs[0].size)
 
     def start(self, job: Job) -> None:
-        """Move a job from those that wait to those that run."""
+        """Move a job from those that wait to those that run, and charge its owner for its work."""
+        self._served[job.owner] += job.work
         self.running[job.id] = self.waiting.pop(job.id)
         job.running = True
 
     def requeue(self, job: Job) -> None:
-        """Move a job back, behind those that wait."""
+        """Move a job that was not drawn back, behind those that wait; its owner is not charged."""
         self.waiting[job.id] = self.running.pop(job.id)
+        self._served[job.owner] -= job.work
         job.running = False
 
     def cancel(self, id: str) -> Job | None:
@@ -264,7 +270,7 @@ class RequestQueue:
         return True
 
     def drop_all(self) -> list[Job]:
-        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more."""
+        """Remove all jobs, uncounted, and return them. Their listeners hear nothing more; `on_dropped` is the caller's."""
         dropped = [*self.running.values(), *self.waiting.values()]
         self.running.clear()
         self.waiting.clear()

@@ -5,6 +5,7 @@ Knows no queue and no pipeline.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from limner.engine.rows import Rows
@@ -46,7 +47,11 @@ class Run:
     def pause(self, start: float, end: float) -> None:
         """Note a pause after the last step."""
         self._pauses[self.steps_done - 1] = end - start
-        self._next_pause = end + (end - start)
+        self._next_pause = max(self._next_pause, end + (end - start))
+
+    def never_pause(self) -> None:
+        """Let nothing through any more."""
+        self._next_pause = math.inf
 
     def without_pauses(self, timings: Timings) -> Timings:
         """Return timings whose steps have the pauses in them as those of the steps alone."""

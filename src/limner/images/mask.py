@@ -200,5 +200,6 @@ def _checked(values: np.ndarray, *, size: tuple[int, int], field: str) -> np.nda
             field,
             "it is {}x{} and the canvas {}x{}; scale it to the canvas' size".format(width, height, *size)
             + (", or turn it" if (height, width) == tuple(size) else ""),
+            code="size",
         )
     return values

@@ -25,7 +25,7 @@ _MAX_PROMPT = 4000
 """Characters of a prompt that stay in EXIF data that would be too long."""
 
 
-def picture_metadata(*, prompt: str, seed: int, model: str, more: Mapping[str, Any]) -> dict[str, Any]:
+def picture_metadata(*, prompt: str, seed: int | None, model: str, more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of one picture; `model` is the digest of the weights, `more` what the pipeline reports."""
     return {"prompt": prompt, "seed": seed, "version": __version__, "model": model, **more}
 

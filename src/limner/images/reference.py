@@ -325,7 +325,9 @@ def _flatten(image: Image.Image, *, background: str | None, field: str, ask_back
     if image.getchannel("A").getextrema() != (255, 255):
         if background is None:
             raise InvalidRequest(
-                field, f"it is transparent in places; flatten it, or say what stands behind it: {ask_background}"
+                field,
+                f"it is transparent in places; flatten it, or say what stands behind it: {ask_background}",
+                code="transparent",
             )
         colour = background_colour(background)
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image)

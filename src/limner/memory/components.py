@@ -26,6 +26,7 @@ __all__ = [
     "num_embedding_weights",
     "num_matrix_weights",
     "text_bytes",
+    "text_layer_weights",
     "transformer_bytes",
 ]
 
@@ -73,12 +74,14 @@ class Workload:
 class Formats:
     """The formats of weights and K/V: bytes of a value (`itemsize`), int8 or not, and which weights no file backs.
 
-    `packed`: int8 products on this CPU read a second copy of the matrices, in another layout. `anonymous` names the
+    `quantize` is of the transformer, `quantize_text` of the text encoder. `packed`: int8 products on this CPU read a
+    second copy of the matrices, in another layout. `anonymous` names the
     networks ("text_encoder", "transformer", "autoencoder") whose weights are converted or quantized while loading.
     """
 
     itemsize: int = 2
     quantize: str | None = None
+    quantize_text: bool = False
     kv: str | None = None
     packed: bool = True
     anonymous: frozenset[str] = frozenset()
@@ -106,9 +109,19 @@ def transformer_bytes(config: TransformerConfig, formats: Formats) -> int:
     return wide * formats.itemsize + num_matrix_weights(config) + 4 * rows
 
 
-def _text_layer(config: TextConfig) -> int:
+def text_layer_weights(config: TextConfig) -> int:
+    """Count the weights in the matrices of one layer of the text encoder, which int8 quantizes."""
     heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return config.width * (heads + 3 * config.mlp_width) + 2 * config.width + 2 * config.head_dim
+    return config.width * (heads + 3 * config.mlp_width)
+
+
+def _text_layer(config: TextConfig, formats: Formats) -> int:
+    """Bytes of one layer of the text encoder; int8 matrices have a float32 scale for each row."""
+    norms = (2 * config.width + 2 * config.head_dim) * formats.itemsize
+    if not formats.quantize_text:
+        return text_layer_weights(config) * formats.itemsize + norms
+    rows = config.head_dim * (config.num_heads + 2 * config.num_kv_heads) + 2 * config.mlp_width + 2 * config.width
+    return text_layer_weights(config) + 4 * rows + norms
 
 
 def num_embedding_weights(config: TextConfig) -> int:
@@ -116,10 +129,11 @@ def num_embedding_weights(config: TextConfig) -> int:
     return config.vocab_size * config.width
 
 
-def text_bytes(config: TextConfig, *, itemsize: int) -> int:
+def text_bytes(config: TextConfig, formats: Formats) -> int:
     """Return the bytes of the embedding and of the layers in use; the final norm counts if all layers are in use."""
     norm = config.width if config.num_used == config.num_layers else 0
-    return (num_embedding_weights(config) + config.num_used * _text_layer(config) + norm) * itemsize
+    wide = (num_embedding_weights(config) + norm) * formats.itemsize
+    return wide + config.num_used * _text_layer(config, formats)
 
 
 def autoencoder_bytes(config: AutoencoderConfig, *, itemsize: int) -> int:
@@ -158,7 +172,7 @@ def least_resident(geometry: ModelGeometry, formats: Formats, part: str) -> int:
         return autoencoder_bytes(geometry.autoencoder, itemsize=formats.itemsize)
     if part == "text_encoder":
         text = geometry.text_encoder
-        return min(2, text.num_used) * _text_layer(text) * formats.itemsize
+        return min(2, text.num_used) * _text_layer(text, formats)
     config, packed = geometry.transformer, formats.quantize is not None and formats.packed
     of_matrix = formats.itemsize if formats.quantize is None else 1
     largest = (2 if config.num_double_blocks else 1) * _block_weights(config) * of_matrix
@@ -246,7 +260,10 @@ def activations(
     pixels = workload.size[0] * workload.size[1]
     largest = max((w * h for w, h in workload.references), default=0)
     decode = _autoencoder_activations(networks.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels)
-    found = {"encode text": _text_activations(geometry.text_encoder, workload.num_text, size)}
+    text = geometry.text_encoder
+    found = {"encode text": _text_activations(text, workload.num_text, size)}
+    if formats.quantize_text and not formats.packed:
+        found["encode text"] += text.width * max(text.mlp_width, text.num_heads * text.head_dim) * (8 + size)
     if workload.references:
         found["encode references"] = encode_bytes(networks, largest, itemsize=size)
         if not workload.joint:

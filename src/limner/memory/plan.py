@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from limner.config import WHOLE_PIXELS, ModelGeometry
+from limner.config import WHOLE_PIXELS, ModelGeometry, TextConfig
 from limner.errors import CapacityError
 from limner.memory.amounts import show_bytes
 from limner.memory.components import (
@@ -30,6 +30,7 @@ from limner.memory.components import (
     num_embedding_weights,
     num_matrix_weights,
     text_bytes,
+    text_layer_weights,
     transformer_bytes,
 )
 from limner.memory.control import held_bytes, phase_bytes, reused_bytes
@@ -86,6 +87,7 @@ class MemoryPlan:
             "device": self.device,
             "staging": self.staging,
             "quantize": self.formats.quantize,
+            "quantize_text": self.formats.quantize_text,
             "kv_cache_dtype": self.formats.kv,
             "components": dict(self.components),
             "phases": {
@@ -110,11 +112,13 @@ def make_plan(
     """Plan the memory of a call. With `staging` "layers" a network's pages take what `limit` leaves, no more."""
     size, config = formats.itemsize, geometry.transformer
     weights = {
-        "text_encoder": text_bytes(geometry.text_encoder, itemsize=size),
+        "text_encoder": text_bytes(geometry.text_encoder, formats),
         "transformer": transformer_bytes(config, formats),
         "autoencoder": autoencoder_bytes(geometry.autoencoder, itemsize=size),
     }
-    packed = num_matrix_weights(config) if formats.quantize and formats.packed and device == "cpu" else 0
+    packs = formats.packed and device == "cpu"
+    packed = num_matrix_weights(config) if formats.quantize and packs else 0
+    packed_text = _packed_text(geometry.text_encoder, staging) if formats.quantize_text and packs else 0
     kept_kv = kv_bytes(config, workload.num_ref, itemsize=size, kv=formats.kv, joint=workload.joint)
     embeds = workload.batch * workload.num_text * config.text_width * size
     working = phase_bytes(geometry, workload, formats=formats, whole_pixels=whole_pixels)
@@ -138,6 +142,7 @@ def make_plan(
         part = owner.get(name, "transformer")
         anonymous = base + started.get(name, embeds + kept_kv) + own
         anonymous += packed if name in ("prefill", "denoise", "decode", "put back") else 0
+        anonymous += packed_text if staging == "whole" or part == "text_encoder" else 0
         if on_device:
             smallest = _least_on_device(geometry, formats)
             phases.append(
@@ -160,7 +165,7 @@ def make_plan(
         phases.append(Phase(name=name, anonymous=anonymous, file_backed=LIBRARIES + min(resident, sum(files.values()))))
     components = {
         **{f"{name} weights": value for name, value in weights.items()},
-        **({"int8 weights as packed for this CPU": packed} if packed else {}),
+        **({"int8 weights as packed for this CPU": packed + packed_text} if packed + packed_text else {}),
         "K/V of references": kept_kv,
         "prompt": embeds,
         "activations": max(working.values()),
@@ -172,6 +177,11 @@ def make_plan(
     return MemoryPlan(
         device=device, staging=staging, formats=formats, components=components, phases=tuple(phases), host=host
     )
+
+
+def _packed_text(config: TextConfig, staging: Staging) -> int:
+    """Return the bytes of the text encoder's packed copies: under a limit those of the layer that runs."""
+    return text_layer_weights(config) * (config.num_used if staging == "whole" else 1)
 
 
 def _least_on_device(geometry: ModelGeometry, formats: Formats) -> dict[str, int]:
@@ -201,6 +211,7 @@ def _choices(formats: Formats, *, fixed: bool) -> Iterator[tuple[Formats, Stagin
     if not fixed:
         kinds += [replace(formats, kv=formats.kv or "int8"), replace(formats, quantize="int8")]
         kinds.append(replace(formats, quantize="int8", kv=formats.kv or "int8"))
+        kinds += [replace(kind, quantize_text=True) for kind in kinds[-2:]]
     for kind in kinds:
         yield kind, "whole"
         yield kind, "parts"
@@ -227,7 +238,9 @@ def cheapest(
         smallest = plan if smallest is None or plan.peak < smallest.peak else smallest
     assert smallest is not None
     widest = max(smallest.phases, key=lambda phase: phase.total)
-    how = f"quantize={smallest.formats.quantize}, kv_cache_dtype={smallest.formats.kv}, staging {smallest.staging}"
+    used = smallest.formats
+    how = f"quantize={used.quantize}, quantize_text={used.quantize_text}, kv_cache_dtype={used.kv}"
+    how += f", staging {smallest.staging}"
     raise CapacityError(
         f"{field}: {show_bytes(limit)} are too little; the least is {show_bytes(smallest.peak)}, while it does "
         f"'{widest.name}' ({how}); use fewer or smaller references, a smaller output, fewer images at once, or more memory"

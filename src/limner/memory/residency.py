@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from limner.errors import CapacityError, InvalidRequest
 from limner.memory.amounts import show_bytes
-from limner.memory.free import free_bytes
+from limner.memory.free import free_bytes, give_back
 from limner.memory.pages import can_release, file_backed, read_ahead, release, resident
 from limner.memory.plan import LIBRARIES
 from limner.model.int8 import Int8Linear
@@ -47,6 +47,8 @@ class Residency:
         self._bytes: dict[nn.Module, int] = {}  # of a network's or layer's tensors that are mapped from files
         self._files: dict[nn.Module, int] = {}  # the same of a network, tables included
         self._following: dict[nn.Module, nn.Module] = {}
+        self._once: set[nn.Module] = set()  # networks that run once a prompt, and their layers
+        self._keeps_copies = False  # whether packed copies of these outlast a layer's run
         self._resident: frozenset[nn.Module] | None = None  # layers that stay while the others leave; None: all stay
 
     @staticmethod
@@ -69,8 +71,9 @@ class Residency:
     ) -> None:
         """Put a network under the limit, as its weights are now.
 
-        `layers` run one after the other: `visit` brings them in, or with `hooks` hooks on the modules do. Of `tables` only
-        a few rows are read; they are not counted.
+        `layers` run one after the other: `visit` brings them in, or with `hooks` hooks on the modules do. The latter run
+        once a prompt, not in every step: unless all networks have room, copies of their int8 weights for the CPU's products
+        are made anew each time. Of `tables` only a few rows are read; they are not counted.
         """
         known = network in self._networks
         self._networks[network] = tuple(layers)
@@ -82,6 +85,8 @@ class Residency:
         weights = sum(self._bytes[other] for other in self._networks)
         self._tight = resident()[1] + self._libraries + weights + _SPARE > self.limit
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))
+        if hooks:
+            self._once |= {network, *layers}
         if hooks and not known:
             for layer in layers:
                 layer.register_forward_pre_hook(self._before_layer)
@@ -120,10 +125,15 @@ class Residency:
             self._resident = before
 
     def _enter(self, network: nn.Module, growth: int) -> None:
-        growth += sum(m.weight.nbytes - m.packed_bytes for m in network.modules() if _packs(m))
-        own, packs = self._bytes[network], any(_packs(m) for m in network.modules())
-        room = self.limit - resident()[1] - self._libraries - growth
-        if not packs and sum(self._bytes[other] for other in self._networks) <= room:
+        weights = sum(self._bytes[other] for other in self._networks)
+        if network in self._once:
+            copies = sum(_unpacked_bytes(other) for other in self._networks)
+            self._keeps_copies = copies + weights <= self._room(growth)
+        growth += self._packed_later(network)
+        own = self._bytes[network]
+        packs = network not in self._once and any(_packs(m) for m in network.modules())
+        room = self._room(growth)
+        if not packs and weights <= room:
             return
         for other in self._networks:
             if other is not network:
@@ -133,7 +143,10 @@ class Residency:
         sizes = {layer: self._bytes[layer] for layer in self._networks[network]}
         # Products of packed matrices read the packed copies: a layer's pages are read once, to pack them. Otherwise the
         # layer that runs and the one that is read ahead are resident.
-        room -= own - sum(sizes.values()) + (1 if packs else 2) * max(sizes.values(), default=0)
+        needed = own - sum(sizes.values()) + (1 if packs else 2) * max(sizes.values(), default=0)
+        if room < needed and self._free_copies(network):
+            room = self._room(growth)
+        room -= needed
         if room < 0 or not sizes:
             raise CapacityError(
                 f"memory_limit: {show_bytes(self.limit)} are too little for {type(network).__name__}: "
@@ -150,6 +163,26 @@ class Residency:
         self.release(network)
         self._resident = frozenset(staying)
         _logger.info("memory limit: %d of %d layers of %s stay", len(staying), len(sizes), type(network).__name__)
+
+    def _packed_later(self, network: nn.Module) -> int:
+        """Return the bytes of packed copies that a network makes and does not have yet."""
+        if network in self._once and not self._keeps_copies:
+            return max(map(_unpacked_bytes, self._networks[network]), default=0)
+        return _unpacked_bytes(network)
+
+    def _room(self, growth: int) -> int:
+        """Return the bytes that weights may take beside what is anonymous now and `growth`."""
+        return self.limit - resident()[1] - self._libraries - growth
+
+    def _free_copies(self, working: nn.Module) -> bool:
+        """Free the packed copies of networks that run once a prompt, but for the one that works; True if there were any."""
+        others = [other for other in self._networks if other in self._once and other is not working]
+        modules = [m for other in others for m in other.modules() if _packs(m) and m.packed_bytes]
+        for module in modules:
+            module.unpack()
+        if modules:
+            give_back()
+        return bool(modules)
 
     def release(self, network: nn.Module) -> None:
         """Drop all pages of a network that can be dropped."""
@@ -173,6 +206,10 @@ class Residency:
                 read_ahead(tensor)
 
     def _after_layer(self, layer: nn.Module, *_: Any) -> None:
+        if layer in self._once and not self._keeps_copies:
+            for module in layer.modules():
+                if _packs(module):
+                    module.unpack()
         if self._resident is not None and layer not in self._resident:
             for tensor in _tensors(layer):
                 release(tensor)
@@ -224,6 +261,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
         for t in own.values()
         if t is not None
     ]
+
+
+def _unpacked_bytes(module: nn.Module) -> int:
+    """Return the bytes of the packed copies that products of a network or layer will make."""
+    return sum(m.weight.nbytes - m.packed_bytes for m in module.modules() if _packs(m))
 
 
 def _packs(module: nn.Module) -> TypeGuard[Int8Linear]:

@@ -41,7 +41,7 @@ from limner.model.gpu.with_lse import attend_parts
 from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV, quantize_layer
 from limner.native import kernels as native
 
-__all__ = ["CPU_KERNELS", "KERNELS", "KeyWeights", "attend", "choose_kernel"]
+__all__ = ["CPU_KERNELS", "KERNELS", "KeyWeights", "attend", "choose_kernel", "reads_narrow"]
 
 _logger = logging.getLogger("limner")
 _CHUNK = 256
@@ -99,7 +99,7 @@ def _choose_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 
 @cache
-def _reads_narrow(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def reads_narrow(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return True if `triton` is there and right with int8 and fp8 K/V, whose copies in `dtype` the others need."""
     if device.type == "cpu" or not attention_triton.takes(device, dtype, head_dim):
         return False
@@ -146,7 +146,8 @@ def attend(
     if kernel is None:
         records = _records(q_BSHD, k_BSHD, v_BSHD, references)
         kernel = "dense" if records else choose_kernel(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1])
-        if isinstance(references, QuantizedLayerKV) and _reads_narrow(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1]):
+        narrow = isinstance(references, QuantizedLayerKV) and not records
+        if narrow and reads_narrow(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1]):
             kernel = "triton"
     if kernel == "triton":
         return _triton(q_BSHD, k_BSHD, v_BSHD, references, weights or KeyWeights())

@@ -29,7 +29,8 @@ def arithmetic_name(network: nn.Module, execution: Execution, *, like: Linear, h
     kernel = f"{kernel} {digests[kernel]()}" if kernel in digests else kernel
     products = like.arithmetic or fast_dtype(device, dtype)
     names = [device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(device)]
-    int8 = {module.arithmetic_name(dtype) for module in network.modules() if isinstance(module, Int8Linear)}
+    matrices = [module for module in network.modules() if isinstance(module, Int8Linear)]
+    int8 = {module.arithmetic_name(dtype, device=device) for module in matrices}
     rows = rows_name(device, dtype)
     names += [rows] if rows else []
     names += sorted(int8)

@@ -142,14 +142,18 @@ class _Graph:
 
 
 def _capture(call: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Return the graph of a call and its result, which is there once the graph was replayed."""
+    """Return the graph of a call and its result, which is there once the graph was replayed.
+
+    Captured on a stream of that device: torch's own is of whichever device was current first. Other threads, as the one
+    that writes references to disk, may wait for the device meanwhile.
+    """
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(main)
     with torch.cuda.stream(side):  # libraries take their workspaces, and choose kernels, before
         call()
     main.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         out = call()
     return graph, out
 

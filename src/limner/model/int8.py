@@ -28,6 +28,7 @@ __all__ = [
     "QuantizedRows",
     "has_int8_products",
     "quantize_blocks",
+    "quantize_layers",
     "quantize_rows",
     "quantize_weight",
     "settle_products",
@@ -170,12 +171,18 @@ class Int8Linear(nn.Module):
 
     def multiplies_int8(self) -> bool:
         """Return True if products are u8 x s8 on a CPU."""
-        return self.weight.device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
+        return self._multiplies_int8(self.weight.device)
 
-    def arithmetic_name(self, dtype: torch.dtype) -> str:
-        """Return how activations of `dtype` are multiplied, where no gradient is recorded."""
+    def _multiplies_int8(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
+
+    def arithmetic_name(self, dtype: torch.dtype, *, device: torch.device | None = None) -> str:
+        """Return how activations of `dtype` are multiplied, where no gradient is recorded.
+
+        `device` is where products run, if the weight is somewhere else until then (`limner.memory.staged`).
+        """
         kind = "fp8" if self.weight.dtype == products.FP8 else "int8"
-        return self._product_of(dtype) or f"{kind} widened"
+        return self._product_of(dtype, device or self.weight.device) or f"{kind} widened"
 
     def to_fp8(self) -> None:
         """Round the weight to fp8, in place: for devices whose products in fp8 are the faster ones. It cannot be undone."""
@@ -187,20 +194,26 @@ class Int8Linear(nn.Module):
         """Bytes of the copies in oneDNN's layout made so far."""
         return sum((stop - start) * self.in_features for start, stop in self._packed)
 
+    def unpack(self) -> None:
+        """Free these copies; the next product makes them again."""
+        self._packed.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy packs its weight itself: oneDNN's layout is in no pickle."""
+        return {**self.__dict__, "_packed": {}}
+
     def _product(self, x: Tensor) -> str | None:
         """None if a gradient of x is recorded: rounding has none, so the weights are widened."""
-        return None if torch.is_grad_enabled() and x.requires_grad else self._product_of(x.dtype)
+        return None if torch.is_grad_enabled() and x.requires_grad else self._product_of(x.dtype, self.weight.device)
 
-    def _product_of(self, dtype: torch.dtype) -> str | None:
+    def _product_of(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the name of the products that run; None: weights are widened."""
-        if self.multiplies_int8():
+        if self._multiplies_int8(device):
             return _ONEDNN
         if self.weight.is_meta or not products.fits(self.weight):
             return None
-        chosen = products.choose_products(self.weight.device, dtype)
-        if self.weight.dtype == products.FP8:
-            return "fp8 products" if chosen == "fp8" else None
-        return None if chosen is None else "int8 products"
+        kind = "fp8" if self.weight.dtype == products.FP8 else "int8"
+        return f"{kind} products" if kind in products.right_products(device, dtype) else None
 
     def _widened(self, rows: slice | None, dtype: torch.dtype) -> Tensor:
         """The weight, or some of its rows, in `dtype`, rounded once."""
@@ -219,20 +232,22 @@ class Int8Linear(nn.Module):
         return known.weight
 
     def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
-        """As `nn.Module`, but the scales stay in float32 when the module is cast."""
-        scale = self.weight_scale
+        """As `nn.Module`, but a cast changes neither the scales nor a weight in fp8, which torch takes for a float."""
+        weight, scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
         self.weight_scale = scale.to(self.weight.device)
         self._packed.clear()
         return self
 
 
-def settle_products(transformer: nn.Module, dtype: torch.dtype) -> None:
+def settle_products(network: nn.Module, dtype: torch.dtype) -> None:
     """Give int8 matrices the format in which their device multiplies fastest: once, after they are where they stay.
 
     `dtype` is that of activations. Where fp8 is chosen, weights are rounded to it in place, one matrix at a time.
     """
-    for module in transformer.modules():
+    for module in network.modules():
         if isinstance(module, Int8Linear) and module.weight.dtype == torch.int8 and module.weight.device.type == "cuda":
             fits = all(size % 16 == 0 for size in module.weight.shape)
             if fits and products.choose_products(module.weight.device, dtype) == "fp8":
@@ -244,10 +259,26 @@ def quantize_blocks(transformer: nn.Module) -> None:
 
     Modulation, embedders, norms and the last layer keep their dtype: they are small, and their errors reach every token.
     """
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, Linear) and "transformer_blocks." in name:
+    _replace(transformer, Linear, inside="transformer_blocks.")
+
+
+def quantize_layers(text_network: nn.Module) -> None:
+    """Replace every matrix of a text encoder's layers by an `Int8Linear`, one at a time; embedding and norms stay.
+
+    Of our `Qwen3` or of transformers' class. Raises `ValueError` for a matrix with a bias, which int8 products do not add.
+    """
+    for name, module in text_network.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            raise ValueError(f"{name} has a bias; only matrices without one can be int8")
+    _replace(text_network, nn.Linear, inside="layers.")
+
+
+def _replace(network: nn.Module, kind: type[nn.Linear], *, inside: str) -> None:
+    """Replace the matrices of a class whose names hold `inside`; those on the meta device get empty ones."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, kind) and inside in name:
             path, _, last = name.rpartition(".")
-            parent = transformer.get_submodule(path)
+            parent = network.get_submodule(path)
             if module.weight.is_meta:
                 with torch.device("meta"):
                     made = Int8Linear(module.in_features, module.out_features)

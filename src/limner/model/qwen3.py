@@ -1,7 +1,8 @@
 """The layers of a Qwen3 that text tokens are read from, with the names of transformers' `Qwen3Model`.
 
 It computes what transformers' class does with torch's attention, operation for operation, so results are the same to the
-last bit. Its own, since importing transformers' class takes longer than drawing a small picture.
+last bit, unless matrices were made int8 (`limner.model.int8`). Its own, since importing transformers' class takes longer
+than drawing a small picture.
 
 Shapes: ids, mask (B, S); hidden states (B, S, C); queries (B, H, S, D), keys and values (B, H_kv, S, D). Knows torch; does
 not know prompts and files.
@@ -129,6 +130,20 @@ class Qwen3Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
+class Projection(nn.Linear):
+    """A matrix without bias, in the dtype of its weights on every device, as transformers multiplies.
+
+    `limner.model.arithmetic.Linear` widens where that is faster, which changes last bits.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """As `Linear.prepare`: nothing is done."""
+        return x
+
+
 class Attention(nn.Module):
     """Causal attention, several heads to one of the keys and values."""
 
@@ -137,22 +152,22 @@ class Attention(nn.Module):
         width, self.head_dim = config["hidden_size"], config["head_dim"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.groups = heads // kv_heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
+        self.q_proj = Projection(width, heads * self.head_dim)
+        self.k_proj = Projection(width, kv_heads * self.head_dim)
+        self.v_proj = Projection(width, kv_heads * self.head_dim)
+        self.o_proj = Projection(heads * self.head_dim, width)
         self.q_norm = RMSNorm(self.head_dim, eps=config["rms_norm_eps"])
         self.k_norm = RMSNorm(self.head_dim, eps=config["rms_norm_eps"])
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], attended: Tensor | None) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
+        heads, x = (*x.shape[:2], -1, self.head_dim), self.q_proj.prepare(x)  # once for three matrices
         q = _rotated(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos_sin)
         k = _rotated(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos_sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         grouped = self.groups > 1 and attended is None and self.head_dim <= _MAX_GROUPED_HEAD
         if self.groups > 1 and not grouped:
             k, v = (part.repeat_interleave(self.groups, dim=1) for part in (k, v))
-        causal = attended is None and x.shape[1] > 1
+        causal = attended is None and heads[1] > 1
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attended, is_causal=causal, scale=self.head_dim**-0.5, enable_gqa=grouped
         )
@@ -164,11 +179,12 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Projection(width, inner)
+        self.up_proj = Projection(width, inner)
+        self.down_proj = Projection(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.gate_proj.prepare(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 

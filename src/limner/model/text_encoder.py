@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limner.errors import CheckpointError, InvalidRequest
+from limner.model.int8 import Int8Linear, settle_products
 from limner.model.qwen3 import Qwen3
 
 __all__ = ["TextEncoder", "TokenizedPrompt", "default_out_layers"]
@@ -62,6 +63,15 @@ class TextEncoder(nn.Module):
     def _weight(self) -> Tensor:
         parameter: Tensor = next(self.network.parameters())
         return parameter
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8" if the layers' matrices are `Int8Linear`, else None."""
+        return "int8" if any(isinstance(module, Int8Linear) for module in self.modules()) else None
+
+    def settle(self) -> None:
+        """As `Transformer.settle`: int8 weights become fp8 on a GPU where that is faster."""
+        settle_products(self, self.dtype)
 
     def rebuild_rotary(self) -> None:
         """Compute transformers' rotary frequencies again in float32: no checkpoint holds them, and casting rounds them."""

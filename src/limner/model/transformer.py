@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from limner.config import TransformerConfig
 from limner.errors import InvalidRequest
 from limner.model.arithmetic import Linear, fast_dtype
-from limner.model.attention import KeyWeights, choose_kernel
+from limner.model.attention import KeyWeights, choose_kernel, reads_narrow
 from limner.model.context import BlockContext, Execution, Staging
 from limner.model.fingerprint import arithmetic_name
 from limner.model.int8 import Int8Linear, settle_products
@@ -118,6 +118,7 @@ class Transformer(nn.Module):
         if self.device.type == "cuda":
             if self.execution.ranks.alone:  # several processes would have to agree
                 settle_products(self, self.dtype)
+            reads_narrow(self.device, self.dtype, self.config.head_dim)
             _logger.info("arithmetic: %s", self.arithmetic)
 
     def use_arithmetic(self, dtype: torch.dtype | None) -> None:

@@ -38,11 +38,9 @@ from limner.images.colour import to_srgb
 from limner.images.reference import upright
 from limner.images.sources import as_list, open_picture
 from limner.pipeline.control import MASK_BLUR, PerPrompt, check_strength
-from limner.requests import Control
+from limner.requests import OF_MASKS, REPAINTING, Control, repaints
 
 __all__ = ["Canvas", "open_canvases", "whole_canvas"]
-
-_OF_CANVAS = ("canvas", "mask_image", "strength", "expand", "padding_mask_crop", "preserve")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -157,14 +155,13 @@ def open_canvases(
         return tuple(ready), image
     if isinstance(ready, Canvas):
         return (ready,), image
-    if all(control.get(name) is None for name in _OF_CANVAS):
-        if control.get("mask_blur") is not None:
-            raise InvalidRequest("mask_blur", "needs mask_image or expand; without them everything is drawn")
+    _check_names(control)
+    if not repaints(control):
         return (), image
     pictures = None if image is None else as_list(image)
     is_first = ready is None
     if is_first and not pictures:
-        names = ", ".join(name for name in _OF_CANVAS if control.get(name) is not None)
+        names = ", ".join(name for name in REPAINTING if control.get(name) is not None)
         raise InvalidRequest("canvas", f"{names} needs a picture to repaint; give image, or canvas")
     source = pictures[0] if is_first and pictures else ready
     picture = _open(source, policy=policy, field="image 1" if is_first else "canvas")
@@ -218,14 +215,13 @@ def _plan(
     else:
         picture = _flat(picture, background=background)
         masks = [np.full((picture.height, picture.width), 255, np.uint8)]
-    _check_names(control, masked=masked)
     plans = [
         plan_canvas(
             picture.size,
             mask,
             max_pixels=policy.pixels,
             sizes=tuple(sizes),
-            padding=control.get("padding_mask_crop") if masked else None,
+            padding=control.get("padding_mask_crop"),
             mask_blur=MASK_BLUR if (blur := control.get("mask_blur")) is None else blur,
         )
         for mask in masks
@@ -281,14 +277,14 @@ def _flat(picture: Image.Image, *, background: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
 
 
-def _check_names(control: Control, *, masked: bool) -> None:
+def _check_names(control: Control) -> None:
     """Refuse what would have no effect."""
-    for name in ("mask_blur", "padding_mask_crop"):
+    masked = any(control.get(name) is not None for name in ("mask_image", "expand"))
+    for name in OF_MASKS:
         if not masked and control.get(name) is not None:
             raise InvalidRequest(name, "needs mask_image or expand; without them everything is drawn")
-    others = ("mask_image", "expand", "strength", "preserve")
-    if control.get("canvas") is not None and all(control.get(name) is None for name in others):
-        raise InvalidRequest("canvas", f"says which picture is repainted; give one of {', '.join(others)} too")
+    if control.get("canvas") is not None and not repaints(control):
+        raise InvalidRequest("canvas", f"says which picture is repainted; give one of {', '.join(REPAINTING)} too")
 
 
 def _expansion(expand: Any) -> dict[str, Any]:

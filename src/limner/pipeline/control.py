@@ -15,7 +15,6 @@ from limner.requests import Control
 
 __all__ = [
     "MASK_BLUR",
-    "REFERENCE_CONTROLS",
     "PerPrompt",
     "Weights",
     "check_names",
@@ -24,9 +23,6 @@ __all__ = [
     "check_strength",
     "check_weights",
 ]
-
-REFERENCE_CONTROLS = ("reference_weights", "reference_guidance")
-"""The controls that say how much references count; all others are of the canvas."""
 
 MASK_BLUR = 8
 """Pixels of the canvas over which a repainted place fades into its surroundings."""

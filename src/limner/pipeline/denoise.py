@@ -111,6 +111,8 @@ def denoise(
             if batch.surroundings is not None:
                 batch.latents = batch.surroundings.keep(batch.latents, sigmas[i + 1])
             if request.callback is not None:
+                if batch.laps:
+                    batch.laps[-1].wait()  # so that what a callback stops is one queued step at most, not all of them
                 clean = None
                 if {"denoised", "preview"} & {*request.callback_inputs}:
                     clean = euler_step(before, velocity, sigma=sigmas[i], next_sigma=torch.zeros_like(sigmas[i]))

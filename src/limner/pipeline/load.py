@@ -98,6 +98,7 @@ def load(
     called: str | None,
     reference_policy: ReferencePolicy | None,
     quantize: str | None,
+    quantize_text: bool,
     memory_limit: str | int | None,
     text_encoder_out_layers: Sequence[int] | None,
     parallel: str | None,
@@ -155,10 +156,12 @@ def load(
         dtype=dtype,
         device=home,
         out_layers=tuple(text_encoder_out_layers) if text_encoder_out_layers else None,
+        quantize="int8" if quantize_text else None,
         like=like["text_encoder"],
         variant=variant,
         after=after,
     )
+    text_encoder.settle()
     report("load", 3, 3)
     preview = settings.preview if preview_decoder is None else load_tiny_decoder(Path(preview_decoder), device=device)
     check_parts(transformer, autoencoder, text_encoder, preview, preview_decoder or folder)
@@ -207,6 +210,7 @@ def take_over(
     found = kind_of_index({**pipeline.config, "_class_name": name}, where="pipeline")
     kind = chosen_kind(replace(found, source=name), given=references, called=called)
     transformer = share_transformer(pipeline.transformer)
+    transformer.settle()
     autoencoder = share_autoencoder(pipeline.vae)
     text_encoder = share_text_encoder(
         pipeline.text_encoder, pipeline.tokenizer, out_layers=check_layers(text_encoder_out_layers)

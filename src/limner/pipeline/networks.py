@@ -129,6 +129,7 @@ class Networks:
         return Formats(
             itemsize=self.dtype.itemsize,
             quantize=self.transformer.quantization,
+            quantize_text=self.text_encoder.quantization is not None,
             kv=self.kv_cache_dtype,
             packed=self.device.type == "cpu" and has_int8_products(),
             anonymous=frozenset(name for name, part in parts.items() if not self.residency.mapped(part)),
@@ -153,6 +154,8 @@ class Networks:
         self.residency.adopt(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks])
         self.residency.adopt(self.text_encoder, list(text.layers), tables=[text.embed_tokens], hooks=True)
         self.residency.adopt(self.autoencoder)
+        if isinstance(self.residency, Staged):  # now it is known where the transformer runs
+            transformer.settle()
 
     def to(self, target: torch.device | torch.dtype) -> None:
         """Move the networks to a device, or cast them to a dtype. Raises `InvalidRequest`."""
@@ -165,8 +168,8 @@ class Networks:
             for part in (self.transformer, self.autoencoder, self.text_encoder):
                 with nullcontext() if is_cast else self.digests.moving(part):
                     part.to(target)
-                    if part is self.transformer:
-                        self.transformer.settle()
+                    if isinstance(part, (Transformer, TextEncoder)):
+                        part.settle()
         self.text_encoder.rebuild_rotary()
         self.adopt()
 

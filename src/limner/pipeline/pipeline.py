@@ -123,6 +123,7 @@ class Pipeline:
         store: ReferenceStore | None = None,
         reference_policy: ReferencePolicy | None = None,
         quantize: str | None = None,
+        quantize_text: bool = False,
         kv_cache_dtype: str | None = None,
         memory_limit: str | int | None = None,
         text_encoder_out_layers: Sequence[int] | None = None,
@@ -141,11 +142,12 @@ class Pipeline:
         a small decoder (TAEF2) for previews. `torch_dtype` (its newer name: `dtype`) None keeps that of the files
         (bundled model: float32; quantized ones: bfloat16). Weights are memory-mapped, not copied, unless dtype or
         device ask for it. `references` says what references attend to, "isolated" or "joint" (docs/models.md); None:
-        what the files say. `quantize` "int8" makes weights and activations of the blocks' matrices int8 (`limner
-        quantize` writes such a folder). `kv_cache_dtype` is the format of cached K/V: None, that of the arithmetic;
-        "int8" or "fp8", half the bytes of bfloat16. `memory_limit`, "20GiB" or bytes, is what may be resident, mapped
-        files included: networks have weights in memory by turns, the results are the same bits (a CPU under Linux). On
-        CUDA it is the device's memory, and weights that are not there are in page-locked host memory.
+        what the files say. `quantize` "int8" makes weights and activations of the blocks' matrices int8, `quantize_text`
+        those of the text encoder's layers (`limner quantize` writes such folders). `kv_cache_dtype` is the format of
+        cached K/V: None, that of the arithmetic; "int8" or "fp8", half the bytes of bfloat16. `memory_limit`, "20GiB" or
+        bytes, is what may be resident, mapped files included: networks have weights in memory by turns, the results are
+        the same bits (a CPU under Linux). On CUDA it is the device's memory, and weights that are not there are in
+        page-locked host memory.
         `parallel` divides the transformer among torchrun's processes (`limner.model.divide`): "tensor" by heads and MLP
         columns, "sequence" by tokens; all make the same calls, one at a time, with the same results. `variant` "fp16"
         reads *.fp16.safetensors where a part has them. Of a hub id: `revision` (not of other parts), `token`,
@@ -161,6 +163,7 @@ class Pipeline:
             called=cls._diffusers_class,
             reference_policy=reference_policy,
             quantize=quantize,
+            quantize_text=quantize_text,
             memory_limit=memory_limit,
             text_encoder_out_layers=text_encoder_out_layers,
             parallel=parallel,

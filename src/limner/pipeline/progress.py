@@ -28,15 +28,19 @@ class Lap:
 
     @property
     def seconds(self) -> float:
-        """Seconds from mark to mark; on CUDA it waits until the work before the second one is done."""
+        """Seconds from mark to mark; on CUDA it waits as `wait` does."""
+        self.wait()
         start, end = self._start, self._end
         if isinstance(start, float) and isinstance(end, float):
             return end - start
         assert not isinstance(start, float)
         assert not isinstance(end, float)
-        if not end.query():  # type: ignore[no-untyped-call]
-            end.synchronize()
         return float(start.elapsed_time(end)) / 1000
+
+    def wait(self) -> None:
+        """Wait until the work before the second mark is done. Of clock times it is."""
+        if not isinstance(self._end, float) and not self._end.query():  # type: ignore[no-untyped-call]
+            self._end.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

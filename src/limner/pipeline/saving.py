@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from limner.errors import CheckpointError, InvalidRequest, OutputError
-from limner.weights.convert import convert, save_network, transformer_config
+from limner.weights.convert import check_int8, convert, save_network, transformer_config
 from limner.weights.parts import STEMS
 
 __all__ = ["model_index", "save"]
@@ -105,7 +105,9 @@ def _write_text_encoder(pipe: Any, folder: Path, source: Path | ReferenceType[An
     if whole is not None:
         whole.save_pretrained(folder)
     elif isinstance(source, Path):
-        convert(source, folder, to="diffusers", dtype=pipe.text_encoder.dtype, part="text_encoder")
+        encoder = pipe.text_encoder
+        check_int8(encoder)
+        convert(source, folder, to=encoder.quantization or "diffusers", dtype=encoder.dtype, part="text_encoder")
     else:
         raise CheckpointError(
             "text_encoder: its last layers, which no call reads, are not in memory, and where they are is not known; "

@@ -15,9 +15,9 @@ from limner.errors import InvalidRequest
 from limner.images import prepare_references
 from limner.kinds import ModelKind
 from limner.pipeline.canvas import Canvas, open_canvases
-from limner.pipeline.control import REFERENCE_CONTROLS, PerPrompt, check_names
+from limner.pipeline.control import PerPrompt, check_names
 from limner.pipeline.repaint import canvas_sizes
-from limner.requests import Control, EditRequest
+from limner.requests import REFERENCE_CONTROLS, Control, EditRequest
 
 __all__ = ["canvases_of", "check_shared", "images_of", "opened", "per_prompt", "shared_of"]
 

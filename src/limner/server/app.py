@@ -236,12 +236,13 @@ def _add_document(app: FastAPI) -> None:
         return full()
 
     app.openapi = openapi  # type: ignore[method-assign]
-    rendered = b""
+    rendered, one_makes_it = b"", asyncio.Lock()
 
     @app.get("/openapi.json", include_in_schema=False)
     async def document() -> Response:
         nonlocal rendered
-        rendered = rendered or await asyncio.to_thread(lambda: bytes(SafeJSON(app.openapi()).body))
+        async with one_makes_it:
+            rendered = rendered or await asyncio.to_thread(lambda: bytes(SafeJSON(app.openapi()).body))
         return Response(rendered, media_type="application/json")
 
 

@@ -31,10 +31,20 @@ from limner.weights.names import Names, Rule, autoencoder_names, transformer_nam
 from limner.weights.networks import QUANT_METHOD, empty_autoencoder, empty_text_network, empty_transformer
 from limner.weights.parts import STEMS, Progress, check_variant, is_model_folder, open_part, part_of
 
-__all__ = ["LAYOUTS", "convert", "expected_tensors", "save_network", "save_quantized", "transformer_config"]
+__all__ = [
+    "LAYOUTS",
+    "check_int8",
+    "convert",
+    "expected_tensors",
+    "save_network",
+    "save_quantized",
+    "transformer_config",
+]
 
 LAYOUTS = ("diffusers", "int8", "original")
 """The layouts that can be written."""
+_INT8 = {"quantization_config": {"quant_method": QUANT_METHOD}}
+"""What the configuration of an int8 part says."""
 _ORIGINAL_FILES = {
     "transformer": "transformer.safetensors",
     "vae": "ae.safetensors",
@@ -70,13 +80,13 @@ def expected_tensors(checkpoint: Checkpoint, *, int8: bool = False) -> dict[str,
         expected = empty_autoencoder(config, where=where).state_dict()
     else:
         depth = int(config["num_hidden_layers"])
-        whole = empty_text_network(config, used=depth, depth=depth, where=where).state_dict()
+        whole = empty_text_network(config, used=depth, depth=depth, where=where, int8=int8).state_dict()
         whole["lm_head.weight"] = whole["embed_tokens.weight"]
         used = max(default_out_layers(depth))
         checkpoint.check(
             empty_text_network(config, used=used, depth=depth, where=where).state_dict(), used=used, depth=depth
         )
-        return {name: value for name, value in whole.items() if checkpoint.has(name)}
+        return {name: value for name, value in whole.items() if checkpoint.has(_matrix_of(name))}
     checkpoint.check(expected)
     return expected
 
@@ -90,22 +100,28 @@ def convert(
     part: str | None = None,
     like: Path | None = None,
     variant: str | None = None,
+    quantize_text: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Write a file, a part's folder or a model's folder to `target` in the layout `to`; return the bytes of weights.
 
     A part becomes a folder ("diffusers", "int8") or one .safetensors file ("original"); a model becomes a folder, in
-    which "int8" changes the transformer alone and "original" makes one file of each part. `like` is a model folder whose
-    configurations say what single files do not, `variant` says which weights of folders are read. Raises
-    `CheckpointError`, `InvalidRequest` and `OutputError`.
+    which "int8" changes the transformer, with `quantize_text` the text encoder too, and "original" makes one file of each
+    part. `like` is a model folder whose configurations say what single files do not, `variant` says which weights of
+    folders are read. Raises `CheckpointError`, `InvalidRequest` and `OutputError`.
     """
     if to not in LAYOUTS:
         raise InvalidRequest("to", f"{to!r} is not one of {', '.join(LAYOUTS)}")
+    if quantize_text and to != "int8":
+        raise InvalidRequest("quantize_text", f"is for the layout int8, not for {to}; leave it out")
     found = part_of(source, part=part)
     whole = is_model_folder(source) and part is None
-    parts = [name for name in PARTS if to != "int8" or name == "transformer"] if whole else [found or PARTS[0]]
-    if to == "int8" and parts != ["transformer"]:
-        raise InvalidRequest("to", f"int8 is a layout of the transformer, {source} holds a {parts[0]}; use diffusers")
+    narrow = ("transformer", "text_encoder") if quantize_text else ("transformer",)
+    parts = [name for name in PARTS if to != "int8" or name in narrow] if whole else [found or PARTS[0]]
+    if to == "int8" and parts == ["vae"]:
+        raise InvalidRequest(
+            "to", f"int8 is a layout of the transformer and the text encoder, {source} holds a vae; use diffusers"
+        )
     if to == "original" and not whole and target.suffix != ".safetensors":
         raise InvalidRequest(
             "output", f"{target.name} does not end in .safetensors; a part in the original layout is a file"
@@ -149,13 +165,13 @@ def save_quantized(transformer: Transformer, source: Path, target: Path) -> None
 
     `target` has to be new. It appears whole or not at all. Raises `InvalidRequest` for weights that are fp8 by now.
     """
-    _check_int8(transformer)
+    check_int8(transformer)
     tensors = transformer.state_dict()
     output = _Output(
         part="transformer",
         infos={name: _info_of(value) for name, value in tensors.items()},
         tensors=lambda: iter(tensors.items()),
-        config=_int8_config(transformer.config),
+        config=transformer.config.to_diffusers() | _INT8,
     )
     copied = _others(source, [output])
     _check_space(target, [output], copied)
@@ -173,13 +189,13 @@ def save_network(part: str, tensors: Mapping[str, Tensor], config: Mapping[str, 
 
 def transformer_config(transformer: Transformer) -> dict[str, Any]:
     """Return the `config.json` of a transformer in memory, wide or int8. Raises `InvalidRequest` for one in fp8."""
-    _check_int8(transformer)
-    return transformer.config.to_diffusers() if transformer.quantization is None else _int8_config(transformer.config)
+    check_int8(transformer)
+    return transformer.config.to_diffusers() | ({} if transformer.quantization is None else _INT8)
 
 
-def _check_int8(transformer: Transformer) -> None:
+def check_int8(network: torch.nn.Module) -> None:
     """Raise `InvalidRequest` if int8 weights were rounded to fp8, in which this GPU multiplies: they are not int8."""
-    if any(value.dtype == torch.float8_e4m3fn for value in transformer.state_dict().values()):
+    if any(value.dtype == torch.float8_e4m3fn for value in network.state_dict().values()):
         raise InvalidRequest(
             "quantize",
             "the int8 weights of this pipeline were rounded to fp8 for this GPU and are not int8 any more; save it from a "
@@ -193,14 +209,14 @@ def _plan(part: str, checkpoint: Checkpoint, *, to: str, dtype: torch.dtype | No
     config = dict(checkpoint.config)
     config.pop("quantization_config", None)
     if part == "transformer":
-        geometry = TransformerConfig.from_diffusers(checkpoint.config)
-        config = _int8_config(geometry) if to == "int8" else geometry.to_diffusers()
+        config = TransformerConfig.from_diffusers(checkpoint.config).to_diffusers()
+    config |= _INT8 if to == "int8" else {}
     infos = {}
     for name, want in expected.items():
-        fixed = want.dtype == torch.int8 or name.endswith((".weight_scale", "num_batches_tracked"))
+        fixed = _is_narrow(name, expected) or name.endswith("num_batches_tracked")
         infos[name] = _info_of(want) if fixed else checkpoint.info(name, dtype)
     if part == "text_encoder":
-        kinds = {info.dtype for info in infos.values()}
+        kinds = {info.dtype for name, info in infos.items() if not _is_narrow(name, expected)}
         if len(kinds) == 1:
             wide = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kinds.pop())
             config = {k: v for k, v in config.items() if k != "torch_dtype"} | ({"dtype": wide} if wide else {})
@@ -284,8 +300,14 @@ def _write(output: _Output, path: Path, metadata: Mapping[str, str], progress: P
     write_tensors(path, output.infos, reporting(), metadata=metadata)
 
 
-def _int8_config(config: TransformerConfig) -> dict[str, Any]:
-    return config.to_diffusers() | {"quantization_config": {"quant_method": QUANT_METHOD}}
+def _matrix_of(name: str) -> str:
+    """Return the matrix that a scale belongs to; of other tensors their own name."""
+    return name.removesuffix("_scale") if name.endswith(".weight_scale") else name
+
+
+def _is_narrow(name: str, expected: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is an int8 matrix or its scale, whose dtypes are fixed."""
+    return expected[_matrix_of(name)].dtype == torch.int8
 
 
 def _info_of(value: Tensor) -> TensorInfo:

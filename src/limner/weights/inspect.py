@@ -184,7 +184,8 @@ def _inspect(checkpoint: Checkpoint, digests: bool, verify: bool, progress: Prog
     else:
         depth, layers = text_layers(config, None, where=checkpoint.where)
         used = max(layers)
-        network = empty_text_network(config, used=used, depth=depth, where=checkpoint.where)
+        int8 = layout.quantization == "int8"
+        network = empty_text_network(config, used=used, depth=depth, where=checkpoint.where, int8=int8)
         shown = {name: config[name] for name in _TEXT if name in config} | {
             "layers_read": list(default_out_layers(depth))
         }

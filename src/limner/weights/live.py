@@ -96,7 +96,8 @@ def restore_text_encoder(
 ) -> TextEncoder:
     """Return a text encoder of the first `used` of `depth` layers that shares tensors. Raises `CheckpointError`."""
     where = "text_encoder"
-    network = empty_text_network(config, used=used, depth=depth, where=where)
+    int8 = any(name.endswith("_proj.weight_scale") for name in tensors)
+    network = empty_text_network(config, used=used, depth=depth, where=where, int8=int8)
     _share(network, tensors, where)
     encoder = TextEncoder(network, tokenizer, out_layers=out_layers)
     encoder.rebuild_rotary()

@@ -13,7 +13,7 @@ from limner.config import TransformerConfig
 from limner.errors import CheckpointError, first_line
 from limner.model import autoencoder_network, qwen3
 from limner.model.autoencoder_network import AutoencoderNetwork
-from limner.model.int8 import quantize_blocks
+from limner.model.int8 import quantize_blocks, quantize_layers
 from limner.model.qwen3 import Qwen3
 from limner.model.text_encoder import default_out_layers
 from limner.model.transformer import Transformer
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 QUANT_METHOD = "limner_int8"
-"""`quantization_config.quant_method` of an int8 transformer in its config.json."""
+"""`quantization_config.quant_method` of an int8 transformer or text encoder in its config.json."""
 
 
 def empty_transformer(config: TransformerConfig, *, int8: bool, where: Path | str) -> Transformer:
@@ -81,10 +81,13 @@ def text_layers(
     return depth, layers
 
 
-def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, where: Path | str) -> Any:
+def empty_text_network(
+    config: Mapping[str, Any], *, used: int, depth: int, where: Path | str, int8: bool = False
+) -> Any:
     """Build a Qwen3 base model of the first `used` of `depth` layers, with its final norm only if that is all of them.
 
-    It is our network, or transformers' for what that has besides. Raises `CheckpointError`.
+    It is our network, or transformers' for what that has besides; with `int8` its layers have `Int8Linear`. Raises
+    `CheckpointError`, also for int8 matrices with a bias.
     """
     check_text_encoder(config, where=where)
 
@@ -96,7 +99,13 @@ def empty_text_network(config: Mapping[str, Any], *, used: int, depth: int, wher
             network.norm = nn.Identity()
         return network
 
-    return _build(make, where=where)
+    made = _build(make, where=where)
+    if int8:
+        try:
+            quantize_layers(made)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}; load this text encoder without quantize_text") from error
+    return made
 
 
 def _transformers_network(config: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from limner.weights.files import open_folder, read_json, variants_of
 from limner.weights.layouts import layout_of, naming_of, open_file, parts_of, recognise
 from limner.weights.networks import QUANT_METHOD
 
-__all__ = ["STEMS", "Progress", "check_variant", "is_model_folder", "open_part", "part_of"]
+__all__ = ["STEMS", "Progress", "check_variant", "is_model_folder", "open_part", "part_of", "says_int8"]
 
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Names of the files of weights in a part's folder, without suffix."""
@@ -83,9 +83,15 @@ def _open_folder(part: str, source: Path, variant: str | None) -> Checkpoint:
     if part == "transformer" and "quantization_config" in config:
         _check_method(config["quantization_config"], where=source / "config.json")
     layout = layout_of(file, part, naming=naming, prefix=prefix)
-    if part == "transformer" and config.get("quantization_config") and layout.quantization != "int8":
+    if says_int8(config) and layout.quantization != "int8":
         raise CheckpointError(f"{source}: config.json says int8, the weights are not; quantize the model again")
     return Checkpoint(file, layout, config, where=source)
+
+
+def says_int8(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that the weights are Limner's int8. Those of text encoders may name other methods."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
 def _check_method(found: Any, *, where: Path) -> None:

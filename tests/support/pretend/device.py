@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.pretend.guard import load_guard
-from tests.support.pretend.streams import Event, Stream, Streams, Uses
+from tests.support.pretend.streams import Event, Race, Stream, Streams, Uses
 
 __all__ = ["Pretended", "PretendedDevice", "pretended_device", "real"]
 
@@ -73,11 +73,12 @@ class Pretended(torch.Tensor):
 
 @dataclass(eq=False)
 class _Memory:
-    """One allocation, by the tensors that share it."""
+    """One allocation, by the tensors that share it. `of_graph`: it was made while a graph was captured, which keeps it."""
 
     nbytes: int
     uses: Uses
     sharers: int = 0
+    of_graph: bool = False
 
 
 class _Held:
@@ -116,7 +117,7 @@ class PretendedDevice:
     def __post_init__(self) -> None:
         self.device = torch.device(self.kind, 0)
         self.streams = Streams(lambda what: self._waited(what))
-        self.recording: list[_Call] | None = None  # what a graph captures
+        self.recording: _Graph | None = None  # the graph that is being captured
         self._memory: dict[int, _Memory] = {}
         self._pinned: dict[int, tuple[torch.Tensor, Uses]] = {}
         self._lock = threading.RLock()
@@ -139,7 +140,8 @@ class PretendedDevice:
                     raise torch.OutOfMemoryError(
                         f"CUDA out of memory. Tried to allocate {nbytes} bytes. {self.limit - self.live} are free."
                     )
-                found = self._memory[storage._cdata] = _Memory(nbytes, Uses(owner=self.streams.current))
+                found = _Memory(nbytes, Uses(owner=self.streams.current), of_graph=self.captures())
+                self._memory[storage._cdata] = found
                 self.live += nbytes
                 self.peak = max(self.peak, self.live)
             found.sharers += 1
@@ -243,19 +245,34 @@ class PretendedDevice:
         if self.kind == "mps" and any(x.dtype == torch.float64 for x in new):
             raise TypeError(f"{name}: MPS has no float64")
         if name.startswith(("empty", "new_empty")):  # queues nothing; what used this memory before may still run
-            for x in new:
+            for x in new if not self.captures() else ():
                 x.held.memory.uses.writer = self.streams.current.now
-        elif written or new or not list(_tensors(made)):
+            return made
+        if written or new or not list(_tensors(made)):
             self.launches[name] += 1
-            for x in tensors:
-                if isinstance(x, Pretended) and x.held.counted:
-                    self.streams.read(x.held.memory.uses, self.streams.current, name)
-            for x in [*written, *new]:
-                if isinstance(x, Pretended) and x.held.counted:
-                    self.streams.write(x.held.memory.uses, self.streams.current, name)
-        if self.recording is not None and not name.startswith("empty"):
-            self.recording.append((call, _map(real, made), [x.inner for x in new]))
+            read, changed = ([x.held.memory for x in of if _is_counted(x)] for of in (tensors, [*written, *new]))
+            if self.captures():
+                _given(self.recording).uses.append((name, read, changed))
+            else:
+                self.use(name, read, changed)
+        if self.captures():
+            _given(self.recording).calls.append((call, _map(real, made), [x.inner for x in new]))
         return made
+
+    def use(self, name: str, read: list[_Memory], changed: list[_Memory]) -> None:
+        """An operation on the present stream reads and changes memory."""
+        for memory in read:
+            self.streams.read(memory.uses, self.streams.current, name)
+        for memory in changed:
+            self.streams.write(memory.uses, self.streams.current, name)
+
+    def captures(self) -> bool:
+        """Whether a graph captures what this thread queues."""
+        return self.recording is not None and self.recording.thread == threading.get_ident()
+
+    def _refuse_while_capturing(self, what: str) -> None:
+        if self.captures() or (self.recording is not None and self.recording.mode == "global"):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
     def _placed(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Operations with a device of their own: factories, and copies to another device."""
@@ -299,8 +316,8 @@ class PretendedDevice:
         streamed = non_blocking and self.is_pinned(host)
         current, uses = self.streams.current, there.held.memory.uses  # type: ignore[attr-defined]
         (self.streams.write if up else self.streams.read)(uses, current, "copy")
-        if self.recording is not None and not streamed:
-            raise RuntimeError("operation not permitted when stream is capturing: a copy that waits")
+        if not streamed:
+            self._refuse_while_capturing("a copy that waits")
         if streamed:
             self.streamed[_site()] += 1
             if host.untyped_storage()._cdata in self._pinned:
@@ -340,8 +357,7 @@ class PretendedDevice:
         self.uploads[f"{what} at {_site()}"] += 1
 
     def _waited(self, what: str) -> None:
-        if self.recording is not None:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        self._refuse_while_capturing(what)
         self.waits[f"{what} at {_site()}"] += 1
 
     # standing in for torch.cuda
@@ -374,9 +390,9 @@ class PretendedDevice:
             "Event": _bound(Event, streams),
             "current_stream": lambda *_: streams.current,
             "stream": lambda stream: stream,
-            "is_current_stream_capturing": lambda: self.recording is not None,
+            "is_current_stream_capturing": self.captures,
             "CUDAGraph": _bound(_Graph, self),
-            "graph": lambda graph, *_, **__: graph.capturing(),
+            "graph": lambda graph, **how: graph.capturing(**how),
         }
         if self.kind == "mps":
             monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -406,27 +422,39 @@ _Call = tuple[Any, Any, list[torch.Tensor]]
 class _Graph:
     """As `torch.cuda.CUDAGraph`: what was captured runs again, with the same memory, and nothing else does.
 
-    Capturing runs nothing: results are NaN until the first replay.
+    Capturing runs nothing: results are NaN until the first replay. A replay reads the addresses that were captured, so
+    memory that was freed since is refused; what is made while capturing belongs to the graph.
     """
 
     def __init__(self, owner: PretendedDevice) -> None:
-        self._owner, self._calls = owner, list[_Call]()
+        self._owner, self.calls = owner, list[_Call]()
+        self.uses: list[tuple[str, list[_Memory], list[_Memory]]] = []
+        self.thread, self.mode = 0, ""
 
     @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        self._owner.recording = self._calls
+    def capturing(self, *, stream: Stream | None = None, capture_error_mode: str = "global") -> Iterator[None]:
+        """Without a stream torch takes one for all graphs, of the device that was current at the first of them."""
+        if stream is None:
+            raise RuntimeError("captured on a stream of whichever device was current first; name one of this device")
+        self.thread, self.mode = threading.get_ident(), capture_error_mode
+        self._owner.recording = self
         try:
-            yield
+            with stream:
+                yield
         finally:
             self._owner.recording = None
-        for _, _, new in self._calls:
+        for _, _, new in self.calls:
             for x in new:
                 if x.is_floating_point():
                     x.fill_(float("nan"))
 
     def replay(self) -> None:
         self._owner.launches["graph"] += 1
-        for call, made, _ in self._calls:
+        for name, read, changed in self.uses:
+            if any(not memory.sharers and not memory.of_graph for memory in (*read, *changed)):
+                raise Race(f"a graph uses memory that was freed after it was captured: {name}")
+            self._owner.use(name, read, changed)
+        for call, made, _ in self.calls:
             for old, new in zip(_tensors(made), _tensors(call()), strict=True):
                 if old.untyped_storage()._cdata != new.untyped_storage()._cdata:
                     old.copy_(new)
@@ -475,6 +503,15 @@ def _bound(kind: type, owner: Any) -> type:
 def real(x: Any) -> Any:
     """Return what has the values of a tensor; everything else as it is."""
     return x.inner if isinstance(x, Pretended) else x
+
+
+def _is_counted(x: Any) -> bool:
+    return isinstance(x, Pretended) and x.held.counted
+
+
+def _given(graph: _Graph | None) -> _Graph:
+    assert graph is not None
+    return graph
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

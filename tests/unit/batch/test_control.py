@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from PIL import Image
 from tests.support.batches import results, run, write
 from tests.support.tiny import generators, picture
 
-from limner import Pipeline
+from limner import Pipeline, References
 from limner.batch import Batch, BatchOptions
-from limner.batch.control import CONTROL_FIELDS
 from limner.images import read_metadata
+from limner.requests import CONTROL_FIELDS
+from limner.store.writes import BackgroundWrites
 
 MASK = {"mask": "mask.png"}
 ROWS: list[dict[str, Any]] = [
@@ -99,7 +101,16 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
         ({**MASK, "references": []}, "references: there are none to repaint"),
         ({"reference_weights": [1, 1]}, "reference_weights: there are 2 for 1 references"),
         ({"expand": {"side": 3}}, "expand: side are not expand, size, anchor or overlap"),
-        ({"mask_blur": 3}, "mask_blur: needs mask_image or expand"),
+        ({"mask_blur": 3}, "mask_blur: needs mask or expand"),
+        ({"canvas": "a.png"}, "canvas: says which picture is repainted; give one of mask, expand, strength, preserve"),
+        ({**MASK, "expand": [1, 0, 0, 0]}, "expand: mask and expand are both given"),
+        ({"mask": "a.png"}, "mask a.png: it has colours"),
+        ({**MASK, "mask_blur": -1}, "mask_blur: -1 is not a whole number of pixels"),
+        ({**MASK, "padding_mask_crop": True}, "padding_mask_crop: True is not a whole number of pixels"),
+        ({"strength": "all"}, "strength: 'all' is not a number over 0"),
+        ({"preserve": True}, "preserve: True is not one of None, 'auto'"),
+        ({"reference_guidance": "2"}, "reference_guidance: '2' is not a number"),
+        ({"reference_weights": [{}]}, "reference_weights: [{}] are not numbers"),
     ]
     write(
         rows,
@@ -114,9 +125,16 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
     assert found[-1]["warnings"][0].startswith("mask: it is black everywhere")
 
 
-def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline) -> None:
+def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     write(rows, ROWS[1:5])
     left = []
+    enqueue = BackgroundWrites.try_enqueue
+
+    def wait_and_enqueue(writes: BackgroundWrites, references: References, *, explicit: bool) -> bool:
+        writes.flush()  # a batch's queue has room for one entry: on a slow disk the second would not be kept
+        return enqueue(writes, references, explicit=explicit)
+
+    monkeypatch.setattr(BackgroundWrites, "try_enqueue", wait_and_enqueue)
 
     def look(done: int, of: int, failed: int) -> None:
         pipe.store.flush()
@@ -139,6 +157,36 @@ def test_a_mask_that_changes_while_it_runs(rows: Path, pipe: Pipeline) -> None:
         batch.draw(pipe, groups)
         assert batch.finish().failed == 2
     assert "mask: a file changed while the batch ran" in results(rows)[1]["error"]["message"]
+
+
+def test_a_mask_that_vanishes_is_an_error_of_its_own_rows(rows: Path, pipe: Pipeline) -> None:
+    (rows / "mask.png").rename(rows / "first.png")
+    shutil.copy(rows / "first.png", rows / "mask.png")
+    first = {"id": "first", "prompt": "p", "references": ["whole.png", "b.png"], "mask": "first.png"}
+    write(rows, [first, *ROWS[:3]])
+    with Batch(BatchOptions(manifest=rows / "rows.jsonl", folder=rows / "out")) as batch:
+        pipe.store = batch.store
+        groups = batch.plan(pipe)
+        assert [[task.id for task in group.tasks] for group in groups] == [["first", "plain", "mask", "weights"]]
+        (rows / "first.png").unlink()
+        batch.draw(pipe, groups)
+        summary = batch.finish()
+        assert (summary.drawn, summary.failed, summary.prefills) == (3, 1, 1)
+        assert "first.png cannot be read" in results(rows)[0]["error"]["message"]
+
+
+def test_rows_whose_masks_are_all_gone_have_each_their_own_error(rows: Path, pipe: Pipeline) -> None:
+    shutil.copy(rows / "mask.png", rows / "first.png")
+    write(rows, [{**ROWS[1], "id": "first", "mask": "first.png"}, *ROWS[1:3]])
+    with Batch(BatchOptions(manifest=rows / "rows.jsonl", folder=rows / "out")) as batch:
+        pipe.store = batch.store
+        groups = batch.plan(pipe)
+        (rows / "first.png").unlink()
+        Image.new("L", (96, 64), 255).save(rows / "mask.png")
+        batch.draw(pipe, groups)
+        assert batch.finish().failed == 3
+    errors = [row["error"]["message"] for row in results(rows)]
+    assert ["changed while" in error for error in errors] == [False, True, True]
 
 
 def test_rows_that_repaint_are_drawn_side_by_side(rows: Path, pipe: Pipeline) -> None:

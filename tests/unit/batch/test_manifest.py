@@ -40,11 +40,7 @@ BROKEN = {
     "mask": (b'{"id": "x", "prompt": "p", "mask": ["m.png"]}', "x", "mask: ['m.png'] is not the name of a file"),
     "canvas": (b'{"id": "x", "prompt": "p", "canvas": "\\ud800"}', "x", "canvas: '\\ud800' is not valid Unicode"),
     "expand": (b'{"id": "x", "prompt": "p", "expand": 8}', "x", "expand: 8 is not [left, top, right, bottom]"),
-    "strength": (b'{"id": "x", "prompt": "p", "strength": 1.5}', "x", "strength: 1.5 is not a number over 0"),
-    "preserve": (b'{"id": "x", "prompt": "p", "preserve": true}', "x", "preserve: True is not 'auto'"),
-    "blur": (b'{"id": "x", "prompt": "p", "mask_blur": -1}', "x", "mask_blur: -1 is not a whole number of pixels"),
     "weights": (b'{"id": "x", "prompt": "p", "reference_weights": 1}', "x", "reference_weights: 1 is not a list"),
-    "guidance of references": (b'{"id": "x", "prompt": "p", "reference_guidance": "2"}', "x", "'2' is not a number"),
 }
 
 

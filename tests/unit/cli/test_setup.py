@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import limner.doctor
-from limner.cli.draw import _output_files, _read_prompt
+from limner.cli.draw import _free_name, _output_files, _read_prompt
 from limner.cli.main import main
 from limner.errors import InvalidRequest, OutputError
 from limner.images import save
@@ -57,6 +58,28 @@ def test_doctor_names_what_keeps_limner_from_running(monkeypatch: pytest.MonkeyP
     assert report.lines()[-1].startswith("problem: numpy")
 
 
+def test_doctor_says_that_torch_cannot_be_imported(tmp_path: Path) -> None:
+    """As where a library of CUDA is missing; in a process of its own, since torch is imported here."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "limner", "doctor"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[-1] == (
+        "problem: torch cannot be imported (libcudart.so.13: cannot open shared object file); pip install --force-reinstall "
+        "torch, a build for this machine"
+    )
+
+
+def test_doctor_looks_at_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(limner.doctor, "_MODEL_BYTES", 1 << 62)
+    notes: list[str] = []
+    assert limner.doctor._room(notes)["models of the hub"].startswith(f"{tmp_path / 'hub'}, ")
+    assert notes[0].startswith(f"{tmp_path / 'hub'} has ")
+    assert notes[0].endswith("HF_HOME or HF_HUB_CACHE names another folder")
+
+
 def test_the_tested_versions_are_found() -> None:
     assert limner.doctor._tested()["torch"]
 
@@ -71,29 +94,78 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {"--references", "--reference-weight", "--reference-guidance"} <= set(done.stdout.split())
 
 
-def test_a_pipe_that_closes_is_no_traceback() -> None:
+def run_into(out: int, *words: str, folder: Path, unbuffered: str = "") -> tuple[int, str]:
+    """Return exit code and stderr of a command that prints into a file descriptor."""
     done = subprocess.run(
-        f"{sys.executable} -m limner completion bash | head -1", shell=True, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "limner", *words],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
     )
-    assert "Traceback" not in done.stderr
-    assert done.stdout
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [(["samples"], ""), (["samples"], "1"), (["completion", "bash"], ""), (["--help"], "")]
+)
+def test_a_reader_that_left_is_no_traceback(words: list[str], unbuffered: str, tmp_path: Path) -> None:
+    """What is short stays in a buffer to the end, what is long is written before."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_into(writer, *words, folder=tmp_path, unbuffered=unbuffered) == (1, "")
+    os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        told = run_into(full.fileno(), "samples", folder=tmp_path)
+    assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
 
 
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _output_files(None, 2, force=False) == [Path("limner-1.png"), Path("limner-2.png")]
-    for name in ("limner-7.png", "limner-x.png", "out.png", "many-2.png"):
+    assert _output_files(None, 2, force=False) is None
+    for name in ("out.png", "many-2.png"):
         Path(name).write_bytes(b"")
-    assert _output_files(None, 1, force=False) == [Path("limner-8.png")]
     for output, number in (("out.png", 1), ("many.png", 3)):
         with pytest.raises(OutputError, match="is there already, and Limner did not make it; add --force"):
             _output_files(output, number, force=False)
-        assert len(_output_files(output, number, force=True)) == number
+        assert len(_output_files(output, number, force=True) or ()) == number
     for name, metadata in (("out.png", {"seed": 1}), ("photo.webp", {})):
         save(Image.new("RGB", (16, 16)), name, metadata=metadata)
     assert _output_files("out.png", 1, force=False) == [Path("out.png")]  # Limner's own is made again
     with pytest.raises(OutputError, match=r"photo\.webp is there already"):
         _output_files("photo.webp", 1, force=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(
+        OutputError, match=r"limner-0\.png cannot be written: \. has to be a folder that you may write to"
+    ):
+        _output_files(None, 1, force=False)
+
+
+def test_two_commands_side_by_side_take_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One looks for a name, and another command makes a file of that name before it does."""
+    monkeypatch.chdir(tmp_path)
+    with _free_name() as first, _free_name() as second:
+        assert (first, second) == (Path("limner-1.png"), Path("limner-2.png"))
+        save(Image.new("RGB", (16, 16), "red"), second)
+        save(Image.new("RGB", (16, 16), "blue"), first)
+    for name in ("limner-7.png", "limner-x.png"):
+        Path(name).write_bytes(b"")
+    listed = [*Path().iterdir()]
+    Path("limner-8.png").write_bytes(b"theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda _: iter(listed))
+        with _free_name() as third:
+            assert third == Path("limner-9.png")
+    assert Path("limner-8.png").read_bytes() == b"theirs"
+    with pytest.raises(OutputError), _free_name() as fourth:
+        raise OutputError("the disk is full")
+    assert not fourth.exists()
 
 
 @pytest.mark.parametrize(("given", "prompt"), [(b"make it snow\n", "make it snow"), ("für\r\n".encode(), "für")])

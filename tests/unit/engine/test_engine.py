@@ -180,6 +180,33 @@ def test_a_long_request_lets_short_ones_of_others_through(engine: Engine, pipe: 
     assert engine._runs == []
 
 
+def test_what_has_no_memory_beside_others_waits_for_their_end(
+    engine: Engine, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, drawn = pipe.draw, []
+
+    def refuse_beside(requests: Any, **more: Any) -> Any:
+        drawn.append(requests[0].prompt)
+        if len(engine._runs) > 1:
+            raise CapacityError("memory is short")
+        return draw(requests, **more)
+
+    monkeypatch.setattr(pipe, "draw", refuse_beside)
+    long, short = Heard(), []
+
+    def listen(event: Event) -> None:
+        long(event)
+        if isinstance(event, Progress) and event.step == 1:
+            short.extend(submit(engine, request("short", i), owner=owner) for i, owner in enumerate("bc"))
+
+    engine.submit(request("long", 1, num_inference_steps=12), id="long", listener=listen, owner="a")
+    long.result()
+    for heard in short:
+        assert len(heard.result().images) == 1
+    assert drawn[:2] == ["long", "short"]
+    assert len(drawn) <= 4  # one attempt beside the other, then both once it has ended, together or not
+
+
 def test_a_lone_cancelled_request_frees_the_device(engine: Engine) -> None:
     steps = []
 

@@ -224,6 +224,8 @@ def test_a_lost_one_waits_again(queue: RequestQueue) -> None:
     assert (job.running, queue.snapshot().running, queue.snapshot().waiting) == (True, 1, 1)
     queue.requeue(job)
     assert (job.running, list(queue.waiting)) == (False, ["other", "lost"])
+    add(queue, "b", owner="b")
+    assert take(queue)[0] in ("other", "lost")  # its owner was not charged for it, and asked first
 
 
 def test_dropped_ones_hear_nothing_and_count_for_nothing(queue: RequestQueue) -> None:
@@ -264,6 +266,18 @@ def test_one_owner_leaves_room_while_others_ask(clock: Clock) -> None:
     assert len(both) == 8  # b's request is among them
 
 
+def test_an_owner_is_charged_for_the_work_of_each_job(clock: Clock) -> None:
+    """Batches, many pictures and many steps buy nobody more of the engine than small jobs one by one."""
+    queue = RequestQueue(Admission(model=Model(), max_waiting=40, max_batch=8, memory_bytes=40), clock=clock)
+    for i in range(3):
+        add(queue, f"heavy{i}", owner="a", images=4, num_inference_steps=50)
+    assert [job.id for job in queue.take_batch()] == ["heavy0", "heavy1"]  # and they run
+    for i in range(30):
+        add(queue, f"small{i}", owner="b", num_inference_steps=4)
+    for _ in range(3):  # 12 small ones are 48 steps of a picture, a's were 400
+        assert all(id_.startswith("small") for id_ in take(queue))
+
+
 def test_guidance_divides_batches(queue: RequestQueue) -> None:
     add(queue, "a1", guidance_scale=3.0, negative_prompt="rain")
     add(queue, "a2", guidance_scale=3.0)
@@ -296,3 +310,10 @@ def test_short_ones_of_others_run_between_two_steps(queue: RequestQueue) -> None
     prefill(queue, "p", owner="c", ref=0)  # is as much work as a step of its pixels
     assert between(queue, steps=1) == []
     assert between(queue, steps=2) == ["p"]
+
+
+def test_late_ones_do_not_run_between_two_steps(queue: RequestQueue, clock: Clock) -> None:
+    add(queue, "b1", owner="b", num_inference_steps=1, width=64, height=64, timeout=1.0)
+    clock.now = 1.0
+    assert between(queue) == []
+    assert [job.id for job in queue.take_late()] == ["b1"]

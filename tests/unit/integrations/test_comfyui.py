@@ -307,6 +307,16 @@ def test_a_mask_repaints_its_place_and_nothing_else(
     assert not np.array_equal(other[0, :, :40], pixels.numpy()[0, :, :40])
 
 
+@pytest.mark.parametrize("asked", [{}, {"strength": 0.5}, {"preserve": "auto"}], ids=["alone", "strength", "preserve"])
+def test_what_means_nothing_without_a_mask_is_refused(
+    comfy: Executor, host: Host, tiny_folder: Path, asked: dict[str, Any]
+) -> None:
+    for changes in ({"mask_blur": 4}, {"padding_mask_crop": 0}):
+        (name, value), *_ = changes.items()
+        with pytest.raises(InvalidRequest, match=f"^{name}: {value} needs a mask"):
+            comfy.run(graph(host, tiny_folder, **asked, **changes), "edit")
+
+
 def test_expand_strength_preserve_and_canvas(comfy: Executor, host: Host, tiny_folder: Path) -> None:
     kept = np.asarray(Image.open(host.folder / "a.png"))
     found = image(comfy, graph(host, tiny_folder, expand_left=32))[0]

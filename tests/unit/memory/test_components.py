@@ -29,15 +29,19 @@ def test_weights_are_those_of_the_networks(name: str) -> None:
         assert transformer_bytes(geometry.transformer, Formats(itemsize=itemsize, quantize=quantize)) == found
     config = {"klein-4b": QWEN3_4B, "klein-9b": QWEN3_8B}[name]
     assert replace(TextConfig.from_transformers(config), num_used=27) == geometry.text_encoder
-    text = empty_text_network(config, used=27, depth=36, where="test")
-    assert text_bytes(geometry.text_encoder, itemsize=2) == nbytes(text, 2)
+    for quantize_text in (False, True):
+        text = empty_text_network(config, used=27, depth=36, where="test", int8=quantize_text)
+        found = sum(t.nbytes for t in text.state_dict().values())
+        assert text_bytes(geometry.text_encoder, Formats(itemsize=4, quantize_text=quantize_text)) == found
     assert autoencoder_bytes(AutoencoderConfig(), itemsize=2) == nbytes(empty_autoencoder({}, where="test"), 2)
 
 
 def test_weights_of_a_small_model(pipe: Pipeline) -> None:
     geometry = pipe.geometry
     assert transformer_bytes(geometry.transformer, Formats(itemsize=4)) == nbytes(pipe.transformer, 4)
-    assert text_bytes(geometry.text_encoder, itemsize=4) == nbytes(pipe.text_encoder.network, 4) + 4 * 16  # its norm
+    assert (
+        text_bytes(geometry.text_encoder, Formats(itemsize=4)) == nbytes(pipe.text_encoder.network, 4) + 4 * 16
+    )  # its norm
     assert autoencoder_bytes(geometry.autoencoder, itemsize=4) == nbytes(pipe.autoencoder, 4)
     refs = pipe.prefill([picture(64, 64), picture(96, 64)])
     assert kv_bytes(geometry.transformer, refs.num_tokens, itemsize=4, kv=None) == refs.nbytes == pipe.kv_bytes(40)

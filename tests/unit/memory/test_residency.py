@@ -39,12 +39,7 @@ class Watched(Residency):
             own, sizes = self._bytes[network], [self._bytes[layer] for layer in self._networks[network]]
             if self.room == "layers" and sizes:
                 own += 2 * max(sizes) + (sizes[0] if len(sizes) > 3 else 0) - sum(sizes)
-            unpacked = sum(
-                m.weight.nbytes - m.packed_bytes
-                for m in network.modules()
-                if isinstance(m, Int8Linear) and m.multiplies_int8()
-            )
-            self.limit, self._libraries = growth + unpacked + own, -resident()[1]
+            self.limit, self._libraries = growth + self._packed_later(network) + own, -resident()[1]
         super()._enter(network, growth)
 
     def release(self, network: torch.nn.Module) -> None:
@@ -58,16 +53,16 @@ class Watched(Residency):
 
 
 @needs_release
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("quantize", "quantize_text"), [(None, False), ("int8", False), ("int8", True)])
 def test_a_limit_changes_no_bit(
-    quantize: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quantize: str | None, quantize_text: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Networks by turns, and layers by turns: the picture is that of the pipeline without a limit."""
     from limner.weights.convert import convert
 
     folder = tiny_folder
     if quantize:
-        convert(tiny_folder, folder := tmp_path / "int8", to="int8")
+        convert(tiny_folder, folder := tmp_path / "int8", to="int8", quantize_text=quantize_text)
     expected = call(Pipeline.from_pretrained(folder))
     monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
     networks = {"Transformer", "Autoencoder", "TextEncoder"}
@@ -89,6 +84,54 @@ def test_a_limit_changes_no_bit(
                 layers if room == "layers" else {"DoubleBlock", "SingleBlock"} if packs else set()
             )
         assert torch.equal(call(pipe), expected), room
+
+
+def packed(network: torch.nn.Module) -> list[int]:
+    return [m.packed_bytes for m in network.modules() if isinstance(m, Int8Linear)]
+
+
+@needs_release
+def test_packed_copies_of_a_text_encoder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay where all networks have room. Else they do not outlast a layer's run, while the transformer's do."""
+    how = {"quantize": "int8", "quantize_text": True}
+    free = Pipeline.from_pretrained(tiny_folder, **how)
+    if not free.formats.packed:
+        pytest.skip("this CPU has no int8 dot products")
+    expected = call(free)
+    assert all(packed(free.text_encoder))
+    monkeypatch.setattr("limner.pipeline.load.Residency", Watched)
+    monkeypatch.setattr(Admission, "check_limit", lambda own, workload: None)
+    for room in (None, "parts", "layers"):
+        pipe, most = Pipeline.from_pretrained(tiny_folder, **how, memory_limit="1TiB"), []
+        residency, text = pipe.residency, pipe.text_encoder
+        assert isinstance(residency, Watched)
+        residency.room = room
+        one = sum(m.weight.nbytes for m in text.network.layers[0].modules() if isinstance(m, Int8Linear))
+        assert residency._packed_later(text) == one
+        for layer in text.network.layers:
+            layer.register_forward_pre_hook(lambda *_, text=text, most=most: most.append(sum(packed(text))))
+        assert torch.equal(call(pipe), expected)
+        assert most == ([0, one, 2 * one] if room is None else [0, 0, 0])
+        assert all(packed(text)) if room is None else not any(packed(text))
+        assert all(packed(pipe.transformer))
+
+
+@needs_release
+def test_packed_copies_make_room_for_another_network(tiny_folder: Path) -> None:
+    """A call that needs more than the one before: copies of the text encoder leave before the transformer is refused."""
+    pipe = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True, memory_limit="1TiB")
+    if not pipe.formats.packed:
+        pytest.skip("this CPU has no int8 dot products")
+    expected = call(pipe)
+    residency = pipe.residency
+    assert residency is not None
+    assert all(packed(pipe.text_encoder))
+    residency.limit = 1
+    with pytest.raises(CapacityError), residency.working(pipe.transformer, growth=0):
+        pass
+    assert not any(packed(pipe.text_encoder))
+    residency.limit = 1 << 40
+    assert torch.equal(call(pipe), expected)
 
 
 @needs_release

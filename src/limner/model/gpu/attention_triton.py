@@ -28,14 +28,22 @@ def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return half and head_dim in _DIMS and available(device)
 
 
-@lru_cache(maxsize=16)
 def key_bias(weights: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
     """Return what `attend` adds to the scores of keys whose weights are (number of keys, weight): log2 of it, float32.
 
-    It is made once for all layers and steps, and on the device: nothing is sent there.
+    It is made once for all layers and steps, and on the device: nothing is sent there. A graph that is being captured
+    makes its own: it would keep the address of one that others may push out of the cache, and not its memory.
     """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _key_bias(weights, device) if capturing else _kept_key_bias(weights, device)
+
+
+def _key_bias(weights: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
     logs = [(num, math.log2(weight) if weight > 0 else -math.inf) for num, weight in weights]
     return torch.cat([torch.full((num,), value, device=device) for num, value in logs])
+
+
+_kept_key_bias = lru_cache(maxsize=16)(_key_bias)
 
 
 def attend(

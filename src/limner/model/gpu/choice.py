@@ -30,7 +30,16 @@ from torch import Tensor
 
 from limner.model.gpu import attention_triton
 
-__all__ = ["MARGIN", "attention_candidates", "capability", "choose", "products_candidates", "relative_error", "seconds"]
+__all__ = [
+    "MARGIN",
+    "attention_candidates",
+    "capability",
+    "choose",
+    "products_candidates",
+    "rank",
+    "relative_error",
+    "seconds",
+]
 
 _logger = logging.getLogger("limner")
 MARGIN = 1.15
@@ -91,7 +100,19 @@ def choose(
     limit: float,
     measure: Callable[[str], float],
 ) -> str | None:
-    """Return the fastest candidate whose error is at most `limit`, as the module describes; None if none is right.
+    """Return the first of `rank`, whose arguments these are; None if none is right."""
+    return next(iter(rank(what, candidates, check=check, limit=limit, measure=measure)), None)
+
+
+def rank(
+    what: str,
+    candidates: Sequence[str],
+    *,
+    check: Callable[[str], float],
+    limit: float,
+    measure: Callable[[str], float],
+) -> list[str]:
+    """Return the candidates whose error is at most `limit`: the fastest one, as the module describes, then the others.
 
     `check` returns the relative error of one, `measure` its seconds; both may raise. With one candidate left, nothing is
     measured.
@@ -113,19 +134,19 @@ def choose(
             continue
         right.append(name)
     if len(right) < 2:
-        return right[0] if right else None
+        return right
     took = {}
     for name in right:
         try:
             took[name] = measure(name)
         except RuntimeError as problem:  # out of memory, for instance
             _logger.info("%s: %s could not be measured: %s", what, name, problem)
-    best, *right = list(took) or right[:1]
-    for name in right:
+    best, *slower = list(took) or right[:1]
+    for name in slower:
         if took[name] * MARGIN < took[best]:
             best = name
     _logger.info("%s: %s (%s)", what, best, ", ".join(f"{name} {s * 1e3:.3f} ms" for name, s in took.items()))
-    return best
+    return [best, *(name for name in right if name != best)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from limner.model.gpu import fused
-from limner.model.gpu.choice import choose, products_candidates, relative_error, seconds
+from limner.model.gpu.choice import products_candidates, rank, relative_error, seconds
 
-__all__ = ["FP8", "choose_products", "fits", "fp8_product", "fp8_weight", "int8_product", "quantize", "quantize_plain"]
+__all__ = [
+    "FP8",
+    "choose_products",
+    "fits",
+    "fp8_product",
+    "fp8_weight",
+    "int8_product",
+    "quantize",
+    "quantize_plain",
+    "right_products",
+]
 
 FP8 = torch.float8_e4m3fn
 _TOP = {torch.int8: 127.0, FP8: 448.0}
@@ -23,18 +33,23 @@ _TINY = 1e-30
 _LEAST_ROWS = 32
 _AT_ONCE = 64 << 20
 """int32 values of a product that are in memory at a time: 256 MiB."""
-_chosen: dict[tuple[str, torch.dtype], str | None] = {}
+_right: dict[tuple[str, torch.dtype], tuple[str, ...]] = {}
 
 
-def choose_products(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return "int8" or "fp8": the format in which products of int8 weights run there; None if neither does.
+def right_products(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the formats, "int8" and "fp8", in which products of int8 weights are right there, the one to take first.
 
     fp8 rounds more coarsely, so it has to be `choice.MARGIN` faster. Tried once in a process, and logged.
     """
     key = str(device), dtype
-    if key not in _chosen:
-        _chosen[key] = _choose(device, dtype)
-    return _chosen[key]
+    if key not in _right:
+        _right[key] = tuple(_rank(device, dtype))
+    return _right[key]
+
+
+def choose_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return the first of `right_products`; None if neither is right."""
+    return next(iter(right_products(device, dtype)), None)
 
 
 def fits(weight: Tensor) -> bool:
@@ -104,29 +119,31 @@ def fp8_product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Ten
     return product.to(dtype)
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> str | None:
-    def case(rows: int, width: int) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _rank(device: torch.device, dtype: torch.dtype) -> list[str]:
+    dtypes = {"int8": torch.int8, "fp8": FP8}
+
+    def case(rows: int, width: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, width, generator=generator).to(device, dtype)
         weight = torch.randint(-127, 128, (2 * width, width), generator=generator, dtype=torch.int8).to(device)
         scale = torch.rand(2 * width, generator=generator).to(device)
-        return {
-            "int8": (*quantize(x, torch.int8), weight, scale),
-            "fp8": (*quantize(x, FP8), *fp8_weight(weight, scale)),
-        }
+        return x, {"int8": (weight, scale), "fp8": fp8_weight(weight, scale)}
 
-    def run(name: str, operands: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        return (fp8_product if name == "fp8" else int8_product)(*operands, dtype=dtype)
+    def run(name: str, rows: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Tensor:
+        return (fp8_product if name == "fp8" else int8_product)(*rows, *weights, dtype=dtype)
 
     def check(name: str) -> float:
-        values, scale, weight, weight_scale = operands = case(7, 64)[name]
+        x, weights = case(7, 64)
+        values, scale = quantize_plain(x, dtypes[name])
+        weight, weight_scale = weights[name]
         expected = (values.float() * scale) @ (weight.float() * weight_scale[:, None]).t()
-        return relative_error(run(name, operands), expected)
+        return relative_error(run(name, quantize(x, dtypes[name]), weights[name]), expected)
 
     def measure(name: str) -> float:
-        operands = case(2048, 4096)[name]
-        return seconds(device, lambda: run(name, operands))
+        x, weights = case(2048, 4096)
+        rows = quantize(x, dtypes[name])
+        return seconds(device, lambda: run(name, rows, weights[name]))
 
     candidates = products_candidates(device, dtype)
     with torch.no_grad():
-        return choose(f"int8 weights on {device} in {dtype}", candidates, check=check, limit=2e-2, measure=measure)
+        return rank(f"int8 weights on {device} in {dtype}", candidates, check=check, limit=2e-2, measure=measure)

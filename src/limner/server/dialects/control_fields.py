@@ -133,9 +133,8 @@ async def read_controls(
     try:
         read = await service.pictures.read_mask(mask, owner=owner, size=size, drawn=drawn)
     except InvalidRequest as error:
-        if canvas is not None or request.handle is None or "and the canvas" not in error.problem:
+        if canvas is not None or request.handle is None or error.code != "size":
             raise
-        raise InvalidRequest(
-            error.field, f"{error.problem}: that of image 1 as it is kept. Or send the picture itself as canvas"
-        ) from None
+        problem = f"{error.problem}: that of image 1 as it is kept. Or send the picture itself as canvas"
+        raise InvalidRequest(error.field, problem, code=error.code) from None
     return replace(request, mask=read)

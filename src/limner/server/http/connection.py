@@ -11,6 +11,7 @@ import array
 import asyncio
 import contextlib
 import fcntl
+import logging
 import ssl
 import termios
 from asyncio import sslproto
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["HEAD_SECONDS", "Handshake", "HastyProtocol", "Intake"]
 
+_logger = logging.getLogger("limner.server")
 _FULL = (
     b'{"detail":[{"loc":[],"msg":"the server has as many connections as it may; try again later","type":"http_503"}]}'
 )
@@ -59,11 +61,13 @@ class Intake:
         self._waiting.append(connection)
 
     def _round(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._end = loop.time() + _PARSING_SECONDS if self._waiting else None
-        while self._waiting and self._end is not None and loop.time() < self._end:
+        if not self._waiting:
+            self._end = None
+            return
+        self._end = loop.time() + _PARSING_SECONDS
+        loop.call_soon(self._round, loop)  # before the work: whatever it raises, the next round comes
+        while self._waiting and loop.time() < self._end:
             self._waiting.popleft().take_up()
-        if self._end is not None:
-            loop.call_soon(self._round, loop)
 
 
 class _Requests(h11.Connection):
@@ -113,8 +117,7 @@ class HastyProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._came and self.intake.is_open(self.loop):
-            super().data_received(data)
-            self._time_head()
+            self._parse(data)
             return
         if not self._came:
             self.intake.wait(self)
@@ -127,7 +130,19 @@ class HastyProtocol(H11Protocol):
         self._came.clear()
         if not self.transport.is_closing():
             self.flow.resume_reading()
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        """Parse what came; a connection for which that fails is closed.
+
+        uvicorn answers what is no HTTP with 400, and raises where the connection has its answer already.
+        """
+        try:
             super().data_received(data)
+        except Exception:
+            _logger.debug("a connection is closed: what came over it cannot be parsed", exc_info=True)
+            self.transport.abort()
+        else:
             self._time_head()
 
     def on_response_complete(self) -> None:

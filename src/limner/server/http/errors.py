@@ -34,6 +34,11 @@ INTERNAL = "an error inside the server; its log has more"
 
 
 class Problem(BaseModel):
+    """One error. `loc` ends with the number of a picture, from 0, where its field has several.
+
+    `type` is "transparent" for a picture that needs `background`, "size" for a mask that is not of its picture's size.
+    """
+
     loc: list[str | int]
     msg: str
     type: str
@@ -117,13 +122,14 @@ def is_openai(path: str) -> bool:
 
 
 def error_body(
-    path: str, status: int, message: str, *, field: str | None = None, code: str | None = None
+    path: str, status: int, message: str, *, field: str | None = None, code: str | None = None, index: int | None = None
 ) -> dict[str, Any]:
-    """Return the body of an error in the dialect of a path."""
+    """Return the body of an error in the dialect of a path. `index` says which value of a field that has several."""
     if is_openai(path):
         kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         return {"error": {"message": message, "type": kind, "param": field, "code": code}}
-    return {"detail": [{"loc": ["body", field] if field else [], "msg": message, "type": code or f"http_{status}"}]}
+    place = [] if field is None else ["body", field] if index is None else ["body", field, index]
+    return {"detail": [{"loc": place, "msg": message, "type": code or f"http_{status}"}]}
 
 
 def answer_of(path: str, error: LimnerError) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -142,11 +148,12 @@ def answer_of(path: str, error: LimnerError) -> tuple[int, dict[str, Any], dict[
         headers["retry-after"] = "5"
     elif isinstance(error, AccessDenied):
         headers["www-authenticate"] = "Bearer"
-    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
-    return status, error_body(path, status, message, field=getattr(error, "field", None), code=code), headers
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), getattr(error, "code", None))
+    field, index = getattr(error, "field", None), getattr(error, "index", None)
+    return status, error_body(path, status, message, field=field, code=code, index=index), headers
 
 
 def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
     """Return an error that names the field which the caller used, where a dialect has another name for it."""
     name = names.get(error.field)
-    return error if name is None else InvalidRequest(name, error.problem)
+    return error if name is None else error.of(name)

@@ -69,7 +69,8 @@ class PictureReader:
             except InvalidRequest as error:
                 if fields[picture.field] == 1 or error.field != picture.field:
                     raise
-                raise InvalidRequest(picture.field, f"picture {number}: {error.problem}") from None
+                problem = f"picture {number}: {error.problem}"
+                raise InvalidRequest(picture.field, problem, code=error.code, index=number - 1) from None
         return tuple(found)
 
     async def read_canvas(self, sent: SentPicture, *, owner: Owner, background: str | None = None) -> PreparedReference:
@@ -132,7 +133,7 @@ class PictureReader:
         except InvalidRequest as error:
             if error.field == field or not error.field.startswith(f"{field} "):
                 raise
-            raise InvalidRequest(field, error.problem) from None
+            raise error.of(field) from None
 
     def _check_number(self, sent: Sequence[SentPicture]) -> None:
         limit = self._settings.max_references

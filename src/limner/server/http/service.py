@@ -159,7 +159,10 @@ class Service:
         references, options = await self._references(owner, request)
         pictures = JobPictures(references=references, canvas=request.canvas, mask=request.mask)
         job = self._make_job(owner, request, pictures, options)
-        asked = edit_request(job, pictures)
+        if request.mask is None:
+            asked = edit_request(job, pictures)
+        else:  # a large mask takes a while
+            asked = await self.offload.run(edit_request, job, pictures)
         if job.repaints or job.canvas is not None:
             asked, size = await self._opened(job, asked)
             _check_size(request, size)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from limner.cores import num_cores
 from limner.errors import InvalidRequest, QueueFull
 
 __all__ = ["Decoders"]
@@ -34,16 +35,18 @@ _NICE = 10
 _PATIENCE = 4
 """The time in which it only waits for a processor does not count, until this many times its seconds are over."""
 _SOON = 0.01
+_MOST = 8
+"""Threads, by default: each has a picture in memory, and more would take the processors from those that draw."""
 
 
 class Decoders:
     """At most `threads` decode at once, of one owner half of them. Each has `seconds`; `max_left` that took longer may run.
 
-    Of one owner half of those may be left. By default there is a thread for each processor. Use it in one event loop.
+    Of one owner half of those may be left. By default `threads` are as many as processors, 2 to 8. Use it in one loop.
     """
 
     def __init__(self, *, threads: int | None = None, seconds: float = 30.0, max_left: int = 4) -> None:
-        self._threads = max(2, os.cpu_count() or 1) if threads is None else threads
+        self._threads = max(2, min(num_cores(), _MOST)) if threads is None else threads
         self._of_owner = max(1, self._threads // 2)
         self._seconds = seconds
         self._max_left, self._left_of_owner = max_left, max(1, max_left // 2)

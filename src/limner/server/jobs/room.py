@@ -5,13 +5,16 @@ Knows nothing of engines and HTTP, and no job beyond the row that it removes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Sequence
 
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.storage import Connection, Storage
 
-__all__ = ["Room"]
+__all__ = ["NOT_FORGOTTEN", "Room"]
 
+NOT_FORGOTTEN = "coalesce(expires, 1) != 0"
+"""Of a row: its owner has not had the job removed. One that was, and has a webhook to be delivered, expired at 0."""
 _GRACE_SECONDS = 600.0
 _YOUNG_SECONDS = 60.0
 """Results stay for so long at least, however large they are: their caller may be fetching them."""
@@ -41,40 +44,37 @@ class Room:
     def forget(self, ids: Sequence[str]) -> int:
         """Remove ended jobs with their results, and pictures that nobody else uses. Return how many were removed.
 
-        A job whose webhook is still to be delivered keeps its row until then, and nothing else.
+        A job whose webhook is still to be delivered keeps its row until then, and nothing else; nobody sees it.
         """
         removed = 0
         for start in range(0, len(ids), _AT_ONCE):  # others wait for the lock
-            removed += len(self._forget(ids[start : start + _AT_ONCE], self._results())[0])
+            removed += self._forget(ids[start : start + _AT_ONCE])[0]
         return removed
 
-    def _forget(self, ids: Sequence[str], results: Mapping[str, Sequence[str]]) -> tuple[set[str], list[str]]:
-        """Remove jobs of those ids, as `forget` does; `results` are the files of each. Return which, and their files."""
+    def _forget(self, ids: Sequence[str]) -> tuple[int, list[str]]:
+        """Remove jobs of those ids, as `forget` does. Return how many, and their files."""
         marks = ", ".join("?" * len(ids))
         with self._storage.lock:
             with self._storage.transaction() as db:
                 rows = db.execute(
-                    f"SELECT id, webhook_due IS NULL FROM jobs WHERE status != 'pending' AND id IN ({marks})", ids
+                    "SELECT id, webhook_due IS NULL, result FROM jobs "
+                    f"WHERE status != 'pending' AND {NOT_FORGOTTEN} AND id IN ({marks})",
+                    ids,
                 ).fetchall()
-                unused = self._delete(db, [id_ for id_, is_told in rows if is_told])
-                for id_, is_told in rows:
+                unused = self._delete(db, [id_ for id_, is_told, _ in rows if is_told])
+                for id_, is_told, _ in rows:
                     if not is_told:
+                        unused += self._pictures.release(db, user=f"job:{id_}")
                         db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", (id_,))
             self._pictures.remove(unused)
-            files = [name for id_, _ in rows for name in results.get(id_, ())]
+            files = [f"results/{name}" for id_, _, result in rows for name in _files_of(id_, result)]
             self._storage.remove_files(files)
-        return {id_ for id_, _ in rows}, [*files, *(f"inputs/{digest}.png" for digest in unused)]
-
-    def _results(self) -> dict[str, list[str]]:
-        """Return the files of results by job."""
-        found: dict[str, list[str]] = {}
-        for name, *_ in self._storage.files("results"):
-            found.setdefault(_job_of(name), []).append(f"results/{name}")
-        return found
+        return len(rows), [*files, *(f"inputs/{digest}.png" for digest in unused)]
 
     def forget_all(self, owner: str) -> int:
         """Remove all ended jobs of an owner as `forget` does. Return how many were removed."""
-        rows = self._storage.rows("SELECT id FROM jobs WHERE owner = ? AND status != 'pending'", (owner,))
+        query = f"SELECT id FROM jobs WHERE owner = ? AND status != 'pending' AND {NOT_FORGOTTEN}"
+        rows = self._storage.rows(query, (owner,))
         return self.forget([id_ for (id_,) in rows])
 
     def trim(self, now: float, *, max_bytes: int) -> int:
@@ -86,7 +86,7 @@ class Room:
         kept = {f"{digest}.png" for (digest,) in found}
         sizes = {f"results/{name}": size for name, _, size in self._storage.files("results")}
         sizes |= {f"inputs/{name}": size for name, _, size in self._storage.files("inputs") if name not in kept}
-        over, results, removed = sum(sizes.values()) - max_bytes, self._results(), 0
+        over, removed = sum(sizes.values()) - max_bytes, 0
         while over > 0:
             rows = self._storage.rows(
                 "SELECT id FROM jobs WHERE status != 'pending' AND ended <= ? AND webhook_due IS NULL "
@@ -96,7 +96,7 @@ class Room:
             if not rows:
                 break  # what is left is pending, young or kept as references
             for (id_,) in rows:
-                _, files = self._forget([id_], results)
+                _, files = self._forget([id_])
                 over -= sum(sizes.get(file, 0) for file in files)
                 removed += 1
                 if over <= 0:
@@ -123,6 +123,16 @@ class Room:
             if is_left or (end is not None and end <= now):
                 expired.append(f"results/{name}")
         self._storage.remove_files(expired)
+
+
+def _files_of(id: str, result: str) -> list[str]:
+    """The names of a job's files, as its row has them; a version that is not known may have written the row."""
+    try:
+        found = json.loads(result)
+    except ValueError:
+        return []
+    names = found.get("files") if isinstance(found, dict) else None
+    return [name for name in names if isinstance(name, str) and _job_of(name) == id] if isinstance(names, list) else []
 
 
 def _job_of(name: str) -> str:

@@ -239,7 +239,7 @@ class JobRunner:
             finding = await self._moderation.check_prompt(job.prompt, tolerance=job.tolerance)
             if finding is None and job.negative_prompt:
                 finding = await self._moderation.check_prompt(job.negative_prompt, tolerance=job.tolerance)
-            pictures = await self._offload.with_retry(self._jobs.pictures, job)
+            pictures = await self._offload.with_retry(self._jobs.pictures, job, with_mask=request is None)
             if finding is None:
                 canvas = () if pictures.canvas is None else (pictures.canvas,)
                 looked_at = canvas if job.options.references_checked else (*pictures.references, *canvas)
@@ -248,7 +248,7 @@ class JobRunner:
                 await self._end(job, "request_moderated", {"finding": asdict(finding)})
                 return
             if request is None:
-                request = await self._offload.run(self._engine.opened, edit_request(job, pictures))
+                request = await self._offload.run(lambda: self._engine.opened(edit_request(job, pictures)))
             if self._live[job.id].cancelled:
                 raise Cancelled(f"{job.id} was cancelled before it began")
 

@@ -25,7 +25,7 @@ from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.records import Handle, Job, JobPictures, Status
-from limner.server.jobs.room import Room
+from limner.server.jobs.room import NOT_FORGOTTEN, Room
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -176,7 +176,7 @@ class JobStore:
     def of_owner(self, owner: str, *, limit: int = 50, before: float | None = None) -> list[Job]:
         """Return an owner's jobs, newest first; those created before a time, if one is given."""
         rows = self._rows(
-            "SELECT * FROM jobs WHERE owner = ? AND created < ? ORDER BY created DESC, id LIMIT ?",
+            f"SELECT * FROM jobs WHERE owner = ? AND created < ? AND {NOT_FORGOTTEN} ORDER BY created DESC, id LIMIT ?",
             owner,
             math.inf if before is None else before,
             limit,
@@ -256,9 +256,10 @@ class JobStore:
 
     # references
 
-    def pictures(self, job: Job) -> JobPictures:
+    def pictures(self, job: Job, *, with_mask: bool = True) -> JobPictures:
         """Return the stored pictures of a job. Raises `LimnerError` if a file is gone, damaged or changed."""
-        canvas, mask = (None if one is None else self.picture(one) for one in (job.canvas, job.mask))
+        wanted = (job.canvas, job.mask if with_mask else None)
+        canvas, mask = (None if one is None else self.picture(one) for one in wanted)
         return JobPictures(references=tuple(map(self.picture, job.references)), canvas=canvas, mask=mask)
 
     def picture(self, report: ReferenceReport) -> PreparedReference:

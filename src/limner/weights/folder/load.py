@@ -108,20 +108,23 @@ def load_text_encoder(
     dtype: torch.dtype | None,
     device: torch.device,
     out_layers: tuple[int, ...] | None = None,
+    quantize: str | None = None,
     like: Path | None = None,
     variant: str | None = None,
     after: Callable[[Tensor], None] | None = None,
 ) -> TextEncoder:
     """Load a Qwen3 from a folder or file up to the last layer that is read; later layers and the head stay on disk.
 
-    Raises `CheckpointError`, also for a tokenizer that does not fit.
+    `quantize` "int8" makes the layers' matrices int8; a checkpoint in Limner's int8 has them so already. Raises
+    `CheckpointError`, also for a tokenizer that does not fit.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     checkpoint = open_part("text_encoder", source, like=like, variant=variant)
     depth, layers = text_layers(checkpoint.config, out_layers, where=source)
     used = max(layers)
     where = source / "config.json" if source.is_dir() else source
-    network = empty_text_network(checkpoint.config, used=used, depth=depth, where=where)
+    int8 = quantize == "int8" or checkpoint.layout.quantization == "int8"
+    network = empty_text_network(checkpoint.config, used=used, depth=depth, where=where, int8=int8)
     _assign(network, checkpoint, dtype=dtype, device=device, used=used, depth=depth, after=after)
     try:
         encoder = TextEncoder(network, tokenizer, out_layers=layers)

@@ -95,6 +95,8 @@ def test_what_is_wrong_or_raises_is_not_chosen(caplog: pytest.LogCaptureFixture)
     assert choose("wrong", "broken") is None
     assert choose("right", "also") == "right"  # 5 % are noise: machines of one kind have to choose alike
     assert choose("right", "also", "best") == "best"
+    ranked = choice.rank("test", ("right", "also", "wrong", "best"), check=check, limit=1e-2, measure=times.__getitem__)
+    assert ranked == ["best", "right", "also"]
 
 
 def test_attention_on_a_card_is_checked_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +132,7 @@ def test_versions_of_flash_attention_are_activated_by_name(monkeypatch: pytest.M
 def test_narrow_references_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever kernel was chosen, where the Triton kernel is right."""
     called: list[str] = []
-    monkeypatch.setattr(attention, "_reads_narrow", lambda *a: True)
+    monkeypatch.setattr(attention, "reads_narrow", lambda *a: True)
     monkeypatch.setattr(attention, "_triton", lambda q, *a: called.append("triton") or q)
     q = torch.randn(1, 4, 2, 16)
     kept = LayerKV(*(torch.randn(1, 6, 2, 16) for _ in range(2)))
@@ -140,6 +142,16 @@ def test_narrow_references_are_read_where_they_lie(monkeypatch: pytest.MonkeyPat
     assert called == ["triton"]
     attention.attend(q, q, q, references=quantize_layer(kept, "fp8"), kernel="dense")
     assert called == ["triton"]
+
+
+def test_gradients_of_narrow_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernel records none, so the formula runs over their widened values."""
+    monkeypatch.setattr(attention, "reads_narrow", lambda *a: True)
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    kept = quantize_layer(LayerKV(*(torch.randn(1, 6, 2, 16) for _ in range(2))), "int8")
+    found = attention.attend(q.requires_grad_(), k, v, references=kept)
+    assert torch.equal(found, attention.attend(q, k, v, references=kept, kernel="dense"))
+    assert torch.autograd.grad(found.sum(), q)[0].abs().sum() > 0
 
 
 def test_a_cpu_imports_no_triton() -> None:

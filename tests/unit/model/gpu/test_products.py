@@ -15,12 +15,14 @@ from limner.model.lora import Branches, LowRank
 from limner.model.transformer import Transformer
 from limner.tokens import image_ids, reference_ids, text_ids
 
+HERE = torch.device("cpu"), torch.bfloat16
+
 
 @pytest.fixture
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 and fp8 run as they would there: oneDNN's products are not asked."""
     monkeypatch.setattr(int8, "has_int8_products", lambda: False)
-    monkeypatch.setattr(products, "choose_products", lambda device, dtype: "fp8")
+    monkeypatch.setattr(products, "right_products", lambda device, dtype: ("fp8", "int8"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,13 +69,46 @@ def test_fits() -> None:
 def test_a_device_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates run on their operands; the slower and coarser one is not taken."""
     measured: list[str] = []
-    monkeypatch.setattr(products, "_chosen", {})
+    monkeypatch.setattr(products, "_right", {})
     monkeypatch.setattr(products, "products_candidates", lambda device, dtype: ["int8", "fp8"])
     monkeypatch.setattr(products, "seconds", lambda device, call: measured.append("one") or 1.0)
-    place = torch.device("cpu"), torch.bfloat16
-    assert products.choose_products(*place) == products.choose_products(*place) == "int8"
+    assert products.choose_products(*HERE) == products.choose_products(*HERE) == "int8"
+    assert products.right_products(*HERE) == ("int8", "fp8")
     assert len(measured) == 2
     assert choice.MARGIN > 1
+
+
+def test_what_rounds_wrongly_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one pass that rounds activations is tried with the product. Weights in a format that is wrong are widened."""
+    quantize = products.quantize_plain
+
+    def twice_in_int8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scale = quantize(x, dtype)
+        return values, 2 * scale if dtype == torch.int8 else scale
+
+    monkeypatch.setattr(products, "_right", {})
+    monkeypatch.setattr(products, "products_candidates", lambda device, dtype: ["int8", "fp8"])
+    monkeypatch.setattr(products, "quantize", twice_in_int8)
+    monkeypatch.setattr(int8, "has_int8_products", lambda: False)
+    assert products.right_products(*HERE) == ("fp8",)
+    made = Int8Linear.of(Linear(64, 48))  # not rounded to fp8, as under a memory limit
+    assert made.arithmetic_name(torch.bfloat16) == "int8 widened"
+    x = torch.randn(3, 64).bfloat16()
+    assert relative_error(made(x), x.float() @ made.weight.float().t() * made.weight_scale) < 1e-2
+    made.to_fp8()
+    assert made.arithmetic_name(torch.bfloat16) == "fp8 products"
+
+
+def test_a_cast_leaves_narrow_weights_as_they_are() -> None:
+    for fp8 in (False, True):
+        made = Int8Linear.of(Linear(64, 48))
+        if fp8:
+            made.to_fp8()
+        before = {name: x.clone() for name, x in made.state_dict().items()}
+        made.to(torch.float16)
+        for name, x in made.state_dict().items():
+            assert x.dtype == before[name].dtype
+            assert torch.equal(x.float(), before[name].float())
 
 
 @pytest.mark.usefixtures("as_on_a_card")
@@ -103,7 +138,7 @@ def test_an_int8_product_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     made, x = Int8Linear.of(Linear(256, 192)), torch.randn(40, 256)
     on_cpu = made(x)
     monkeypatch.setattr(int8, "has_int8_products", lambda: False)
-    monkeypatch.setattr(products, "choose_products", lambda device, dtype: "int8")
+    monkeypatch.setattr(products, "right_products", lambda device, dtype: ("int8",))
     assert relative_error(made(x), on_cpu) <= 1e-6
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from limner.server.http.connection import Intake
+import uvicorn
+from uvicorn.server import ServerState
+
+from limner.server.http.connection import HastyProtocol, Intake
 
 
 class Loop:
@@ -58,3 +63,76 @@ def test_a_crowd_is_parsed_in_several_rounds_and_in_order() -> None:
     assert not loop.soon  # nothing is left
     Connection(loop, intake, parsed, "next").send()
     assert parsed[-1] == "next"
+
+
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.is_closed = b"", False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+async def answer(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_what_one_connection_sends_stops_no_other() -> None:
+    """What comes after an answer, and is no chunk, makes uvicorn raise: its own 400 cannot be sent any more."""
+
+    class Busy(Intake):
+        def is_open(self, loop: asyncio.AbstractEventLoop) -> bool:
+            return super().is_open(loop) and False  # all wait for the next round
+
+    class Protocol(HastyProtocol):
+        intake = Busy()
+
+    config = uvicorn.Config(answer, access_log=False)
+    config.load()
+
+    async def until_answered(wires: list[Wire]) -> None:
+        end = time.monotonic() + 10
+        while not all(wire.written.endswith(b"ok") for wire in wires):
+            assert time.monotonic() < end, [wire.written for wire in wires]
+            await asyncio.sleep(0.001)
+
+    async def run() -> None:
+        protocols, wires = [], [Wire() for _ in range(31)]
+        for wire in wires:
+            protocols.append(Protocol(config=config, server_state=ServerState(), app_state={}))
+            protocols[-1].connection_made(wire)
+        bad, others = wires[15], [*wires[:15], *wires[16:]]
+        protocols[15].data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        await until_answered([bad])
+        for wire, protocol in zip(wires, protocols, strict=True):
+            protocol.data_received(b"zz\r\n" if wire is bad else HEAD + b"\r\n")
+        await until_answered(others)
+        assert [wire.is_closed for wire in others] == [False] * 30
+        assert bad.is_closed
+        protocols[0].data_received(HEAD + b"\r\n")
+        wires[0].written = b""
+        await until_answered(wires[:1])
+        for protocol in protocols:
+            protocol.connection_lost(None)
+
+    asyncio.run(run())

@@ -15,6 +15,14 @@ from limner.server.jobs.decoders import Decoders
 from limner.server.jobs.offload import Offload
 
 
+def test_there_are_as_many_threads_as_processors_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the machine are none of ours in a cpuset."""
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    for usable, threads in ((1, 2), (3, 3), (64, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, usable=usable: set(range(usable)), raising=False)
+        assert Decoders()._threads == threads
+
+
 def test_returns_and_raises_what_the_call_does() -> None:
     def refuse() -> None:
         raise TimeoutError("of the call itself")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from tests.support.jobs import Clock, files, inputs, job, reference
 
 from limner.images import PreparedReference
@@ -45,13 +46,33 @@ def test_all_ended_jobs_of_one_owner_are_forgotten(store: JobStore) -> None:
 
 
 def test_a_webhook_is_still_delivered(store: JobStore) -> None:
-    done = ended(store, webhook=Webhook(url="u"))
+    own, shared = reference(1), reference(2)
+    done, other = ended(store, own, shared, webhook=Webhook(url="u")), ended(store, shared)
     assert store.forget(done.id)
-    assert files(store, "results") == set()
+    assert {name.rpartition("-")[0] for name in files(store, "results")} == {other.id}
+    assert inputs(store) == {shared.report.digest}
+    assert [one.id for one in store.of_owner("anna")] == [other.id]
+    assert not store.forget(done.id)
+    assert store.forget_all("anna") == 1  # the other one
+    assert inputs(store) == set()
     assert [one.id for one in store.due_webhooks()] == [done.id]
     store.webhook_attempted(done.id, again=None)
     store.clean(forget_seconds=0)
     assert store.get(done.id) is None
+
+
+def test_the_files_of_a_job_are_those_of_its_row(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To list all results for each job that goes took longer the more there were."""
+    jobs = [ended(store) for _ in range(3)]
+    odd, _ = store.add(job())
+    names = store.write_results(odd.id, [b"x"], suffix="png")
+    others = sorted(files(store, "results") - set(names))[:1]
+    store.end(odd.id, "ready", result={"files": [*names, *others, 7]}, keep_seconds=1e6)
+    monkeypatch.setattr(store._storage, "files", None)
+    assert store.forget(odd.id)
+    assert store.forget(jobs[0].id)
+    monkeypatch.undo()
+    assert {name.rpartition("-")[0] for name in files(store, "results")} == {jobs[1].id, jobs[2].id}
 
 
 def test_the_oldest_jobs_go_when_there_is_no_room(store: JobStore, clock: Clock) -> None:

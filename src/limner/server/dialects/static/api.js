@@ -3,11 +3,10 @@
 const KEY = "limner.key";
 
 export class Refused extends Error {
-  /** What the server answered instead: its status, its message, and the field that it names, if any. */
-  constructor(status, message, field) {
+  /** What the server answered instead: its status, its message, and the field that it names, if any; `index` of several. */
+  constructor(status, message, field, { type = "", index = null } = {}) {
     super(message);
-    this.status = status;
-    this.field = field;
+    Object.assign(this, { status, field, type, index });
   }
 }
 
@@ -20,20 +19,21 @@ export function onKeyNeeded(ask) {
 }
 
 async function refusal(response) {
-  let message = `${response.status} ${response.statusText}`, field = "";
+  let message = `${response.status} ${response.statusText}`, field = "", more = {};
   try {
     const { detail, error } = await response.json();
     if (error) message = error.message;
     else if (Array.isArray(detail) && detail.length) {
-      const place = (entry) => (entry.loc || []).filter((part) => part !== "body").join(".");
-      field = place(detail[0]);
+      const place = (entry) => (entry.loc || []).filter((part) => part !== "body"), [{ type }] = detail;
+      field = place(detail[0]).filter((part) => typeof part === "string").join(".");
+      more = { type, index: place(detail[0]).find((part) => typeof part === "number") };
       message = detail.map((entry) => {
-        const where = place(entry);
-        return where && !entry.msg.startsWith(where.split(" ")[0]) ? `${where}: ${entry.msg}` : entry.msg;
+        const where = place(entry), [first] = String(where[0] ?? "").split(" ");
+        return where.length && !entry.msg.startsWith(first) ? `${where.join(".")}: ${entry.msg}` : entry.msg;
       }).join("; ");
     } else if (typeof detail === "string") message = detail;
   } catch { /* the status says what there is to say */ }
-  return new Refused(response.status, message, field);
+  return new Refused(response.status, message, field, more);
 }
 
 /** As `fetch`, and tells the share of the body that has left; fetch does not tell it. */

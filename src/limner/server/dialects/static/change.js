@@ -13,6 +13,7 @@ export class Change extends EventTarget {
   #preserve = byId("preserve");
   #able = { controls: [], max_canvas_pixels: Infinity, mask_blur: 8 };
   #first = null;
+  #editing = false;
   #shown = null; // what is drawn over the picture of image 1
 
   constructor(references, editor) {
@@ -110,7 +111,9 @@ export class Change extends EventTarget {
   }
 
   async #edit(mode) {
+    if (this.#editing) return; // a second click, before the picture is there
     const item = this.#first, before = item.change;
+    this.#editing = true;
     try {
       const picture = await pictureOf(await this.#source(item));
       const done = await this.editor.open(picture, {
@@ -123,6 +126,8 @@ export class Change extends EventTarget {
       this.#changed();
     } catch (error) {
       this.dispatchEvent(new CustomEvent("problem", { detail: error }));
+    } finally {
+      this.#editing = false;
     }
     byId(mode).focus();
   }

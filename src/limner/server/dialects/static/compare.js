@@ -1,7 +1,7 @@
 // Any two pictures under a slider, beside each other, or one alone; zoomed and moved. `pictures()` gives what there is:
 // [{id, group, name, path or url, margins}].
 
-import { byId, h, percent, whilePressed } from "./dom.js";
+import { announce, byId, h, percent, whilePressed } from "./dom.js";
 import * as api from "./api.js";
 import { Zoom } from "./zoom.js";
 
@@ -16,6 +16,7 @@ export class Compare {
   #sides = { a: byId("compare-a"), b: byId("compare-b") };
   #images = { a: byId("picture-a"), b: byId("picture-b") };
   #layers = { a: byId("layer-a"), b: byId("layer-b") };
+  #loads = { a: 0, b: 0 }; // how many were begun
   #found = new Map();
   #size = [1, 1]; // of the right picture
 
@@ -96,10 +97,21 @@ export class Compare {
   }
 
   async #load(side) {
-    const picture = this.#picture(side), image = this.#images[side];
+    const picture = this.#picture(side), image = this.#images[side], mine = ++this.#loads[side];
+    const isOver = () => mine !== this.#loads[side]; // another one was chosen meanwhile
     image.alt = `${side === "a" ? "Left" : "Right"}: ${picture.group}, ${picture.name}`;
-    image.src = picture.url ?? await api.pictureURL(picture.path);
-    await image.decode().catch(() => {});
+    try {
+      const url = picture.url ?? await api.pictureURL(picture.path);
+      if (isOver()) return;
+      image.src = url;
+      await image.decode();
+    } catch (error) {
+      if (isOver()) return;
+      image.removeAttribute("src"); // what was there before is another picture
+      image.alt += ", which cannot be shown";
+      announce(`${picture.name} cannot be shown: ${error.message}`);
+    }
+    if (isOver()) return;
     if (side === "b" && image.naturalWidth) {
       this.#size = [image.naturalWidth, image.naturalHeight];
       this.#stage.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);

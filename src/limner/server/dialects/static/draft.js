@@ -6,11 +6,17 @@ import { Mask } from "./mask.js";
 const DRAFT = "limner.draft";
 const MOST = 1e6; // characters of a mask; browsers give a page 5 MB
 
+let saves = 0;
+
+/** Saves what is being asked for, unless it is saved again before this has come to its end. */
 export async function saveDraft({ form, references, change }) {
+  const mine = ++saves;
   const { values } = form, names = references.items.map((item) => item.name), weights = references.items.map((item) => item.weight);
   const handle = await references.handle().catch(() => null);
+  if (mine !== saves) return;
   const of = references.items[0]?.change, { strength, preserves } = change;
   const mask = of?.mask ? await dataURL(await of.mask.file()) : null;
+  if (mine !== saves) return;
   const part = of ? { part: of.part, margins: of.margins, blur: of.blur, mask: mask?.length < MOST ? mask : null } : null;
   try {
     sessionStorage.setItem(DRAFT, JSON.stringify({ values, names, weights, handle, strength, preserves, part }));

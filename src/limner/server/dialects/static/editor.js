@@ -45,11 +45,7 @@ export class Editor {
     byId("board-fit").addEventListener("click", () => this.zoom.fit());
     byId("editor-done").addEventListener("click", () => this.#dialog.close());
     this.#dialog.addEventListener("keydown", (event) => this.#shortcut(event));
-    this.#dialog.addEventListener("cancel", (event) => {
-      if (!this.#down && !this.#corner) return;
-      event.preventDefault();
-      this.#lift();
-    });
+    this.#dialog.addEventListener("cancel", (event) => { if (this.#giveUp()) event.preventDefault(); });
     this.#dialog.addEventListener("close", () => this.#close());
     this.#board.addEventListener("keydown", (event) => this.#key(event));
     this.#board.addEventListener("focus", () => this.#place());
@@ -214,6 +210,7 @@ export class Editor {
 
   #rectangle(erase) {
     const corner = this.#corner;
+    if (!corner) return; // it was given up
     this.#corner = null;
     this.#mask.rectangle(this.#inside(corner), this.#inside(this.#cursor), { erase });
     this.#mark();
@@ -325,7 +322,16 @@ export class Editor {
     if (!this.#dialog.contains(document.activeElement) || document.activeElement.disabled) this.#board.focus();
   }
 
+  /** Gives up what keys or a pointer have begun, and says whether that was anything. */
+  #giveUp() {
+    if (!this.zoom.cancel() && !this.#down && !this.#corner) return false;
+    this.#lift();
+    return true;
+  }
+
   #shortcut(event) {
+    // here already: Chromium lets a dialog refuse to be closed only once
+    if (event.key === "Escape" && this.#giveUp()) event.preventDefault();
     if (this.#mode !== "paint" || !(event.ctrlKey || event.metaKey) || event.target.matches("input[type=number]")) return;
     const key = event.key.toLowerCase();
     if (key !== "z" && key !== "y") return;

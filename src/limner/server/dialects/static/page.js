@@ -16,6 +16,8 @@ import { Prompts } from "./prompts.js";
 import { References } from "./references.js";
 import { offerSamples } from "./samples.js";
 
+const PAUSE = 200; // ms without another step of a slider
+
 const references = new References();
 const change = new Change(references, new Editor());
 const form = new Form(references, change);
@@ -62,6 +64,12 @@ async function draw() {
 }
 
 const save = () => saveDraft({ form, references, change });
+let saving = 0;
+/** Saves when a slider stands still. */
+const saveSoon = () => {
+  clearTimeout(saving);
+  saving = setTimeout(save, PAUSE);
+};
 
 async function takeHandle(handle, names, weights) {
   const told = await api.get(`/v1/references/${handle}`);
@@ -135,7 +143,7 @@ for (const kind of ["change", "report"]) references.addEventListener(kind, () =>
   settle();
   save();
 });
-references.addEventListener("weigh", save);
+references.addEventListener("weigh", saveSoon);
 change.addEventListener("change", () => {
   form.refresh();
   save();

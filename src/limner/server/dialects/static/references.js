@@ -8,7 +8,6 @@ import * as api from "./api.js";
 import { newItem, showItem } from "./reference.js";
 
 const PAUSE = 150; // ms that more changes may follow in
-const TRANSPARENT = /transparent in places/; // in the server's words
 const DRAGGED = "application/x-limner-reference";
 
 export class References extends EventTarget {
@@ -64,6 +63,12 @@ export class References extends EventTarget {
     this.#known.clear(); // the digests were of other pictures
     for (const item of this.items) if (item.transparent) Object.assign(item, { problem: "", report: null, digest: undefined });
     this.#changed(`What is transparent is ${colour} now`);
+  }
+
+  /** No picture asks for a colour any more; one that was taken on the colour unasked is looked at again. */
+  #forgetBackground() {
+    this.#background = null;
+    for (const item of this.items) if (!item.isServers) Object.assign(item, { report: null, digest: undefined });
   }
 
   clear() {
@@ -160,6 +165,7 @@ export class References extends EventTarget {
 
   #changed(told) {
     this.#version += 1;
+    if (this.#background && !this.items.some((item) => item.transparent)) this.#forgetBackground();
     this.#render();
     if (told) announce(told);
     this.#settled = this.#send(this.#version);
@@ -183,7 +189,7 @@ export class References extends EventTarget {
         const form = new FormData();
         for (const item of items) form.append("image", await item.data(), item.name);
         form.append("prefill", "false");
-        if (this.#background) form.append("background", this.#background);
+        if (this.background) form.append("background", this.background);
         try {
           const told = await api.post("/v1/references", form, { onProgress: sending });
           items.forEach((item, i) => { item.report ??= told.references[i]; item.digest = told.references[i].digest; });
@@ -191,16 +197,12 @@ export class References extends EventTarget {
           if (version === this.#version) { this.#render(); say(""); this.dispatchEvent(new Event("report")); }
           return told.id;
         } catch (error) {
-          if (error.field !== "image") throw error;
-          const number = items.length === 1 ? 1 : Number(/picture (\d+): /.exec(error.message)?.[1]);
-          if (!items[number - 1]) throw error;
-          items[number - 1].problem = error.message.replace(/^image: /, "").replace(/^picture \d+: /, "");
-          if (TRANSPARENT.test(error.message)) {
-            items[number - 1].transparent = true;
-            items[number - 1].problem = "It is transparent in places.";
-          }
+          const refused = error.field === "image" && items[items.length === 1 ? 0 : error.index];
+          if (!refused) throw error;
+          refused.problem = error.message.replace(/^image: /, "").replace(/^picture \d+: /, "");
+          if (error.type === "transparent") Object.assign(refused, { transparent: true, problem: "It is transparent in places." });
           this.#render();
-          announce(`${items[number - 1].name} cannot be used: ${items[number - 1].problem}`);
+          announce(`${refused.name} cannot be used: ${refused.problem}`);
         }
       }
     } catch (error) {

@@ -59,6 +59,15 @@ export class Zoom {
     this.#fitted = this.scale <= least;
   }
 
+  /** Gives up the gesture that a pointer has begun, if any, and says whether there was one. What the pointer does then is nothing. */
+  cancel() {
+    const begun = this.#pressed?.cancel;
+    if (!begun) return false;
+    begun();
+    this.#pressed = {};
+    return true;
+  }
+
   /** Shows the picture pixel by pixel of the screen. */
   exact() {
     this.by(1 / (this.scale * devicePixelRatio));
@@ -122,7 +131,7 @@ export class Zoom {
       this.#pressed = event.button === 1 ? null : this.press(this.placeOf(event), event);
       if (event.button === 1) event.preventDefault(); // no scrolling by itself
     } else {
-      this.#pressed?.cancel?.();
+      this.cancel();
       this.#pressed = {}; // what is left of two fingers does nothing
       const [a, b] = this.#pointers.values();
       this.#pinch = { apart: distance(a, b), at: middle(a, b) };
