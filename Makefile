@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo docs first-hour serve attack fuzz test test-clients test-gpu-kernels test-ray test-recipes test-newest check format bench benchmarks eval eval-formats gallery clean
+.PHONY: demo docs first-hour serve attack fuzz test test-clients test-gpu-kernels test-ray test-recipes test-newest check format bench bench-whole bench-openvino benchmarks eval eval-formats gallery clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -76,7 +76,16 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/limner bench -o benchmarks/results/edit.json
 
-# All benchmarks but those of full size (benchmarks/full_size.py): over an hour on 2 cores, with nothing else running.
+# Calls from a prompt to PNG at klein-4B's size: 20 GiB of free memory, and about 10 minutes on 2 cores.
+bench-whole: $(READY)
+	$(BIN)/limner bench --whole klein-4b --references 1 --engines diffusers_kv cold warm int8_warm --rounds 2 \
+	    -o benchmarks/results/whole.json
+
+# A step beside OpenVINO, in an environment of its own (build/openvino-venv, 1.7 GB).
+bench-openvino: $(READY)
+	$(BIN)/python benchmarks/openvino_step.py -o benchmarks/results/openvino_step.json
+
+# All benchmarks but those of full size (benchmarks/full_size.py, bench-whole) and bench-openvino: over an hour on 2 cores, with nothing else running.
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json

@@ -7,6 +7,11 @@ that stages may be run one by one.
 
     .venv/bin/python benchmarks/full_size.py --folder /tmp/full --keep --only 9b-bf16 -o benchmarks/results/full_size.json
 
+With `--baseline COMMIT --rounds 3` the edits run with that commit's source too, in turn, on the same folder:
+
+    .venv/bin/python benchmarks/full_size.py --only 9b-int8 --quantize-text --limit 20GiB \
+        --baseline 398d915 --rounds 3 --keep
+
 Stages: 9b-bf16 and 9b-int8 (256x256, two references of 256x256, 4 steps), 9b-load (from a warm page cache to the first
 step), 4b-256 and 4b-512 (denoising of 4 steps with one reference of the output's size, against diffusers).
 Peaks are of /proc/PID/status: RssAnon, RssFile, and the high-water mark VmHWM.
@@ -32,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from limner.bench import Bench, BenchCase, machine
-from limner.config import KLEIN_4B, MODELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
+from limner.bench.models import TINY, RandomValues, autoencoder_config, text_config
+from limner.config import KLEIN_4B, MODELS, ModelGeometry, TransformerConfig
 from limner.memory import Formats, Request, make_plan, parse_bytes
 from limner.model.int8 import has_int8_products
 from limner.weights.files import TensorInfo, write_tensors
@@ -40,56 +46,10 @@ from limner.weights.folder import bundled_model, load_transformer
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer
 
 STAGES = ("9b-bf16", "9b-int8", "9b-load", "4b-256", "4b-512")
-SMALL = ModelGeometry(
-    transformer=TransformerConfig(
-        num_double_blocks=2,
-        num_single_blocks=3,
-        num_heads=2,
-        head_dim=128,
-        text_width=384,
-        in_channels=16,
-        out_channels=16,
-    ),
-    text_encoder=TextConfig(
-        width=128, mlp_width=256, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=64, vocab_size=768, num_used=3
-    ),
-    autoencoder=AutoencoderConfig(
-        encoder_channels=(4, 4, 8, 8),
-        decoder_channels=(4, 4, 8, 8),
-        num_resnets=1,
-        latent_channels=4,
-        mid_attention=False,
-    ),
-)
 SHARD = 5_000_000_000
-BLOCK = 16 << 20
 
 
-class Values:
-    """Random bfloat16 values of any shape, cut from one block: full-size models would take minutes to draw."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._block = torch.randn(BLOCK, generator=generator).bfloat16()
-        self._at = 0
-
-    def of(self, name: str, shape: torch.Size) -> Tensor:
-        """Return a matrix or kernel that preserves the scale of its input; ones for norms, zeros for biases."""
-        if name.endswith("running_var") or (len(shape) == 1 and not name.endswith("bias")):
-            return torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) < 2:
-            return torch.zeros(shape, dtype=torch.bfloat16)
-        number, fan_in = shape.numel(), shape[1:].numel()
-        out = torch.empty(number, dtype=torch.bfloat16)
-        done = 0
-        while done < number:
-            part = self._block[self._at : self._at + number - done]
-            torch.mul(part, fan_in**-0.5, out=out[done : done + len(part)])
-            done, self._at = done + len(part), (self._at + len(part) + 1013) % BLOCK
-        return out.view(shape)
-
-
-def write_network(network: nn.Module, folder: Path, stem: str, config: Mapping[str, Any], values: Values) -> None:
+def write_network(network: nn.Module, folder: Path, stem: str, config: Mapping[str, Any], values: RandomValues) -> None:
     """A network on the meta device as a folder with config.json and shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -112,41 +72,9 @@ def write_network(network: nn.Module, folder: Path, stem: str, config: Mapping[s
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _drawn(shapes: Mapping[str, torch.Size], values: Values) -> Iterator[tuple[str, Tensor]]:
+def _drawn(shapes: Mapping[str, torch.Size], values: RandomValues) -> Iterator[tuple[str, Tensor]]:
     for name, shape in shapes.items():
         yield name, values.of(name, shape)
-
-
-def text_config(text: TextConfig) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.width,
-        "intermediate_size": text.mlp_width,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 40960,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    }
-
-
-def autoencoder_config(geometry: AutoencoderConfig) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "_class_name": "AutoencoderKLFlux2",
-        "block_out_channels": list(geometry.encoder_channels),
-        "layers_per_block": geometry.num_resnets,
-        "latent_channels": geometry.latent_channels,
-        "mid_block_add_attention": geometry.mid_attention,
-        "norm_num_groups": min(32, geometry.encoder_channels[0] // 2),
-    }
-    return config
 
 
 def build(geometry: ModelGeometry, folder: Path, *, num_text: int) -> Path:
@@ -154,7 +82,7 @@ def build(geometry: ModelGeometry, folder: Path, *, num_text: int) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    values, text = Values(), geometry.text_encoder
+    values, text = RandomValues(), geometry.text_encoder
     transformer = empty_transformer(geometry.transformer, int8=False, where=folder)
     write_network(
         transformer, folder / "transformer", "diffusion_pytorch_model", geometry.transformer.to_diffusers(), values
@@ -172,12 +100,17 @@ def build(geometry: ModelGeometry, folder: Path, *, num_text: int) -> Path:
     return folder
 
 
-def watched(command: list[str], *, cache: Path) -> dict[str, Any]:
-    """Run a program to its end; return its last line of output, its seconds and the peaks of its memory."""
+def watched(command: list[str], *, cache: Path, source: Path | None = None) -> dict[str, Any]:
+    """Run a program to its end; return its last line of output, its seconds and the peaks of its memory.
+
+    `source` is the checkout whose `limner` it imports; None: the one that this program imports.
+    """
     peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0, "VmHWM": 0}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         environment = os.environ | {"LIMNER_CACHE": str(cache)}
+        if source is not None:
+            environment["PYTHONPATH"] = str(source / "src")
         process = subprocess.Popen(command, stdout=output, env=environment)
         while process.poll() is None:
             try:
@@ -199,45 +132,37 @@ def watched(command: list[str], *, cache: Path) -> dict[str, Any]:
     return found
 
 
-def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8: Path | None) -> dict[str, Any]:
-    """Run the target's edit in a process of its own; return its measures and the plan."""
-    from PIL import Image
+def edit(
+    args: argparse.Namespace,
+    geometry: ModelGeometry,
+    model: Path,
+    *,
+    int8: Path | None = None,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    """Run the target's edit in processes of its own; return its measures and the plan.
 
-    side, work = args.side, args.folder
-    generator = torch.Generator().manual_seed(1)
-    pictures = []
-    for i in range(2):
-        noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
-        pictures.append(work / f"reference-{i}.png")
-        Image.fromarray(noise.numpy()).resize((side, side)).save(pictures[-1])
+    `int8` and `text` are an int8 transformer and text encoder. With a baseline its source runs the same edit, in turn,
+    with the model's own text encoder; "ratio" is its median over this source's.
+    """
+    side = args.side
     limit = args.limit or ("14GiB" if int8 else "20GiB")
-    command = [
-        sys.executable,
-        "-m",
-        "limner",
-        "edit",
-        "put the first beside the second",
-        "-o",
-        str(work / "out.png"),
-        "--size",
-        f"{side}x{side}",
-        "--seed",
-        "1",
-        "--model",
-        str(model),
-        "--memory-limit",
-        limit,
-        "--json",
-    ]
-    for picture in pictures:
-        command += ["-i", str(picture)]
-    if int8 is not None:
-        command += ["--transformer", str(int8)]
-    with tempfile.TemporaryDirectory() as cache:  # digests are computed, as in a first run
-        found = watched(command, cache=Path(cache))
-    output = found.pop("output")
-    found |= {"memory_limit": limit, "timings": output["timings"]}
-    formats = Formats(quantize="int8" if int8 else None, packed=has_int8_products())
+    sources = {"baseline": baseline(args), "ours": Path(__file__).parents[1]} if args.baseline else {"ours": None}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
+    for number in range(args.rounds):
+        for name, source in sources.items():
+            command = edit_command(args, model, int8=int8, text=text if name == "ours" else None, limit=limit)
+            with tempfile.TemporaryDirectory() as cache:  # digests are computed, as in a first run
+                runs[name].append(watched(command, cache=Path(cache), source=source))
+            print(f"round {number + 1}: {name} {runs[name][-1]['seconds']} s", file=sys.stderr, flush=True)
+    found = middle(runs["ours"])
+    if args.baseline:
+        before = middle(runs["baseline"])
+        found |= {"baseline": {"commit": git("rev-parse", args.baseline), **before}}
+        found["ratio"] = round(before["seconds"] / found["seconds"], 3)
+    found["memory_limit"] = limit
+    packed, quantize = has_int8_products(), "int8" if int8 else None
+    formats = Formats(quantize=quantize, quantize_text=text is not None, packed=packed)
     request = Request(size=(side, side), references=((side, side),) * 2, num_text=args.text)
     plans = [
         make_plan(geometry, request, formats=formats, staging=staging, limit=parse_bytes(limit))
@@ -250,11 +175,57 @@ def edit(args: argparse.Namespace, geometry: ModelGeometry, model: Path, *, int8
     return found
 
 
-def quantized(model: Path, target: Path) -> Path:
-    """The transformer of a folder in int8, written once."""
+def edit_command(
+    args: argparse.Namespace, model: Path, *, int8: Path | None, text: Path | None, limit: str
+) -> list[str]:
+    """Return `limner edit` with two references, which are written here."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(1)
+    command = [sys.executable, "-m", "limner", "edit", "put the first beside the second", "--seed", "1"]
+    command += ["-o", str(args.folder / "out.png"), "--size", f"{args.side}x{args.side}", "--model", str(model)]
+    command += ["--memory-limit", limit, "--json"]
+    for i in range(2):
+        noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+        picture = args.folder / f"reference-{i}.png"
+        Image.fromarray(noise.numpy()).resize((args.side, args.side)).save(picture)
+        command += ["-i", str(picture)]
+    for option, part in (("--transformer", int8), ("--text-encoder", text)):
+        command += [] if part is None else [option, str(part)]
+    return command
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return median seconds, the seconds of all runs, the worst peaks, and the timings of a run in the middle."""
+    chosen = sorted(runs, key=lambda run: float(run["seconds"]))[len(runs) // 2]
+    found = {name: value for name, value in chosen.items() if name != "output"}
+    found |= {name: max(run[name] for run in runs) for name in found if name.startswith("peak")}
+    found["seconds"] = round(statistics.median(run["seconds"] for run in runs), 2)
+    return found | {"all_seconds": [run["seconds"] for run in runs], "timings": chosen["output"]["timings"]}
+
+
+def baseline(args: argparse.Namespace) -> Path:
+    """Return a folder with another commit's files: a worktree of git, made once and removed by `main`."""
+    folder: Path = args.folder / "baseline"
+    if not folder.exists():
+        git("worktree", "add", "--quiet", "--detach", str(folder.resolve()), args.baseline)
+    return folder.resolve()
+
+
+def git(*words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"git {shlex.join(words)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def quantized(model: Path, part: str, target: Path) -> Path:
+    """A part of a folder in int8, written once."""
     if not target.exists():
-        command = [sys.executable, "-m", "limner", "convert", str(model / "transformer"), "-o", str(target)]
-        subprocess.run([*command, "--to", "int8", "--part", "transformer"], check=True, stdout=sys.stderr)
+        command = [sys.executable, "-m", "limner", "convert", str(model / part), "-o", str(target)]
+        subprocess.run([*command, "--to", "int8", "--part", part], check=True, stdout=sys.stderr)
     return target
 
 
@@ -309,7 +280,9 @@ def main() -> None:
     parser.add_argument("--geometry", choices=("full", "small"), default="full", help="small: for tests, in seconds")
     parser.add_argument("--side", type=int, default=256, help="of output and references (256)")
     parser.add_argument("--text", type=int, default=512, help="text tokens (512)")
-    parser.add_argument("--rounds", type=int, default=1, help="of the stages beside diffusers")
+    parser.add_argument("--rounds", type=int, default=1, help="of edits, and of the stages beside diffusers (1)")
+    parser.add_argument("--quantize-text", action="store_true", help="9b-int8: an int8 text encoder too")
+    parser.add_argument("--baseline", metavar="COMMIT", help="run edits with the source of this commit too, in turn")
     parser.add_argument("--limit", help="memory limit of the edits; default: 20GiB, int8 14GiB")
     parser.add_argument("-o", "--output", type=Path, help="merge the result into this file")
     parser.add_argument("--load-worker", type=Path, help=argparse.SUPPRESS)
@@ -318,11 +291,10 @@ def main() -> None:
         print(json.dumps(load_worker(args.load_worker, side=args.side, num_text=args.text)))
         return
     small = args.geometry == "small"
-    nine, four = (SMALL, SMALL.transformer) if small else (MODELS["klein-9b"], KLEIN_4B)
+    nine, four = (TINY, TINY.transformer) if small else (MODELS["klein-9b"], KLEIN_4B)
     args.folder.mkdir(parents=True, exist_ok=True)
     model, int8 = args.folder / f"9b-{args.geometry}", args.folder / f"9b-{args.geometry}-int8"
     result: dict[str, Any] = {"benchmark": "full_size", **machine(torch.device("cpu")), "geometry": args.geometry}
-    result["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     result |= {"command": shlex.join(["benchmarks/full_size.py", *sys.argv[1:]]), "stages": {}}
     try:
         if any(stage.startswith("9b") for stage in args.only):
@@ -332,19 +304,32 @@ def main() -> None:
             if stage == "9b-load":
                 result["stages"][stage] = load(model, side=args.side, num_text=args.text)
             elif stage.startswith("9b"):
-                narrow = quantized(model, int8) if stage == "9b-int8" else None
-                result["stages"][stage] = edit(args, nine, model, int8=narrow)
+                parts = {}
+                if stage == "9b-int8":
+                    parts["int8"] = quantized(model, "transformer", int8)
+                    if args.quantize_text:
+                        parts["text"] = quantized(model, "text_encoder", args.folder / f"{int8.name}-text")
+                result["stages"][stage] = edit(args, nine, model, **parts)
             else:
                 result["stages"][stage] = beside_diffusers(args, four, args.side if small else int(stage[3:]))
             print(json.dumps(result["stages"][stage]), file=sys.stderr, flush=True)
+            merge(result, args.output)  # what was measured is kept, whatever the next stage does
     finally:
+        if (args.folder / "baseline").exists():
+            git("worktree", "remove", "--force", str((args.folder / "baseline").resolve()))
         if not args.keep:
             shutil.rmtree(args.folder)
-    if args.output:
-        before = json.loads(args.output.read_text()) if args.output.exists() else {}
-        result["stages"] = before.get("stages", {}) | result["stages"]
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    print(json.dumps(merge(result, args.output)))
+
+
+def merge(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """Return a result with the stages that its file has besides, and write it there."""
+    if output is None:
+        return result
+    before = json.loads(output.read_text()) if output.exists() else {}
+    merged = result | {"stages": before.get("stages", {}) | result["stages"]}
+    output.write_text(json.dumps(merged, indent=1) + "\n")
+    return merged
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Repaint a part of a picture: all pixels outside of the mask stay, bit for bit."""
+"""Repaint a part of a picture: pixels outside of the mask stay, bit for bit beyond its feather of 8 pixels (mask_blur)."""
 
 from PIL import Image, ImageDraw
 

@@ -44,7 +44,12 @@ def control_inputs() -> dict[str, Any]:
         "tooltip": "over 1 holds a likeness; twice the time",
     }
     return {
-        "mask": ("MASK", {"tooltip": "of image 1's size: what is masked is repainted, the rest stays to the pixel"}),
+        "mask": (
+            "MASK",
+            {
+                "tooltip": "of image 1's size: what is masked is repainted, the rest stays, to the pixel beyond mask_blur"
+            },
+        ),
         "canvas": ("IMAGE", {"tooltip": "repaint this picture instead of image 1"}),
         "strength": ("FLOAT", strength),
         "preserve": (["off", "auto"], {"tooltip": "auto: what the edit did not change comes from image 1"}),

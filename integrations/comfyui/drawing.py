@@ -116,7 +116,8 @@ class Edit(_Drawing):
 
     DESCRIPTION = (
         "Edits, or combines, references, which the prompt calls image 1, image 2, ... With a mask that part of image 1, or "
-        "of canvas, is repainted, and the rest stays to the pixel. Pictures of a batch have the seeds seed, seed + 1, ..."
+        "of canvas, is repainted, and the rest stays, beyond mask_blur to the pixel. Pictures of a batch have the seeds "
+        "seed, seed + 1, ..."
     )
 
     @classmethod

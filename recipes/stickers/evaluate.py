@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,35 @@ def restored(pipe: Pipeline, picture: Image.Image) -> Image.Image:
     return Image.fromarray(((back[0].permute(1, 2, 0) / 2 + 0.5) * 255).round().byte().numpy())
 
 
-def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """One dictionary of measures a case, and the digest of each picture; runs in a process of its own."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
-    renderer = Renderer(find_font(args.font))
-    pipe = Pipeline.from_pretrained(
+def load(args: argparse.Namespace) -> Pipeline:
+    """The model that is evaluated."""
+    return Pipeline.from_pretrained(
         args.model,
         torch_dtype=getattr(torch, args.dtype) if args.dtype else None,
         quantize=args.quantize,
         quantize_text=args.quantize_text,
         kv_cache_dtype=args.kv_cache_dtype,
     )
+
+
+def made_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on beside the task: two results with the same of it can stand in one table."""
+    pipe = load(args)
+    return {
+        "cases": args.cases,
+        "steps": args.steps,
+        "model": pipe.digest,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "quantize": args.quantize,
+        "kv_cache_dtype": args.kv_cache_dtype,
+    }
+
+
+def run_cases(task: str, numbers: list[int], args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """One dictionary of measures a case, and the digest of each picture; runs in a process of its own."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
+    renderer = Renderer(find_font(args.font))
+    pipe = load(args)
     rows, digests = [], {}
     for number, case in enumerate(cases(task, args.cases)):
         if number not in numbers:
@@ -236,11 +255,30 @@ def control_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_alike(path: Path, made: dict[str, Any], tasks: Sequence[str]) -> bool:
+    """Return True if the results of a file were made with the same as `made`; False if there are none that would stay.
+
+    Raises `ValueError` where results of other tasks would stand in one table with those of another model or arithmetic.
+    """
+    before = json.loads(path.read_text()) if path.is_file() else {"tasks": {}}
+    names = [name for name in made if name != "tasks" and (name not in before or before[name] != made[name])]
+    others = [task for task in before["tasks"] if task not in tasks]
+    if names and others:
+        differ = ", ".join(f"{name} {before.get(name, 'unknown')}, now {made[name]}" for name in names)
+        raise ValueError(
+            f"{path} has {', '.join(others)} made otherwise ({differ}); run these tasks too, or write another"
+        )
+    return not names
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the results as JSON, and into the model card; tasks of the file that were not run stay, if made alike."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    if all(before.get(name) == result[name] for name in ("cases", "steps")):
-        found = {**before["tasks"], **result["tasks"]}
+    """Write the results as JSON, and into the model card; what the file has and was not measured now stays, if made alike.
+
+    Raises `ValueError` as `check_alike`.
+    """
+    if check_alike(path, result, [*result["tasks"]]):
+        before = json.loads(path.read_text())["tasks"]
+        found = before | {task: {**before.get(task, {}), **row} for task, row in result["tasks"].items()}
         result = {**result, "tasks": {task: found[task] for task in (*TASKS, *CONTROLS) if task in found}}
     path.write_text(json.dumps(result, indent=1) + "\n")
     card = CARD.read_text()
@@ -276,10 +314,16 @@ def main() -> None:
         help="write the results as JSON, beside those of other tasks there, and into the model card beside this file",
     )
     args = parser.parse_args()
+    if args.write and args.ceiling:
+        parser.error("--write: what --ceiling measures is no result of the model; leave one out")
     renderer = Renderer(find_font(args.font))
     if args.save_cases:
         save_cases(args.save_cases, renderer)
         return
+    with ProcessPoolExecutor(1) as pool:
+        made = pool.submit(made_with, args).result()
+    if args.write:
+        check_alike(args.write, made, args.tasks)  # before hours are spent
     results: dict[str, dict[str, float]] = {}
     digests: dict[str, dict[int, str]] = {}
     training = (
@@ -305,7 +349,7 @@ def main() -> None:
                 mean["nearest"], mean["in_training"] = float(np.median(near)), float((near >= SAME_PICTURE).mean())
             results[task] = {name: round(value, 4) for name, value in mean.items()}
             print(task, results[task], flush=True)
-    result = {"cases": args.cases, "steps": args.steps, "tasks": results}
+    result = {**made, "tasks": results}
     if args.digests:
         args.digests.write_text(json.dumps(digests, indent=1) + "\n")
     if args.write:

@@ -202,7 +202,21 @@ def test_other_controls(served: Served) -> None:
 
     found, result = drawn(served, **body, preserve="auto")
     (preserved,) = result["limner"]["preserved"]
-    assert set(preserved) == {"drift_pixels", "drift_colour", "share_kept"}
+    assert set(preserved) == {"drift_pixels", "drift_colour", "share_kept", "map"}
+    change = opened(served.http.get(preserved["map"]).content)
+    assert (change.mode, change.size) == ("L", (96, 80))
+    assert np.array_equal(found[np.asarray(change) == 0], kept[np.asarray(change) == 0])
+    assert (np.asarray(change) == 0).mean() == pytest.approx(preserved["share_kept"], abs=0.02)
+    path = preserved["map"]
+    assert served.http.get(path, headers={"x-key": BOB}).status_code == 404
+    assert served.http.get(path.replace("1.png", "2.png")).status_code == 404
+    other = result["id"] + "-map"
+    assert any(name.startswith(other) for name in served.files("results"))
+    assert served.http.delete(f"/v1/jobs/{result['id']}?forget=true").status_code == 200
+    assert not any(name.startswith(other) for name in served.files("results"))
+    assert served.http.get(path).status_code == 404
+    found, result = drawn(served, **body, preserve="auto")
+    (preserved,) = result["limner"]["preserved"]
     metadata = read_metadata(served.http.get(result["sample"]).content)
     assert metadata["share_kept"] == preserved["share_kept"] == pytest.approx((found == kept).all(-1).mean(), abs=0.02)
     alone, result = drawn(served, canvas=text(canvas), mask=text(half_mask((96, 80), edge=48)))  # without any reference

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,23 @@ def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: P
     assert found["components"]["transformer weights"] < 1 << 20
     assert main(["plan"]) == 0
     assert "bundled on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/real-weights.md"])
+def test_the_memory_of_the_real_weights_is_what_plan_says(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    command = "limner plan --device cuda --references 2 --model NAME"
+    assert f"`{command}`" in text
+
+    def planned(*more: str) -> int:
+        assert main([*command.replace("NAME", name).split()[1:], *more, "--json"]) == 0
+        return math.ceil(json.loads(capsys.readouterr().out)["peak"] / 2**30)
+
+    rows = re.findall(r"^\| `(klein-[\w-]+)` .*\| (\d+) GiB(?:, int8 transformer (\d+) GiB)? \|$", text, re.M)
+    assert len(rows) >= 4
+    for name, plain, int8 in rows:
+        assert planned() == int(plain), name
+        assert not int8 or planned("--quantize", "int8") == int(int8), name
 
 
 def test_plan_reads_which_parts_are_int8(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +170,7 @@ def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
         "9b-int8",
         "9b-load",
         "4b-256",
+        *(("--baseline", "HEAD") if (script.parents[1] / ".git").exists() else ()),
         "-o",
         tmp_path / "out.json",
     ]
@@ -161,6 +181,7 @@ def test_full_size_benchmark_in_miniature(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
     edit, load, speed = (report["stages"][name] for name in ("9b-int8", "9b-load", "4b-256"))
     assert edit["peak_bytes"] >= edit["peak_anonymous_bytes"] > 0
+    assert "baseline" not in edit or edit["ratio"] == round(edit["baseline"]["seconds"] / edit["seconds"], 3)
     assert 0.5 < edit["planned_over_measured"] < 2  # here a process's own memory is nearly all
     assert load["load_seconds"] > 0
     assert {"standard", "diffusers_kv", "warm", "int8_warm"} <= speed["median_seconds"].keys()

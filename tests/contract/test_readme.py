@@ -7,6 +7,7 @@ weights, a cluster or a container that are not here. `make first-hour` types all
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import socket
@@ -15,6 +16,8 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -26,7 +29,7 @@ GUIDES = [
     *(ROOT / "docs" / f"{name}.md" for name in ("index", "install", "edit", "references", "batch", "memory", "control"))
 ]
 PAGES = {"README": README, **{file.stem: file.read_text() for file in GUIDES}}
-SERVE = (ROOT / "docs" / "serve.md").read_text()
+SERVED = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("serve", "control")}
 SET_UP = ("make ", "pip ", "python -m venv")
 
 
@@ -94,12 +97,15 @@ def test_set_up_commands_exist() -> None:
                 assert set(words[1:]) <= set(targets), line
 
 
-def test_what_needs_a_server(folder: Path) -> None:
-    found = blocks(SERVE, "bash", "py")
-    assert {kind for kind, _ in found} == {"bash", "py"}
+@pytest.mark.parametrize("name", SERVED)
+def test_what_needs_a_server(name: str, folder: Path) -> None:
+    """The page's programs are typed first: they make files that its requests send."""
+    found = blocks(SERVED[name], "bash", "py")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    for _, text in blocks(SERVED[name], "python"):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", text], cwd=folder, timeout=300, check=True)
     words = [sys.executable, "-m", "limner", "serve", "--port", port, "--data", str(folder / "data")]
     log = folder / "log"
     with log.open("w") as opened, subprocess.Popen(words, stderr=opened) as server:
@@ -108,26 +114,42 @@ def test_what_needs_a_server(folder: Path) -> None:
                 if "limner-stickers at http" in log.read_text():
                     break
                 time.sleep(0.1)
-            for kind, text in found:
-                typed = text.replace("8731", port)
-                if kind == "bash":
-                    typed = typed.replace("curl -s", "curl -s --fail-with-body --retry-connrefused --retry 20")
-                command = (
-                    ["bash", "-e", "-c", typed] if kind == "bash" else [sys.executable, "-W", "ignore", "-c", typed]
-                )
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-                assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-                if kind == "py":
-                    assert done.stdout.split() == ["image_generation.partial_image"] * 2 + [
-                        "image_generation.completed"
-                    ]
-                    assert (folder / "cat-on-beach.png").stat().st_size > 500
-                else:
-                    assert '"polling_url"' in done.stdout
-                    assert '"num_tokens":128' in done.stdout
+            printed = {kind: type_block(kind, text.replace("8731", port), folder) for kind, text in found}
+            if name == "serve":
+                assert '"num_tokens":128' in printed["bash"]
+                events = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+                assert printed["py"].split() == events
+                assert (folder / "cat-on-beach.png").stat().st_size > 500
+            else:
+                assert '"b64_json"' in printed["bash"]
+            job = ready(re.findall(r'"polling_url":"(.*?)"', printed["bash"])[0])
+            assert job["result"]["sample"].startswith("http")
+            if name == "control":
+                assert job["result"]["limner"]["canvas"]
         finally:
             server.terminate()
     assert server.returncode == 0
+
+
+def type_block(kind: str, text: str, folder: Path) -> str:
+    """Return what a block prints: one of `bash` in a shell, one of `py` in Python."""
+    typed = text.replace("curl -s", "curl -s --fail-with-body --retry-connrefused --retry 20")
+    command = ["bash", "-e", "-c", typed] if kind == "bash" else [sys.executable, "-W", "ignore", "-c", text]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def ready(polling_url: str) -> dict[str, Any]:
+    """Return the answer about a job that is ready."""
+    for _ in range(600):
+        with urlopen(polling_url) as answer:
+            found: dict[str, Any] = json.load(answer)
+        if found["status"] != "Pending":
+            break
+        time.sleep(0.1)
+    assert found["status"] == "Ready", found
+    return found
 
 
 def test_pictures_and_links_are_there() -> None:

@@ -1,7 +1,8 @@
 """The first hour of a new user: README and the guides are typed in a new environment outside of the checkout.
 
-Minutes and megabytes of each step, as a table on stdout and as JSON with `-o`. The environment is made with the versions
-of constraints.txt; packages come from where pip takes them. The page is opened in Chromium, if there is one.
+Minutes and megabytes of each step, as a table on stdout and as JSON with `-o`. Where a page says `pip install .` a wheel
+of the checkout is installed, with the versions of constraints.txt and nothing but what the page names; packages come from
+where pip takes them. The page is opened in Chromium, if there is one.
 
 .venv/bin/python tests/first_hour/run.py -o benchmarks/results/first_hour.json
 """
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 GUIDES = ("install", "edit", "references", "control", "memory", "batch")
 SET_UP = ("make ", "python -m venv", "pip install torch")
+NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__")
 
 
 def blocks(page: Path, *kinds: str) -> list[tuple[str, str]]:
@@ -46,7 +48,7 @@ class Hour:
     """A new environment, a folder to work in, and what each step took."""
 
     def __init__(self, home: Path) -> None:
-        self.environment, self.folder = home / "environment", home / "work"
+        self.home, self.environment, self.folder = home, home / "environment", home / "work"
         self.folder.mkdir()
         self.steps: list[dict[str, Any]] = []
         path = f"{self.environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -84,23 +86,40 @@ class Hour:
                 self.shell("python typed.py")
                 continue
             for line in text.replace("\\\n", " ").splitlines():
-                if line.strip() and not line.startswith((*SET_UP, "pip install")):
+                if line.startswith("pip install") and not line.startswith(SET_UP):
+                    self.pip_install(line.removeprefix("pip install").strip())
+                elif line.strip() and not line.startswith(SET_UP):
                     self.shell(line)
+
+    def pip_install(self, what: str) -> None:
+        """Install what a page says, with the tested versions; the checkout, `.`, is a wheel of it."""
+        if found := re.fullmatch(r"'?\.(\[[\w,]+\])?'?", what):
+            (wheel,) = self.home.glob("*.whl")
+            what = f"'{wheel}{found[1] or ''}'"
+        pip = f"{self.environment / 'bin' / 'python'} -m pip"
+        self.shell(f"{pip} install -c {ROOT / 'constraints.txt'} --disable-pip-version-check --quiet {what}")
 
 
 def install(hour: Hour) -> None:
-    """Make the environment as README says, with the tested versions, from a wheel of the checkout."""
-    python = hour.environment / "bin" / "python"
-    limits = f"-c {ROOT / 'constraints.txt'} --disable-pip-version-check --quiet"
+    """Make the environment as README says, and a wheel of the checkout from a copy without what was built there."""
     with hour.step("python -m venv, pip install torch"):
         hour.shell(f"{sys.executable} -m venv {hour.environment}")
-        hour.shell(f"{python} -m pip install {limits} torch")
-    with hour.step("pip install .[serve]"):
-        hour.shell(f"{python} -m pip install {limits} '{ROOT}[serve,completion]'")
+        hour.pip_install("torch")
+    with hour.step("pip wheel . --no-deps"):
+        copy = shutil.copytree(ROOT, hour.home / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+        python = hour.environment / "bin" / "python"
+        hour.shell(
+            f"{python} -m pip wheel {copy} --no-deps --wheel-dir {hour.home} --disable-pip-version-check --quiet"
+        )
+        shutil.rmtree(copy)
+    with hour.step("pip install ."):
+        hour.pip_install(".")
 
 
 def serve(hour: Hour) -> None:
-    """Start the service, type the guide's requests, and draw once on the page."""
+    """Install what the service needs, start it, type the guides' requests, and draw once on the page."""
+    with hour.step("pip install '.[serve]'"):
+        hour.pip_install("'.[serve]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -109,10 +128,10 @@ def serve(hour: Hour) -> None:
         server = subprocess.Popen(words, stderr=log, env=hour.variables, cwd=hour.folder)
         until_ready(f"http://127.0.0.1:{port}/readyz", server, hour.folder / "log")
     try:
-        with hour.step("docs/serve.md, its requests"):
-            for kind, text in blocks(ROOT / "docs" / "serve.md", "bash"):
-                assert kind == "bash"
-                hour.shell(text.replace("8731", str(port)).replace("curl -s", "curl -s --fail-with-body"))
+        for guide in ("serve", "control"):
+            with hour.step(f"docs/{guide}.md, its requests"):
+                for _, text in blocks(ROOT / "docs" / f"{guide}.md", "bash"):
+                    hour.shell(text.replace("8731", str(port)).replace("curl -s", "curl -s --fail-with-body"))
         chromium = shutil.which("chromium")
         if chromium is not None:
             with hour.step("the page: a prompt typed, a picture seen"):
@@ -135,16 +154,19 @@ def until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def draw_on_page(chromium: str, url: str) -> None:
-    """Type a prompt, press Enter in it with Control, and wait for a picture of the run."""
+    """Type a prompt that nothing else asks for, press Enter in it with Control, and wait for its picture."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(url)
-        page.get_by_label("Prompt", exact=True).fill("a big rocket in the night sky")
-        page.get_by_role("button", name=re.compile("^(Draw|Edit|Run)")).first.click()
-        page.locator("img[src*='/v1/results/'], img[src^='blob:']").first.wait_for(timeout=60_000)
+        prompt = page.get_by_label("Prompt", exact=True)
+        prompt.fill("a small owl in a forest")
+        prompt.press("Control+Enter")
+        picture = page.get_by_alt_text(re.compile("^a small owl in a forest, seed "))
+        picture.scroll_into_view_if_needed(timeout=60_000)
+        page.wait_for_function("image => image.complete && image.naturalWidth", arg=picture.element_handle())
         browser.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,14 @@ from PIL import Image
 from tests.support.tiny import MAX_TOKENS, TEXT_LAYERS, generators, picture
 
 import limner
-from limner import EditRequest, InvalidRequest, Pipeline
-from limner.images import feathered
+from limner import EditRequest, InvalidRequest, Pipeline, ReferencePolicy
+from limner.images import cut, feathered, prepare_references
 from limner.pipeline.canvas import open_canvases
 from limner.tokens import reference_ids
 
 TOLERANCE = 2e-5
 CANVAS, OTHER = picture(96, 64), picture(64, 80, seed=1)
+OTHER_96 = picture(96, 64, seed=2)
 
 
 def mask_of(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
@@ -261,3 +264,89 @@ def test_what_is_refused(how: dict[str, Any], problem: str, tiny_folder: Path) -
 def test_an_unknown_name_suggests_the_right_one(tiny_folder: Path) -> None:
     with pytest.raises(TypeError, match="mask_images: is not an argument of a call; did you mean mask_image"):
         draw(Pipeline.from_pretrained(tiny_folder), mask_images=MASK)
+
+
+def test_a_mask_of_tokens_is_made_of_the_mask_alone(tiny_folder: Path) -> None:
+    pipe, image = Pipeline.from_pretrained(tiny_folder), picture(80, 64)
+    mask = mask_of(image.size, (32, 16, 60, 48))
+    ((canvas,), _) = open_canvases(
+        {"mask_image": mask}, image, policy=pipe.reference_policy, sizes=((96, 64),), num_prompts=1
+    )
+    _, drawn = cut(canvas.picture, canvas.plan)
+    expected = np.asarray(drawn).reshape(4, 16, 6, 16).max((1, 3)).reshape(1, 24, 1)
+    no_picture: Any = None
+    assert np.allclose((replace(canvas, picture=no_picture).mask() * 255).numpy(), expected)
+
+
+def test_images_of_one_mask_share_its_feather_and_their_time_has_it(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seconds = [], [0.0]
+
+    def watched(mask: Any, blur: int) -> Any:
+        made.append(blur)
+        seconds[0] += 100
+        return feathered(mask, blur)
+
+    monkeypatch.setattr("limner.images.canvas.feathered", watched)
+    monkeypatch.setattr("limner.pipeline.progress.time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    out = draw(pipe, mask_image=MASK, mask_blur=4, num_images_per_prompt=3, generator=generators(1, 2, 3))
+    assert made == [4]
+    assert (out.timings.decode, out.timings.total) == (100, 100)
+    assert out.canvas == (out.canvas[0],) * 3
+
+
+def repaint(pipe: Pipeline, canvas: Image.Image, *, masked: bool = True, **more: Any) -> EditRequest:
+    """References are the same in all of them."""
+    control: Any = {"canvas": canvas, "mask_image": mask_of(canvas.size, (32, 16, 80, 48))} if masked else {}
+    return EditRequest(
+        prompt="a dog",
+        seeds=(1,),
+        references=prepare_references([CANVAS], policy=pipe.reference_policy),
+        control=control,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_results_that_are_no_one_array_are_refused_before_a_step(output_type: str, tiny_folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(tiny_folder)
+    large = repaint(pipe, picture(192, 128))
+    small = Pipeline.from_pretrained(tiny_folder, reference_policy=ReferencePolicy(max_pixels=96 * 64))
+    parts: list[str] = []
+
+    def told(part: str, done: int, of: int) -> None:
+        parts.append(part)
+
+    for other in (repaint(pipe, CANVAS), repaint(pipe, CANVAS, masked=False)):
+        with pytest.raises(InvalidRequest, match="output_type: the results have 96x64 and 192x128, so there is no one"):
+            small.draw([large, other], output_type=output_type, progress=told)
+        assert parts == []
+        assert [image.size for image in small.draw([large, other]).images] == [(192, 128), (96, 64)]
+    assert small.draw([large, large], output_type=output_type).images.shape[0] == 2
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_arrays_without_canvas_are_not_rounded_beside_one_with_it(output_type: str, pipe: Pipeline) -> None:
+    out = pipe.draw([repaint(pipe, OTHER_96), repaint(pipe, CANVAS, masked=False)], output_type=output_type)
+    masked, plain = (np.asarray(one, np.float64) * 255 for one in out.images)
+    assert np.abs(masked - masked.round()).max() < 1e-3
+    assert np.abs(plain - plain.round()).max() > 0.1
+    pictures = pipe.draw([repaint(pipe, OTHER_96), repaint(pipe, CANVAS, masked=False)]).images
+    for array, image in zip((masked, plain), pictures, strict=True):
+        shown = array if output_type == "np" else array.transpose(1, 2, 0)
+        assert np.abs(shown - np.asarray(image)).max() < 0.51
+
+
+def test_prompt_embeds_have_a_mask_each(pipe: Pipeline) -> None:
+    embeds = torch.rand(2, 5, pipe.geometry.transformer.text_width, generator=torch.Generator().manual_seed(0))
+    out = draw(
+        pipe,
+        prompt=None,
+        prompt_embeds=embeds,
+        mask_image=[MASK, mask_of(CANVAS.size, (0, 0, 32, 64))],
+        generator=generators(1, 2),
+    )
+    assert len({one.metadata["mask"] for one in out.own}) == 2
+    with pytest.raises(InvalidRequest, match="mask_image: there are 3 for 2 prompts"):
+        draw(pipe, prompt=None, prompt_embeds=embeds, mask_image=[MASK] * 3, generator=generators(1, 2))

@@ -388,6 +388,39 @@ def test_tokens_know_their_sticker() -> None:
     assert mirrored.count_nonzero() == 4  # a robot looks straight ahead
 
 
+def test_results_of_two_models_are_not_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate
+
+    row = {"psnr": 30.0, "ssim": 0.9, "copy": 10.0}
+    row |= dict.fromkeys(("success", "sticker", "place", "form", "scene"), 1.0)
+    card, file = tmp_path / "card.md", tmp_path / "evaluation.json"
+    card.write_text("\n".join([*evaluate.MARKS, "between", *evaluate.CONTROL_MARKS]) + "\n")
+    monkeypatch.setattr(evaluate, "CARD", card)
+    made = {"cases": 2, "steps": 4, "model": "a", "dtype": "float32", "quantize": None, "kv_cache_dtype": None}
+    evaluate.write(file, {**made, "tasks": {"draw": row | {"nearest": 20.0}, "preserve": row | {"untouched": 35.0}}})
+    evaluate.write(file, {**made, "tasks": {"draw": row | {"psnr": 31.0}, "edit": row | {"untouched": 33.0}}})
+    tasks = json.loads(file.read_text())["tasks"]
+    assert [*tasks] == ["draw", "edit", "preserve"]
+    assert tasks["draw"] == row | {"psnr": 31.0, "nearest": 20.0}  # what was not measured again stays
+    text = card.read_text()
+    assert "between" in text
+    assert "| edit | all pixels that should stay, without `preserve` | 33.0 dB |" in text
+    assert "| preserve | all pixels that should stay | 35.0 dB |" in text
+    before = file.read_text()
+    for name, value in (
+        ("model", "b"),
+        ("dtype", "bfloat16"),
+        ("quantize", "int8"),
+        ("kv_cache_dtype", "int8"),
+        ("cases", 3),
+    ):
+        with pytest.raises(ValueError, match=rf"has edit, preserve made otherwise \({name} .*, now {value}\)"):
+            evaluate.write(file, {**made, name: value, "tasks": {"draw": row}})
+    assert file.read_text() == before
+    evaluate.write(file, {**made, "model": "b", "tasks": {"draw": row, "edit": row, "preserve": row}})
+    assert json.loads(file.read_text()) == {**made, "model": "b", "tasks": {"draw": row, "edit": row, "preserve": row}}
+
+
 @needs_font
 def test_cases_that_keep_a_part_know_what_stays() -> None:
     from common import find_font

@@ -23,7 +23,9 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     group = parser.add_argument_group("what is repainted")
     group.add_argument(
-        "--mask", metavar="FILE", help="picture of image 1's size: white is repainted, black stays to the pixel"
+        "--mask",
+        metavar="FILE",
+        help="picture of image 1's size: white is repainted, black stays, to the pixel beyond --mask-blur",
     )
     group.add_argument(
         "--expand", type=_margins, metavar="L,T,R,B", help="new pixels at left, top, right and bottom of image 1"

@@ -31,7 +31,7 @@ class ModelAbout:
 
 def about_model(options: ModelOptions) -> ModelAbout:
     """Read what is said of a model, where its folder is on this disk. What is not there, or broken, is left out."""
-    loras = tuple((Path(source).stem or source, strength) for source, strength in options.loras)
+    loras = tuple((_lora_name(source), strength) for source, strength in options.loras)
     given = options.model
     if given is not None and not Path(given).is_dir():
         if (known := published(given)) is not None:
@@ -48,3 +48,8 @@ def about_model(options: ModelOptions) -> ModelAbout:
     except OSError:
         card = None
     return ModelAbout(card=card, words=words, loras=loras)
+
+
+def _lora_name(source: str) -> str:
+    """Return the last part of a hub id, or of a path without the ending of its weights."""
+    return Path(source).name.removesuffix(".safetensors") or source

@@ -17,6 +17,7 @@ from limner.images import PreparedReference
 from limner.kinds import guides
 from limner.memory import Workload
 from limner.pipeline.admission import check_workload
+from limner.pipeline.canvas import canvas_bytes
 from limner.pipeline.control import check_reference_guidance, check_reuse, check_weights
 from limner.pipeline.repaint import call_workload, check_canvas_size
 from limner.pipeline.together import canvases_of, images_of, opened, shared_of
@@ -145,7 +146,7 @@ class Admission:
         """Return the bytes of the canvases of an opened request, which are in memory while it waits."""
         if isinstance(request, PrefillRequest):
             return 0
-        return sum(canvas.nbytes for canvas in {*canvases_of(request)} if canvas is not None)
+        return canvas_bytes(canvases_of(request))
 
     def check_waiting(self, num_waiting: int, *, held_bytes: int = 0) -> None:
         """Raise `QueueFull` where no further request may wait: by their number, and by the bytes of their canvases."""

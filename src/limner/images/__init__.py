@@ -1,7 +1,7 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
-from limner.images.canvas import CanvasPlan, CanvasReport, cut, feathered, known_box, plan_canvas, stitch
+from limner.images.canvas import CanvasPlan, CanvasReport, cut, cut_mask, feathered, known_box, plan_canvas, stitch
 from limner.images.decode import decode
 from limner.images.encode import check_output, encode, numbered, save, side_by_side
 from limner.images.expand import expand_canvas, expanded_size
@@ -38,6 +38,7 @@ __all__ = [
     "check_marked",
     "check_output",
     "cut",
+    "cut_mask",
     "decode",
     "describe_mask",
     "encode",

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from limner.errors import InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 
-__all__ = ["CanvasPlan", "CanvasReport", "cut", "feathered", "known_box", "plan_canvas", "stitch"]
+__all__ = ["CanvasPlan", "CanvasReport", "cut", "cut_mask", "feathered", "known_box", "plan_canvas", "stitch"]
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -76,16 +76,19 @@ class CanvasPlan:
         """Width and height of the box in pixels of the canvas."""
         return self.box[2] - self.box[0], self.box[3] - self.box[1]
 
-    @property
-    def report(self) -> CanvasReport:
-        """What is drawn, for the result."""
+    def weight(self) -> np.ndarray:
+        """Return how much of each pixel (height, width) uint8 of the result is drawn, for `report` and `stitch`."""
+        return feathered(self.mask, self.mask_blur)
+
+    def report(self, weight: np.ndarray) -> CanvasReport:
+        """Return what is drawn, for the result."""
         width, height = self.box_size
         return CanvasReport(
             size=self.size,
             box=self.box,
             drawn_size=self.drawn_size,
             scale=math.sqrt(self.drawn_size[0] * self.drawn_size[1] / (width * height)),
-            share=float((feathered(self.mask, self.mask_blur) > 0).mean()),
+            share=float((weight > 0).mean()),
         )
 
 
@@ -148,7 +151,12 @@ def cut(picture: Image.Image, plan: CanvasPlan, *, background: str = "white") ->
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
     pixels = _scaled(_extended(np.asarray(picture), plan.box), plan.drawn_size, Image.Resampling.LANCZOS)
-    return pixels, _scaled(_extended(plan.mask, plan.box), plan.drawn_size, Image.Resampling.BILINEAR)
+    return pixels, cut_mask(plan)
+
+
+def cut_mask(plan: CanvasPlan) -> Image.Image:
+    """Return the mask of `cut` alone."""
+    return _scaled(_extended(plan.mask, plan.box), plan.drawn_size, Image.Resampling.BILINEAR)
 
 
 def known_box(plan: CanvasPlan, known: Box) -> Box | None:
@@ -169,11 +177,14 @@ def known_box(plan: CanvasPlan, known: Box) -> Box | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def stitch(canvas: Image.Image, drawn: Image.Image, plan: CanvasPlan) -> Image.Image:
+def stitch(
+    canvas: Image.Image, drawn: Image.Image, plan: CanvasPlan, *, weight: np.ndarray | None = None
+) -> Image.Image:
     """Return the canvas with the drawn picture in the mask, at the canvas' size and in its mode (RGB or RGBA).
 
-    Each pixel is mixed by `feathered(mask, mask_blur)`: at 0 it is the canvas' own, bit for bit, with its alpha; at 255
-    it is the drawn one, opaque. Raises ValueError for pictures of other sizes or modes.
+    Each pixel is mixed by `plan.weight()`, which callers with several pictures give as `weight`: at 0 it is the canvas'
+    own, bit for bit, with its alpha; at 255 it is the drawn one, opaque. Raises ValueError for pictures of other sizes or
+    modes.
     """
     _check_picture(canvas, plan)
     if drawn.size != plan.drawn_size:
@@ -183,9 +194,10 @@ def stitch(canvas: Image.Image, drawn: Image.Image, plan: CanvasPlan) -> Image.I
     if drawn.size != plan.box_size:
         drawn = drawn.resize(plan.box_size, Image.Resampling.LANCZOS)
     drawn = drawn.crop((inside[0] - left, inside[1] - top, inside[2] - left, inside[3] - top)).convert(canvas.mode)
-    weight = feathered(plan.mask, plan.mask_blur)[inside[1] : inside[3], inside[0] : inside[2]]
+    weight = plan.weight() if weight is None else weight
     result = canvas.copy()
-    result.paste(drawn, inside, Image.fromarray(np.ascontiguousarray(weight)))
+    part = np.ascontiguousarray(weight[inside[1] : inside[3], inside[0] : inside[2]])
+    result.paste(drawn, inside, Image.fromarray(part))
     return result
 
 

@@ -49,7 +49,7 @@ def read_metadata(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
         text = image.info.get(_KEY)
         if text is None and image.getexif().get(ExifTags.Base.Software) == _KEY:
             text = image.getexif().get(ExifTags.Base.ImageDescription)
-    found = json.loads(text) if text else {}
+    found = json.loads(text) if text and isinstance(text, str) else {}
     return found if isinstance(found, dict) else {}
 
 

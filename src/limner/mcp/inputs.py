@@ -75,7 +75,7 @@ class EditInputs(_Drawing):
     mask: str | None = Field(
         None,
         description="What to repaint: a black and white picture of image 1's size, as path or base64. White is repainted, "
-        "black stays to the pixel; the result has the size of image 1.",
+        "black stays, to the pixel beyond mask_blur; the result has the size of image 1.",
     )
     expand: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=4, max_length=4)] | None = Field(
         None, description="Continue image 1 beyond its edges: new pixels at [left, top, right, bottom]."

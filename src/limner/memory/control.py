@@ -21,10 +21,11 @@ _PICTURE, _MASK = 4, 1
 """Bytes of a pixel in a picture of Pillow, and in a mask."""
 _STITCH = 24
 """Bytes a pixel of a canvas while it is cut, or a result put back: wide masks, scaled parts, the result."""
-_PRESERVE = 105
+_PRESERVE = 128
 """Bytes a drawn pixel while what an edit left alone is looked for: two pictures in float32, pyramids, gradients.
 
-Both as measured: the growth of the process, 102 and 24 bytes a pixel at 2048x2048 and 4096x4096 (docs/log.md).
+Both as measured by `benchmarks/canvas.py`: the growth of the process, 125 bytes a pixel at 2048x2048, 19 at 4096x4096
+(24 once; docs/log.md).
 """
 
 

@@ -1,7 +1,6 @@
 """One call of a model: encode, prefill, denoise, decode."""
 
 from limner.grid import check_size
-from limner.pipeline.admission import check_fits
 from limner.pipeline.drop_in import Flux2KleinKVPipeline, Flux2KleinPipeline
 from limner.pipeline.drop_in_inpaint import Flux2KleinInpaintPipeline
 from limner.pipeline.load import check_device
@@ -24,7 +23,6 @@ __all__ = [
     "StepCallback",
     "Timings",
     "check_device",
-    "check_fits",
     "check_prompt",
     "check_size",
 ]

@@ -11,7 +11,7 @@ from limner.memory import Workload, call_bytes, cheapest, control_bytes, kv_byte
 from limner.memory.free import free_bytes
 from limner.pipeline.networks import Networks
 
-__all__ = ["Admission", "check_fits", "check_workload"]
+__all__ = ["Admission", "check_workload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +47,13 @@ class Admission:
             - in_other_processes
         )
 
-    def memory_for(self, workload: Workload) -> int:
-        """Return the peak bytes of a call on top of the weights, with canvases, guidance and K/V that are used again."""
-        networks = self.networks
-        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=workload.batch)
+    def memory_for(self, workload: Workload, *, together: bool = False) -> int:
+        """Return the peak bytes of a call on top of the weights, with canvases, guidance and K/V that are used again.
+
+        `together`: both prompts of guidance run as one batch.
+        """
+        networks, batch = self.networks, workload.batch * (2 if together else 1)
+        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=batch)
         return needed + control_bytes(
             networks.transformer.config,
             AutoencoderConfig.from_diffusers(dict(networks.autoencoder.network.config)),
@@ -60,25 +63,25 @@ class Admission:
             num_parts=networks.ranks.shard[1] if networks.ranks.shard else 1,
         )
 
-    def check_free(self, *, num_ref: int, num_own: int, batch: int) -> None:
-        """Raise `CapacityError` if free memory is too little now; arguments as of `memory_needed`."""
-        needed = self.memory_needed(num_ref=num_ref, num_own=num_own, batch=batch)
-        free = self.networks.residency.free_bytes(self.networks.device)
-        check_fits(needed, free, num_ref=num_ref, num_own=num_own, batch=batch)
+    def check_free(self, workload: Workload) -> None:
+        """Raise `CapacityError` if a call does not fit in free memory now, its references computed too."""
+        check_workload(self.memory_for(workload), self.networks.residency.free_bytes(self.networks.device), workload)
 
     def check_call(self, workload: Workload) -> None:
-        """Raise `CapacityError` if a call does not fit. K/V of isolated references may be cached: `check_free` counts them
-        where they are computed.
+        """Raise `CapacityError` if a call does not fit. K/V of isolated references may be in memory already: where they are
+        computed, `check_free` counts them, with the rest of the call.
         """
-        counted = workload if workload.joint else replace(workload, references=())
-        free = self.networks.residency.free_bytes(self.networks.device)
-        check_workload(self.memory_for(counted), free, counted)
+        self.check_free(workload if workload.joint else replace(workload, references=()))
         self.check_limit(workload)
 
     def is_free(self, workload: Workload) -> bool:
-        """Whether a call fits in free memory now, its references computed too; False where memory is limited."""
-        needed = self.memory_needed(num_ref=workload.num_ref, num_own=workload.num_own, batch=workload.batch)
-        return self.networks.residency.limit is None and needed <= free_bytes(self.networks.device)
+        """Whether a call fits in free memory now with both prompts of guidance as one batch, its references computed too.
+
+        False where memory is limited.
+        """
+        networks = self.networks
+        fits = self.memory_for(workload, together=True) <= free_bytes(networks.device)
+        return networks.residency.limit is None and fits
 
     def check_limit(self, workload: Workload) -> None:
         """Raise `CapacityError` if a call exceeds the memory limit however its weights are staged."""
@@ -90,24 +93,13 @@ class Admission:
 
 
 def check_workload(needed: int, free: int, workload: Workload) -> None:
-    """As `check_fits`."""
-    check_fits(
-        needed,
-        free,
-        num_ref=workload.num_ref,
-        num_own=workload.num_own,
-        batch=workload.batch,
-        has_canvas=workload.canvas_pixels > 0,
-    )
-
-
-def check_fits(needed: int, free: int, *, num_ref: int, num_own: int, batch: int, has_canvas: bool = False) -> None:
-    """Raise `CapacityError` with the numbers if `needed` bytes are more than `free`."""
+    """Raise `CapacityError` with the numbers if the `needed` bytes of a call are more than `free`."""
     if needed <= free:
         return
-    what, remedy = f"size: {batch} x {num_own} own tokens need", "a smaller output or fewer images at once"
-    remedy = f"a smaller canvas, {remedy}" if has_canvas else remedy
+    num_ref, own = workload.num_ref, f"{workload.batch} x {workload.num_own} own tokens"
+    what, remedy = f"size: {own} need", "a smaller output or fewer images at once"
+    remedy = f"a smaller canvas, {remedy}" if workload.canvas_pixels else remedy
     if num_ref:
-        what = f"references: {num_ref} reference tokens and {batch} x {num_own} own tokens need"
+        what = f"references: {num_ref} reference tokens and {own} need"
         remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
     raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")

@@ -90,7 +90,8 @@ class DrawRequest:
         """
         if ranks.alone:
             return prompt_embeds, noise  # no digests: those of tensors take a while
-        given = self.references
+        given, masks = self.references, {one: one.tokens for one in self.canvases if one is not None}
+        digests = {one: short_digest(mask) for one, mask in masks.items() if mask is not None}
         values = {
             "size": [*prompt_embeds.shape, *noise.shape],
             "sigmas": self.sigmas.tolist(),
@@ -104,7 +105,7 @@ class DrawRequest:
             "reuse": self.reuse,
             "reference_weights": self.reference_weights,
             "reference_guidance": self.reference_guidance,
-            "mask_image": [one and short_digest(one.mask()) for one in self.canvases],
+            "mask_image": [one and digests.get(one, one.asked.get("mask")) for one in self.canvases],
             "canvas": [one and one.metadata for one in self.canvases],
         }
         ranks.check_same(values)

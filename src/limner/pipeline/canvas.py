@@ -7,7 +7,7 @@ Owns the way from a caller's picture and mask to a picture of the output's size 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from limner.images import (
     PreparedReference,
     Preserved,
     cut,
+    cut_mask,
     describe_mask,
     expand_canvas,
     known_box,
@@ -40,7 +41,10 @@ from limner.images.sources import as_list, open_picture
 from limner.pipeline.control import MASK_BLUR, PerPrompt, check_strength
 from limner.requests import OF_MASKS, REPAINTING, Control, repaints
 
-__all__ = ["Canvas", "open_canvases", "whole_canvas"]
+__all__ = ["Canvas", "canvas_bytes", "open_canvases", "whole_canvas"]
+
+_PILLOW_BYTES = 4
+"""Of a pixel in memory, also of three channels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -72,12 +76,6 @@ class Canvas:
         return self.plan.drawn_size
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its pictures and its mask."""
-        width, height = self.picture.size
-        return width * height * (len(self.picture.getbands()) + self.plan.mask.itemsize) + len(self.prepared.data)
-
-    @property
     def is_plain(self) -> bool:
         """True if all is drawn, from noise alone: steps have no use for the canvas."""
         return not self.masked and self.tokens is None and self.strength == 1
@@ -106,22 +104,36 @@ class Canvas:
             return self.tokens
         if not self.masked:
             return torch.ones(1, self.size[0] * self.size[1] // PIXELS**2, 1)
-        _, mask = cut(self.picture, self.plan)
-        values = torch.from_numpy(np.asarray(mask, np.float32) / 255)[None, None]
+        values = torch.from_numpy(np.asarray(cut_mask(self.plan), np.float32) / 255)[None, None]
         return F.max_pool2d(values, PIXELS).flatten(2).transpose(1, 2)
 
     def first_step(self, num_steps: int) -> int:
         """Return how many of the steps are left out, as diffusers does: at least one step is drawn."""
         return int(max(num_steps - min(num_steps * self.strength, num_steps), 0))
 
-    def put_back(self, drawn: Image.Image) -> tuple[Image.Image, Preserved | None]:
-        """Return a drawn picture in the canvas, at its size; and what was kept, where the edit leaves the rest alone."""
+    def put_back(self, drawn: Image.Image, *, weight: np.ndarray | None) -> tuple[Image.Image, Preserved | None]:
+        """Return a drawn picture in the canvas, at its size; and what was kept, where the edit leaves the rest alone.
+
+        `weight` is that of the plan, where it is masked.
+        """
         if not self.preserves:
-            return stitch(self.picture, drawn, self.plan), None
+            return stitch(self.picture, drawn, self.plan, weight=weight), None
         if self.plan.box != (0, 0, *self.plan.size):  # it was continued beyond its edges, to the grid
             drawn = stitch(self.picture, drawn, self.plan)
         found = preserve(self.picture, drawn)
         return found.picture, found
+
+
+def canvas_bytes(canvases: Iterable[Canvas | None]) -> int:
+    """Return the bytes of canvases in memory: their masks, and their pictures, each once however many masks share it."""
+    there = [canvas for canvas in {*canvases} if canvas is not None]
+    pictures = {id(canvas.picture): canvas.picture for canvas in there}.values()
+    prepared = {id(one): one for canvas in there for one in (canvas.prepared, canvas.reference)}.values()
+    return (
+        sum(_PILLOW_BYTES * picture.width * picture.height for picture in pictures)
+        + sum(len(one.data) for one in prepared)
+        + sum(canvas.plan.mask.nbytes for canvas in there)
+    )
 
 
 def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float) -> Canvas:

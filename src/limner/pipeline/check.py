@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from limner.pipeline.repaint import (
     canvas_sizes,
     canvas_warnings,
     check_canvas_size,
+    check_result_sizes,
     drawn_levels,
     of_images,
 )
@@ -96,15 +97,14 @@ class ArgumentChecker:
         self._check_callback_inputs(callback_inputs)
         if image is not None and references is not None:
             raise InvalidRequest("image", "image and references are both given; give one of them")
-        num_prompts = len(prompts or ())
+        num_prompts, num_txt = len(prompts or ()), max_sequence_length
+        if prompts is None:
+            num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
         canvases, image = open_canvases(
-            control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts or 1
+            control, image, policy=self.prefiller.policy, sizes=self.sizes, num_prompts=num_prompts
         )
         pictures = self.prefiller.prepare(image) if image is not None else ()
         references = check_given(references, self.prefiller) if references is not None else None
-        num_txt = max_sequence_length
-        if prompts is None:
-            num_prompts, num_txt = _check_embeds(prompt_embeds, text_width=config.text_width)
         batch = num_prompts * num_images_per_prompt
         if latents is not None:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
@@ -113,6 +113,7 @@ class ArgumentChecker:
         size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
         check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
+        check_result_sizes(canvases, size=size, output_type=output_type)
         warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
         self._check_reuse(reuse)
         reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
@@ -186,7 +187,7 @@ class ArgumentChecker:
             return None
         if scale <= 1:
             return None
-        both = self.prefiller.admission.is_free(replace(workload, batch=2 * workload.batch))
+        both = self.prefiller.admission.is_free(workload)
         both = all(self.prefiller.networks.ranks.all_gather(both))  # the same in all processes
         return Guidance(scale=float(scale), prompts=prompts, prompt_embeds=embeds, together=both)
 

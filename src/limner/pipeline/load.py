@@ -111,8 +111,7 @@ def load(
 
     `called` is the name of the diffusers class that the caller used, if it is one.
     """
-    if quantize not in (None, "int8"):
-        raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
+    _check_quantize(quantize)
     device = check_device(device)
     if parallel is not None and memory_limit is not None:
         raise InvalidRequest("memory_limit", "is for a model in one process; leave it out, or parallel")
@@ -124,9 +123,7 @@ def load(
     sources = {part: resolve_part(part, source, model=folder, hub=hub) for part, source in replaced.items()}
     check_variant(variant, sources)
     kind = chosen_kind(find_kind(folder, transformer=sources["transformer"]), given=references, called=called)
-    dtype = dtype or settings.default_dtype
-    if dtype not in _DTYPES:
-        raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
+    dtype = _checked_dtype(dtype, default=settings.default_dtype)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     schedule = Schedule.from_diffusers(read_json(scheduler_file), where=str(scheduler_file))
     stamps = {part: file_stamp(source) for part, source in sources.items()}
@@ -180,16 +177,24 @@ def load(
         latent_preview=preview,
         residency=residency,
         origins=tuple(
-            _Origin(
-                network=network,
-                source=sources[part],
-                stamp=stamps[part],
-                shard=ranks.shard if part == "transformer" else None,
-                whole=whole if part == "transformer" and ranks.shard else None,
-            )
+            _Origin(network=network, source=sources[part], stamp=stamps[part])
+            if part != "transformer" or not ranks.shard
+            else _Origin(network=network, source=sources[part], stamp=stamps[part], shard=ranks.shard, whole=whole)
             for part, network in networks.items()
         ),
     )
+
+
+def _check_quantize(quantize: str | None) -> None:
+    if quantize not in (None, "int8"):
+        raise InvalidRequest("quantize", f"{quantize!r} is not one of None, 'int8'")
+
+
+def _checked_dtype(dtype: torch.dtype | None, *, default: torch.dtype | None) -> torch.dtype | None:
+    dtype = dtype or default
+    if dtype not in _DTYPES:
+        raise InvalidRequest("torch_dtype", f"{dtype!r} is not one of torch.float32, torch.bfloat16, torch.float16")
+    return dtype
 
 
 def take_over(

@@ -63,14 +63,20 @@ class PipelineOutput(OfImages):
         return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
-def decode(networks: Networks, request: DrawRequest, tokens: Tensor, *, dtype: torch.dtype) -> tuple[Any, Lap]:
-    """Decode clean tokens (B, S_img, C) to what `output_type` says, from latents in `dtype`; also the time it took."""
+def decode(
+    networks: Networks, request: DrawRequest, tokens: Tensor, *, rows: list[int], dtype: torch.dtype
+) -> tuple[Any, tuple[ImageReport, ...], Lap]:
+    """Decode clean tokens (B, S_img, C) of `rows` of the batch, from latents in `dtype`, to what `output_type` says.
+
+    They are put back into their canvases. Also returns what each has for itself, and the time it took.
+    """
     clock = Stopwatch(networks.device)
     request.progress("decode", 0, 1)
     latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
     pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
+    pictures, own = finish(request, pictures, rows)
     request.progress("decode", 1, 1)
-    return pictures, clock.lap()
+    return pictures, own, clock.lap()
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -91,6 +97,7 @@ def make_output(
     request: DrawRequest,
     pictures: Any,
     *,
+    own: tuple[ImageReport, ...],
     rows: list[int],
     prompts: tuple[PromptReport, ...],
     references: References | None,
@@ -99,7 +106,9 @@ def make_output(
     dtype: torch.dtype,
     kind: ModelKind,
 ) -> PipelineOutput:
-    """Say how pictures came to be, which are `rows` of the batch; `dtype` is that of the transformer."""
+    """Say how pictures came to be, which are `rows` of the batch; `own` is what each has for itself, `dtype` the
+    transformer's.
+    """
     width, height = request.workload.size
     reports = references.reports if references else ()
     metadata: dict[str, Any] = {
@@ -115,14 +124,13 @@ def make_output(
         metadata["guidance_scale"] = request.guidance.scale
     if request.reference_guidance != 1:
         metadata["reference_guidance"] = request.reference_guidance
-    images, own = finish(request, pictures, rows)
     metadata |= in_common(own)
     if request.reuse is not None:
         metadata["reuse"] = request.reuse
     if request.loras:
         metadata["loras"] = [asdict(lora) for lora in request.loras]
     return PipelineOutput(
-        images=images,
+        images=pictures,
         own=own,
         seeds=tuple(request.noise.seeds[row] for row in rows),
         timings=timings,

@@ -554,12 +554,13 @@ class Pipeline:
             preview=self.latent_preview,
             interrupted=interrupted,
         )
-        # 6. Decode
-        pictures, decode_lap = decode(networks, request, batch.latents, dtype=txt.dtype)
+        # 6. Decode, and put back into canvases
+        pictures, own, decode_lap = decode(networks, request, batch.latents, rows=batch.rows, dtype=txt.dtype)
         timings = Timings.of(text=text_lap, references=reference_lap, steps=batch.laps, decode=decode_lap)
         return make_output(
             request,
             pictures,
+            own=own,
             rows=batch.rows,
             prompts=prompts,
             references=refs,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limner.config import ReferencePolicy
-from limner.grid import PIXELS, num_tokens
+from limner.grid import PIXELS
 from limner.images import Picture, PreparedReference, ReferenceReport, prepare_references, to_pixels
 from limner.memory import Workload
 from limner.model.kv import ReferenceKV, ReferenceTokens
@@ -52,17 +52,17 @@ class Prefiller:
         return self._key(prepared, weights=self.networks.reference_weights(), arithmetic=self.networks.arithmetic)
 
     def get(
-        self, prepared: Sequence[PreparedReference], *, num_own: int = 0, batch: int = 1
+        self, prepared: Sequence[PreparedReference], *, workload: Workload | None = None
     ) -> tuple[References, Source]:
         """Return the References of prepared pictures, and where they came from.
 
-        `num_own` and `batch` are the tokens of the call that is going to use them, for admission. Raises `CapacityError`.
+        `workload` is the call that is going to use them, for admission; None: there is none. Raises `CapacityError`.
         """
         weights, arithmetic = self.networks.reference_weights(), self.networks.arithmetic
 
         def compute() -> References:
-            sizes = [p.report.processed_size for p in prepared]
-            self.admission.check_free(num_ref=num_tokens(*sizes), num_own=num_own, batch=batch)
+            sizes = tuple(p.report.processed_size for p in prepared)
+            self.admission.check_free(workload or Workload(size=(0, 0), num_text=0, references=sizes))
             return self._compute(prepared, weights=weights)
 
         key = self._key(prepared, weights=weights, arithmetic=arithmetic)
@@ -77,7 +77,7 @@ class Prefiller:
         if not request.pictures:
             return request.references, "given" if request.references else "none"
         request.progress("references", 0, 1)
-        found = self.get(request.pictures, num_own=request.workload.num_own, batch=request.workload.batch)
+        found = self.get(request.pictures, workload=request.workload)
         request.progress("references", 1, 1)
         return found
 

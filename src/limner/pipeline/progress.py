@@ -45,7 +45,10 @@ class Lap:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Seconds of each part of a call: prompts to tokens, references to K/V, each step, latents to pictures."""
+    """Seconds of each part of a call: prompts to tokens, references to K/V, each step, latents to pictures.
+
+    What puts pictures back into their canvases counts as `decode`.
+    """
 
     text: float
     references: float

@@ -6,7 +6,7 @@ Owns the way from canvases of prompts to the images of a batch, and what becomes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ __all__ = [
     "canvas_sizes",
     "canvas_warnings",
     "check_canvas_size",
+    "check_result_sizes",
     "drawn_levels",
     "finish",
     "in_common",
@@ -55,6 +56,15 @@ def check_canvas_size(canvases: Sequence[Canvas | None], *, width: int | None, h
         for name, given, drawn in (("width", width, size[0]), ("height", height, size[1])):
             if given is not None and given != drawn:
                 raise InvalidRequest(name, f"{given} is not that of the canvas as it is drawn, {drawn}; leave it out")
+
+
+def check_result_sizes(canvases: Sequence[Canvas | None], *, size: tuple[int, int], output_type: str) -> None:
+    """Raise `InvalidRequest` where results that are to be one array or tensor differ in size. `size` is the drawn one."""
+    puts_back = [canvas for canvas in canvases if canvas is not None and canvas.puts_back]
+    sizes = {canvas.picture.size for canvas in puts_back} | ({size} if len(puts_back) < len(canvases) else set())
+    if output_type in ("np", "pt") and len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
+        raise InvalidRequest("output_type", f"the results have {shown}, so there is no one array; use 'pil'")
 
 
 def call_workload(
@@ -138,17 +148,23 @@ class OfImages:
 def finish(request: DrawRequest, pictures: Any, rows: Sequence[int]) -> tuple[Any, tuple[ImageReport, ...]]:
     """Put drawn pictures, which are `rows` of the batch, back into their canvases; say so for each.
 
-    Latents stay as they are. Raises `InvalidRequest` for an array or a tensor of pictures that are not all of one size.
+    Latents, and pictures without canvas, stay as they are.
     """
     canvases = [request.canvases[row] if request.canvases else None for row in rows]
     preserved: list[Preserved | None] = [None] * len(rows)
-    if request.output_type != "latent" and any(canvas is not None and canvas.puts_back for canvas in canvases):
-        made = _as_pil(pictures, request.output_type)
-        for i, canvas in enumerate(canvases):
-            if canvas is not None and canvas.puts_back:
-                made[i], preserved[i] = canvas.put_back(made[i])
-        pictures = _as_type(made, like=pictures)
-    reports = {canvas: canvas.plan.report for canvas in {*canvases} if canvas is not None and canvas.masked}
+    reports: dict[Canvas, CanvasReport] = {}
+    made: dict[int, Image.Image] = {}
+    for canvas in {*canvases}:
+        if canvas is None or not canvas.puts_back:
+            continue
+        weight = canvas.plan.weight() if canvas.masked else None
+        if weight is not None:
+            reports[canvas] = canvas.plan.report(weight)
+        own = [i for i, other in enumerate(canvases) if other is canvas] if request.output_type != "latent" else []
+        for i in own:
+            made[i], preserved[i] = canvas.put_back(_as_pil(pictures[i]), weight=weight)
+    if made:
+        pictures = _replaced(pictures, made)
     found = []
     for row, canvas, kept in zip(rows, canvases, preserved, strict=True):
         weights = request.reference_weights[row] if request.reference_weights else None
@@ -166,18 +182,23 @@ def in_common(images: Sequence[ImageReport]) -> dict[str, Any]:
     return {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
 
 
-def _as_pil(pictures: Any, output_type: str) -> list[Image.Image]:
-    if output_type == "pil":
-        return list(pictures)
-    array = pictures if output_type == "np" else pictures.float().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(values) for values in (array * 255).round().astype(np.uint8)]
+def _as_pil(picture: Any) -> Image.Image:
+    """Return a picture of Pillow, an array (height, width, 3) or a tensor (3, height, width) as one of Pillow."""
+    if isinstance(picture, Image.Image):
+        return picture
+    array = picture.float().permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) else picture
+    return Image.fromarray((array * 255).round().astype(np.uint8))
 
 
-def _as_type(pictures: list[Image.Image], *, like: Any) -> Any:
-    """Return pictures as `like` is: a list as they are, an array or a tensor without alpha."""
-    if isinstance(like, list):
-        return pictures
-    if len({picture.size for picture in pictures}) > 1:
-        raise InvalidRequest("output_type", "the canvases differ in size, so there is no one array; use 'pil'")
-    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]).astype(np.float32) / 255
-    return torch.from_numpy(array).permute(0, 3, 1, 2).to(like) if isinstance(like, Tensor) else array
+def _replaced(pictures: Any, made: Mapping[int, Image.Image]) -> Any:
+    """Return pictures of one size with some replaced, by number; arrays and tensors have no alpha."""
+    found = list(pictures)
+    for i, picture in made.items():
+        if isinstance(pictures, list):
+            found[i] = picture
+            continue
+        array = np.asarray(picture.convert("RGB")).astype(np.float32) / 255
+        found[i] = torch.from_numpy(array).permute(2, 0, 1).to(pictures) if isinstance(pictures, Tensor) else array
+    if isinstance(pictures, list):
+        return found
+    return torch.stack(found) if isinstance(pictures, Tensor) else np.stack(found)

@@ -102,13 +102,15 @@ def check_transformer(config: TransformerConfig, *, where: object) -> None:
 def check_autoencoder(config: Mapping[str, Any], *, where: object) -> None:
     """Raise `CheckpointError` for sizes that no autoencoder of the family has."""
     for key, value in config.items():
+        if key.startswith("_"):  # notes of diffusers, such as which values are its defaults
+            continue
         if isinstance(value, (list, tuple)) and len(value) > MAX_LEVELS:
             raise CheckpointError(
                 f"{where}: {key} has {len(value)} entries; at most {MAX_LEVELS} are allowed, one for each resolution"
             )
         high = _MAX_RESNETS if key == "layers_per_block" else _MAX_WIDTH
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(one, int) and not key.startswith("_"):
+            if isinstance(one, int):
                 _check_range(key, one, low=0, high=high, where=where)
 
 

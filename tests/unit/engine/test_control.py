@@ -242,9 +242,25 @@ def test_memory_counts_canvases_and_further_forwards(pipe: Pipeline) -> None:
         short.check(behind)
 
 
+def test_a_picture_is_held_once_for_all_of_its_masks(pipe: Pipeline) -> None:
+    admission = Admission(model=PipelineView(pipe), max_waiting=2, max_batch=4, memory_bytes=1 << 32)
+
+    def held(*seeds: int, **how: Any) -> int:
+        return admission.held_bytes(admission.opened(request(pipe, *seeds, **how)))
+
+    pixels, drawn = 96 * 64, 3 * 96 * 64  # as Pillow holds a pixel: 4 bytes; as it is drawn: 3; in a mask: 1
+    assert held() == 0
+    assert held(mask_image=MASK) == held(0, 1, mask_image=MASK) == 4 * pixels + drawn + pixels
+    assert held(0, 1, 2, mask_image=[MASK, mask_of(0, 0, 9, 64), MASK]) == 4 * pixels + drawn + 3 * pixels
+    clear = CANVAS.convert("RGBA")
+    assert held(canvas=clear, mask_image=MASK) == held(mask_image=MASK)
+    # 96x64 grown to 128x64; what the model sees of it are the tokens of the old picture
+    assert held(expand=(0, 0, 32, 0)) == 5 * 128 * 64 + 3 * 128 * 64 + 3 * 96 * 64
+
+
 def test_canvases_that_wait_are_bounded(tiny_folder: Path, gate: Gate) -> None:
     pipe = Pipeline.from_pretrained(tiny_folder, reference_policy=ReferencePolicy(max_pixels=96 * 96))
-    engine = Engine(pipe, memory_bytes=1 << 25)
+    engine = Engine(pipe, memory_bytes=40 << 20)
     large = picture(800, 700, seed=4)
     (first,) = submit(engine, EditRequest(prompt="first", seeds=(0,), width=64, height=64))
     assert gate.entered.wait(60)
@@ -252,7 +268,7 @@ def test_canvases_that_wait_are_bounded(tiny_folder: Path, gate: Gate) -> None:
     waits = submit(engine, *[masked] * 3)
     engine.check_room()
     waits += submit(engine, replace(masked, prompt="a cat"))
-    with pytest.raises(QueueFull, match="the canvases of 4 requests that wait have 8 MiB, over 8; try again later"):
+    with pytest.raises(QueueFull, match="the canvases of 4 requests that wait have 10 MiB, over 10; try again later"):
         engine.check_room()
     gate.open()
     first.result()

@@ -131,7 +131,7 @@ def test_the_box(size: tuple[int, int], box: tuple[int, int, int, int], options:
 def test_an_empty_mask_draws_the_whole() -> None:
     plan = plan_canvas((100, 80), np.zeros((80, 100), np.uint8), max_pixels=1 << 20, padding=8, mask_blur=4)
     assert plan.box == (-6, 0, 106, 80)
-    assert plan.report.share == 0
+    assert plan.report(plan.weight()).share == 0
 
 
 def test_the_edge_and_its_mask_continue_the_canvas() -> None:
@@ -156,12 +156,12 @@ def test_transparent_pixels_keep_their_alpha_outside() -> None:
 
 def test_the_report_is_one_line() -> None:
     plan = plan_canvas((4000, 3000), rectangle((4000, 3000), (2000, 1500, 2030, 1530)), max_pixels=1 << 20, mask_blur=4)
-    assert plan.report.scale == 4
-    assert plan.report.describe() == (
+    assert plan.report(plan.weight()).scale == 4
+    assert plan.report(plan.weight()).describe() == (
         "canvas 4000x3000, drawn from 1887,1387 to 2143,1643 as 1024x1024 (scale 4), 0.0% of it repainted"
     )
     whole = plan_canvas((64, 64), rectangle((64, 64), (0, 0, 32, 64)), max_pixels=1 << 20, mask_blur=0)
-    assert whole.report.describe() == "canvas 64x64, drawn whole as 64x64, 50.0% of it repainted"
+    assert whole.report(whole.weight()).describe() == "canvas 64x64, drawn whole as 64x64, 50.0% of it repainted"
 
 
 def test_refuses() -> None:
@@ -200,6 +200,8 @@ def test_what_is_known_has_nothing_of_what_is_beside_it(seed: int) -> None:
     if plan.drawn_size == plan.box_size:  # and no whole token of it is missing
         left, top = (max(a, b) - b for a, b in zip(known[:2], plan.box[:2], strict=True))
         assert max(box[0] - left, box[1] - top) < 16
+        right, bottom = (min(a, b) - c for a, b, c in zip(known[2:], plan.box[2:], plan.box[:2], strict=True))
+        assert max(right - box[2], bottom - box[3]) < 16
 
 
 def test_too_little_that_is_known_is_nothing() -> None:

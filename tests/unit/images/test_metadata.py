@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 from tests.support.tiny import picture
 
 import limner
-from limner.images import FORMATS, picture_metadata, read_metadata, save
+from limner.images import FORMATS, is_ours, picture_metadata, read_metadata, save
 
 
 @pytest.mark.parametrize("ending", FORMATS)
@@ -27,6 +29,25 @@ def test_a_very_long_prompt_does_not_lose_the_picture(ending: str, tmp_path: Pat
 def test_other_pictures_have_no_metadata(tmp_path: Path) -> None:
     picture(64, 64).save(tmp_path / "a.png")
     assert read_metadata(tmp_path / "a.png") == {}
+
+
+def test_a_description_that_is_a_number_is_not_ours(tmp_path: Path) -> None:
+    """EXIF data with the software "limner" and a description of type SHORT, which Pillow does not write."""
+    description = struct.pack("<HHII", ExifTags.Base.ImageDescription, 3, 1, 5)
+    software = struct.pack("<HHII", ExifTags.Base.Software, 2, 7, 38)  # its text is behind the two entries
+    exif = struct.pack("<2sHIH", b"II", 42, 8, 2) + description + software + bytes(4) + b"limner\0"
+    picture(64, 64).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert dict(image.getexif()) == {ExifTags.Base.Software: "limner", ExifTags.Base.ImageDescription: 5}
+    assert not is_ours(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("description", ["5", "no JSON", "[" * 9999], ids=["number", "text", "deep"])
+def test_what_is_no_metadata_is_not_ours(description: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software], exif[ExifTags.Base.ImageDescription] = "limner", description
+    picture(64, 64).save(tmp_path / "a.jpg", exif=exif)
+    assert not is_ours(tmp_path / "a.jpg")
 
 
 def test_every_picture_has_the_same_values() -> None:

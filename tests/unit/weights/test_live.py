@@ -52,3 +52,14 @@ def test_from_diffusers_refuses_what_would_be_lost(oracle: Any, monkeypatch: pyt
         patch.setitem(oracle.transformer._modules, "proj_out", torch.nn.Linear(32, 16))
         with pytest.raises(CheckpointError, match="transformer: unexpected proj_out.bias"):
             Pipeline.from_diffusers(oracle)
+
+
+def test_an_autoencoder_with_diffusers_defaults(oracle: Any) -> None:
+    """diffusers notes which settings are its defaults, in a list that is longer than any of a network."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinKVPipeline
+
+    sizes = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
+    vae = AutoencoderKLFlux2(**sizes)
+    assert len(vae.config["_use_default_values"]) > 8
+    pipe = Flux2KleinKVPipeline(**{**oracle.components, "vae": vae})
+    assert Pipeline.from_diffusers(pipe).autoencoder.factor == 16

@@ -69,7 +69,7 @@ class Inputs(ControlFields):
     input_image_10: Picture = None
     references: str | None = Field(None, description="handle from POST /v1/references, instead of input_image ...")
     mask: Picture = Field(
-        None, description="of the canvas' size: white is repainted, black stays as it is, to the pixel"
+        None, description="of the canvas' size: white is repainted, black stays, to the pixel beyond mask_blur"
     )
     canvas: Picture = Field(
         None, description="the picture to repaint, at its own size, which is no reference; without it the first picture"

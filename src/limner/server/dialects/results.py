@@ -72,6 +72,13 @@ class ModelCard(BaseModel):
 def routes(service: Service) -> APIRouter:
     """Return the routes of results and of capabilities."""
     router = APIRouter(tags=["resources"])
+    _add_pictures(router, service)
+    _add_model(router, service)
+    return router
+
+
+def _add_pictures(router: APIRouter, service: Service) -> None:
+    """Add the pictures of jobs."""
 
     @router.get(
         "/v1/results/{id}/{name}",
@@ -106,6 +113,25 @@ def routes(service: Service) -> APIRouter:
         return await reference_answer(service, job.references, number)
 
     @router.get(
+        "/v1/jobs/{id}/maps/{number}.png",
+        responses={
+            **ERRORS,
+            200: {"content": {"image/png": {}}, "description": "The map, grey, of the picture's size"},
+        },
+        response_class=Response,
+        dependencies=KEYS,
+        summary="What an edit with preserve changed: white where a picture is the edit's, black where it is the canvas'",
+    )
+    async def job_map(id: str, number: int, owner: Owner = Depends(service.owner)) -> Response:
+        job = await service.job(owner, id)
+        data = await service.offload.run(service.jobs.read_result, job, number, kind="maps")
+        if data is None:
+            raise NotFound(
+                f"number: {id} has no map {number}, or it has expired; jobs with preserve have one a picture"
+            )
+        return picture_answer(data, "image/png")
+
+    @router.get(
         "/v1/jobs/{id}/{name}.png",
         responses={**ERRORS, 200: {"content": {"image/png": {}}, "description": "The picture"}},
         response_class=Response,
@@ -118,6 +144,10 @@ def routes(service: Service) -> APIRouter:
         if report is None:
             raise NotFound(f"name: {id} has no {name}" + ("" if name == "mask" else "; what it repaints is image 1"))
         return await reference_answer(service, [report], 1)
+
+
+def _add_model(router: APIRouter, service: Service) -> None:
+    """Add what the model can do."""
 
     @router.get(
         "/v1/capabilities",
@@ -163,5 +193,3 @@ def routes(service: Service) -> APIRouter:
     async def model_card(owner: Owner = Depends(service.owner)) -> ModelCard:
         about = service.settings.about
         return ModelCard(model=service.settings.model_name, card=about.card, url=about.url)
-
-    return router

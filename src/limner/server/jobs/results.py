@@ -44,7 +44,19 @@ class ResultWriter:
         suffix = SUFFIXES[job.output_format].removeprefix(".")
         names = await self._offload.with_retry(self._jobs.write_results, job.id, files, suffix=suffix)
         report = _report(await self._for_owner(job.owner, result))
+        if result.preserved:
+            report |= await self._write_maps(job, result)
         return report | {"files": names, "encode_seconds": round(time.perf_counter() - started, 4)}
+
+    async def _write_maps(self, job: Job, result: EditResult) -> dict[str, Any]:
+        """Store what an edit with `preserve` changed of its canvas. Return what is noted of it, with paths."""
+        maps = await self._offload.run(lambda: [images.encode(one.change, "png") for one in result.preserved])
+        names = await self._offload.with_retry(self._jobs.write_results, job.id, maps, suffix="png", kind="map")
+        told = [
+            {**one.as_json(), "map": f"/v1/jobs/{job.id}/maps/{number}.png"}
+            for number, one in enumerate(result.preserved, start=1)
+        ]
+        return {"preserved": told, "maps": names}
 
     async def _for_owner(self, owner: str, result: EditResult) -> EditResult:
         """Return a result as its owner may be told of it: see `KnownReferences`."""
@@ -101,8 +113,6 @@ def _report(result: EditResult) -> dict[str, Any]:
     controls: dict[str, Any] = {}
     if result.canvas:  # of one request: its pictures are drawn alike
         controls["canvas"] = asdict(result.canvas[0])
-    if result.preserved:
-        controls["preserved"] = [one.as_json() for one in result.preserved]
     width, height = result.images[0].size  # those of the canvas where it is put back
     return {
         **controls,

@@ -131,8 +131,9 @@ def _files_of(id: str, result: str) -> list[str]:
         found = json.loads(result)
     except ValueError:
         return []
-    names = found.get("files") if isinstance(found, dict) else None
-    return [name for name in names if isinstance(name, str) and _job_of(name) == id] if isinstance(names, list) else []
+    lists = [found.get("files"), found.get("maps")] if isinstance(found, dict) else []
+    names = [name for names in lists if isinstance(names, list) for name in names]
+    return [name for name in names if isinstance(name, str) and _job_of(name) == id]
 
 
 def _job_of(name: str) -> str:

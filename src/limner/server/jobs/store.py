@@ -6,7 +6,7 @@ databases.
 
     tables                jobs, handles of references, which pictures they use, images made for each owner
     inputs/<digest>.png   pictures of requests (processed references, canvases, masks), each once, without loss
-    results/<id>-<n>.png  results, until they expire
+    results/<id>-<n>.png  results, until they expire; results/<id>-map<n>.png what an edit with `preserve` changed of them
     secret                key of signed URLs, 32 random bytes
 """
 
@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
 from limner.images import PreparedReference, ReferenceReport
@@ -212,18 +213,18 @@ class JobStore:
 
     # results
 
-    def write_results(self, id: str, files: Sequence[bytes], *, suffix: str) -> list[str]:
-        """Write the pictures of a job, each whole, unless the job has ended. Return their names."""
-        names = [f"{id}-{number}.{suffix}" for number in range(1, len(files) + 1)]
+    def write_results(self, id: str, files: Sequence[bytes], *, suffix: str, kind: str = "") -> list[str]:
+        """Write the pictures of a job, each whole, unless the job has ended. Return their names, with the kind in them."""
+        names = [f"{id}-{kind}{number}.{suffix}" for number in range(1, len(files) + 1)]
         with self._storage.transaction() as db:  # another process may have held the storage, and ended the job
             if db.execute("SELECT 1 FROM jobs WHERE id = ? AND status = 'pending'", (id,)).fetchone():
                 for name, data in zip(names, files, strict=True):
                     self._storage.write_file(f"results/{name}", data)
         return names
 
-    def read_result(self, job: Job, number: int) -> bytes | None:
-        """Return a picture of a ready job, counted from 1; None if it has expired or never was."""
-        names = job.result.get("files", [])
+    def read_result(self, job: Job, number: int, *, kind: Literal["files", "maps"] = "files") -> bytes | None:
+        """Return a picture of a ready job, or the map of one, counted from 1; None if it has expired or never was."""
+        names = job.result.get(kind, [])
         if job.status != "ready" or not 1 <= number <= len(names) or (job.expires or 0) <= self._clock():
             return None
         try:

@@ -89,7 +89,7 @@ export class Change extends EventTarget {
   #tell() {
     const { part } = this, change = this.#first?.change;
     const texts = {
-      mask: () => `${percent(change.mask.share)} of it is drawn anew, the rest stays to the pixel.`,
+      mask: () => `${percent(change.mask.share)} of it is drawn anew. Beyond its soft edge the rest stays to the pixel.`,
       margins: () => `New area: ${["left", "top", "right", "bottom"].map((side, i) => (change.margins[i] ? `${change.margins[i]} ${side}` : "")).filter(Boolean).join(", ")}.`,
     };
     const text = part ? texts[part]() : this.preserves ? "What the edit does not change stays to the pixel." : "All of it may change.";

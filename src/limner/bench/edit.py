@@ -2,28 +2,21 @@
 
 Transformer and Euler steps only, as diffusers' `output_type="latent"` with prompt embeddings and encoded references given.
 "cold" computes the K/V of the references, "warm" has them cached. Imports diffusers' transformer as the thing to compare
-with; no other module of the package imports this one but the command.
+with; no module of another package imports this one but the command.
 """
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import statistics
-import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limner.bench.measure import Peak, now
 from limner.config import TransformerConfig
 from limner.grid import PIXELS
 from limner.model.int8 import quantize_blocks
@@ -32,18 +25,8 @@ from limner.model.transformer import RefWeights, Transformer
 from limner.pipeline.denoise import Surroundings
 from limner.schedule import Schedule, euler_step
 from limner.tokens import image_ids, reference_ids, text_ids
-from limner.version import __version__
 
-__all__ = [
-    "Bench",
-    "BenchCase",
-    "as_markdown",
-    "geometry",
-    "machine",
-    "prefill_flops",
-    "random_transformer",
-    "step_flops",
-]
+__all__ = ["Bench", "BenchCase", "as_markdown", "geometry", "prefill_flops", "random_transformer", "step_flops"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,30 +47,6 @@ class BenchCase:
     @property
     def reference_grids(self) -> list[tuple[int, int]]:
         return [(self.reference_side // PIXELS, self.reference_side // PIXELS)] * self.num_references
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return device, threads, versions and date, which every report has."""
-    import diffusers
-
-    name = platform.processor()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "device": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "limner": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-        "date": date.today().isoformat(),
-    }
 
 
 def geometry(heads: int, double: int, single: int) -> TransformerConfig:
@@ -130,46 +89,6 @@ def prefill_flops(config: TransformerConfig, *, num_ref: int) -> int:
     return matrices + 4 * c * num_ref * num_ref * full
 
 
-def _trim_heap() -> None:
-    """Return free memory that the C library holds to the system (glibc; elsewhere nothing happens)."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    trim = getattr(library, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-class _Peak:
-    """Peak of the resident memory of this process while the block runs, over what it was before, in bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._process = device, psutil.Process()
-        self._done = threading.Event()
-        self.nbytes = 0
-
-    def __enter__(self) -> _Peak:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._start = torch.cuda.memory_allocated(self._device)
-            return self
-        _trim_heap()
-        self._start = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.nbytes = max(self.nbytes, self._process.memory_info().rss - self._start)
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self.nbytes = torch.cuda.max_memory_allocated(self._device) - self._start
-            return
-        self.nbytes = max(self.nbytes, self._process.memory_info().rss - self._start)
-        self._done.set()
-        self._thread.join()
-
-
 class Bench:
     """Both engines over one set of random weights."""
 
@@ -188,16 +107,16 @@ class Bench:
         torch.set_default_dtype(dtype)  # made as such: no float32 copy of a large model
         try:
             with torch.device(self.device):
-                self._theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
+                self.theirs = Flux2Transformer2DModel(**config.to_diffusers()).to(dtype).eval()
         finally:
             torch.set_default_dtype(before)
-        for block in self._theirs.transformer_blocks:
+        for block in self.theirs.transformer_blocks:
             block.attn.set_processor(Flux2KVAttnProcessor())
-        for block in self._theirs.single_transformer_blocks:
+        for block in self.theirs.single_transformer_blocks:
             block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
         with torch.device("meta"):
             self.ours = Transformer(config)
-        self.ours.load_state_dict(self._theirs.state_dict(), assign=True)
+        self.ours.load_state_dict(self.theirs.state_dict(), assign=True)
         self.ours.requires_grad_(False)
         self._int8: Transformer | None = None
 
@@ -244,13 +163,13 @@ class Bench:
         for i in range(case.num_inference_steps):
             t = given["sigmas"][i].to(self.dtype).expand(case.batch)
             if cached and i > 0:
-                velocity = self._theirs(
+                velocity = self.theirs(
                     latents, txt, t, ids, txt_ids, return_dict=False, kv_cache=cache, kv_cache_mode="cached"
                 )[0]
             else:
                 both = torch.cat([ref, latents], dim=1)
                 mode = {"kv_cache_mode": "extract", "num_ref_tokens": ref.shape[1]} if cached else {}
-                velocity, *rest = self._theirs(both, txt, t, both_ids, txt_ids, return_dict=False, **mode)
+                velocity, *rest = self.theirs(both, txt, t, both_ids, txt_ids, return_dict=False, **mode)
                 cache = rest[0] if rest else None
                 velocity = velocity[:, -num_img:]
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1]).to(
@@ -348,10 +267,10 @@ class Bench:
         peaks: dict[str, int] = dict.fromkeys(engines, 0)
         for number in range(rounds):
             for name in engines:
-                with _Peak(self.device) as peak:
-                    start = self._now()
+                with Peak(self.device) as peak:
+                    start = now(self.device)
                     results[name] = calls[name]()
-                    measured[name].append(self._now() - start)
+                    measured[name].append(now(self.device) - start)
                 peaks[name] = max(peaks[name], peak.nbytes)
                 progress(f"{case.num_references} references, round {number + 1}: {name} {measured[name][-1]:.2f} s")
         seconds = {name: statistics.median(values) for name, values in measured.items()}
@@ -424,15 +343,10 @@ class Bench:
         F.linear(x, weight)
         times = []
         for _ in range(7):
-            start = self._now()
+            start = now(self.device)
             F.linear(x, weight)
-            times.append(self._now() - start)
+            times.append(now(self.device) - start)
         return 2 * rows * weight.numel() / statistics.median(times)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 _JOINT = ("joint", "int8_joint", "reuse", "int8_reuse")
@@ -510,7 +424,3 @@ def as_markdown(report: dict[str, Any]) -> str:
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit("use limner bench")
