@@ -89,6 +89,7 @@ bench-openvino: $(READY)
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
+	$(BIN)/python benchmarks/autoencoder.py -o benchmarks/results/autoencoder.json
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/int8_text.py -o benchmarks/results/int8_text.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from limner.config import WHOLE_PIXELS
-from limner.model import strips
+from limner.model import feature_maps, strips
 from limner.tokens import PATCH, patchify, unpatchify
 
 __all__ = ["Autoencoder"]
@@ -55,9 +55,22 @@ class Autoencoder(nn.Module):
         parameter: Tensor = next(self.network.parameters())
         return parameter
 
+    @property
+    def arithmetic(self) -> str | None:
+        """What decides the last bits of latents besides weights, device and dtype; None for torch's plain layout."""
+        fused = feature_maps.is_fused(self.network.encoder) and self.device.type == "cpu"
+        return feature_maps.arithmetic_name(self.dtype) if fused else None
+
+    def _laid_out(self, half: nn.Module, x: Tensor) -> Tensor:
+        """Return x in the layout in which encoder or decoder is fastest on a CPU; on another device as it is."""
+        if x.device.type != "cpu":
+            return x
+        last = feature_maps.is_fused(half) and not torch.is_grad_enabled()
+        return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) in [-1, 1] to latents (B, 4 C, h, w): the mean of the posterior, normalised."""
-        pixels = pixels.to(self.device, self.dtype)
+        pixels = self._laid_out(self.network.encoder, pixels.to(self.device, self.dtype))
         if pixels.shape[2] * pixels.shape[3] > WHOLE_PIXELS and not torch.is_grad_enabled():
             moments = strips.encode(self.network, pixels)
         else:
@@ -74,13 +87,13 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents of the network (B, C, 2 h, 2 w) to pixels (B, 3, height, width), about [-1, 1]."""
-        latents = latents.to(self.dtype)
+        latents = self._laid_out(self.network.decoder, latents.to(self.dtype))
         scale = self.factor // PATCH
         if latents.shape[2] * latents.shape[3] * scale**2 > self.whole_pixels and not torch.is_grad_enabled():
-            return strips.decode(self.network, latents)
+            return strips.decode(self.network, latents).contiguous()
         latents = latents if self.network.post_quant_conv is None else self.network.post_quant_conv(latents)
         pixels: Tensor = self.network.decoder(latents)
-        return pixels
+        return pixels.contiguous()
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         bn = self.network.bn

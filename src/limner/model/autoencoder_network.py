@@ -1,7 +1,8 @@
 """The network of FLUX.2's autoencoder, with the names of diffusers' `AutoencoderKLFlux2` for modules and tensors.
 
-It computes what diffusers' class does, operation for operation, so results are the same to the last bit. Its own, since
-importing diffusers' class takes longer than drawing a small picture.
+It computes what diffusers' class does, operation for operation, so results are the same to the last bit. An encoder or
+decoder of wide maps that are channels last on a CPU uses `limner.model.feature_maps` instead: the same up to rounding. Its
+own, since importing diffusers' class takes longer than drawing a small picture.
 
 Shapes: feature maps (B, C, height, width). Knows torch; does not know files, strips and normalised latents.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limner.config import NetworkConfig
+from limner.model.feature_maps import doubled, doubles, doubling_weight, fuse, is_fast, normalised
 
 __all__ = ["DEFAULTS", "AutoencoderNetwork", "is_plain"]
 
@@ -41,6 +43,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What a configuration leaves out: the values of diffusers' class."""
 _EPS = 1e-6
+_WIDE = 64
+"""An encoder or decoder whose narrowest maps have so many channels is fast channels last on a CPU."""
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
@@ -83,6 +87,12 @@ class AutoencoderNetwork(nn.Module):
             groups=c.norm_num_groups,
             attention=c.mid_block_add_attention,
         )
+        for half, widths in (
+            (self.encoder, c.block_out_channels),
+            (self.decoder, c.decoder_block_out_channels or c.block_out_channels),
+        ):
+            if min(widths) >= _WIDE:
+                fuse(half)
         moments, latents = 2 * c.latent_channels, c.latent_channels
         self.quant_conv = nn.Conv2d(moments, moments, 1) if c.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if c.use_post_quant_conv else None
@@ -120,7 +130,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(self.mid_block(x))))
+        out: Tensor = self.conv_out(normalised(self.conv_norm_out, self.conv_act, self.mid_block(x), overwrite=True))
         return out
 
 
@@ -153,7 +163,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(normalised(self.conv_norm_out, self.conv_act, x, overwrite=True))
         return out
 
 
@@ -218,9 +228,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = None if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(self.nonlinearity(self.norm1(x)))
-        hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden  # type: ignore[no-any-return]
+        hidden = self.conv1(normalised(self.norm1, self.nonlinearity, x))
+        hidden = self.conv2(normalised(self.norm2, self.nonlinearity, hidden, overwrite=True))
+        before = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden.add_(before) if is_fast(self, hidden) else before + hidden  # type: ignore[no-any-return]
 
 
 class Downsample(nn.Module):
@@ -245,6 +256,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if doubles(self, x):
+            return doubled(self.conv, doubling_weight(self.conv), x)
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 
@@ -261,8 +274,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        flat_BCS = x.flatten(2)
-        hidden_BSC = self.group_norm(flat_BCS).transpose(1, 2)
+        flat_BCS = self.group_norm(x).flatten(2) if is_fast(self, x) else self.group_norm(x.flatten(2))
+        hidden_BSC = flat_BCS.transpose(1, 2)
         q, k, v = (to(hidden_BSC).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # one head
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return self.to_out[0](out).transpose(1, 2).reshape(x.shape) + x  # type: ignore[no-any-return]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limner.model.feature_maps import Moments, doubled, doubles, doubling_weight, empty_map
+
 __all__ = ["decode", "encode"]
 
 _PIXELS = 1 << 15
@@ -33,7 +35,7 @@ Rows = Callable[[int, int], Tensor]
 def encode(network: Any, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, height, width) to the moments (B, 2 C, height/8, width/8) of `AutoencoderKLFlux2`."""
     encoder = network.encoder
-    x = _convolved(encoder.conv_in, lambda i, j: pixels[:, :, i:j], pixels.shape)
+    x = _convolved(encoder.conv_in, lambda i, j: pixels[:, :, i:j], pixels)
     for block in encoder.down_blocks:
         if type(block).__name__ != "DownEncoderBlock2D":
             x = block(x)
@@ -62,51 +64,11 @@ def decode(network: Any, latents: Tensor) -> Tensor:
     return _out(decoder, x)
 
 
-class _Moments:
-    """Running mean and variance of each group of a GroupNorm, over strips added one by one."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        self._norm = norm
-        self._count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
-
-    @classmethod
-    def of(cls, norm: nn.GroupNorm, x: Tensor) -> _Moments:
-        found = cls(norm)
-        for start, stop in _strips(x.shape[2], x.shape[3]):
-            found.add(x[:, :, start:stop])
-        return found
-
-    def add(self, strip: Tensor) -> None:
-        flat = strip.float().reshape(strip.shape[0], self._norm.num_groups, -1)
-        variance, mean = (_wide(v) for v in torch.var_mean(flat, dim=-1, correction=0))
-        count = flat.shape[-1]
-        if self._mean is None or self._squares is None:
-            self._count, self._mean, self._squares = count, mean, variance * count
-            return
-        total, apart = self._count + count, mean - self._mean
-        self._squares = self._squares + variance * count + apart**2 * (self._count * count / total)
-        self._mean = self._mean + apart * (count / total)
-        self._count = total
-
-    def normaliser(self) -> Callable[[Tensor], Tensor]:
-        """Return the norm as a function of a strip: x scale + shift in float32, rounded once."""
-        assert self._mean is not None
-        assert self._squares is not None
-        norm, batch = self._norm, self._mean.shape[0]
-        per_group = norm.num_channels // norm.num_groups
-        mean = self._mean.repeat_interleave(per_group, dim=1)
-        scale = torch.rsqrt(self._squares / self._count + norm.eps).repeat_interleave(per_group, dim=1)
-        scale = scale * _wide(norm.weight)
-        shift = _wide(norm.bias) - mean * scale
-        scale_BC11, shift_BC11 = (v.float().view(batch, -1, 1, 1) for v in (scale, shift))
-        return lambda x: torch.addcmul(shift_BC11, x.float(), scale_BC11).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """To float64; to float32 on mps, which has none."""
-    return x.float() if x.device.type == "mps" else x.double()
+def _moments(norm: nn.GroupNorm, x: Tensor) -> Moments:
+    found = Moments(norm)
+    for start, stop in _strips(x.shape[2], x.shape[3]):
+        found.add(x[:, :, start:stop])
+    return found
 
 
 def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
@@ -125,10 +87,10 @@ def _conv_rows(conv: nn.Conv2d, read: Rows, height: int, start: int, stop: int) 
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, int(conv.padding[1])))
 
 
-def _convolved(conv: nn.Conv2d, read: Rows, shape: torch.Size) -> Tensor:
-    """A convolution that keeps the size, over a map of `shape`."""
-    batch, _, height, width = shape
-    out = conv.weight.new_empty(batch, conv.out_channels, height, width)
+def _convolved(conv: nn.Conv2d, read: Rows, like: Tensor, *, scale: int = 1) -> Tensor:
+    """A convolution that keeps the size, over a map of the layout of `like` and `scale` times its size."""
+    height, width = (scale * side for side in like.shape[2:])
+    out = empty_map(conv, like, channels=conv.out_channels, height=height, width=width)
     for start, stop in _strips(height, width):
         out[:, :, start:stop] = _conv_rows(conv, read, height, start, stop)
     return out
@@ -137,20 +99,20 @@ def _convolved(conv: nn.Conv2d, read: Rows, shape: torch.Size) -> Tensor:
 def _resnet(block: Any, x: Tensor) -> Tensor:
     """A residual block. The result overwrites x, or the map between the convolutions if their widths differ."""
     height, width = x.shape[2:]
-    norm, act = _Moments.of(block.norm1, x).normaliser(), block.nonlinearity
-    hidden = x.new_empty(x.shape[0], block.conv1.out_channels, height, width)
-    moments = _Moments(block.norm2)
+    norm = _moments(block.norm1, x).normaliser(block.nonlinearity)
+    hidden = empty_map(block, x, channels=block.conv1.out_channels, height=height, width=width)
+    moments = Moments(block.norm2)
     for start, stop in _strips(height, width):
-        part = _conv_rows(block.conv1, lambda i, j: act(norm(x[:, :, i:j])), height, start, stop)
+        part = _conv_rows(block.conv1, lambda i, j: norm(x[:, :, i:j]), height, start, stop)
         hidden[:, :, start:stop] = part
         moments.add(part)
-    norm2, above = moments.normaliser(), hidden[:, :, :0]
+    norm2, above = moments.normaliser(block.nonlinearity), hidden[:, :, :0]
     out = x if block.conv_shortcut is None else hidden
     for start, stop in _strips(height, width):
 
         def read(i: int, j: int, start: int = start, above: Tensor = above) -> Tensor:
             rows = hidden[:, :, i:j] if i == start else torch.cat([above, hidden[:, :, start:j]], dim=2)
-            return act(norm2(rows))  # type: ignore[no-any-return]
+            return norm2(rows)
 
         part = _conv_rows(block.conv2, read, height, start, stop)
         above = hidden[:, :, stop - 1 : stop].clone()  # the next strip reads this row, which may be overwritten below
@@ -175,17 +137,25 @@ def _downsampled(down: Any, x: Tensor) -> Tensor:
 
 def _upsampled(up: Any, x: Tensor) -> Tensor:
     """Twice the size: each value repeated in 2x2, then a convolution."""
+    height, width = x.shape[2:]
+    if doubles(up, x):
+        weight = doubling_weight(up.conv)
+        out = empty_map(up, x, channels=up.conv.out_channels, height=2 * height, width=2 * width)
+        for start, stop in _strips(height, 4 * width):
+            first = max(0, start - 1)
+            rows = doubled(up.conv, weight, x[:, :, first : min(height, stop + 1)])
+            out[:, :, 2 * start : 2 * stop] = rows[:, :, 2 * (start - first) : 2 * (stop - first)]
+        return out
 
     def read(i: int, j: int) -> Tensor:
         first = i // 2
         twice = F.interpolate(x[:, :, first : (j - 1) // 2 + 1], scale_factor=2.0, mode="nearest")
         return twice[:, :, i - 2 * first : j - 2 * first]
 
-    batch, channels, height, width = x.shape
-    return _convolved(up.conv, read, torch.Size((batch, channels, 2 * height, 2 * width)))
+    return _convolved(up.conv, read, x, scale=2)
 
 
 def _out(half: Any, x: Tensor) -> Tensor:
     """The last norm and convolution of the encoder or decoder."""
-    norm = _Moments.of(half.conv_norm_out, x).normaliser()
-    return _convolved(half.conv_out, lambda i, j: half.conv_act(norm(x[:, :, i:j])), x.shape)
+    norm = _moments(half.conv_norm_out, x).normaliser(half.conv_act)
+    return _convolved(half.conv_out, lambda i, j: norm(x[:, :, i:j]), x)

@@ -318,3 +318,71 @@ void limner_quantize_rows(const bf16 *x, i64 x_row, i64 rows, i64 width, uint8_t
         }
     }
 }
+
+/* Feature maps with the channels of a pixel side by side: (pixels, C) of one picture, C a multiple of 16, in float32
+   (`wide`) or bfloat16. */
+#define CHUNK 512 /* pixels that one thread takes at a time; what is summed does not depend on threads */
+
+static inline __m512 load_map(const void *x, int wide, i64 at)
+{
+    return wide ? _mm512_loadu_ps((const float *)x + at) : load16((const bf16 *)x + at);
+}
+
+/* Sums over pixels of the values of each channel and of their squares, in float64: out (2, C). `space` has (2, C) for each
+   chunk. */
+void limner_map_sums(const void *x, int wide, i64 pixels, i64 channels, double *out, double *space, int threads)
+{
+    const i64 chunks = (pixels + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads)
+    for (i64 k = 0; k < chunks; k++) {
+        const i64 first = k * CHUNK, last = first + CHUNK < pixels ? first + CHUNK : pixels;
+        double *sums = space + k * 2 * channels, *squares = sums + channels;
+        memset(sums, 0, 2 * channels * sizeof(double));
+        for (i64 p = first; p < last; p += 4) {
+            const int some = last - p < 4 ? last - p : 4;
+            for (i64 c = 0; c < channels; c += 16) {
+                __m512d sum[2], square[2];
+                for (int h = 0; h < 2; h++) {
+                    sum[h] = _mm512_loadu_pd(sums + c + 8 * h);
+                    square[h] = _mm512_loadu_pd(squares + c + 8 * h);
+                }
+                for (int i = 0; i < some; i++) {
+                    const __m512 v = load_map(x, wide, (p + i) * channels + c);
+                    const __m512d half[2] = {_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+                                             _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+                    for (int h = 0; h < 2; h++) {
+                        sum[h] = _mm512_add_pd(sum[h], half[h]);
+                        square[h] = _mm512_fmadd_pd(half[h], half[h], square[h]);
+                    }
+                }
+                for (int h = 0; h < 2; h++) {
+                    _mm512_storeu_pd(sums + c + 8 * h, sum[h]);
+                    _mm512_storeu_pd(squares + c + 8 * h, square[h]);
+                }
+            }
+        }
+    }
+    memset(out, 0, 2 * channels * sizeof(double));
+    for (i64 k = 0; k < chunks; k++)
+        for (i64 c = 0; c < 2 * channels; c++) out[c] += space[k * 2 * channels + c];
+}
+
+/* silu(x scale + shift), with a scale and a shift for each channel; `out` may be x. */
+void limner_map_silu(const void *x, int wide, i64 pixels, i64 channels, const float *scale, const float *shift, void *out,
+                     int threads)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel for num_threads(threads)
+    for (i64 p = 0; p < pixels; p++)
+        for (i64 c = 0; c < channels; c += 16) {
+            const i64 at = p * channels + c;
+            __m512 v = _mm512_fmadd_ps(load_map(x, wide, at), _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c));
+            __m512 e = exp2_negative(_mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(-1.4426950f)));
+            __m512 over = _mm512_div_ps(v, _mm512_add_ps(one, e));
+            over = _mm512_mask_mul_ps(over, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), over, e);
+            if (wide)
+                _mm512_storeu_ps((float *)out + at, over);
+            else
+                store16((bf16 *)out + at, over);
+        }
+}

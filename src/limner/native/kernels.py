@@ -4,8 +4,8 @@ The library is compiled at first use (2 seconds) into `$XDG_CACHE_HOME/limner`, 
 compiler, and shares the OpenMP threads of torch. If others can write that folder, or this user cannot, the library is
 built for this process alone. Without a compiler, or with LIMNER_NATIVE=0, everything runs without it.
 
-No function records gradients; callers ask `runs_rows`, `runs_gate` or `runs_norm` first, which are False where a gradient
-is recorded. Knows tensors and the machine, nothing of blocks.
+No function records gradients; callers ask `runs_rows`, `runs_gate`, `runs_norm` or `runs_maps` first, which are False where
+a gradient is recorded. Knows tensors and the machine, nothing of blocks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ __all__ = [
     "attend",
     "gated_silu",
     "has_rows",
+    "map_silu",
+    "map_sums",
     "native_library",
     "norm_rope",
     "quantize_rows",
     "runs_gate",
+    "runs_maps",
     "runs_norm",
     "runs_rows",
     "source_digest",
@@ -50,6 +53,8 @@ _SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
 _LANES = 16
+_CHUNK = 512
+"""Pixels whose sums `limner_map_sums` keeps apart."""
 _int: Any = ctypes.c_int64
 _pointer: Any = ctypes.c_void_p
 
@@ -199,7 +204,9 @@ def _load(path: Path) -> ctypes.CDLL:
     ]
     library.limner_gated_silu.argtypes = [_pointer, *[_int] * 3, _pointer, _int, ctypes.c_int]
     library.limner_quantize_rows.argtypes = [_pointer, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
-    for name in ("attend", "norm_rope", "gated_silu", "quantize_rows"):
+    library.limner_map_sums.argtypes = [_pointer, ctypes.c_int, _int, _int, _pointer, _pointer, ctypes.c_int]
+    library.limner_map_silu.argtypes = [_pointer, ctypes.c_int, _int, _int, *[_pointer] * 3, ctypes.c_int]
+    for name in ("attend", "norm_rope", "gated_silu", "quantize_rows", "map_sums", "map_silu"):
         getattr(library, f"limner_{name}").restype = None
     _logger.info("native kernels: %s", path)
     return library
@@ -230,6 +237,17 @@ def runs_gate(x: Tensor) -> bool:
 def runs_norm(x_BSHD: Tensor, weight_D: Tensor) -> bool:
     """Return True if `norm_rope` takes x."""
     return x_BSHD.shape[-1] <= _MAX_DIM and runs_rows(x_BSHD, weight_D)
+
+
+def runs_maps(x: Tensor) -> bool:
+    """Return True if `map_sums` and `map_silu` take maps (B, C, h, w): channels side by side, bfloat16 or float32.
+
+    They may be rows of larger maps. C is a multiple of 16, and no gradient is recorded.
+    """
+    _, channels, _, width = x.shape
+    fits = channels % _LANES == 0 and x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
+    side_by_side = x.stride()[1:] == (1, width * channels, channels)
+    return fits and side_by_side and not torch.is_grad_enabled() and native_library() is not None
 
 
 def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
@@ -363,6 +381,54 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             x.data_ptr(), row, num, width, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
         )
     return values, scale
+
+
+def map_sums(x: Tensor) -> Tensor:
+    """Return the sums of maps (B, C, h, w) over h and w, and those of their squares: (B, 2, C) float64."""
+    library = native_library()
+    assert library is not None
+    batch, channels, height, width = x.shape
+    sums = torch.empty(batch, 2, channels, dtype=torch.float64)
+    space = torch.empty(-(-height * width // _CHUNK), 2, channels, dtype=torch.float64)
+    for one, out in zip(x, sums, strict=True):
+        library.limner_map_sums(
+            one.data_ptr(),
+            x.dtype == torch.float32,
+            height * width,
+            channels,
+            out.data_ptr(),
+            space.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return sums
+
+
+def map_silu(x: Tensor, scale_BC: Tensor, shift_BC: Tensor, *, out: Tensor) -> None:
+    """silu(x scale + shift) of maps (B, C, h, w) in float32, rounded once, into `out`, which may be x.
+
+    Raises `ValueError` if `out` or the factors do not fit.
+    """
+    library = native_library()
+    assert library is not None
+    batch, channels, height, width = x.shape
+    factors = [t.float().contiguous() for t in (scale_BC, shift_BC)]
+    if out.shape != x.shape or out.dtype != x.dtype or not (runs_maps(x) and runs_maps(out)):
+        raise ValueError(f"{tuple(out.shape)} {out.dtype} is not the place for maps {tuple(x.shape)} {x.dtype}")
+    if any(t.shape != (batch, channels) for t in factors):
+        raise ValueError(
+            f"factors {[tuple(t.shape) for t in factors]} are not one for each channel of {tuple(x.shape)}"
+        )
+    for i in range(batch):
+        library.limner_map_silu(
+            x[i].data_ptr(),
+            x.dtype == torch.float32,
+            height * width,
+            channels,
+            factors[0][i].data_ptr(),
+            factors[1][i].data_ptr(),
+            out[i].data_ptr(),
+            torch.get_num_threads(),
+        )
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:

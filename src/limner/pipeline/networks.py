@@ -63,8 +63,10 @@ class Networks:
 
     @property
     def arithmetic(self) -> str:
-        """What decides the last bits of a result besides weights: device, attention kernel, dtype of matrix products."""
-        return self.transformer.arithmetic
+        """What decides the last bits of a result besides weights: device, attention kernel, dtype of matrix products, and
+        the layout of the autoencoder's maps where it is not torch's plain one."""
+        own = self.autoencoder.arithmetic
+        return self.transformer.arithmetic if own is None else f"{self.transformer.arithmetic}/{own}"
 
     def latents_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """Return the shape (B, 4 C, h, w) of the latents of a call."""

@@ -9,6 +9,7 @@ from tests.support.tiny import generators, make_transformer, picture
 
 from limner import Pipeline
 from limner.config import TransformerConfig
+from limner.model.feature_maps import fuse
 from limner.model.int8 import has_int8_products, quantize_blocks
 from limner.model.transformer import Transformer
 
@@ -35,6 +36,17 @@ def test_arithmetic_is_part_of_the_key(tiny_folder: Path) -> None:
         keys.add(pipe.prefill(picture(64, 64)).key)
     assert len(keys) == 2
     assert pipe("a dog", image=picture(64, 64), generator=generators(1)[0]).images
+
+
+def test_the_layout_of_the_encoder_s_maps_is_part_of_the_key(pipe: Pipeline) -> None:
+    """That of the decoder is not: K/V do not depend on it."""
+    before, seen = pipe.kernel, {pipe.prefill(picture(64, 64)).key}
+    fuse(pipe.autoencoder.network.decoder)
+    assert pipe.kernel == before
+    fuse(pipe.autoencoder.network.encoder)
+    assert pipe.kernel.startswith(f"{before}/channels last")
+    seen.add(pipe.prefill(picture(64, 64)).key)
+    assert len(seen) == 2
 
 
 def test_the_name_of_the_arithmetic_is_that_of_the_device() -> None:

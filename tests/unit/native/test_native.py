@@ -75,6 +75,52 @@ def test_odd_widths_and_no_rows() -> None:
         native.norm_rope(wide[..., :64], norm.weight[:64], 1e-6, rope.cos_SP[:2, :32], rope.sin_SP[:2, :32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_maps(dtype: torch.dtype) -> None:
+    """Rows of larger maps, pixels that no chunk and no four divide, in place; threads change no bit."""
+    larger = (torch.randn(2, 48, 40, 37) * 3 + 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = larger[:, :, 3:38]
+    assert native.runs_maps(x)
+    sums = native.map_sums(x)
+    wide = x.double()
+    assert relative_error(sums, torch.stack([wide.sum((2, 3)), wide.square().sum((2, 3))], dim=1)) < 1e-14
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(native.map_sums(x), sums)
+    finally:
+        torch.set_num_threads(threads)
+    scale, shift = torch.randn(2, 48), torch.randn(2, 48)
+    expected = F.silu(wide * scale[:, :, None, None].double() + shift[:, :, None, None].double())
+    out = torch.empty_like(x)
+    native.map_silu(x, scale, shift, out=out)
+    assert relative_error(out, expected) < (1e-6 if dtype == torch.float32 else ROUNDING)
+    before = larger.clone()
+    native.map_silu(x, scale, shift, out=x)
+    assert torch.equal(x, out)
+    assert torch.equal(larger[:, :, :3], before[:, :, :3])
+    assert torch.equal(larger[:, :, 38:], before[:, :, 38:])
+
+
+@torch.no_grad()
+def test_maps_that_do_not_fit() -> None:
+    x = torch.randn(1, 32, 6, 5).contiguous(memory_format=torch.channels_last)
+    for other in (x.contiguous(), x[:, :24], x[..., :4], x.half(), x[:, :, :, ::2]):
+        assert not native.runs_maps(other)
+    with torch.enable_grad():
+        assert not native.runs_maps(x)
+    factors = torch.ones(1, 32)
+    with pytest.raises(ValueError, match="not the place"):
+        native.map_silu(x, factors, factors, out=torch.empty(1, 32, 6, 5))
+    with pytest.raises(ValueError, match="one for each channel"):
+        native.map_silu(x, factors, torch.ones(32), out=x)
+    x[0, 3, 2, 2] = float("nan")
+    assert native.map_sums(x).isnan().sum() == 2
+    native.map_silu(x, factors, factors, out=x)
+    assert x.isnan().sum() == 1
+
+
 @torch.no_grad()
 def test_nan_is_handed_on() -> None:
     x = torch.randn(4, 32).bfloat16()
