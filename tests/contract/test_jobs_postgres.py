@@ -67,8 +67,11 @@ def test_a_database_that_stops_loses_no_job(server: Server, pipe: Pipeline, monk
             time.sleep(1.0)  # they are drawn, and cannot be written
         finally:
             server.start()
+        end = time.monotonic() + 60
+        while served.http.get("/readyz").status_code != 200:  # until it is connected again, nobody learns of his job
+            assert time.monotonic() < end
+            time.sleep(0.05)
         assert [served.poll(id_)["status"] for id_ in ids] == ["Ready", "Ready"]
-        assert served.http.get("/readyz").status_code == 200
         assert served.draw()["status"] == "Ready"
 
 

@@ -24,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.pretend.guard import load_guard
 from tests.support.pretend.streams import Event, Race, Stream, Streams, Uses
 
-__all__ = ["Pretended", "PretendedDevice", "pretended_device", "real"]
+__all__ = ["WRITES", "Pretended", "PretendedDevice", "pretended_device", "real"]
 
 _aten = torch.ops.aten
 _WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2"}
 """Operations whose result the host reads, or whose shape depends on values."""
+WRITES = "limner-write"
+"""How the names of the threads begin that write References to disk (`limner.store.writes`); where they wait ends with it."""
 _ALIGNMENT = 512
 """CUDA's allocator hands out multiples of it."""
 
@@ -358,7 +360,9 @@ class PretendedDevice:
 
     def _waited(self, what: str) -> None:
         self._refuse_while_capturing(what)
-        self.waits[f"{what} at {_site()}"] += 1
+        name = threading.current_thread().name
+        by = f" in {WRITES}" if name.startswith(WRITES) else ""
+        self.waits[f"{what} at {_site()}{by}"] += 1
 
     # standing in for torch.cuda
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from limner.errors import LimnerError
-from limner.memory.free import give_back
+from limner.memory.free import collect
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.store import JobStore
 from limner.server.jobs.tasks import Tasks
@@ -67,5 +67,5 @@ class Cleaner:
 
     async def _give_back(self) -> None:
         while True:
-            await self._offload.run(give_back)
+            await self._offload.run(collect)
             await asyncio.sleep(self._give_back_every)
