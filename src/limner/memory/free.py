@@ -13,7 +13,10 @@ import traceback
 import psutil
 import torch
 
-__all__ = ["collect", "forget", "free_bytes", "give_back", "spare_garbage_collector"]
+__all__ = ["collect", "forget", "free_bytes", "give_back", "share_one_heap", "spare_garbage_collector"]
+
+_M_ARENA_MAX = -8
+"""glibc's malloc.h: the most heaps."""
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
@@ -46,6 +49,15 @@ def collect() -> None:
     if gc.get_freeze_count():
         gc.collect()
     give_back()
+
+
+def share_one_heap() -> None:
+    """Let threads that begin from now on allocate where the main one does; where the C library is glibc.
+
+    It would give most of them a heap of their own, and `give_back` cannot return what is free at the end of those.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def spare_garbage_collector() -> None:

@@ -22,7 +22,7 @@ from limner.engine import Engine
 from limner.engine.about import ModelAbout
 from limner.engine.load import load_in_thread
 from limner.errors import OutputError
-from limner.memory.free import spare_garbage_collector
+from limner.memory.free import share_one_heap, spare_garbage_collector
 from limner.options import ServeOptions
 from limner.pipeline import Pipeline
 from limner.server import descriptors
@@ -59,6 +59,7 @@ def serve(
     if not options.standby:  # on standby, whoever has the jobs may have the port as well
         _check_port(options.host, options.port)
     descriptors.raise_limit()
+    share_one_heap()
     sys.setswitchinterval(_SWITCH_SECONDS)
     log_everything(options.log)
     jobs = None if options.standby else open_jobs(options)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -46,3 +49,40 @@ def test_cycles_are_freed_once_the_collector_is_spared() -> None:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+_THREADS = """
+import sys, threading, psutil
+from limner.memory.free import give_back, share_one_heap
+
+def resident():
+    return psutil.Process().memory_info().rss / 2**20
+
+def work():
+    held = [bytes(60_000) for _ in range(600)]
+    gate.wait()
+    del held
+
+if sys.argv[1] == "shared":
+    share_one_heap()
+large = bytes(31_000_000)
+del large  # glibc maps less by itself from now on, and keeps more
+before, gate = resident(), threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+give_back()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
+def test_what_threads_free_goes_back_to_the_system() -> None:
+    command = [sys.executable, "-c", _THREADS]
+    kept, shared = (
+        float(subprocess.run([*command, how], capture_output=True, check=True, text=True).stdout)
+        for how in ("each", "shared")
+    )
+    assert shared < 4 < kept
