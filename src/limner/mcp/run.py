@@ -56,6 +56,7 @@ async def _serve(
             async with stdio_server() as (read, write):
                 await server.run(read, write, options)
         else:
+            listener.listen()  # from now on callers wait, instead of being refused until the server has begun
             print(f"limner: tools at http://127.0.0.1:{listener.getsockname()[1]}/mcp", file=sys.stderr, flush=True)
             # hosts and origins of other machines are refused, since the host is this one
             app = server.streamable_http_app(host="127.0.0.1", max_request_body_size=_MAX_BODY_BYTES)
