@@ -141,6 +141,7 @@ def made_with(args: argparse.Namespace) -> dict[str, Any]:
         "model": pipe.digest,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "quantize": args.quantize,
+        "quantize_text": args.quantize_text,
         "kv_cache_dtype": args.kv_cache_dtype,
     }
 

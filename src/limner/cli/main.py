@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _printed() != 0:
                 raise SystemExit(1) from None
             raise
-        return code or _printed()
+        unprinted = _printed()
+        return code or unprinted
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -126,6 +126,19 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_command_that_fails_keeps_its_code_where_nothing_can_be_printed(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    with Path("/dev/full").open("w") as full:
+        code, told = run_into(full.fileno(), "verify", "no.txt", "good.png", folder=tmp_path)
+    assert code == 2
+    assert told.splitlines() == [
+        "limner: file: no.txt is not a PNG, JPEG or WebP picture; give one",
+        "limner: stdout cannot be written (No space left on device)",
+    ]
+
+
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert _output_files(None, 2, force=False) is None
