@@ -40,7 +40,7 @@ from limner.bench import Bench, BenchCase, machine
 from limner.bench.models import TINY, RandomValues, autoencoder_config, text_config
 from limner.config import KLEIN_4B, MODELS, ModelGeometry, TransformerConfig
 from limner.memory import Formats, Request, make_plan, parse_bytes
-from limner.model.int8 import has_int8_products
+from limner.model.int8 import packs_weights
 from limner.weights.files import TensorInfo, write_tensors
 from limner.weights.folder import bundled_model, load_transformer
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer
@@ -161,7 +161,7 @@ def edit(
         found |= {"baseline": {"commit": git("rev-parse", args.baseline), **before}}
         found["ratio"] = round(before["seconds"] / found["seconds"], 3)
     found["memory_limit"] = limit
-    packed, quantize = has_int8_products(), "int8" if int8 else None
+    packed, quantize = packs_weights(), "int8" if int8 else None
     formats = Formats(quantize=quantize, quantize_text=text is not None, packed=packed)
     request = Request(size=(side, side), references=((side, side),) * 2, num_text=args.text)
     plans = [

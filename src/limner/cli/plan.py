@@ -159,9 +159,9 @@ def _formats(args: argparse.Namespace, *, int8: frozenset[str]) -> Formats:
 
     packed = False
     if args.device == "cpu":
-        from limner.model.int8 import has_int8_products
+        from limner.model.int8 import packs_weights
 
-        packed = has_int8_products()
+        packed = packs_weights()
     return Formats(
         itemsize=4 if args.dtype == "float32" else 2,
         quantize="int8" if "transformer" in int8 else args.quantize,

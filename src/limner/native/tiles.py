@@ -1,0 +1,109 @@
+"""Call the int8 products of `tiles.c` with tensors, where the CPU has AMX and `limner.native.build` can build them.
+
+Shapes: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for each feature
+(N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one. Records no
+gradients. Knows tensors and the machine, nothing of blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from limner.native.build import Library
+
+__all__ = ["digest", "fits", "product", "why_missing"]
+
+_BLOCK = 32
+_LINE = 64
+_DTYPES = (torch.bfloat16, torch.float32)
+_pointer, _int = ctypes.c_void_p, ctypes.c_int64
+
+
+def _why_not() -> str | None:
+    found = torch.cpu.get_capabilities()
+    if not (found.get("amx_int8") and found.get("avx512_bf16")):
+        return "the CPU has no AMX for int8"
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.limner_tiles_space.restype = _int
+    library.limner_tiles_space.argtypes = [_int, _int, ctypes.c_int]
+    library.limner_tiles_product.restype = None
+    library.limner_tiles_product.argtypes = [
+        *(_pointer, _int, _pointer),
+        *(_pointer, _int, _pointer, _int),
+        *(_pointer, _int, ctypes.c_int),
+        *(_int, _int, _int),
+        *(_pointer, ctypes.c_int),
+    ]
+    if library.limner_tiles_ask() != 0:
+        raise OSError("the system does not give this process AMX tiles")
+
+
+_library = Library("tiles", flags=("-mamx-tile", "-mamx-int8"), missing=_why_not, declare=_declare)
+
+
+def why_missing() -> str | None:
+    """Return why there are no such products here; None if there are."""
+    return _library.why_missing
+
+
+@cache
+def digest() -> str:
+    """Return a digest of the source, comments included. It is part of the content key of references."""
+    return _library.digest
+
+
+def fits(num: int, width: int) -> bool:
+    """Return True if products of weights (N, K) run here: `num` is a multiple of 32 and `width` of 64."""
+    return num > 0 and num % _BLOCK == 0 and width % _LINE == 0 and _library.loaded is not None
+
+
+def product(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    gated: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x weight^T in `dtype`, bfloat16 or float32, with the scales of both: (M, N), rounded once.
+
+    `gated`: silu(first half of the features) * second half, (M, N / 2), in bfloat16; N is a multiple of 64. `out` is the
+    place for the result, whose rows may be parts of longer rows. Raises `ValueError` for what does not fit.
+    """
+    library = _library.loaded
+    (rows, width), num = x.shape, weight.shape[0]
+    shape = (rows, num // 2 if gated else num)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    found = [x.dtype == torch.uint8, x_scale.numel() == rows, weight.shape[1] == width, weight_scale.shape == (num,)]
+    found += [fits(num, width), weight.dtype == torch.int8, weight.device.type == "cpu", dtype in _DTYPES]
+    found += [not gated or (num % (2 * _BLOCK) == 0 and dtype == torch.bfloat16)]
+    found += [out.shape == shape, out.dtype == dtype, shape[0] == 0 or out.stride(1) == 1]
+    if library is None or not all(found):
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} with {tuple(x_scale.shape)} scales, weight {tuple(weight.shape)} {weight.dtype} with "
+            f"{tuple(weight_scale.shape)}, result {tuple(out.shape)} {out.dtype} are not for this product (gated: {gated})"
+        )
+    if rows == 0:
+        return out
+    x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
+    x_scale, weight_scale = (t.float().contiguous() for t in (x_scale, weight_scale))
+    threads = torch.get_num_threads()
+    space = torch.empty(library.limner_tiles_space(rows, width, threads) + _LINE, dtype=torch.uint8)
+    library.limner_tiles_product(
+        *(x.data_ptr(), x.stride(0), x_scale.data_ptr()),
+        *(weight.data_ptr(), weight.stride(0), weight_scale.data_ptr(), num // 2 if gated else 0),
+        *(out.data_ptr(), out.stride(0), dtype == torch.float32),
+        *(rows, num, width),
+        *((space.data_ptr() + _LINE - 1) // _LINE * _LINE, threads),
+    )
+    return out
