@@ -147,7 +147,7 @@ class Int8Linear(nn.Module):
         product = self._product(x)
         if product is None:
             return x
-        on_cpu = self.weight.device.type == "cpu"
+        on_cpu = self._multiplies_int8(self.weight.device)
         return quantize_rows(x) if on_cpu else QuantizedRows(*products.quantize(x, self.weight.dtype), x)
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
