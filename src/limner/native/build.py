@@ -23,13 +23,23 @@ from pathlib import Path
 __all__ = ["Library"]
 
 _logger = logging.getLogger("limner")
-_COMMON = Path(__file__).with_name("common.h").read_bytes()
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fopenmp",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512bf16",
+)
 
 
 class Library:
-    """A C source as a library: `name`.c with `common.h` before it, which is read at once, so that source and module have
-    the same version even if files are replaced under a running process.
+    """C sources as a library: `files`, by default `name`.c, with `common.h` before them.
+
+    They are read at once, so that source and module have the same version even if files are replaced under a running process.
 
     `flags` are further flags of the compiler. `missing` says why this machine cannot run it, None if it can. `declare`
     sets the argument types of a loaded library.
@@ -39,12 +49,14 @@ class Library:
         self,
         name: str,
         *,
+        files: Sequence[str] = (),
         flags: Sequence[str] = (),
         missing: Callable[[], str | None],
         declare: Callable[[ctypes.CDLL], None],
     ) -> None:
         self._name, self._flags = name, (*_FLAGS, *flags)
-        self._source = _COMMON + Path(__file__).with_name(f"{name}.c").read_bytes()
+        read = [Path(__file__).with_name(file).read_bytes() for file in ("common.h", *(files or (f"{name}.c",)))]
+        self._source = b"\n".join(read)
         self._missing, self._declare = missing, declare
 
     @cached_property

@@ -38,3 +38,27 @@ static inline __m512 silu(__m512 x)
     __m512 over = _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
     return _mm512_mask_mul_ps(over, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), over, e);
 }
+
+#define LOWEST -1e30f /* under every score */
+
+/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous.
+   `bias` is added to the scores of all its keys, as log2 of a weight. */
+typedef struct {
+    const void *k, *v;
+    i64 k_row, k_head, v_row, v_head;
+    const float *k_scale, *v_scale;
+    i64 num;
+    float bias;
+} Segment;
+
+/* One row of a segment's head as bfloat16: itself, or `space` after widening. */
+static inline const bf16 *row_of(const void *x, i64 at, const float *scale, i64 scale_at, i64 dim, bf16 *space)
+{
+    if (!scale) return (const bf16 *)x + at;
+    const __m512 factor = _mm512_set1_ps(scale[scale_at]);
+    for (i64 i = 0; i < dim; i += 16) {
+        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)x + at + i)));
+        store16(space + i, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
+    }
+    return space;
+}

@@ -12,29 +12,6 @@
 #define GROUPS 4             /* such groups of queries that share a block of keys, at most */
 #define KEYS 128             /* keys of a block */
 #define MAX_DIM 256
-#define LOWEST -1e30f
-
-/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous.
-   `bias` is added to the scores of all its keys, as log2 of a weight. */
-typedef struct {
-    const void *k, *v;
-    i64 k_row, k_head, v_row, v_head;
-    const float *k_scale, *v_scale;
-    i64 num;
-    float bias;
-} Segment;
-
-/* One row of a segment's head as bfloat16: itself, or `space` after widening. */
-static inline const bf16 *row_of(const void *x, i64 at, const float *scale, i64 scale_at, i64 dim, bf16 *space)
-{
-    if (!scale) return (const bf16 *)x + at;
-    const __m512 factor = _mm512_set1_ps(scale[scale_at]);
-    for (i64 i = 0; i < dim; i += 16) {
-        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)x + at + i)));
-        store16(space + i, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
-    }
-    return space;
-}
 
 /* A block of K to [key][D], and of V to [D / 4][key pair][4][2]; `rows` is `some` rounded up to 4, rows after it are zero. */
 static void stage(const Segment *s, i64 head, i64 heads, i64 first, i64 some, i64 rows, i64 dim, bf16 *k_out, bf16 *v_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 from limner.native.build import Library
 
 __all__ = [
+    "ATTENTION_ARGUMENTS",
     "Segment",
     "attend",
+    "call_attention",
     "gated_silu",
     "has_rows",
     "map_silu",
@@ -66,24 +68,28 @@ class _Segment(ctypes.Structure):
     ]
 
 
+ATTENTION_ARGUMENTS = [
+    _pointer,
+    *[_int] * 5,
+    ctypes.POINTER(_Segment),
+    _int,
+    ctypes.c_float,
+    _pointer,
+    _int,
+    _int,
+    _pointer,
+    ctypes.c_int,
+]
+"""What `call_attention` gives."""
+
+
 def _why_not() -> str | None:
     return None if torch.cpu._is_avx512_bf16_supported() else "the CPU has no AVX-512 BF16"
 
 
 def _declare(library: ctypes.CDLL) -> None:
     library.limner_workspace.restype = _int
-    library.limner_attend.argtypes = [
-        _pointer,
-        *[_int] * 5,
-        ctypes.POINTER(_Segment),
-        _int,
-        ctypes.c_float,
-        _pointer,
-        _int,
-        _int,
-        _pointer,
-        ctypes.c_int,
-    ]
+    library.limner_attend.argtypes = ATTENTION_ARGUMENTS
     library.limner_norm_rope.argtypes = [
         _pointer,
         *[_int] * 4,
@@ -164,11 +170,22 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
 
     Raises `ValueError` for shapes, dtypes and devices that do not fit.
     """
-    num, heads, dim = q_SHD.shape
-    if not takes(q_SHD.device, q_SHD.dtype, dim) or out_SHD.shape != q_SHD.shape or out_SHD.dtype != q_SHD.dtype:
+    if not takes(q_SHD.device, q_SHD.dtype, q_SHD.shape[-1]):
         raise ValueError(f"q {tuple(q_SHD.shape)} {q_SHD.dtype} on {q_SHD.device} is not for this kernel")
     library = native_library()
     assert library is not None
+    call_attention(library.limner_attend, q_SHD, segments, out_SHD, space=library.limner_workspace())
+
+
+def call_attention(
+    function: Callable[..., None], q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor, *, space: int
+) -> None:
+    """Call an attention function in C; `space` is the bytes that it needs for a thread. Raises `ValueError`."""
+    num, heads, dim = q_SHD.shape
+    if out_SHD.shape != q_SHD.shape or out_SHD.dtype != q_SHD.dtype:
+        raise ValueError(
+            f"{tuple(out_SHD.shape)} {out_SHD.dtype} is not the place for q {tuple(q_SHD.shape)} {q_SHD.dtype}"
+        )
     q_SHD = _last_contiguous(q_SHD)
     read = [_checked(segment, heads, dim) for segment in segments]
     made = (_Segment * len(read))(
@@ -187,8 +204,8 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
         )
     )
     threads = torch.get_num_threads()
-    space = torch.empty(threads * library.limner_workspace() + 64, dtype=torch.uint8)
-    library.limner_attend(
+    working = torch.empty(threads * space + 64, dtype=torch.uint8)
+    function(
         q_SHD.data_ptr(),
         *q_SHD.stride()[:2],
         num,
@@ -199,7 +216,7 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
         math.log2(math.e) / math.sqrt(dim),
         out_SHD.data_ptr(),
         *out_SHD.stride()[:2],
-        (space.data_ptr() + 63) // 64 * 64,
+        (working.data_ptr() + 63) // 64 * 64,
         threads,
     )
 

@@ -1,6 +1,7 @@
-"""Call the int8 products of `tiles.c` with tensors, where the CPU has AMX and `limner.native.build` can build them.
+"""Call the functions of `tiles.c` and `tile_attention.c` with tensors, where the CPU has AMX and `limner.native.build` can
+build them: int8 products, and attention in bfloat16.
 
-Shapes: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for each feature
+Shapes of products: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for each feature
 (N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one. Records no
 gradients. Knows tensors and the machine, nothing of blocks.
 """
@@ -8,25 +9,28 @@ gradients. Knows tensors and the machine, nothing of blocks.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from limner.native.build import Library
+from limner.native.kernels import ATTENTION_ARGUMENTS, Segment, call_attention
 
-__all__ = ["digest", "fits", "product", "why_missing"]
+__all__ = ["attend", "digest", "fits", "product", "takes", "why_missing"]
 
 _BLOCK = 32
 _LINE = 64
+_MAX_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float32)
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
 def _why_not() -> str | None:
     found = torch.cpu.get_capabilities()
-    if not (found.get("amx_int8") and found.get("avx512_bf16")):
-        return "the CPU has no AMX for int8"
+    if not all(found.get(name) for name in ("amx_int8", "amx_bf16", "avx512_bf16")):
+        return "the CPU has no AMX"
     return None
 
 
@@ -41,11 +45,21 @@ def _declare(library: ctypes.CDLL) -> None:
         *(_int, _int, _int),
         *(_pointer, ctypes.c_int),
     ]
+    library.limner_tiles_attend.restype = None
+    library.limner_tiles_attend.argtypes = ATTENTION_ARGUMENTS
+    library.limner_tiles_attention_space.restype = _int
+    library.limner_tiles_attention_space.argtypes = [_int]
     if library.limner_tiles_ask() != 0:
         raise OSError("the system does not give this process AMX tiles")
 
 
-_library = Library("tiles", flags=("-mamx-tile", "-mamx-int8"), missing=_why_not, declare=_declare)
+_library = Library(
+    "tiles",
+    files=("tiles.h", "tiles.c", "tile_attention.c"),
+    flags=("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    missing=_why_not,
+    declare=_declare,
+)
 
 
 def why_missing() -> str | None:
@@ -107,3 +121,22 @@ def product(
         *((space.data_ptr() + _LINE - 1) // _LINE * _LINE, threads),
     )
     return out
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return True if `attend` is available and supports such heads: bfloat16, a multiple of 32 up to 256."""
+    shaped = head_dim % _BLOCK == 0 and 0 < head_dim <= _MAX_DIM
+    return shaped and dtype == torch.bfloat16 and device.type == "cpu" and _library.loaded is not None
+
+
+def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
+    """softmax(q k^T / sqrt(D)) v over the keys of all segments, into `out_SHD`. K and V are not copied.
+
+    Raises `ValueError` for shapes, dtypes and devices that do not fit.
+    """
+    if not takes(q_SHD.device, q_SHD.dtype, q_SHD.shape[-1]):
+        raise ValueError(f"q {tuple(q_SHD.shape)} {q_SHD.dtype} on {q_SHD.device} is not for this kernel")
+    library = _library.loaded
+    assert library is not None
+    space = library.limner_tiles_attention_space(q_SHD.shape[-1])
+    call_attention(library.limner_tiles_attend, q_SHD, segments, out_SHD, space=space)
