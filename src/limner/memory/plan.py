@@ -4,7 +4,7 @@ The one owner of these numbers: admission, `memory_limit` and `limner plan` use 
 
 Memory is of two kinds. Weights that are mapped from their files in the dtype in which they are used are *file-backed*: the
 system can drop their pages and read them again. Everything else is *anonymous*: activations, K/V of references, weights
-that were converted or quantized while loading, int8 weights packed for the CPU's products. On a device other than the
+that were converted or quantized while loading, int8 weights packed for the CPU's products where it packs them. On a device other than the
 CPU, all bytes of a phase are the device's.
 
 `Staging` says how weights stay in memory: "whole", all of them all the time; "parts", those of one network at a time;

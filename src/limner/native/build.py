@@ -24,7 +24,17 @@ __all__ = ["Library"]
 
 _logger = logging.getLogger("limner")
 _COMMON = Path(__file__).with_name("common.h").read_bytes()
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fopenmp",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512bf16",
+)
 
 
 class Library:
@@ -72,8 +82,8 @@ class Library:
             if reason is None:
                 return self._from_cache()
         except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
-            output = getattr(error, "stderr", None) or b""
-            reason = f"{error} {output.decode(errors='replace')}".strip()
+            output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+            reason = f"{_compiler()[0]} says: {output}" if output else str(error)
         _logger.info("no native %s: %s", self._name, reason)
         return reason
 

@@ -8,17 +8,18 @@ gradients. Knows tensors and the machine, nothing of blocks.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from limner.native.build import Library
 
-__all__ = ["digest", "fits", "product", "why_missing"]
+__all__ = ["aligned", "digest", "fits", "product", "why_missing"]
 
 _BLOCK = 32
 _LINE = 64
+_TOO_WIDE = 1 << 17
+"""Sums of so many values of a row may not have room in 32 bits."""
 _DTYPES = (torch.bfloat16, torch.float32)
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
@@ -53,15 +54,20 @@ def why_missing() -> str | None:
     return _library.why_missing
 
 
-@cache
 def digest() -> str:
     """Return a digest of the source, comments included. It is part of the content key of references."""
     return _library.digest
 
 
-def fits(num: int, width: int) -> bool:
-    """Return True if products of weights (N, K) run here: `num` is a multiple of 32 and `width` of 64."""
-    return num > 0 and num % _BLOCK == 0 and width % _LINE == 0 and _library.loaded is not None
+def fits(num: int, width: int, *, gated: bool = False) -> bool:
+    """Return True if products of weights (N, K) run here: `num` is a multiple of 32, if gated of 64, and `width` of 64."""
+    block = 2 * _BLOCK if gated else _BLOCK
+    return num > 0 and num % block == 0 and 0 < width < _TOO_WIDE and width % _LINE == 0 and _library.loaded is not None
+
+
+def aligned(start: int, stop: int) -> slice:
+    """Return the least range of features around this one, of a matrix that fits, for which products run."""
+    return slice(start // _BLOCK * _BLOCK, -(-stop // _BLOCK) * _BLOCK)
 
 
 def product(
@@ -85,9 +91,15 @@ def product(
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     found = [x.dtype == torch.uint8, x_scale.numel() == rows, weight.shape[1] == width, weight_scale.shape == (num,)]
-    found += [fits(num, width), weight.dtype == torch.int8, weight.device.type == "cpu", dtype in _DTYPES]
-    found += [not gated or (num % (2 * _BLOCK) == 0 and dtype == torch.bfloat16)]
-    found += [out.shape == shape, out.dtype == dtype, shape[0] == 0 or out.stride(1) == 1]
+    found += [fits(num, width, gated=gated), weight.dtype == torch.int8]
+    found += [all(t.device.type == "cpu" for t in (x, x_scale, weight, weight_scale, out))]
+    found += [dtype == torch.bfloat16 if gated else dtype in _DTYPES]
+    found += [
+        out.shape == shape,
+        out.dtype == dtype,
+        rows == 0 or out.stride(1) == 1,
+        rows < 2 or out.stride(0) >= shape[1],
+    ]
     if library is None or not all(found):
         raise ValueError(
             f"x {tuple(x.shape)} {x.dtype} with {tuple(x_scale.shape)} scales, weight {tuple(weight.shape)} {weight.dtype} with "
