@@ -68,7 +68,7 @@ class QuantizedRows(NamedTuple):
 
 @cache
 def has_int8_products() -> bool:
-    """Return True if int8 products run in instructions of this CPU, those of oneDNN or of `limner.native.tiles`; logged once."""
+    """Return True if this CPU has instructions for int8 products, of oneDNN or `limner.native.tiles`; logged once."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -101,9 +101,10 @@ def product(
         rows < 2 or out.stride(0) >= shape[1],
     ]
     if library is None or not all(found):
+        shapes = [f"{tuple(t.shape)} {t.dtype}" for t in (x, x_scale, weight, weight_scale, out)]
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} with {tuple(x_scale.shape)} scales, weight {tuple(weight.shape)} {weight.dtype} with "
-            f"{tuple(weight_scale.shape)}, result {tuple(out.shape)} {out.dtype} are not for this product (gated: {gated})"
+            f"x {shapes[0]} with scales {shapes[1]}, weight {shapes[2]} with scales {shapes[3]} and result {shapes[4]} "
+            f"are not for this product (gated: {gated})"
         )
     if rows == 0:
         return out

@@ -117,6 +117,7 @@ def test_another_weight_is_packed_again(change: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()  # else a gradient is recorded, and the weights are widened
 def test_velocity_with_int8(dtype: torch.dtype, how: str) -> None:
     """Relative error of one velocity, random weights, references included, against float32."""
     theirs = make_transformer(64, double=2, single=4)
