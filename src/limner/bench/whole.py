@@ -171,8 +171,9 @@ class WholeBench:
             quantize_layers(pipe.text_encoder.network)
             pipe.transformer.settle()
             pipe.text_encoder.settle()
-            if self.device.type == "cpu" and packs_weights():  # which have a copy in oneDNN's layout
-                for network in (pipe.transformer, pipe.text_encoder):
+            networks = (pipe.transformer, pipe.text_encoder)
+            if self.device.type == "cpu" and packs_weights(*networks):  # which have a copy in oneDNN's layout
+                for network in networks:
                     map_int8(network)
         return pipe
 

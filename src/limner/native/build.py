@@ -39,7 +39,8 @@ _FLAGS = (
 class Library:
     """C sources as a library: `files`, by default `name`.c, with `common.h` before them.
 
-    They are read at once, so that source and module have the same version even if files are replaced under a running process.
+    They are read at once, so that source and module have the same version even if files are replaced under a running
+    process.
 
     `flags` are further flags of the compiler. `missing` says why this machine cannot run it, None if it can. `declare`
     sets the argument types of a loaded library.
@@ -84,8 +85,8 @@ class Library:
             if reason is None:
                 return self._from_cache()
         except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
-            output = getattr(error, "stderr", None) or b""
-            reason = f"{error} {output.decode(errors='replace')}".strip()
+            output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+            reason = f"{_compiler()[0]} says: {output}" if output else str(error)
         _logger.info("no native %s: %s", self._name, reason)
         return reason
 

@@ -126,6 +126,7 @@ static void finish_gated(const Product *p, const char *blocks[2], i64 m, i64 n, 
 /* Add the products of a round to the sums (4 tiles) of 32 features and 32 rows; the first round begins them. */
 static inline void multiply(char *sums, const char *w, const char *x, i64 lines, int begins)
 {
+    MEMORY();
     if (begins) {
         _tile_zero(0);
         _tile_zero(1);

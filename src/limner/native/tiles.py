@@ -1,8 +1,8 @@
 """Call the functions of `tiles.c` and `tile_attention.c` with tensors, where the CPU has AMX and `limner.native.build` can
 build them: int8 products, and attention in bfloat16.
 
-Shapes of products: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for each feature
-(N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one. Records no
+Shapes of products: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for
+each feature (N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one. Records no
 gradients. Knows tensors and the machine, nothing of blocks.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,11 +17,13 @@ from torch import Tensor
 from limner.native.build import Library
 from limner.native.kernels import ATTENTION_ARGUMENTS, Segment, call_attention
 
-__all__ = ["attend", "digest", "fits", "product", "takes", "why_missing"]
+__all__ = ["aligned", "attend", "digest", "fits", "product", "takes", "why_missing"]
 
 _BLOCK = 32
 _LINE = 64
 _MAX_DIM = 256
+_TOO_WIDE = 1 << 17
+"""Sums of so many values of a row may not have room in 32 bits."""
 _DTYPES = (torch.bfloat16, torch.float32)
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
@@ -67,15 +68,20 @@ def why_missing() -> str | None:
     return _library.why_missing
 
 
-@cache
 def digest() -> str:
     """Return a digest of the source, comments included. It is part of the content key of references."""
     return _library.digest
 
 
-def fits(num: int, width: int) -> bool:
-    """Return True if products of weights (N, K) run here: `num` is a multiple of 32 and `width` of 64."""
-    return num > 0 and num % _BLOCK == 0 and width % _LINE == 0 and _library.loaded is not None
+def fits(num: int, width: int, *, gated: bool = False) -> bool:
+    """Return True if products of weights (N, K) run here: `num` is a multiple of 32, if gated of 64, and `width` of 64."""
+    block = 2 * _BLOCK if gated else _BLOCK
+    return num > 0 and num % block == 0 and 0 < width < _TOO_WIDE and width % _LINE == 0 and _library.loaded is not None
+
+
+def aligned(start: int, stop: int) -> slice:
+    """Return the least range of features around this one, of a matrix that fits, for which products run."""
+    return slice(start // _BLOCK * _BLOCK, -(-stop // _BLOCK) * _BLOCK)
 
 
 def product(
@@ -99,13 +105,20 @@ def product(
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     found = [x.dtype == torch.uint8, x_scale.numel() == rows, weight.shape[1] == width, weight_scale.shape == (num,)]
-    found += [fits(num, width), weight.dtype == torch.int8, weight.device.type == "cpu", dtype in _DTYPES]
-    found += [not gated or (num % (2 * _BLOCK) == 0 and dtype == torch.bfloat16)]
-    found += [out.shape == shape, out.dtype == dtype, shape[0] == 0 or out.stride(1) == 1]
+    found += [fits(num, width, gated=gated), weight.dtype == torch.int8]
+    found += [all(t.device.type == "cpu" for t in (x, x_scale, weight, weight_scale, out))]
+    found += [dtype == torch.bfloat16 if gated else dtype in _DTYPES]
+    found += [
+        out.shape == shape,
+        out.dtype == dtype,
+        rows == 0 or out.stride(1) == 1,
+        rows < 2 or out.stride(0) >= shape[1],
+    ]
     if library is None or not all(found):
+        shapes = [f"{tuple(t.shape)} {t.dtype}" for t in (x, x_scale, weight, weight_scale, out)]
         raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype} with {tuple(x_scale.shape)} scales, weight {tuple(weight.shape)} {weight.dtype} with "
-            f"{tuple(weight_scale.shape)}, result {tuple(out.shape)} {out.dtype} are not for this product (gated: {gated})"
+            f"x {shapes[0]} with scales {shapes[1]}, weight {shapes[2]} with scales {shapes[3]} and result {shapes[4]} "
+            f"are not for this product (gated: {gated})"
         )
     if rows == 0:
         return out
