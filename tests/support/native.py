@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
+from limner.model import attention, fingerprint
 from limner.native import tiles
 from limner.native.build import Library
 
@@ -13,6 +16,9 @@ has_tiles = pytest.mark.skipif(tiles.why_missing() is not None, reason=f"no AMX 
 
 
 def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have int8 products done as on a CPU without AMX: oneDNN's, which read packed copies of the weights."""
-    missing = Library("tiles", missing=lambda: "the CPU has no AMX for int8", declare=lambda library: None)
+    """Have int8 products and attention done as on a CPU without AMX: products are oneDNN's and read packed weights."""
+    missing = Library("tiles", files=(), missing=lambda: "the CPU has no AMX", declare=lambda library: None)
     monkeypatch.setattr(tiles, "_library", missing)
+    choose = cache(attention.choose_kernel.__wrapped__)  # what was chosen before is not what is chosen now
+    for module in (attention, fingerprint):
+        monkeypatch.setattr(module, "choose_kernel", choose)

@@ -37,7 +37,7 @@ _FLAGS = (
 
 
 class Library:
-    """C sources as a library: `files`, by default `name`.c, with `common.h` before them.
+    """C sources as a library: `files`, with `common.h` before them.
 
     They are read at once, so that source and module have the same version even if files are replaced under a running
     process.
@@ -50,14 +50,14 @@ class Library:
         self,
         name: str,
         *,
-        files: Sequence[str] = (),
+        files: Sequence[str],
         flags: Sequence[str] = (),
         missing: Callable[[], str | None],
         declare: Callable[[ctypes.CDLL], None],
     ) -> None:
         self._name, self._flags = name, (*_FLAGS, *flags)
-        read = [Path(__file__).with_name(file).read_bytes() for file in ("common.h", *(files or (f"{name}.c",)))]
-        self._source = b"\n".join(read)
+        self._files = tuple(files)
+        self._source = b"\n".join(Path(__file__).with_name(file).read_bytes() for file in ("common.h", *files))
         self._missing, self._declare = missing, declare
 
     @cached_property

@@ -109,7 +109,7 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, f"limner_{name}").restype = None
 
 
-_library = Library("kernels", missing=_why_not, declare=_declare)
+_library = Library("kernels", files=("kernels.c",), missing=_why_not, declare=_declare)
 
 
 def native_library() -> ctypes.CDLL | None:

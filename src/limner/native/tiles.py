@@ -2,8 +2,8 @@
 build them: int8 products, and attention in bfloat16.
 
 Shapes of products: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for
-each feature (N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one. Records no
-gradients. Knows tensors and the machine, nothing of blocks.
+each feature (N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one.
+Records no gradients. Knows tensors and the machine, nothing of blocks.
 """
 
 from __future__ import annotations

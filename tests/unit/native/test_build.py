@@ -77,7 +77,11 @@ def test_what_does_not_load_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -
         library.limner_nothing  # type: ignore[attr-defined]  # noqa: B018
 
     made = Library(
-        "tiles", flags=tiles._library._flags, missing=lambda: how if how == "another CPU" else None, declare=declare
+        "tiles",
+        files=tiles._library._files,
+        flags=tiles._library._flags,
+        missing=lambda: how if how == "another CPU" else None,
+        declare=declare,
     )
     assert made.loaded is None
     assert made.why_missing is not None
@@ -92,12 +96,12 @@ def test_what_does_not_load_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_digests_are_those_of_the_sources() -> None:
     """Of a source and what all sources share: another of either is another digest."""
-    names = {"kernels": kernels.source_digest(), "tiles": tiles.digest()}
-    assert len(set(names.values())) == 2
-    for name, digest in names.items():
-        same = Library(name, missing=lambda: "a test", declare=lambda library: None)
+    digests = {kernels._library: kernels.source_digest(), tiles._library: tiles.digest()}
+    assert len(set(digests.values())) == 2
+    for library, digest in digests.items():
+        same = Library("same", files=library._files, missing=lambda: "a test", declare=lambda library: None)
         assert same.digest == digest
-        same = Library(name, missing=lambda: "a test", declare=lambda library: None)
+        same = Library("same", files=library._files, missing=lambda: "a test", declare=lambda library: None)
         same._source += b"\n"
         assert same.digest != digest
         common = (Path(kernels.__file__).parent / "common.h").read_bytes()
