@@ -128,7 +128,8 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "output_format": job.output_format,
         "num_references": len(job.references),
         "controls": controls(job),
-        "references": job.result.get("reference_key") or job.options.handle,
+        # the handle first: the key of the K/V is another one where the job has LoRAs of its own
+        "references": job.options.handle or job.result.get("reference_key"),
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }
 
