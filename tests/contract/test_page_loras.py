@@ -27,33 +27,22 @@ from tests.support.browser import (
     result,
     tab_to,
 )
+from tests.support.lora_files import of_attention
 from tests.support.serving import Served
 from tests.support.tiny import picture
-from torch import Tensor
 
 from limner import Pipeline
-from limner.model.lora import matrix_shapes
 
 pytestmark = needs_chromium
 _callers = new_keys()
-
-
-def lora(pipe: Pipeline, seed: int) -> dict[str, Tensor]:
-    """A LoRA of every matrix of attention."""
-    made, generator = {}, torch.Generator().manual_seed(seed)
-    for name, (num_out, num_in) in matrix_shapes(pipe.transformer).items():
-        if "attn" in name:
-            made[f"transformer.{name}.lora_A.weight"] = torch.randn(2, num_in, generator=generator) * num_in**-0.5
-            made[f"transformer.{name}.lora_B.weight"] = torch.randn(num_out, 2, generator=generator) * 0.5
-    return made
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     """With "ink-v1.5", which acts with 0.8, and "grain", which acts where a run asks for it."""
     pipe = Pipeline.from_pretrained()
-    pipe.load_lora_weights(lora(pipe, 1), "ink-v1.5")
-    pipe.load_lora_weights(lora(pipe, 2), "grain")
+    pipe.load_lora_weights(of_attention(pipe, 1), "ink-v1.5")
+    pipe.load_lora_weights(of_attention(pipe, 2), "grain")
     pipe.set_adapters(["ink-v1.5"], [0.8])
     return pipe
 
@@ -231,7 +220,7 @@ def test_a_run_of_before_whose_lora_is_gone(open_page, pipe: Pipeline) -> None:
         expect(page.locator("#error")).to_contain_text("The server has no LoRA grain now")
         assert box(page, "ink-v1.5").is_checked()
     finally:
-        pipe.load_lora_weights(lora(pipe, 2), "grain")
+        pipe.load_lora_weights(of_attention(pipe, 2), "grain")
         pipe.set_adapters(["ink-v1.5"], [0.8])
 
 
