@@ -42,7 +42,9 @@ class JobEntry(BaseModel):
     controls: dict[str, Any] | None = Field(
         None, description="what was asked for beyond prompt and references; mask and canvas: true if there is one"
     )
-    references: str | None = Field(None, description="content key of its references, also their handle if you have one")
+    references: str | None = Field(
+        None, description="the handle that it was asked with; else the content key, which is a handle if you have one"
+    )
     result: dict[str, Any] | None = None
     progress: float | None = None
     details: dict[str, Any] | None = None
