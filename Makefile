@@ -76,9 +76,9 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/limner bench -o benchmarks/results/edit.json
 
-# Calls from a prompt to PNG at klein-4B's size: 20 GiB of free memory, and about 10 minutes on 2 cores.
+# Calls from a prompt to PNG at klein-4B's size: 21 GiB of free memory, and about 10 minutes on 2 cores.
 bench-whole: $(READY)
-	$(BIN)/limner bench --whole klein-4b --references 1 --engines diffusers_kv cold warm int8_warm --rounds 2 \
+	$(BIN)/limner bench --whole klein-4b --references 1 --engines diffusers_kv warm int8_warm --rounds 2 \
 	    -o benchmarks/results/whole.json
 
 # A step beside OpenVINO, in an environment of its own (build/openvino-venv, 1.7 GB).
@@ -89,9 +89,10 @@ bench-openvino: $(READY)
 benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/memory.py -o benchmarks/results/memory.json
 	$(BIN)/python benchmarks/store.py -o benchmarks/results/store.json
+	$(BIN)/python benchmarks/canvas.py -o benchmarks/results/canvas.json
 	$(BIN)/python benchmarks/autoencoder.py -o benchmarks/results/autoencoder.json
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
-	$(BIN)/python benchmarks/int8_text.py -o benchmarks/results/int8_text.json
+	$(BIN)/python benchmarks/int8_text.py --layers 6 -o benchmarks/results/int8_text.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
 	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json

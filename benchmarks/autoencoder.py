@@ -1,10 +1,9 @@
 """Limner's autoencoder beside diffusers' `AutoencoderKLFlux2`: FLUX.2's size, the same random weights, in one run.
 
 Pictures are decoded and encoded by both in turn; times are medians of the rounds, also of processor time, which says more
-where other programs run. Memory is how far the process grew above
-what it had before a call, at its highest (VmHWM), beside what `limner.memory` plans. Errors are those of 256x256 pixels
-against diffusers' in float32. The last line is one JSON object; `-o` merges its cases into a file, so that they may be run
-one by one.
+where other programs run. Memory is how far the process grew above what it had before a call, at its highest (0 where the
+system does not count), beside what `limner.memory` plans. Errors are those of 256x256 pixels against diffusers' in float32.
+The last line is one JSON object; `-o` merges its cases into a file, so that they may be run one by one.
 
     .venv/bin/python benchmarks/autoencoder.py --sides 512 --dtypes float32 -o benchmarks/results/autoencoder.json
 """
@@ -13,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from limner.bench import machine
+from limner.bench.measure import grown
 from limner.config import MODELS
 from limner.memory import Formats, Workload, phase_bytes
 from limner.model.autoencoder import Autoencoder
@@ -59,27 +62,19 @@ def calls(both: Networks, side: int, dtype: torch.dtype) -> dict[str, dict[str, 
     }
 
 
-def grown(call: Callable[[], Tensor]) -> int:
-    """Return by how many bytes the process grew at most during a call; 0 where the system does not tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return 0
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
-
-
 def planned(side: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that `limner.memory` counts for the activations of a picture."""
     workload = Workload(size=(side, side), references=((side, side),))
     phases = phase_bytes(MODELS["klein-4b"], workload, formats=Formats(itemsize=dtype.itemsize))
     return {"decode": phases["decode"], "encode": phases["encode references"]}
+
+
+def timed(call: Callable[[], Tensor], walls: list[float], cpus: list[float]) -> None:
+    """Make a call, and add its seconds and those of processor time to lists."""
+    start, busy = time.perf_counter(), time.process_time()
+    call()
+    walls.append(round(time.perf_counter() - start, 3))
+    cpus.append(round(time.process_time() - busy, 3))
 
 
 def measured(both: Networks, side: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -88,10 +83,7 @@ def measured(both: Networks, side: int, dtype: torch.dtype, rounds: int) -> dict
         memory, walls, cpus = ({name: [] for name in by} for _ in range(3))
         for _ in range(rounds):
             for name, call in by.items():
-                start, busy = time.perf_counter(), time.process_time()
-                memory[name].append(grown(call) >> 20)
-                walls[name].append(round(time.perf_counter() - start, 3))
-                cpus[name].append(round(time.process_time() - busy, 3))
+                memory[name].append(grown(partial(timed, call, walls[name], cpus[name])) >> 20)
         found[what] = {
             name: {
                 "seconds": statistics.median(walls[name]),
@@ -130,18 +122,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
+    how = {**machine(torch.device("cpu")), "command": shlex.join(["benchmarks/autoencoder.py", *sys.argv[1:]])}
     cases: dict[str, Any] = {}
-    arithmetic = {}
     for dtype in args.dtypes:
         both = networks(DTYPES[dtype])
-        arithmetic[dtype] = Autoencoder(both["limner"]).arithmetic
-        cases[f"{dtype} errors"] = errors(both, DTYPES[dtype])
+        how["arithmetic"] = Autoencoder(both["limner"]).arithmetic
+        cases[f"{dtype} errors"] = how | errors(both, DTYPES[dtype])
         for side in args.sides:
-            cases[f"{dtype} {side}"] = measured(both, side, DTYPES[dtype], args.rounds)
+            cases[f"{dtype} {side}"] = how | measured(both, side, DTYPES[dtype], args.rounds)
     before = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    result = {"benchmark": "autoencoder", **machine(torch.device("cpu"))}
-    result["arithmetic"] = before.get("arithmetic", {}) | arithmetic
-    result["cases"] = before.get("cases", {}) | cases
+    result = {"benchmark": "autoencoder", "cases": before.get("cases", {}) | cases}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -2,7 +2,8 @@
 
 The picture is coarse and fine noise. What was drawn of it is moved by two pixels, tinted, and changed in a twentieth. Bytes
 are the growth of the process at its peak, the most of three runs, for each pixel of the canvas; seconds are the median, for
-each megapixel of it. `limner.memory.control` counts these bytes. The last line is one JSON object.
+each megapixel of it. `limner.memory.control` counts these bytes. The last line is one JSON object; `-o` merges its cases
+into a file, so that `--only` may run some of them.
 
     .venv/bin/python benchmarks/canvas.py -o benchmarks/results/canvas.json
 """
@@ -10,20 +11,21 @@ each megapixel of it. `limner.memory.control` counts these bytes. The last line 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from limner.bench import machine
+from limner.bench.measure import grown
 from limner.images import cut, plan_canvas, preserve, stitch
 
 CASES = (
@@ -59,31 +61,25 @@ def put_back(canvas: Image.Image, drawn: Image.Image, mask: np.ndarray) -> None:
     stitch(canvas, pixels, plan, weight=weight)
 
 
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
 def measure(what: str, side: int, small: int) -> dict[str, Any]:
     """One case, in this process."""
     canvas = photo(side)
     drawn = edited(canvas if small == side else canvas.resize((small, small)))
     mask = np.zeros((canvas.height, canvas.width), np.uint8)
     mask[canvas.height // 8 : -canvas.height // 8, canvas.width // 8 : -canvas.width // 8] = 255
-    seconds, peaks = [], []
-    for _ in range(3):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is there now
-        before, start = status("VmRSS"), time.perf_counter()
+    seconds: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
         if what == "preserve":
             preserve(canvas, drawn)
         else:
             put_back(canvas, drawn, mask)
         seconds.append(time.perf_counter() - start)
-        peaks.append(status("VmHWM") - before)
+
+    peaks = [grown(timed) for _ in range(3)]
     pixels = side**2
     return {
-        "case": f"{what}: {side}x{side}, drawn as {small}x{small}",
         "bytes_per_pixel": round(max(peaks) / pixels, 1),
         "seconds_per_megapixel": round(statistics.median(seconds) / (pixels / 1e6), 3),
     }
@@ -91,18 +87,24 @@ def measure(what: str, side: int, small: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", type=int, help="measure this one alone, in this process")
+    numbers = range(len(CASES))
+    parser.add_argument("--only", type=int, nargs="+", choices=numbers, default=list(numbers), help="some of the cases")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args()
     if args.case is not None:
         print(json.dumps(measure(*CASES[args.case])))
         return
-    found = []
-    for case in range(len(CASES)):
-        words = [sys.executable, __file__, "--case", str(case)]
-        found.append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
-        print(found[-1], file=sys.stderr)
-    result = {"benchmark": "canvas", "date": date.today().isoformat(), "machine": platform.processor(), "cases": found}
+    how = {**machine(torch.device("cpu")), "command": shlex.join(["benchmarks/canvas.py", *sys.argv[1:]])}
+    cases: dict[str, Any] = {}
+    for number in args.only:
+        words = [sys.executable, __file__, "--case", str(number)]
+        found = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        what, side, small = CASES[number]
+        cases[f"{what}: {side}x{side}, drawn as {small}x{small}"] = how | found
+        print(found, file=sys.stderr)
+    before = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    result = {"benchmark": "canvas", "cases": before.get("cases", {}) | cases}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -148,6 +148,8 @@ def edit(
     side = args.side
     limit = args.limit or ("14GiB" if int8 else "20GiB")
     sources = {"baseline": baseline(args), "ours": Path(__file__).parents[1]} if args.baseline else {"ours": None}
+    if args.baseline and not baseline(args).exists():
+        git("worktree", "add", "--quiet", "--detach", str(baseline(args)), args.baseline)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     for number in range(args.rounds):
         for name, source in sources.items():
@@ -158,7 +160,7 @@ def edit(
     found = middle(runs["ours"])
     if args.baseline:
         before = middle(runs["baseline"])
-        found |= {"baseline": {"commit": git("rev-parse", args.baseline), **before}}
+        found |= {"baseline": {"commit": args.baseline, **before}}
         found["ratio"] = round(before["seconds"] / found["seconds"], 3)
     found["memory_limit"] = limit
     packed, quantize = has_int8_products(), "int8" if int8 else None
@@ -205,11 +207,8 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def baseline(args: argparse.Namespace) -> Path:
-    """Return a folder with another commit's files: a worktree of git, made once and removed by `main`."""
-    folder: Path = args.folder / "baseline"
-    if not folder.exists():
-        git("worktree", "add", "--quiet", "--detach", str(folder.resolve()), args.baseline)
-    return folder.resolve()
+    """Return the folder of another commit's files: a worktree of git, that `edit` makes and `main` removes."""
+    return Path(args.folder).resolve() / f"baseline-{args.baseline}"
 
 
 def git(*words: str) -> str:
@@ -290,6 +289,8 @@ def main() -> None:
     if args.load_worker is not None:
         print(json.dumps(load_worker(args.load_worker, side=args.side, num_text=args.text)))
         return
+    if args.baseline:
+        args.baseline = git("rev-parse", "--verify", f"{args.baseline}^{{commit}}")
     small = args.geometry == "small"
     nine, four = (TINY, TINY.transformer) if small else (MODELS["klein-9b"], KLEIN_4B)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -315,8 +316,8 @@ def main() -> None:
             print(json.dumps(result["stages"][stage]), file=sys.stderr, flush=True)
             merge(result, args.output)  # what was measured is kept, whatever the next stage does
     finally:
-        if (args.folder / "baseline").exists():
-            git("worktree", "remove", "--force", str((args.folder / "baseline").resolve()))
+        if args.baseline and baseline(args).exists():
+            git("worktree", "remove", "--force", str(baseline(args)))
         if not args.keep:
             shutil.rmtree(args.folder)
     print(json.dumps(merge(result, args.output)))

@@ -15,7 +15,9 @@ import argparse
 import copy
 import json
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,8 +201,9 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "int8_text"}
     if args.output and args.output.exists():
         result = json.loads(args.output.read_text())
+    how = {**machine(torch.device("cpu")), "command": shlex.join(["benchmarks/int8_text.py", *sys.argv[1:]])}
     for name in args.only:
-        result[name] = {**machine(torch.device("cpu")), **MEASURES[name](args)}
+        result[name] = how | MEASURES[name](args)
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -125,6 +125,42 @@ def test_a_file_of_several_runs_says_which_is_of_which_and_what_is_not_run(
     ]
 
 
+class Works:
+    """A server that has jobs for so many looks at its metrics, which take a second each; it has a MiB then, else none."""
+
+    def __init__(self, looks: float, clock: list[float]) -> None:
+        self.looks, self.clock = looks, clock
+
+    def metrics(self) -> dict[str, float]:
+        self.clock[0] += 1
+        self.looks -= 1
+        return {"limner_jobs_live": float(self.looks > 0), "limner_references_bytes": 0.0, "limner_pictures_bytes": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("looks", "settled", "missed"), [(200, True, []), (1e9, False, ["unsettled"])], ids=["minutes", "forever"]
+)
+def test_memory_is_that_of_a_server_at_rest(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, looks: float, settled: bool, missed: list[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    attacked = object.__new__(benchmark.Attacked)
+    attacked.server = Works(looks, clock)
+    attacked._memory = lambda: 1.0
+    taken = attacked._settle()
+    assert (taken is not None) is settled
+    times = {"p50": 0.2, "worst": 0.2, "ping_p50": 0.001, "ping_worst": 0.002, "mib_before": 1.0}
+    seen: dict[str, Any] = {"attack": "heavy_jobs", "jobs": 3, "problems": [], "webhook_worst": None, **times}
+    after = attacked._memory_after(1.0) if settled else None
+    report = benchmark.judge({**seen, "mib_after": after}, {"p50": 0.2, "ping_p50": 0.001})
+    assert report["missed"] == missed
+    assert "heavy_jobs" in benchmark.line(report)
+    begun_late = benchmark.judge({**seen, "mib_before": None, "mib_after": 1.0}, {"p50": 0.2, "ping_p50": 0.001})
+    assert begun_late["missed"] == ["unsettled"]
+
+
 @pytest.mark.filterwarnings("ignore")  # a decoder warns of what it reads; a server logs that
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ELSEWHERE])
 def test_a_bystander_loses_nothing(served: Served, attacks: ModuleType, hang: str, name: str) -> None:

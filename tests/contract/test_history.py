@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.support.serving import ANNA, BOB, KEYS, Served, png, text
 from tests.support.tiny import Gate
 
 from limner import Pipeline
 from limner.engine.about import ModelAbout
+from limner.images import encode
 from limner.options import ServeOptions
 from limner.server.jobs.settings import FOR_GOOD, RunnerSettings
 
@@ -45,6 +47,28 @@ def test_a_job_is_removed_with_its_pictures_and_only_by_its_owner(served: Served
     assert served.http.delete("/v1/jobs", headers={"x-key": BOB}).json() == {"deleted": 0}
     assert served.http.delete("/v1/jobs").json() == {"deleted": 1}
     assert served.files("inputs") == served.files("results") == []
+
+
+def test_a_removed_job_whose_webhook_is_due_is_not_found(served: Served) -> None:
+    """Its row stays until the webhook is delivered; who asks for the job is told that it is gone."""
+    mask = encode(Image.new("L", (64, 64), 255), "png")
+    body = {"prompt": "a", "canvas": text(png(seed=2)), "input_image": text(png(seed=1)), "mask": text(mask)}
+    answer = served.http.post("/v1/edit", json=body, headers={"Idempotency-Key": "k"})
+    id_ = answer.json()["id"]
+    sample = served.poll(id_)["result"]["sample"]
+    with served.service.jobs._storage.transaction() as db:
+        db.execute("UPDATE jobs SET webhook_due = ?, webhook_attempts = 1 WHERE id = ?", (1e12, id_))  # tried once
+    names = ("references/1.png", "canvas.png", "mask.png", "events")
+    paths = [f"/v1/jobs/{id_}", f"/v1/get_result?id={id_}", sample, *(f"/v1/jobs/{id_}/{name}" for name in names)]
+    assert [served.http.get(path).status_code for path in paths] == [200] * 7
+    assert served.http.delete("/v1/jobs").json() == {"deleted": 1}
+    assert sum(served.service.jobs.counts().values()) == 1
+    assert [served.http.get(path).status_code for path in paths] == [404] * 7
+    assert served.http.get("/v1/jobs").json()["data"] == []
+    assert served.http.delete(f"/v1/jobs/{id_}").status_code == 404
+    again = served.http.post("/v1/edit", json=body, headers={"Idempotency-Key": "k"})
+    assert again.status_code == 200
+    assert again.json()["id"] != id_
 
 
 def test_a_running_job_is_cancelled_and_removed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,10 @@ def stroke(page: Page, *places: tuple[float, float]) -> None:
 def tint(page: Page) -> np.ndarray:
     """What is painted on the board, (height, width) bool."""
     page.wait_for_selector("#editor[open]")
-    page.wait_for_function("() => document.querySelector('#board-mask').width !== 300")  # the picture is there
+    # the picture is there: a canvas has 300x150 before
+    page.wait_for_function(
+        "() => { const e = document.querySelector('#board-mask'); return e.width !== 300 || e.height !== 150; }"
+    )
     width, height, values = page.eval_on_selector(
         "#board-mask",
         """(e) => {
@@ -105,6 +108,15 @@ def tint(page: Page) -> np.ndarray:
         }""",
     )
     return np.array(values).reshape(height, width) > 0
+
+
+def painted(page: Page, *places: tuple[float, float]) -> np.ndarray:
+    """Open the editor and paint from place to place; what is painted, (height, width) bool."""
+    page.click("#paint")
+    stroke(page, *places)
+    found = tint(page)
+    assert found.any()
+    return found
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -132,8 +144,7 @@ def test_a_part_is_painted_and_all_outside_of_it_stays_to_the_pixel(open_page, s
     page, _ = open_page()
     photo = picture(300, 200, seed=3)
     add(page, file(photo, "photo.png"))
-    page.click("#paint")
-    stroke(page, (0.3, 0.3), (0.5, 0.5), (0.5, 0.6))
+    painted(page, (0.3, 0.3), (0.5, 0.5), (0.5, 0.6))
     expect(page.locator("#editor-state")).to_contain_text("is painted")
     page.click("#editor-done")
     expect(page.locator("#change-state")).to_contain_text(re.compile(r"\d.* % of it is drawn anew"))
@@ -221,10 +232,7 @@ def test_brush_eraser_rectangle_invert_undo_and_clear(open_page) -> None:
 def test_escape_gives_up_what_the_mouse_has_begun(open_page) -> None:
     page, _ = open_page()
     add(page, file(picture(128, 96, seed=4), "a.png"))
-    page.click("#paint")
-    stroke(page, (0.1, 0.1), (0.2, 0.1))
-    before = tint(page)
-    assert before.any()
+    before = painted(page, (0.1, 0.1), (0.2, 0.1))
     for tool in ("rectangle", "brush"):
         page.locator(f"label:has([value={tool}])").click()
         page.mouse.move(*paper(page, x=0.4, y=0.4))
@@ -339,6 +347,16 @@ def test_what_the_edit_does_not_change_is_left_alone(open_page, server: str) -> 
     page.wait_for_function("() => document.querySelector('#picture-a').alt.endsWith('changed, in white')")
     page.wait_for_function("() => document.querySelector('#picture-a').naturalWidth === 128")
     page.keyboard.press("Escape")
+    kept, expired = page.evaluate(
+        """async () => {
+            const {Card} = await import("/static/card.js"), headers = {"x-key": sessionStorage.getItem("limner.key")};
+            const {data: [entry]} = await (await fetch("/v1/jobs", {headers})).json();
+            const names = (one) => new Card(one, {countsDown: () => false}).pictures().map(({name}) => name);
+            return [names(entry), names({...entry, result: {...entry.result, expires: 1}})];
+        }"""
+    )
+    assert set(kept) - set(expired) == {kept[0], "what picture 1 changed, in white"}  # maps are kept as results are
+    assert "reference, image 2" in expired
     slider = page.get_by_label("Weight of image 2")
     slider.focus()
     for _ in range(8):
@@ -537,9 +555,7 @@ def test_whatever_is_pressed_has_24_pixels(open_page, options: dict[str, Any]) -
 def test_a_mask_outlives_a_reload_where_its_picture_does(open_page) -> None:
     page, _ = open_page()
     add(page, file(picture(128, 128, seed=8), "a.png"))
-    page.click("#paint")
-    stroke(page, (0.3, 0.3), (0.5, 0.5))
-    before = tint(page)
+    before = painted(page, (0.3, 0.3), (0.5, 0.5))
     page.click("#editor-done")
     page.wait_for_function("() => JSON.parse(sessionStorage.getItem('limner.draft'))?.part?.mask")
     page.reload()
@@ -553,8 +569,7 @@ def test_the_last_save_of_a_draft_counts_and_a_slider_saves_when_it_rests(open_p
     """The mask of the first save takes long to encode: the second is there before."""
     page, _ = open_page()
     add(page, file(picture(128, 128, seed=8), "a.png"))
-    page.click("#paint")
-    stroke(page, (0.3, 0.3), (0.5, 0.5))
+    painted(page, (0.3, 0.3), (0.5, 0.5))
     page.click("#editor-done")
     page.wait_for_function("() => JSON.parse(sessionStorage.getItem('limner.draft'))?.part?.mask")
     page.evaluate(
@@ -576,7 +591,14 @@ def test_the_last_save_of_a_draft_counts_and_a_slider_saves_when_it_rests(open_p
     page.evaluate("() => new Promise((resolve) => setTimeout(resolve, 50))")
     assert page.evaluate(saved) == "second"
     page.locator("#references .weight input").evaluate(
-        "(e) => { for (let n = 0; n < 20; n++) { e.value = n / 20; e.dispatchEvent(new Event('input')); } }"
+        """async (e) => {
+            window.encoded = 0;
+            for (let n = 0; n < 20; n++) {
+                e.value = n / 20;
+                e.dispatchEvent(new Event("input"));
+                await new Promise((resolve) => setTimeout(resolve, 20));
+            }
+        }"""
     )
     page.wait_for_function("() => JSON.parse(sessionStorage.getItem('limner.draft')).weights[0] === 0.95")
-    assert page.evaluate("window.encoded") == 3
+    assert 1 <= page.evaluate("window.encoded") < 10  # each save encodes the mask; a slow machine rests in between

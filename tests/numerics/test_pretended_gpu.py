@@ -326,9 +326,14 @@ def test_weights_by_turns(room: str, on_cpu: torch.Tensor, pretended: PretendedD
         there.to("cpu")
 
 
+@pytest.mark.parametrize("how", [{"quantize": "int8"}, {"quantize_text": True}], ids=["transformer", "text"])
 @pytest.mark.parametrize("limit", [None, "2GiB"])
 def test_kernels_are_tried_when_a_model_is_loaded(
-    limit: str | None, monkeypatch: pytest.MonkeyPatch, pretended: PretendedDevice, tiny_folder: Path
+    limit: str | None,
+    how: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    pretended: PretendedDevice,
+    tiny_folder: Path,
 ) -> None:
     """Never in a step, whose time and memory they would take: products of int8 weights, attention to narrow K/V."""
     tried, rank = list[str](), choice.rank
@@ -345,8 +350,7 @@ def test_kernels_are_tried_when_a_model_is_loaded(
         monkeypatch.setattr(user, "reads_narrow", reads_narrow)
     monkeypatch.setattr(attention_triton, "takes", lambda *_: True)
     monkeypatch.setattr(attention_triton, "attend", attention_as_tritons)
-    how: dict[str, Any] = {"quantize": "int8", "kv_cache_dtype": "int8", "memory_limit": limit}
-    there = Pipeline.from_pretrained(tiny_folder, device="cuda", **how)
+    there = Pipeline.from_pretrained(tiny_folder, device="cuda", kv_cache_dtype="int8", memory_limit=limit, **how)
     loaded = tried.copy()
     assert {what.partition(" on ")[0] for what in loaded} == {
         "int8 weights",

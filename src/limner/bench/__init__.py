@@ -2,13 +2,12 @@
 
 from limner.bench.edit import Bench, BenchCase, as_markdown, geometry, prefill_flops, random_transformer, step_flops
 from limner.bench.measure import machine
-from limner.bench.whole import WholeBench, WholeCase, whole_markdown
+from limner.bench.whole import WholeBench, whole_markdown
 
 __all__ = [
     "Bench",
     "BenchCase",
     "WholeBench",
-    "WholeCase",
     "as_markdown",
     "geometry",
     "machine",

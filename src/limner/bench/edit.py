@@ -31,7 +31,7 @@ __all__ = ["Bench", "BenchCase", "as_markdown", "geometry", "prefill_flops", "ra
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchCase:
-    """One request: references and output of `side` x `side` pixels, `batch` seeds of one prompt."""
+    """One call: references and output of `side` x `side` pixels, `batch` images of one prompt."""
 
     num_references: int
     side: int = 512
@@ -196,24 +196,22 @@ class Bench:
         if cached is None and case.num_references:
             cached = model.prefill(given["ref"], given["ref_ids"])
         latents = given["noise"].float()
-        txt = given["txt"].expand(case.batch, -1, -1)
         rope = model.rope(torch.cat([given["txt_ids"], given["img_ids"]]))
         for i in range(case.num_inference_steps):
-            # the level in the dtype of the model, as diffusers has it, so that results can be compared
-            velocity = model(
-                latents.to(self.dtype),
-                txt,
-                given["sigmas"][i].to(self.dtype),
-                img_ids=given["img_ids"],
-                txt_ids=given["txt_ids"],
-                references=cached,
-                ref_weights=weights,
-                rope=rope,
-            )
+            velocity = self._velocity(model, given, latents, i, references=cached, ref_weights=weights, rope=rope)
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
             if surroundings is not None:
                 latents = surroundings.keep(latents, given["sigmas"][i + 1])
         return latents
+
+    def _velocity(
+        self, model: Transformer, given: dict[str, Tensor], latents: Tensor, i: int, **references: Any
+    ) -> Tensor:
+        """Return the velocity of step i. The level has the model's dtype, as diffusers' has: results can be compared."""
+        txt, ids = given["txt"].expand(len(latents), -1, -1), {name: given[name] for name in ("img_ids", "txt_ids")}
+        level = given["sigmas"][i].to(self.dtype)
+        velocity: Tensor = model(latents.to(self.dtype), txt, level, **ids, **references)
+        return velocity
 
     def surroundings(self, given: dict[str, Tensor]) -> Surroundings:
         """Return a canvas of which the right half is repainted."""
@@ -230,21 +228,11 @@ class Bench:
         """Limner's loop with references as tokens of every step; with `reuse` their K/V of the first step serve others."""
         model = self.int8() if quantize else self.ours
         latents, kept = given["noise"].float(), None
-        txt = given["txt"].expand(case.batch, -1, -1)
         for i in range(case.num_inference_steps):
             found: list[LayerKV] = []
-            joint = kept is None
-            velocity = model(
-                latents.to(self.dtype),
-                txt,
-                given["sigmas"][i].to(self.dtype),
-                img_ids=given["img_ids"],
-                txt_ids=given["txt_ids"],
-                references=kept,
-                ref_tokens=given["ref"] if joint else None,
-                ref_ids=given["ref_ids"] if joint else None,
-                kept=found.append if reuse and joint else None,
-            )
+            joint = {"ref_tokens": given["ref"], "ref_ids": given["ref_ids"]} if kept is None else {"references": kept}
+            keep = found.append if reuse and kept is None else None
+            velocity = self._velocity(model, given, latents, i, kept=keep, **joint)
             kept = ReferenceKV(layers=tuple(found)) if found else kept
             latents = euler_step(latents, velocity, sigma=given["sigmas"][i], next_sigma=given["sigmas"][i + 1])
         return latents

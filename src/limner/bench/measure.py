@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from limner.memory.free import give_back
 from limner.version import __version__
 
-__all__ = ["Peak", "machine", "now"]
+__all__ = ["Peak", "grown", "machine", "now"]
 
 
 def now(device: torch.device) -> float:
@@ -87,3 +88,25 @@ class Peak:
         self.nbytes = max(self.nbytes, self._process.memory_info().rss - self._start)
         self._done.set()
         self._thread.join()
+
+
+def grown(call: Callable[[], object]) -> int:
+    """Make a call, and return by how many bytes this process grew at most, as the system counts; 0 where it does not.
+
+    Unlike `Peak` it misses nothing that is there for a moment. Linux with /proc/self/clear_refs counts.
+    """
+    give_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what is there now
+        before = _status("VmRSS")
+    except OSError:
+        call()
+        return 0
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """Return bytes that /proc/self/status has under a name."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) << 10

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from limner.bench.edit import BenchCase
 from limner.bench.measure import Peak, now
 from limner.bench.models import SIZES, map_int8, random_pipeline, weight_bytes
 from limner.errors import InvalidRequest
@@ -30,25 +31,13 @@ from limner.model.text_encoder import default_out_layers
 from limner.pipeline import Pipeline
 from limner.store import ReferenceStore
 
-__all__ = ["PHASES", "WHOLE_ENGINES", "WholeBench", "WholeCase", "whole_markdown", "whole_names"]
+__all__ = ["PHASES", "WHOLE_ENGINES", "WholeBench", "whole_markdown", "whole_names"]
 
 PHASES = ("text", "encode", "prefill", "steps", "decode", "png", "other")
 """Prompt to text tokens; references to latents; latents to K/V, which diffusers does in its first step; the transformer's
 steps; latents to pixels; pixels to bytes; all else."""
 WHOLE_ENGINES = ("standard", "diffusers_kv", "cold", "warm", "int8_cold", "int8_warm")
 _DIFFUSERS = ("standard", "diffusers_kv")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WholeCase:
-    """One call: references and output of `side` x `side` pixels, `batch` images of one prompt."""
-
-    num_references: int
-    side: int = 512
-    reference_side: int = 512
-    batch: int = 1
-    num_text: int = 512
-    num_inference_steps: int = 4
 
 
 @dataclass(slots=True)
@@ -120,7 +109,7 @@ class WholeBench:
 
     def run(
         self,
-        case: WholeCase,
+        case: BenchCase,
         *,
         rounds: int,
         progress: Callable[[str], None] = print,
@@ -204,13 +193,13 @@ class WholeBench:
             watch(pipe.autoencoder, "decode", "decode")
 
     def _prepare(
-        self, case: WholeCase, engines: Sequence[str], pictures: list[Image.Image], progress: Callable[[str], None]
+        self, case: BenchCase, engines: Sequence[str], pictures: list[Image.Image], progress: Callable[[str], None]
     ) -> dict[str, ReferenceStore]:
         """Have every engine draw something small, and return the stores of the warm ones with the references in them.
 
         Limner's digest of the weights, which it makes once a process or reads from the cache of files, is made here.
         """
-        small = WholeCase(num_references=0, side=64, num_text=32, num_inference_steps=1)
+        small = BenchCase(num_references=0, side=64, num_text=32, num_inference_steps=1)
         stores = {}
         for name in engines:
             self._call(name, small, [], prompt="a", store=None)
@@ -224,7 +213,7 @@ class WholeBench:
         return stores
 
     def _call(
-        self, name: str, case: WholeCase, pictures: list[Image.Image], *, prompt: str, store: ReferenceStore | None
+        self, name: str, case: BenchCase, pictures: list[Image.Image], *, prompt: str, store: ReferenceStore | None
     ) -> list[bytes]:
         """Draw and encode, within the stopwatch; return the bytes of the PNGs. Without a store nothing is known before."""
         arguments: dict[str, Any] = {
@@ -269,7 +258,7 @@ def _plain_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _noise_pictures(case: WholeCase) -> list[Image.Image]:
+def _noise_pictures(case: BenchCase) -> list[Image.Image]:
     """Return smooth pictures, one a reference."""
     rng, side = np.random.default_rng(0), case.reference_side
     coarse = rng.integers(0, 256, (case.num_references, 16, 16, 3), dtype=np.uint8)

@@ -135,7 +135,7 @@ def _whole(args: argparse.Namespace, path: Path | None, common: dict[str, Any]) 
     """Measure whole calls. The JSON is written after every round, so that what was measured is kept."""
     import torch
 
-    from limner.bench import WholeBench, WholeCase, machine, whole_markdown
+    from limner.bench import BenchCase, WholeBench, machine, whole_markdown
     from limner.bench.plot import save_phases
 
     _print_progress(f"making the weights of {args.whole}")
@@ -151,7 +151,7 @@ def _whole(args: argparse.Namespace, path: Path | None, common: dict[str, Any]) 
             write_file(path, (json.dumps(report, indent=1) + "\n").encode())
 
     for number in args.references:
-        measured.run(WholeCase(**_case(args, number)), rounds=args.rounds, progress=_print_progress, save=save)
+        measured.run(BenchCase(**_case(args, number)), rounds=args.rounds, progress=_print_progress, save=save)
     if path is not None:
         path.with_suffix(".md").write_text(whole_markdown(report) + "\n")
         try:

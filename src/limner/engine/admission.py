@@ -103,11 +103,23 @@ class Admission:
         return int(shared["num_inference_steps"] - shared["strength"])
 
     def work(self, request: EditRequest | PrefillRequest, *, size: tuple[int, int]) -> int:
-        """Return how many pixels an opened request drawn in a size reads and draws, those of each step counted."""
+        """Return how many pixels an opened request drawn in a size reads and draws, those of each forward counted."""
         sizes = [reference.report.processed_size for reference in request.references]
-        if isinstance(request, EditRequest):
-            sizes += [size] * self.num_steps(request) * len(request.seeds)
-        return sum(width * height for width, height in sizes)
+        read = sum(width * height for width, height in sizes)
+        if isinstance(request, PrefillRequest):
+            return read
+        return read + self.num_steps(request) * self.step_work(request, size=size)
+
+    def step_work(self, request: EditRequest | PrefillRequest, *, size: tuple[int, int]) -> int:
+        """Return how many pixels a step of an opened request drawn in a size draws; a prefill has no steps.
+
+        Guidance and reference guidance each add a forward to every step (`limner.pipeline.velocity`).
+        """
+        if isinstance(request, PrefillRequest):
+            return 0
+        with_references = request.control.get("reference_guidance", 1.0) != 1
+        num_forwards = 1 + guides(self.model.kind, request.guidance_scale) + with_references
+        return size[0] * size[1] * len(request.seeds) * num_forwards
 
     def _shared(self, request: EditRequest) -> dict[str, Any]:
         return shared_of(request, kind=self.model.kind, default_size=self.model.default_size)

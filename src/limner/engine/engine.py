@@ -156,9 +156,11 @@ class Engine:
         """Queue a request. Its listener hears `Started`, `Progress`, and at last `Finished`, `Prefilled` or `Failed`.
 
         Of two waiting requests the one of higher `priority` runs first; of equal ones, that of the owner who was served
-        less. After `timeout` seconds it fails with `DeadlineExceeded`, even while it runs. `accepted` requests are queued
-        however many wait. `on_dropped` is called if the engine is closed before the request is done: the listener hears
-        nothing then. Raises `InvalidRequest`, `CapacityError` and `QueueFull`, and then the listener hears nothing.
+        less. `Started` comes once more for a request that begins again: it found no memory beside others and waited for
+        their end, or is drawn without others of its batch, which failed. After `timeout` seconds a request fails with
+        `DeadlineExceeded`, even while it runs. `accepted` requests are queued however many wait. `on_dropped` is called
+        if the engine is closed before the request is done: the listener hears nothing then. Raises `InvalidRequest`,
+        `CapacityError` and `QueueFull`, and then the listener hears nothing.
         """
         if isinstance(request, EditRequest):
             request = self.opened(request)  # before the lock
@@ -254,7 +256,8 @@ class Engine:
         for job in batch:
             job.tell(Started())
         with self._changed:
-            self._queue.stats.waited_seconds += sum(start - job.arrived for job in batch)
+            for job in batch:
+                self._queue.count_wait(job, until=start)
         head = batch[0]
         if isinstance(head.request, PrefillRequest):  # which runs alone
             self._prefill(head, head.request)

@@ -46,7 +46,7 @@ class EditResult(OfImages):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request is on the device."""
+    """The request is on the device. It may come more than once: see `Engine.submit`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

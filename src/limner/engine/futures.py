@@ -22,9 +22,9 @@ def future_of(
 ) -> Future[EditResult]:
     """Submit a request and return the future of its result; requests that share references run as one batch.
 
-    `cancel()` takes back a request that waits; of one that is being drawn it returns False and changes nothing. Arguments
-    and errors are those of `submit`; what fails later is raised by `result()`, and `Cancelled` if the engine was closed
-    before the request was done.
+    `cancel()` takes back a request that waits; of one that is being drawn, or that began and waits again for memory, it
+    returns False and changes nothing. Arguments and errors are those of `submit`; what fails later is raised by `result()`,
+    and `Cancelled` if the engine was closed before the request was done.
     """
     found: Future[EditResult] = Future()
     id_, lock, begun = uuid.uuid4().hex, threading.Lock(), list[bool]()

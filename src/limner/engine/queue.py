@@ -47,7 +47,11 @@ class Job:
     held_bytes: int = 0
     """Bytes of its canvases."""
     work: int = 0
-    """Pixels that it reads and draws, those of each step counted."""
+    """Pixels that it reads and draws, those of each forward counted (`Admission.work`)."""
+    step_work: int = 0
+    """Those of a step."""
+    waited: float = 0.0
+    """Seconds that are counted as its wait; a job that begins once more has waited on."""
     on_dropped: Callable[[], None] | None = None
     """Called instead of the listener if the job is dropped."""
 
@@ -79,7 +83,7 @@ class RequestQueue:
         self._asked: dict[str, float] = {}
         """When each owner last sent a request."""
         self._served: dict[str, int] = {}
-        """Service of each owner: the work of his requests."""
+        """Service of each owner: the work of his requests that began, in full also of those that were stopped."""
         self._num_batches = 0
         self._last_turn: dict[str, int] = {}
         """The number of the batch in which an owner was last served."""
@@ -134,6 +138,7 @@ class RequestQueue:
             key=None if isinstance(request, PrefillRequest) else self.admission.batch_key(request, size=size),
             held_bytes=self.admission.held_bytes(request),
             work=self.admission.work(request, size=size),
+            step_work=self.admission.step_work(request, size=size),
             on_dropped=on_dropped,
         )
         self._admit_owner(owner)
@@ -233,6 +238,12 @@ class RequestQueue:
         self._served[job.owner] += job.work
         self.running[job.id] = self.waiting.pop(job.id)
         job.running = True
+
+    def count_wait(self, job: Job, *, until: float) -> None:
+        """Count what a job that begins has waited, once however often it begins."""
+        waited = until - job.arrived
+        self.stats.waited_seconds += waited - job.waited
+        job.waited = waited
 
     def requeue(self, job: Job) -> None:
         """Move a job that was not drawn back, behind those that wait; its owner is not charged."""

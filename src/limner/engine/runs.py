@@ -36,9 +36,8 @@ class Run:
 
     @property
     def work_left(self) -> int:
-        """Pixels that are left to draw, those of each step counted."""
-        pixels = sum(job.size[0] * job.size[1] * job.num_images for job in self.rows.jobs)
-        return pixels * (self.num_steps - self.steps_done)
+        """Pixels that are left to draw, as in `Admission.work`."""
+        return sum(job.step_work for job in self.rows.jobs) * (self.num_steps - self.steps_done)
 
     def may_pause(self, now: float) -> bool:
         """Whether it has run long enough since its last pause, and is not at its end."""

@@ -42,10 +42,11 @@ class Residency:
         self.limit = limit
         whole, anonymous = resident()
         self._libraries = max(whole - anonymous, LIBRARIES)
-        self._tight = True
+        self._tight = True  # whether pages that were read once leave at once
         self._networks: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self._bytes: dict[nn.Module, int] = {}  # of a network's or layer's tensors that are mapped from files
         self._files: dict[nn.Module, int] = {}  # the same of a network, tables included
+        self._tables: dict[nn.Module, tuple[nn.Module, ...]] = {}
         self._following: dict[nn.Module, nn.Module] = {}
         self._once: set[nn.Module] = set()  # networks that run once a prompt, and their layers
         self._keeps_copies = False  # whether packed copies of these outlast a layer's run
@@ -73,17 +74,17 @@ class Residency:
 
         `layers` run one after the other: `visit` brings them in, or with `hooks` hooks on the modules do. The latter run
         once a prompt, not in every step: unless all networks have room, copies of their int8 weights for the CPU's products
-        are made anew each time. Of `tables` only a few rows are read; they are not counted.
+        are made anew each time. Of `tables` a network that works reads only a few rows: they count only where all
+        pages stay.
         """
         known = network in self._networks
-        self._networks[network] = tuple(layers)
+        self._networks[network], self._tables[network] = tuple(layers), tuple(tables)
         mapped = {t.data_ptr() for t in file_backed(_tensors(network))}
         for module in (network, *layers):
             self._bytes[module] = self._bytes_of(module, mapped)
         self._files[network] = self._bytes[network]
         self._bytes[network] -= sum(self._bytes_of(table, mapped) for table in tables)
-        weights = sum(self._bytes[other] for other in self._networks)
-        self._tight = resident()[1] + self._libraries + weights + _SPARE > self.limit
+        self._tight = sum(self._files.values()) + _SPARE > self._room(0)
         self._following |= dict(zip(layers, list(layers)[1:], strict=False))
         if hooks:
             self._once |= {network, *layers}
@@ -106,7 +107,8 @@ class Residency:
         return free_bytes(device)
 
     def after_read(self, tensor: Tensor) -> None:
-        """Release a tensor that was read once (a check, a digest), unless all weights have room."""
+        """Release a tensor that was read once (a check, a digest), unless all weights have room beside what the network
+        that worked last made: packed copies, K/V."""
         if self._tight:
             release(tensor)
 
@@ -125,7 +127,7 @@ class Residency:
             self._resident = before
 
     def _enter(self, network: nn.Module, growth: int) -> None:
-        weights = sum(self._bytes[other] for other in self._networks)
+        weights = sum(self._files.values())
         if network in self._once:
             copies = sum(_unpacked_bytes(other) for other in self._networks)
             self._keeps_copies = copies + weights <= self._room(growth)
@@ -133,11 +135,11 @@ class Residency:
         own = self._bytes[network]
         packs = network not in self._once and any(_packs(m) for m in network.modules())
         room = self._room(growth)
+        self._tight = weights + _SPARE > room
         if not packs and weights <= room:
             return
-        for other in self._networks:
-            if other is not network:
-                self.release(other)
+        for other in (*(n for n in self._networks if n is not network), *self._tables[network]):
+            self.release(other)
         if not packs and own <= room:
             return
         sizes = {layer: self._bytes[layer] for layer in self._networks[network]}

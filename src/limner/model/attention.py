@@ -91,11 +91,9 @@ def _choose_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         q, k, v, kept = case(1024)
         return choice.seconds(device, lambda: attend(q, k, v, references=kept, kernel=name))
 
-    if len(candidates) == 1:
-        return candidates[0]
     with torch.no_grad():
-        found = choice.choose(what, candidates[:-1], check=check, limit=2e-2, measure=measure)
-    return found or candidates[-1]
+        right = choice.rank(what, candidates[:-1], check=check, limit=2e-2, measure=measure)
+    return right[0] if right else candidates[-1]
 
 
 @cache
@@ -114,7 +112,7 @@ def reads_narrow(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
     def right(kind: str) -> bool:
         what = f"attention to {kind} references on {device}"
-        return choice.choose(what, [kind], check=check, limit=2e-2, measure=lambda _: 0.0) is not None
+        return bool(choice.rank(what, [kind], check=check, limit=2e-2, measure=lambda _: 0.0))
 
     with torch.no_grad():
         return right("int8") and right("fp8")

@@ -190,11 +190,11 @@ def _try(device: torch.device, dtype: torch.dtype) -> bool:
 
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
-        right = [
-            choice.choose(f"fused rows on {device}", [n], check=check, limit=limit, measure=lambda _: 0) for n in calls
+        found = [
+            choice.rank(f"fused rows on {device}", [n], check=check, limit=limit, measure=lambda _: 0) for n in calls
         ]
-    _logger.info("rows of blocks on %s in %s: %s", device, dtype, "torch" if None in right else "Triton")
-    return None not in right
+    _logger.info("rows of blocks on %s in %s: %s", device, dtype, "Triton" if all(found) else "torch")
+    return all(found)
 
 
 def _with_tables(streams: Sequence[Heads], rope: Rope) -> list[tuple[Heads, Rope]]:

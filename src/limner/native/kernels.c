@@ -321,21 +321,20 @@ void limner_quantize_rows(const bf16 *x, i64 x_row, i64 rows, i64 width, uint8_t
 
 /* Feature maps with the channels of a pixel side by side: (pixels, C) of one picture, C a multiple of 16, in float32
    (`wide`) or bfloat16. */
-#define CHUNK 512 /* pixels that one thread takes at a time; what is summed does not depend on threads */
 
 static inline __m512 load_map(const void *x, int wide, i64 at)
 {
     return wide ? _mm512_loadu_ps((const float *)x + at) : load16((const bf16 *)x + at);
 }
 
-/* Sums over pixels of the values of each channel and of their squares, in float64: out (2, C). `space` has (2, C) for each
-   chunk. */
-void limner_map_sums(const void *x, int wide, i64 pixels, i64 channels, double *out, double *space, int threads)
+/* Sums over pixels of the values of each channel and of their squares, in float64: out (2, C). One thread takes `chunk`
+   pixels at a time, and `space` has (2, C) for each chunk: what is summed does not depend on threads. */
+void limner_map_sums(const void *x, int wide, i64 pixels, i64 channels, i64 chunk, double *out, double *space, int threads)
 {
-    const i64 chunks = (pixels + CHUNK - 1) / CHUNK;
+    const i64 chunks = (pixels + chunk - 1) / chunk;
 #pragma omp parallel for num_threads(threads)
     for (i64 k = 0; k < chunks; k++) {
-        const i64 first = k * CHUNK, last = first + CHUNK < pixels ? first + CHUNK : pixels;
+        const i64 first = k * chunk, last = first + chunk < pixels ? first + chunk : pixels;
         double *sums = space + k * 2 * channels, *squares = sums + channels;
         memset(sums, 0, 2 * channels * sizeof(double));
         for (i64 p = first; p < last; p += 4) {

@@ -54,7 +54,7 @@ _FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-m
 _MAX_DIM = 256
 _LANES = 16
 _CHUNK = 512
-"""Pixels whose sums `limner_map_sums` keeps apart."""
+"""Pixels that a thread of `limner_map_sums` takes at a time; their sums are kept apart."""
 _int: Any = ctypes.c_int64
 _pointer: Any = ctypes.c_void_p
 
@@ -204,7 +204,7 @@ def _load(path: Path) -> ctypes.CDLL:
     ]
     library.limner_gated_silu.argtypes = [_pointer, *[_int] * 3, _pointer, _int, ctypes.c_int]
     library.limner_quantize_rows.argtypes = [_pointer, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
-    library.limner_map_sums.argtypes = [_pointer, ctypes.c_int, _int, _int, _pointer, _pointer, ctypes.c_int]
+    library.limner_map_sums.argtypes = [_pointer, ctypes.c_int, *[_int] * 3, _pointer, _pointer, ctypes.c_int]
     library.limner_map_silu.argtypes = [_pointer, ctypes.c_int, _int, _int, *[_pointer] * 3, ctypes.c_int]
     for name in ("attend", "norm_rope", "gated_silu", "quantize_rows", "map_sums", "map_silu"):
         getattr(library, f"limner_{name}").restype = None
@@ -396,6 +396,7 @@ def map_sums(x: Tensor) -> Tensor:
             x.dtype == torch.float32,
             height * width,
             channels,
+            _CHUNK,
             out.data_ptr(),
             space.data_ptr(),
             torch.get_num_threads(),

@@ -21,6 +21,7 @@ from limner.memory import Formats, Workload, kv_bytes, phase_bytes
 from limner.memory.residency import Residency
 from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
+from limner.model.gpu.products import right_products
 from limner.model.int8 import has_int8_products
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
@@ -156,6 +157,8 @@ class Networks:
         self.residency.adopt(self.autoencoder)
         if isinstance(self.residency, Staged):  # now it is known where the transformer runs
             transformer.settle()
+            if self.text_encoder.quantization is not None:  # its weights are in host memory between its turns
+                right_products(transformer.device, self.text_encoder.dtype)
 
     def to(self, target: torch.device | torch.dtype) -> None:
         """Move the networks to a device, or cast them to a dtype. Raises `InvalidRequest`."""

@@ -19,6 +19,8 @@ def test_masks_and_weights() -> None:
         ones = bench.limner(case, given, cached=cached, weights=((16, 1.0), (16, 1.0)))
     assert torch.equal(ones, plain)
     assert not torch.allclose(weighted, plain)
-    alike = (masked == plain).all(-1).view(4, 4)
-    assert not alike[:, :2].any()  # the canvas
+    canvas = bench.surroundings(given).canvas.view(4, 4, -1)
+    kept = (masked.view(4, 4, -1) == canvas).all(-1)
+    assert kept[:, :2].all()
+    assert not kept[:, 2:].any()
     assert weighted.isfinite().all()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from limner.bench import WholeBench, WholeCase
+from limner.bench import BenchCase, WholeBench
 from limner.bench.models import SIZES, map_int8, random_pipeline, weight_bytes
 from limner.bench.plot import draw_phases, save_phases
 from limner.bench.whole import PHASES, WHOLE_ENGINES
@@ -79,7 +79,7 @@ def test_a_bar_for_each_engine(report: dict[str, Any], tmp_path: Path) -> None:
 def test_batches_are_whole_calls_too() -> None:
     """Each image of a batch is a file; an engine alone is compared with nothing."""
     bench = WholeBench("tiny", dtype=torch.float32, engines=("cold",))
-    case = WholeCase(num_references=1, side=64, reference_side=64, batch=2, num_text=40)
+    case = BenchCase(num_references=1, side=64, reference_side=64, batch=2, num_text=40)
     saved: list[dict[str, Any]] = []
     found = bench.run(case, rounds=2, progress=lambda line: None, save=saved.append)
     assert [one["rounds"] for one in saved] == [1, 2]

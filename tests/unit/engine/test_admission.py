@@ -12,6 +12,9 @@ from limner import CapacityError, InvalidRequest, Pipeline
 from limner.engine import Admission, EditRequest, PipelineView, PrefillRequest
 from limner.errors import QueueFull
 from limner.images import prepare_reference
+from limner.kinds import ISOLATED, ModelKind
+
+BASE = ModelKind(references="joint", distilled=False)
 
 
 @pytest.fixture
@@ -69,6 +72,35 @@ def test_memory_bounds_edits_prefills_and_batches(admission: Admission, pipe: Pi
     tiny = replace(admission, memory_bytes=1000)
     with pytest.raises(CapacityError, match="GiB are free"):
         tiny.check(PrefillRequest(references=(reference,)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "forwards"),
+    [
+        (ISOLATED, {}, 1),
+        (ISOLATED, {"guidance_scale": 3.0}, 1),  # distilled models leave it out
+        (BASE, {}, 2),
+        (BASE, {"guidance_scale": 1.0}, 1),
+        (ISOLATED, {"control": {"reference_guidance": 1.5}}, 2),
+        (ISOLATED, {"control": {"reference_guidance": 1.0}}, 1),
+        (BASE, {"guidance_scale": 3.0, "control": {"reference_guidance": 1.5}}, 3),
+    ],
+    ids=["distilled", "distilled-guidance", "base", "base-none", "references", "references-none", "both"],
+)
+def test_work_counts_each_forward(
+    pipe: Pipeline, admission: Admission, kind: ModelKind, changed: dict[str, Any], forwards: int
+) -> None:
+    class View(PipelineView):
+        kind: ModelKind  # type: ignore[assignment]
+
+    View.kind = kind
+    view = replace(admission, model=View(pipe))
+    reference = prepare_reference(picture(80, 64), policy=pipe.reference_policy)
+    asked = edit(seeds=(1, 2), width=96, num_inference_steps=5, references=(reference,), **changed)
+    assert view.step_work(asked, size=(96, 64)) == 2 * 96 * 64 * forwards
+    assert view.work(asked, size=(96, 64)) == 80 * 64 + 5 * 2 * 96 * 64 * forwards
+    prefill = PrefillRequest(references=(reference,))
+    assert (view.work(prefill, size=(96, 64)), view.step_work(prefill, size=(96, 64))) == (80 * 64, 0)
 
 
 def test_room(admission: Admission) -> None:

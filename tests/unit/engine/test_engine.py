@@ -192,11 +192,12 @@ def test_what_has_no_memory_beside_others_waits_for_their_end(
         return draw(requests, **more)
 
     monkeypatch.setattr(pipe, "draw", refuse_beside)
-    long, short = Heard(), []
+    long, short, before = Heard(), [], []
 
     def listen(event: Event) -> None:
         long(event)
         if isinstance(event, Progress) and event.step == 1:
+            before.append(engine.stats().waited_seconds)
             short.extend(submit(engine, request("short", i), owner=owner) for i, owner in enumerate("bc"))
 
     engine.submit(request("long", 1, num_inference_steps=12), id="long", listener=listen, owner="a")
@@ -205,6 +206,28 @@ def test_what_has_no_memory_beside_others_waits_for_their_end(
         assert len(heard.result().images) == 1
     assert drawn[:2] == ["long", "short"]
     assert len(drawn) <= 4  # one attempt beside the other, then both once it has ended, together or not
+    starts = sorted(sum(isinstance(event, Started) for event in heard.events) for heard in short)
+    assert starts == [1, 2]
+    waited = sum(heard.result().waited for heard in short)
+    assert engine.stats().waited_seconds - before[0] == pytest.approx(waited, abs=1e-9)  # each counts once
+
+
+def test_halves_of_a_batch_count_their_wait_once(
+    engine: Engine, pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = pipe.draw
+
+    def refuse_two(requests: Any, **more: Any) -> Any:
+        if len(requests) > 1:
+            raise CapacityError("memory is short")
+        return draw(requests, **more)
+
+    monkeypatch.setattr(pipe, "draw", refuse_two)
+    heard = [hold(engine, gate), *(submit(engine, request("half", i)) for i in range(2))]
+    gate.open()
+    waited = sum(one.result().waited for one in heard)
+    assert [sum(isinstance(event, Started) for event in one.events) for one in heard] == [1, 2, 2]
+    assert engine.stats().waited_seconds == pytest.approx(waited, abs=1e-9)
 
 
 def test_a_lone_cancelled_request_frees_the_device(engine: Engine) -> None:

@@ -103,22 +103,29 @@ def test_priority_is_before_service_and_service_before_age(queue: RequestQueue, 
     assert [take(queue) for _ in range(4)] == [["a3"], ["b2"], ["a0"], ["a1"]]
 
 
-def test_service_is_images_and_shared_in_a_batch(queue: RequestQueue) -> None:
+PIXELS = 64 * 64
+
+
+def test_service_is_work(queue: RequestQueue) -> None:
     add(queue, "a1", owner="a", images=2, ref=0)
     add(queue, "b1", owner="b", ref=0)
     add(queue, "b2", owner="b", num_inference_steps=9)
     add(queue, "b3", owner="b", num_inference_steps=8)
     add(queue, "a2", owner="a", ref=1)
-    assert take(queue) == ["a1", "b1"]  # a has had 1, b a half
-    assert [take(queue) for _ in range(3)] == [["b2"], ["a2"], ["b3"]]
+    assert take(queue) == ["a1", "b1"]
+    assert queue._served == {"a": 9 * PIXELS, "b": 5 * PIXELS}  # the reference, and 4 steps of each image
+    assert take(queue) == ["b2"]
+    assert queue._served == {"a": 9 * PIXELS, "b": 14 * PIXELS}
+    assert [take(queue) for _ in range(2)] == [["a2"], ["b3"]]
 
 
 def test_a_returning_owner_has_no_credit_and_no_debt(queue: RequestQueue) -> None:
     for number in range(3):
         add(queue, f"a{number}", owner="a", num_inference_steps=number + 1)
-    assert [take(queue) for _ in range(2)] == [["a0"], ["a1"]]  # a has had 2
-    add(queue, "b0", owner="b", num_inference_steps=11)  # starts at 2
+    assert [take(queue) for _ in range(2)] == [["a0"], ["a1"]]
+    add(queue, "b0", owner="b", num_inference_steps=11)
     add(queue, "b1", owner="b", num_inference_steps=12)
+    assert queue._served == {"a": 3 * PIXELS, "b": 3 * PIXELS}  # b starts where a is
     assert [take(queue) for _ in range(3)] == [["b0"], ["a2"], ["b1"]]  # of equal ones, who has waited for a turn
     add(queue, "c0", owner="c", num_inference_steps=1)  # nobody else is active: what was is forgotten
     add(queue, "c1", owner="c", num_inference_steps=2)
@@ -129,7 +136,8 @@ def test_a_returning_owner_has_no_credit_and_no_debt(queue: RequestQueue) -> Non
 def test_who_has_had_more_than_the_least_keeps_it(queue: RequestQueue) -> None:
     add(queue, "a0", owner="a", images=3)
     add(queue, "b0", owner="b", num_inference_steps=1)
-    assert [take(queue) for _ in range(1)] == [["a0"]]  # a has had 3, b nothing
+    assert take(queue) == ["a0"]
+    assert queue._served == {"a": 12 * PIXELS, "b": 0}
     add(queue, "b1", owner="b", num_inference_steps=2)
     add(queue, "a1", owner="a", num_inference_steps=3)
     assert [take(queue) for _ in range(3)] == [["b0"], ["b1"], ["a1"]]
@@ -223,10 +231,31 @@ def test_a_lost_one_waits_again(queue: RequestQueue) -> None:
     job, _ = add(queue, "lost"), add(queue, "other")
     queue.start(job)
     assert (job.running, queue.snapshot().running, queue.snapshot().waiting) == (True, 1, 1)
+    add(queue, "b", owner="b")  # starts at what a had before
+    assert queue._served == {"a": 4 * PIXELS, "b": 0}
     queue.requeue(job)
-    assert (job.running, list(queue.waiting)) == (False, ["other", "lost"])
+    assert (job.running, list(queue.waiting)) == (False, ["other", "b", "lost"])
+    assert queue._served == {"a": 0, "b": 0}  # what its owner was charged is given back, once
+    assert take(queue)[0] in ("other", "lost")  # its owner asked first
+
+
+def test_a_wait_is_counted_once_however_often_a_job_begins(queue: RequestQueue, clock: Clock) -> None:
+    clock.now = 10.0
+    job = add(queue, "again")
+    for now in (13.0, 17.0):
+        queue.start(job)
+        queue.count_wait(job, until=now)
+        queue.requeue(job)
+    assert queue.stats.waited_seconds == 7.0
+
+
+def test_a_stopped_one_stays_charged(queue: RequestQueue) -> None:
+    job = add(queue, "stopped")
     add(queue, "b", owner="b")
-    assert take(queue)[0] in ("other", "lost")  # its owner was not charged for it, and asked first
+    queue.start(job)
+    assert queue.cancel("stopped") is job
+    queue.end(job, Cancelled("so"))
+    assert queue._served == {"a": 4 * PIXELS, "b": 0}
 
 
 def test_dropped_ones_hear_nothing_and_count_for_nothing(queue: RequestQueue) -> None:
@@ -290,7 +319,7 @@ def between(
     queue: RequestQueue, *, owner: str = "a", priority: int = 0, steps: int = 50, num_bytes: int = 1
 ) -> list[str]:
     """The ids of what may run between two steps of a picture of 64x64 pixels, with that many left."""
-    batch = queue.take_between(owners={owner}, priority=priority, work=64 * 64 * steps, num_bytes=num_bytes)
+    batch = queue.take_between(owners={owner}, priority=priority, work=PIXELS * steps, num_bytes=num_bytes)
     return [job.id for job in batch]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from limner.engine import EditRequest, Job
 from limner.engine.rows import Rows
 from limner.engine.runs import Run
 from limner.pipeline import Timings
@@ -38,3 +39,18 @@ def test_pauses_are_no_time_of_the_steps() -> None:
     assert batch.paused == 2.5
     timings = Timings(text=0.1, references=0.0, steps=(3.0, 1.5, 1.0), decode=0.2)
     assert batch.without_pauses(timings).steps == (1.0, 1.0, 1.0)
+
+
+def test_the_work_that_is_left_is_that_of_the_steps_of_who_stays() -> None:
+    def job(step_work: int) -> Job:
+        asked = EditRequest(prompt="a", seeds=(1,))
+        values = {"size": (64, 64), "listener": print, "owner": "a", "priority": 0, "deadline": None, "arrived": 0.0}
+        return Job(id=f"{step_work}", request=asked, step_work=step_work, **values)  # type: ignore[arg-type]
+
+    jobs = [job(2000), job(300)]
+    batch = Run(rows=Rows(jobs), num_steps=5, num_bytes=0)
+    assert batch.work_left == 5 * 2300
+    batch.steps_done = 2
+    assert batch.work_left == 3 * 2300
+    batch.rows.drop(jobs[:1])
+    assert batch.work_left == 3 * 300

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tests.support.tiny import generators, picture
 
 from limner import CapacityError, InvalidRequest, Pipeline
+from limner.memory import residency as residency_module
 from limner.memory.pages import can_release, resident
 from limner.memory.residency import Residency
-from limner.model.int8 import Int8Linear
+from limner.model.int8 import Int8Linear, has_int8_products
 from limner.pipeline.admission import Admission
+from limner.weights.digest import WeightDigests
 
 GIB = 2**30
 needs_release = pytest.mark.skipif(not can_release(), reason="the system cannot drop pages of mapped files")
@@ -46,7 +50,8 @@ class Watched(Residency):
             super()._enter(network, growth)
 
     def release(self, network: torch.nn.Module) -> None:
-        self.left.add(type(network).__name__)
+        if network in self._networks:  # not a table
+            self.left.add(type(network).__name__)
         super().release(network)
 
     def _after_layer(self, layer: torch.nn.Module, *_: object) -> None:
@@ -140,9 +145,6 @@ def test_packed_copies_make_room_for_another_network(tiny_folder: Path) -> None:
 @needs_release
 def test_layers_that_ran_leave(tmp_path: Path) -> None:
     """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(6)}, tmp_path / "x.safetensors")
     with torch.device("meta"):
         network = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(6)))
@@ -165,6 +167,70 @@ def test_layers_that_ran_leave(tmp_path: Path) -> None:
     assert torch.equal(x, expected)
     assert seen == [1, 2, 3, 3, 3, 3]
     assert residency._resident is None
+
+
+@needs_release
+def test_weights_that_are_looked_at_beside_packed_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for all weights, but not beside the copies of a network that packs: every layer and digest keep to it.
+
+    A table of which a working network reads a few rows is read as a whole by a digest.
+    """
+    if not has_int8_products():
+        pytest.skip("this CPU has no int8 dot products")
+    monkeypatch.setattr(residency_module, "_SPARE", 1 << 20)
+    size = 4 << 20
+    one = torch.randint(-127, 127, (2048, 2048), dtype=torch.int8)
+    save_file({f"{i}.weight": one + i for i in range(12)} | {"table": one.clone()}, tmp_path / "x.safetensors")
+    scale = torch.full((2048,), 1e-3)
+    with torch.device("meta"):
+        layers = [Int8Linear(2048, 2048) for _ in range(12)]
+        table = torch.nn.Embedding(1, 1)
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        for i, layer in enumerate(layers):
+            layer.weight, layer.weight_scale = file.get_tensor(f"{i}.weight"), scale
+        table.weight = torch.nn.Parameter(file.get_tensor("table"), requires_grad=False)
+    packing, other = torch.nn.Sequential(*layers[:6]), torch.nn.Sequential(*layers[6:], table)
+    x = torch.ones(1, 2048)
+    layers[0](x)  # what the first product of a process takes
+    layers[0].unpack()
+    residency = Residency(1 << 40)
+    residency.adopt(packing, layers[:6])
+    residency.adopt(other, layers[6:], tables=[table], hooks=True)
+    digests, found, seen = WeightDigests(after=residency.after_read), [], []
+    for network in (packing, other):
+        residency.release(network)
+    base = resident()[0] - resident()[1]
+    residency._libraries = base
+
+    def look() -> None:
+        found.append([digests.of(network) for network in (packing, other)])
+        seen.append(resident()[0])
+
+    def mapped() -> int:
+        return round((resident()[0] - resident()[1] - base) / size)
+
+    residency.limit = resident()[1] + base + 25 * size // 2  # not the table too
+    residency.adopt(packing, layers[:6])
+    look()
+    assert seen.pop() < residency.limit
+    residency.limit = resident()[1] + base + 16 * size
+    residency.adopt(packing, layers[:6])
+    assert mapped() == 0
+    digests = WeightDigests(after=residency.after_read)
+    look()
+    assert mapped() == 13
+    with residency.working(other, growth=5 * size // 2):  # room for all layers, not for the table too
+        assert mapped() == 6  # its layers
+    look()
+    for _ in range(2):
+        with residency.working(packing, growth=0):
+            for layer in residency.visit(packing):
+                x = layer(x)
+                seen.append(resident()[0])
+        look()
+    assert packed(packing) == [size] * 6
+    assert [round(max(0, now - residency.limit) / size, 1) for now in seen] == [0] * len(seen)
+    assert all(one == found[0] for one in found)
 
 
 @needs_release

@@ -90,7 +90,8 @@ def _attend(
     _check(q, LayerKV(k, v), refs, out, biases=(ref_bias, own_bias))
     if q.numel() == 0:
         return out
-    q, k, v = (_readable(x) for x in (q, k, v))
+    q = q if q.stride(-1) == 1 else q.contiguous()  # its offsets are 64 bits wide
+    k, v = _readable(k), _readable(v)
     kr, vr, k_scale, v_scale, form = _as_kept(refs, q)
     capability = _ANY_CARD if interpreted() or torch.version.hip else torch.cuda.get_device_capability(q.device)
     tile = tile_for(capability, narrow=k_scale is not None)

@@ -30,16 +30,7 @@ from torch import Tensor
 
 from limner.model.gpu import attention_triton
 
-__all__ = [
-    "MARGIN",
-    "attention_candidates",
-    "capability",
-    "choose",
-    "products_candidates",
-    "rank",
-    "relative_error",
-    "seconds",
-]
+__all__ = ["MARGIN", "attention_candidates", "capability", "products_candidates", "rank", "relative_error", "seconds"]
 
 _logger = logging.getLogger("limner")
 MARGIN = 1.15
@@ -90,18 +81,6 @@ def products_candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
     found = capability(device)
     with_fp8 = dtype in _HALF and (found is None or found >= (8, 9)) and hasattr(torch, "_scaled_mm")
     return ["int8", "fp8"] if with_fp8 else ["int8"]
-
-
-def choose(
-    what: str,
-    candidates: Sequence[str],
-    *,
-    check: Callable[[str], float],
-    limit: float,
-    measure: Callable[[str], float],
-) -> str | None:
-    """Return the first of `rank`, whose arguments these are; None if none is right."""
-    return next(iter(rank(what, candidates, check=check, limit=limit, measure=measure)), None)
 
 
 def rank(

@@ -139,8 +139,11 @@ class HastyProtocol(H11Protocol):
         """
         try:
             super().data_received(data)
-        except Exception:
+        except h11.LocalProtocolError:
             _logger.debug("a connection is closed: what came over it cannot be parsed", exc_info=True)
+            self.transport.abort()
+        except Exception:
+            _logger.exception("a connection is closed: what came over it makes the server fail")
             self.transport.abort()
         else:
             self._time_head()

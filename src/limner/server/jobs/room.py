@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from limner.images import SUFFIXES
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.storage import Connection, Storage
 
-__all__ = ["NOT_FORGOTTEN", "Room"]
+__all__ = ["NOT_FORGOTTEN", "Room", "result_names"]
 
 NOT_FORGOTTEN = "coalesce(expires, 1) != 0"
 """Of a row: its owner has not had the job removed. One that was, and has a webhook to be delivered, expired at 0."""
@@ -44,7 +46,8 @@ class Room:
     def forget(self, ids: Sequence[str]) -> int:
         """Remove ended jobs with their results, and pictures that nobody else uses. Return how many were removed.
 
-        A job whose webhook is still to be delivered keeps its row until then, and nothing else; nobody sees it.
+        A job whose webhook is still to be delivered keeps its row until then, and nothing else: callers do not find it, and
+        its idempotency key is free.
         """
         removed = 0
         for start in range(0, len(ids), _AT_ONCE):  # others wait for the lock
@@ -57,17 +60,19 @@ class Room:
         with self._storage.lock:
             with self._storage.transaction() as db:
                 rows = db.execute(
-                    "SELECT id, webhook_due IS NULL, result FROM jobs "
+                    "SELECT id, webhook_due IS NULL, request, result FROM jobs "
                     f"WHERE status != 'pending' AND {NOT_FORGOTTEN} AND id IN ({marks})",
                     ids,
                 ).fetchall()
-                unused = self._delete(db, [id_ for id_, is_told, _ in rows if is_told])
-                for id_, is_told, _ in rows:
+                unused = self._delete(db, [id_ for id_, is_told, _, _ in rows if is_told])
+                for id_, is_told, _, _ in rows:
                     if not is_told:
                         unused += self._pictures.release(db, user=f"job:{id_}")
-                        db.execute("UPDATE jobs SET expires = 0 WHERE id = ?", (id_,))
+                        db.execute(
+                            "UPDATE jobs SET expires = 0, idempotency = NULL, fingerprint = NULL WHERE id = ?", (id_,)
+                        )
             self._pictures.remove(unused)
-            files = [f"results/{name}" for id_, _, result in rows for name in _files_of(id_, result)]
+            files = [f"results/{name}" for id_, _, *told in rows for name in _files_of(id_, *told)]
             self._storage.remove_files(files)
         return len(rows), [*files, *(f"inputs/{digest}.png" for digest in unused)]
 
@@ -88,19 +93,20 @@ class Room:
         sizes |= {f"inputs/{name}": size for name, _, size in self._storage.files("inputs") if name not in kept}
         over, removed = sum(sizes.values()) - max_bytes, 0
         while over > 0:
+            before = removed
             rows = self._storage.rows(
-                "SELECT id FROM jobs WHERE status != 'pending' AND ended <= ? AND webhook_due IS NULL "
-                "ORDER BY ended, id LIMIT ?",
+                f"SELECT id FROM jobs WHERE status != 'pending' AND {NOT_FORGOTTEN} AND ended <= ? "
+                "AND webhook_due IS NULL ORDER BY ended, id LIMIT ?",
                 (now - _YOUNG_SECONDS, _AT_ONCE),
             )
-            if not rows:
-                break  # what is left is pending, young or kept as references
             for (id_,) in rows:
-                _, files = self._forget([id_])
+                count, files = self._forget([id_])
                 over -= sum(sizes.get(file, 0) for file in files)
-                removed += 1
+                removed += count
                 if over <= 0:
                     break
+            if removed == before:
+                break  # what is left is pending, young or kept as references
         return removed
 
     def _delete(self, db: Connection, ids: Iterable[str]) -> list[str]:
@@ -125,15 +131,31 @@ class Room:
         self._storage.remove_files(expired)
 
 
-def _files_of(id: str, result: str) -> list[str]:
-    """The names of a job's files, as its row has them; a version that is not known may have written the row."""
-    try:
-        found = json.loads(result)
-    except ValueError:
-        return []
-    lists = [found.get("files"), found.get("maps")] if isinstance(found, dict) else []
+def result_names(id: str, num_images: int, *, suffix: str, kind: str = "") -> list[str]:
+    """Return the names of a job's files with pictures of one kind: "" for results, "map" for maps."""
+    return [f"{id}-{kind}{number}.{suffix}" for number in range(1, num_images + 1)]
+
+
+def _files_of(id: str, request: str, result: str) -> list[str]:
+    """The names of a job's files; a version that is not known may have written the row.
+
+    They are in its result, or were written before the job failed, and follow from the request.
+    """
+    told, asked = _object(result), _object(request)
+    lists = [told.get("files"), told.get("maps")]
     names = [name for names in lists if isinstance(names, list) for name in names]
-    return [name for name in names if isinstance(name, str) and _job_of(name) == id]
+    seeds, suffix = asked.get("seeds"), SUFFIXES.get(str(asked.get("output_format")), "").removeprefix(".")
+    if isinstance(seeds, list) and suffix:
+        names += result_names(id, len(seeds), suffix=suffix) + result_names(id, len(seeds), suffix="png", kind="map")
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and _job_of(name) == id))
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _job_of(name: str) -> str:

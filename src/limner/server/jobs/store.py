@@ -26,7 +26,7 @@ from limner.images import PreparedReference, ReferenceReport
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.records import Handle, Job, JobPictures, Status
-from limner.server.jobs.room import NOT_FORGOTTEN, Room
+from limner.server.jobs.room import NOT_FORGOTTEN, Room, result_names
 from limner.server.jobs.rows import SCHEMA, VERSION, fingerprint, handle_row, job_row, read_handle, read_job
 from limner.server.jobs.storage import Connection, Row, Value
 
@@ -133,7 +133,10 @@ class JobStore:
         return job, True
 
     def known(self, job: Job) -> Job | None:
-        """Return the job under the same idempotency key of the same owner, or None. Raises `Conflict` if they differ."""
+        """Return the job under the same idempotency key of the same owner, or None. Raises `Conflict` if they differ.
+
+        The key of a job that was removed is free.
+        """
         if job.idempotency is None:
             return None
         rows = self._rows("SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", job.owner, job.idempotency)
@@ -162,10 +165,10 @@ class JobStore:
         )
 
     def get(self, id: str, *, owner: str | None = None) -> Job | None:
-        """Return a job, or None if it is not here or not of the given owner."""
+        """Return a job, or None if it is not here, was removed, or is not of the given owner."""
         if "\0" in id:  # some databases refuse it
             return None
-        rows = self._rows("SELECT * FROM jobs WHERE id = ?", id)
+        rows = self._rows(f"SELECT * FROM jobs WHERE id = ? AND {NOT_FORGOTTEN}", id)
         job = read_job(rows[0]) if rows else None
         return job if job and owner in (None, job.owner) else None
 
@@ -215,7 +218,7 @@ class JobStore:
 
     def write_results(self, id: str, files: Sequence[bytes], *, suffix: str, kind: str = "") -> list[str]:
         """Write the pictures of a job, each whole, unless the job has ended. Return their names, with the kind in them."""
-        names = [f"{id}-{kind}{number}.{suffix}" for number in range(1, len(files) + 1)]
+        names = result_names(id, len(files), suffix=suffix, kind=kind)
         with self._storage.transaction() as db:  # another process may have held the storage, and ended the job
             if db.execute("SELECT 1 FROM jobs WHERE id = ? AND status = 'pending'", (id,)).fetchone():
                 for name, data in zip(names, files, strict=True):

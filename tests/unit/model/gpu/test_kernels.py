@@ -74,7 +74,7 @@ def test_attention_without_references_and_with_left_out_ones() -> None:
     assert attend(q, k, v, references=kept, kernel="triton")[:, :, 0].isnan().all()
 
 
-def test_tokens_that_lie_far_apart() -> None:
+def test_tokens_that_lie_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets of over 2^31 values, as views of long sequences have them. Memory that is not touched is not taken."""
     memory = torch.empty((1 << 31) + 64, dtype=torch.float16)
     far = memory.as_strided((1, 3, 2, 16), (1 << 31, 1 << 30, 16, 1))
@@ -88,8 +88,12 @@ def test_tokens_that_lie_far_apart() -> None:
     assert torch.equal(found, near)
     expected = attend(x, k, v, kernel="triton")
     assert torch.equal(attend(far, k, v, kernel="triton"), expected)
-    attention_triton.attend(x, k, v, out=far)
+    copied: list[Tensor] = []
+    readable = attention_triton._readable
+    monkeypatch.setattr(attention_triton, "_readable", lambda t: copied.append(t) or readable(t))
+    attention_triton.attend(far, k, v, out=far)
     assert torch.equal(far, expected)
+    assert not any(t is far for t in copied)
     on_meta = torch.empty_strided((1, 3, 2, 16), (1 << 31, 1 << 30, 16, 1), device="meta")  # of keys: copied
     assert attention_triton._readable(on_meta).is_contiguous()
     assert attention_triton._readable(on_meta[:, :1]).stride(1) == 1 << 30

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
@@ -97,7 +99,7 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
-def test_what_one_connection_sends_stops_no_other() -> None:
+def test_what_one_connection_sends_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """What comes after an answer, and is no chunk, makes uvicorn raise: its own 400 cannot be sent any more."""
 
     class Busy(Intake):
@@ -135,4 +137,33 @@ def test_what_one_connection_sends_stops_no_other() -> None:
         for protocol in protocols:
             protocol.connection_lost(None)
 
+    caplog.set_level(logging.DEBUG, logger="limner.server")
     asyncio.run(run())
+    told = [record for record in caplog.records if record.name == "limner.server"]
+    assert [(one.levelname, one.exc_info is not None) for one in told] == [("DEBUG", True)]  # a caller can do it
+
+
+def test_what_fails_in_the_server_is_an_error_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Protocol(HastyProtocol):
+        intake = Intake()
+
+    def fail(self: Any) -> None:
+        raise TypeError("of ours")
+
+    config = uvicorn.Config(answer, access_log=False)
+    config.load()
+
+    async def run() -> None:
+        protocol, wire = Protocol(config=config, server_state=ServerState(), app_state={}), Wire()
+        protocol.connection_made(wire)
+        monkeypatch.setattr(Protocol, "handle_events", fail)
+        protocol.data_received(HEAD + b"\r\n")
+        assert wire.is_closed
+        protocol.connection_lost(None)
+
+    asyncio.run(run())
+    (told,) = (record for record in caplog.records if record.name == "limner.server")
+    assert told.levelname == "ERROR"
+    assert "of ours" in caplog.text  # with its traceback

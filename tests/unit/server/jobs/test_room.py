@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -52,13 +53,38 @@ def test_a_webhook_is_still_delivered(store: JobStore) -> None:
     assert {name.rpartition("-")[0] for name in files(store, "results")} == {other.id}
     assert inputs(store) == {shared.report.digest}
     assert [one.id for one in store.of_owner("anna")] == [other.id]
+    assert store.get(done.id) is None
     assert not store.forget(done.id)
     assert store.forget_all("anna") == 1  # the other one
     assert inputs(store) == set()
     assert [one.id for one in store.due_webhooks()] == [done.id]
     store.webhook_attempted(done.id, again=None)
+    assert store.counts() == {"ready": 1}
     store.clean(forget_seconds=0)
-    assert store.get(done.id) is None
+    assert store.counts() == {}
+
+
+def test_the_key_of_a_removed_job_is_free(store: JobStore) -> None:
+    first = ended(store, idempotency="k", webhook=Webhook(url="u"))
+    assert store.add(job(idempotency="k", webhook=Webhook(url="u")))[0].id == first.id
+    assert store.forget(first.id)
+    second, is_new = store.add(job(idempotency="k", prompt="another"))
+    assert is_new
+    assert store.add(job(idempotency="k", prompt="another")) == (second, False)
+    assert [one.id for one in store.due_webhooks()] == [first.id]
+
+
+def test_what_a_failed_job_wrote_goes_with_it(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ended(store)
+    for status, output_format, suffix in (("error", "jpeg", "jpg"), ("cancelled", "png", "png")):
+        failed, _ = store.add(job(output_format=output_format))
+        store.write_results(failed.id, [b"1", b"2"], suffix=suffix)
+        store.write_results(failed.id, [b"1", b"2"], suffix="png", kind="map")
+        store.end(failed.id, status, result={"error": "so"}, keep_seconds=1e6)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(store._storage, "files", None)
+            assert store.forget(failed.id)
+        assert {name.rpartition("-")[0] for name in files(store, "results")} == {other.id}
 
 
 def test_the_files_of_a_job_are_those_of_its_row(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +121,45 @@ def test_the_oldest_jobs_go_when_there_is_no_room(store: JobStore, clock: Clock)
     assert store.trim(0) == 2
     assert inputs(store) == {kept.report.digest}  # it has a handle
     assert store.trim(0) == 0
+
+
+def test_what_is_removed_already_makes_no_room(store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room was looked for without an end: the row of a removed job was found again and again."""
+    told, young = ended(store, webhook=Webhook(url="u")), []
+    assert store.forget(told.id)
+    store.webhook_attempted(told.id, again=None)
+    clock.now += 61
+    young.append(ended(store))
+    forget, rounds = store._room._forget, []
+
+    def bounded(ids: Sequence[str]) -> tuple[int, list[str]]:
+        rounds.append(ids)
+        assert len(rounds) < 9, "it does not end"
+        return forget(ids)
+
+    monkeypatch.setattr(store._room, "_forget", bounded)
+    assert store.trim(0) == 0
+    assert rounds == []
+    clock.now += 61
+    assert store.trim(0) == 1
+    assert store.get(young[0].id) is None
+
+
+def test_jobs_that_another_call_removes_meanwhile_end_the_search(
+    store: JobStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [ended(store) for _ in range(2)]
+    clock.now += 61
+    tried: list[str] = []
+
+    def gone(ids: Sequence[str]) -> tuple[int, list[str]]:
+        tried.extend(ids)
+        assert len(tried) < 9, "it does not end"
+        return 0, []
+
+    monkeypatch.setattr(store._room, "_forget", gone)
+    assert store.trim(0) == 0
+    assert sorted(tried) == sorted(one.id for one in jobs)
 
 
 def test_jobs_before_a_time_are_listed(store: JobStore, clock: Clock) -> None:

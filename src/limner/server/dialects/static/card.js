@@ -60,7 +60,7 @@ export class Card {
       id: `${entry.id}/${id}`, group, name, path: `/v1/jobs/${entry.id}/${file}`, margins: `${entry.id}/${id}` === this.before ? margins : null,
     });
     if (entry.controls?.canvas) add("canvas", "image 1 as it was", "canvas.png");
-    (entry.result?.limner.preserved ?? []).forEach(({ map }, i) => { if (map) add(`map/${i + 1}`, `what picture ${i + 1} changed, in white`, `maps/${i + 1}.png`); });
+    if (this.results().length) entry.result.limner.preserved?.forEach(({ map }, i) => { if (map) add(`map/${i + 1}`, `what picture ${i + 1} changed, in white`, `maps/${i + 1}.png`); });
     for (let n = 1; n <= entry.num_references; n += 1) add(`reference/${n}`, `reference, image ${n}`, `references/${n}.png`);
     return found;
   }
