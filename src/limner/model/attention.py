@@ -154,7 +154,8 @@ def attend(
             kernel = "triton"
     if kernel == "triton":
         return _triton(q_BSHD, k_BSHD, v_BSHD, references, weights or KeyWeights())
-    if kernel in _IN_PLACE and references is not None and not _is_int8(references):
+    is_int8 = isinstance(references, QuantizedLayerKV) and references.k.dtype == torch.int8
+    if kernel in _IN_PLACE and references is not None and not is_int8:
         references = LayerKV(*(x.to(q_BSHD.dtype) for x in references.dense(q_BSHD.dtype)))
     if q_BSHD.device.type == "cpu" and kernel not in CPU_KERNELS:
         raise InvalidRequest(
@@ -276,10 +277,6 @@ def _segment(kv: AnyLayerKV, b: int, bias: float) -> native.Segment:
     k, v, *scales = (x[b if len(x) > 1 else 0] for x in kv)
     k_scale, v_scale = scales or (None, None)
     return native.Segment(k, v, k_scale, v_scale, bias)
-
-
-def _is_int8(kv: AnyLayerKV) -> bool:
-    return isinstance(kv, QuantizedLayerKV) and kv.k.dtype == torch.int8
 
 
 def _chunked(q: Tensor, parts: list[_DensePart], *, dtype: torch.dtype | None = None) -> Tensor:
