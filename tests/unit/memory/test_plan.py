@@ -9,7 +9,7 @@ import pytest
 from limner import CapacityError
 from limner.config import MODELS
 from limner.memory import Formats, Workload, cheapest, make_plan
-from limner.memory.components import num_matrix_weights, text_layer_weights
+from limner.memory.components import num_matrix_weights, text_layer_weights, tile_space
 
 GIB = 2**30
 
@@ -110,14 +110,16 @@ def test_int8_products_that_read_weights_as_they_are_stored() -> None:
     packed = copies.components["int8 weights as packed for this CPU"]
     assert packed == num_matrix_weights(config) + 27 * text_layer_weights(text)
     joined = config.width + config.mlp_width
-    space = {"encode text": text.mlp_width, "prefill": joined, "denoise": joined}
+    products = {"encode text": (EDIT.num_text, text.mlp_width)}
+    products |= {"prefill": (EDIT.num_ref, joined), "denoise": (EDIT.batch * EDIT.num_own, joined)}
     for one, other, two, plain, large in zip(
         few.phases, many.phases, copies.phases, wide.phases, widened.phases, strict=True
     ):
-        width = space.get(one.name, 0)
-        assert other.anonymous - one.anonymous == (14 * 384 * (4 * 384 + width) if width else 0)
-        assert (one.anonymous > plain.anonymous) == bool(width)  # the working space and the input in int8
-        assert one.anonymous <= plain.anonymous + GIB
+        rows, width = products.get(one.name, (0, 0))
+        # the input in int8, its copy in the layout of tiles, and what each thread has
+        more = rows * width + tile_space(rows, width, threads=2) if rows else 0
+        assert one.anonymous - plain.anonymous == more
+        assert other.anonymous - one.anonymous == (14 * 384 * (4 * 384 + width) if rows else 0)
         assert one.anonymous <= two.anonymous
         assert one.anonymous <= large.anonymous
     assert few.peak < copies.peak - 8 * GIB
