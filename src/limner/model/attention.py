@@ -340,10 +340,9 @@ _PLAIN: dict[str, Callable[[Tensor, list[_DensePart]], Tensor]] = {
     "sdpa": _sdpa,
     "dense": _dense,
 }
-_IN_PLACE: dict[str, tuple[Any, str]] = {
+_IN_PLACE: dict[str, tuple[Any, str]] = {  # kernels in C, and what they need
     "native": (native, "multiples of 16 up to 256, a CPU with AVX-512 BF16"),
     "tiles": (tiles, "multiples of 32 up to 256, a CPU with AMX"),
 }
-"""Kernels in C, and what they need."""
 KERNELS = (*_IN_PLACE, "triton", *_PLAIN)
 CPU_KERNELS = tuple(name for name in KERNELS if name not in ("triton", "flash3", "flash4", "cudnn", "efficient"))
