@@ -40,7 +40,7 @@ from limner.bench import Bench, BenchCase, machine
 from limner.bench.models import TINY, RandomValues, autoencoder_config, text_config
 from limner.config import KLEIN_4B, MODELS, ModelGeometry, TransformerConfig
 from limner.memory import Formats, Request, make_plan, parse_bytes
-from limner.model.int8 import has_int8_products
+from limner.model.int8 import packs_weights, tile_threads
 from limner.weights.files import TensorInfo, write_tensors
 from limner.weights.folder import bundled_model, load_transformer
 from limner.weights.networks import empty_autoencoder, empty_text_network, empty_transformer
@@ -163,8 +163,12 @@ def edit(
         found |= {"baseline": {"commit": args.baseline, **before}}
         found["ratio"] = round(before["seconds"] / found["seconds"], 3)
     found["memory_limit"] = limit
-    packed, quantize = has_int8_products(), "int8" if int8 else None
-    formats = Formats(quantize=quantize, quantize_text=text is not None, packed=packed)
+    formats = Formats(
+        quantize="int8" if int8 else None,
+        quantize_text=text is not None,
+        packed=packs_weights(),
+        tile_threads=tile_threads(),
+    )
     request = Request(size=(side, side), references=((side, side),) * 2, num_text=args.text)
     plans = [
         make_plan(geometry, request, formats=formats, staging=staging, limit=parse_bytes(limit))

@@ -148,6 +148,7 @@ def _kernels(notes: list[str]) -> dict[str, str]:
 
     from limner.model.attention import choose_kernel
     from limner.model.int8 import has_int8_products
+    from limner.native import tiles
     from limner.native.kernels import why_missing
 
     reason = why_missing()
@@ -155,9 +156,19 @@ def _kernels(notes: list[str]) -> dict[str, str]:
     cpu = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float32):
         found[f"attention {str(dtype).removeprefix('torch.')}"] = choose_kernel(cpu, dtype, 128)
-    found["int8 products"] = "of the CPU" if has_int8_products() else "widened: int8 saves memory, not time"
+    no_tiles = (tiles.why_missing() or "").partition("\n")[0]
+    if not has_int8_products():
+        found["int8 products"] = "widened: int8 saves memory, not time"
+    elif no_tiles:
+        found["int8 products"] = f"oneDNN, with a second copy of the weights; no AMX tiles: {no_tiles}"
+    else:
+        found["int8 products"] = "AMX tiles"
     if reason is not None and "compiler" in reason:
         notes.append(f"native kernels: {reason}; apt-get install gcc makes bfloat16 faster")
+    elif reason is None and no_tiles and torch.cpu.get_capabilities().get("amx_int8"):
+        notes.append(
+            f"int8 products: {no_tiles}; GCC 11 or newer, as CC, makes them faster and saves a copy of the weights"
+        )
     return found
 
 

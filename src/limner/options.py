@@ -224,6 +224,22 @@ class ModelOptions(ReferenceOptions):
         """What the model is called in answers of the service."""
         return BUNDLED_MODEL if self.model is None else Path(self.model).name
 
+    @property
+    def lora_names(self) -> tuple[str, ...]:
+        """What requests and results call the LoRAs: the last part of a hub id, or of a path without ".safetensors".
+
+        Of several with one name the second has "-2" behind it.
+        """
+        found: list[str] = []
+        for source, _ in self.loras:
+            name = base = Path(source).name.removesuffix(".safetensors") or source
+            number = 1
+            while name in found:
+                number += 1
+                name = f"{base}-{number}"
+            found.append(name)
+        return tuple(found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypedDict
 
 from limner.errors import InvalidRequest
@@ -20,15 +21,19 @@ __all__ = [
     "CONTROL_VALUES",
     "MAX_PROMPT_CHARACTERS",
     "MAX_STEPS",
+    "NOT_OF_CANVAS",
     "OF_MASKS",
     "REFERENCE_CONTROLS",
     "REPAINTING",
     "Control",
     "EditRequest",
+    "Loras",
     "PrefillRequest",
     "check_guidance",
     "check_length",
+    "check_number",
     "check_prompt",
+    "read_loras",
     "repaints",
     "with_mask",
 ]
@@ -39,8 +44,12 @@ MAX_PROMPT_CHARACTERS = 32_000
 """Longer prompts are refused: the text encoder reads some hundred words, and tokenizing megabytes takes seconds."""
 
 
+Loras = Mapping[str, float] | Sequence[tuple[str, float]] | None
+"""Which of the loaded LoRAs act, by name, and how strongly; an empty one lets none act; None: as the pipeline is set."""
+
+
 class Control(TypedDict, total=False):
-    """What a request may ask for beyond prompt and references; `docs/control.md` explains it."""
+    """What a request may ask for beyond prompt and references; `docs/control.md` and `docs/lora.md` explain it."""
 
     reference_weights: Sequence[float] | Sequence[Sequence[float]] | None
     reference_guidance: float
@@ -51,6 +60,7 @@ class Control(TypedDict, total=False):
     mask_blur: int
     padding_mask_crop: int | None
     preserve: str | None
+    loras: Loras
 
 
 REPAINTING = ("mask_image", "expand", "strength", "preserve")
@@ -58,8 +68,10 @@ REPAINTING = ("mask_image", "expand", "strength", "preserve")
 OF_MASKS = ("mask_blur", "padding_mask_crop")
 """How it is repainted; they need mask_image or expand."""
 REFERENCE_CONTROLS = ("reference_weights", "reference_guidance")
-"""How much references count. All others are of the canvas."""
-CONTROL_VALUES = ("strength", "expand", *OF_MASKS, "preserve", *REFERENCE_CONTROLS)
+"""How much references count."""
+NOT_OF_CANVAS = (*REFERENCE_CONTROLS, "loras")
+"""All others say which canvas there is, and what of it is repainted."""
+CONTROL_VALUES = ("strength", "expand", *OF_MASKS, "preserve", *NOT_OF_CANVAS)
 """What of `Control` is no picture: values of JSON."""
 CONTROL_FIELDS = {"mask": "mask_image", "canvas": "canvas", **{name: name for name in CONTROL_VALUES}}
 """What callers who write no Python call them: options, rows of a manifest, fields of a body."""
@@ -120,6 +132,33 @@ def check_guidance(scale: float | None) -> None:
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale is not None and not (is_number and 0 <= scale < math.inf):
         raise InvalidRequest("guidance_scale", f"{scale!r} is not a number of at least 0; base models take about 4")
+
+
+def check_number(field: str, value: object, *, of: str = "") -> float:
+    """Return a finite number, the one of `of` among several. Raises `InvalidRequest`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidRequest(field, f"{value!r}{of and f' of {of!r}'} is not a finite number")
+    return float(value)
+
+
+def read_loras(given: Loras) -> tuple[tuple[str, float], ...] | None:
+    """Return the LoRAs of a request as (name, strength), ordered by name; None: as the pipeline is set.
+
+    Raises `InvalidRequest` for what is not names with finite strengths, each name once.
+    """
+    if given is None:
+        return None
+    pairs: Any = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise InvalidRequest(
+            "loras", f'{given!r} is not names with strengths, as {{"style": 0.8}}; an empty one lets none act'
+        )
+    found = tuple(sorted((name, check_number("loras", strength, of=name[:80])) for name, strength in pairs))
+    if len({name for name, _ in found}) < len(found):
+        raise InvalidRequest("loras", f"{given!r} names a LoRA twice; add up its strengths")
+    return found
 
 
 def check_prompt(text: object, *, allow_empty: bool = False) -> None:

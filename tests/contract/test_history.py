@@ -20,7 +20,7 @@ from limner.server.jobs.settings import FOR_GOOD, RunnerSettings
 
 @pytest.fixture
 def served(pipe: Pipeline, tmp_path: Path) -> Any:
-    about = ModelAbout(card="# It draws", words=("a", "ball"), loras=(("ink", 0.5),))
+    about = ModelAbout(card="# It draws", words=("a", "ball"))
     with Served(pipe, tmp_path / "data", keys=KEYS, about=about) as served:
         yield served
 
@@ -111,7 +111,7 @@ def test_the_oldest_jobs_go_when_there_is_no_room(
 
 def test_what_there_is_to_read_of_the_model(served: Served) -> None:
     able = served.http.get("/v1/capabilities").json()
-    assert (able["words"], able["loras"]) == (["a", "ball"], [{"name": "ink", "strength": 0.5}])
+    assert (able["words"], able["loras"]) == (["a", "ball"], [])
     assert (able["keep_seconds"], able["keep_bytes"], able["fetch_urls"]) == (600, None, False)
     card = served.http.get("/v1/model-card")
     assert card.json() == {"model": able["model"], "card": "# It draws", "url": None}

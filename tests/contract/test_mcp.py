@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.lora_files import make_pairs, original
+from tests.support.lora_files import write as write_lora
 from tests.support.tiny import Gate, generators, picture
 
 from limner import Pipeline
@@ -76,6 +78,44 @@ def refusal(result: Any) -> str:
     assert result.is_error
     assert "\n" not in content.text
     return str(content.text)
+
+
+def test_loras_are_named_to_assistants_and_act_in_one_picture(
+    assistant: Assistant, model: Pipeline, tmp_path: Path
+) -> None:
+    """Where there are none, there is no such argument."""
+
+    async def conversation(client: Any) -> Any:
+        return await client.list_tools()
+
+    def schemas() -> list[Any]:
+        tools = {tool.name: tool for tool in talk(assistant, conversation).tools}
+        return [tools[name].input_schema["properties"] for name in ("generate", "edit")]
+
+    assert not any("loras" in schema for schema in schemas())
+    assert "'ink' not loaded; none is loaded" in refusal(call(assistant, "generate", prompt="a", loras={"ink": 1}))
+    image = tmp_path / "pictures" / "a.png"
+    plain = drawn(model, "a cat", image, seed=2)
+    model.load_lora_weights(write_lora(tmp_path, original(make_pairs()), "ink.safetensors"), "ink")
+    try:
+        model.set_adapters("ink", 0.0)
+        for schema in schemas():
+            assert list(schema["loras"]["properties"]) == ["ink"]
+            assert schema["loras"]["additionalProperties"] is False
+        result = call(assistant, "edit", prompt="a cat", pictures=["a.png"], seed=2, loras={"ink": 0.5})
+        (found,) = pictures_of(result)
+        assert np.array_equal(found, drawn(model, "a cat", image, seed=2, loras={"ink": 0.5}))
+        assert not np.array_equal(found, plain)
+        assert [(one["name"], one["strength"]) for one in result.structured_content["loras"]] == [("ink", 0.5)]
+        size = {"width": 64, "height": 64}
+        (found,) = pictures_of(call(assistant, "generate", prompt="a cat", seed=2, loras={"ink": -1}, **size))
+        assert np.array_equal(found, drawn(model, "a cat", seed=2, loras={"ink": -1.0}, **size))
+        (found,) = pictures_of(call(assistant, "edit", prompt="a cat", pictures=["a.png"], seed=2))
+        assert np.array_equal(found, plain)
+        told = refusal(call(assistant, "generate", prompt="a", loras={"style": 1}))
+        assert "'style' not loaded; loaded: ink" in told
+    finally:
+        model.unload_lora_weights()
 
 
 @pytest.mark.parametrize("mode", MODES)

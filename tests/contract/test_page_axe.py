@@ -21,6 +21,7 @@ from tests.support.browser import (
     needs_chromium,
     new_keys,
 )
+from tests.support.lora_files import of_attention
 from tests.support.serving import Served
 from tests.support.tiny import picture
 
@@ -39,12 +40,11 @@ _callers = new_keys()
 
 @pytest.fixture(scope="module")
 def opener(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
-    about = about_model(ModelOptions())
+    about, pipe = about_model(ModelOptions()), Pipeline.from_pretrained()
+    for seed, name in enumerate(("ink", "grain")):
+        pipe.load_lora_weights(of_attention(pipe, seed), name)
     folder = tmp_path_factory.mktemp("axe") / "data"
-    with (
-        Served(Pipeline.from_pretrained(), folder, keys=CALLERS, drain=1, about=about) as served,
-        chromium() as browser,
-    ):
+    with Served(pipe, folder, keys=CALLERS, drain=1, about=about) as served, chromium() as browser:
         opener = Opener(browser, served.url, _callers)
         yield opener
         opener.close()

@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a service that keeps a history, as one on loopback does."""
     folder = tmp_path_factory.mktemp("kept") / "data"
     runner = RunnerSettings.of(ServeOptions(drain=1), is_open=True)
-    about = about_model(ModelOptions(loras=(("styles/ink.safetensors", 0.8),)))
+    about = about_model(ModelOptions())
     with Served(Pipeline.from_pretrained(), folder, keys=CALLERS, drain=1, runner=runner, about=about) as served:
         yield served.url
 
@@ -162,7 +162,7 @@ def test_prompts_of_before_come_back(open_page) -> None:
 
 def test_the_card_is_a_click_away_and_words_that_the_model_does_not_know_are_told(open_page) -> None:
     page, _ = open_page()
-    assert page.inner_text("#model-name") == "limner-stickers + ink ×0.8"  # noqa: RUF001
+    assert page.inner_text("#model-name") == "limner-stickers"
     page.fill("#prompt", "put the cat on a spaceship in the snow, please")
     expect(page.locator("#unknown-words")).to_have_text("This model was not trained on “spaceship”.")
     page.fill("#prompt", "Put the cat in the snow")
@@ -176,7 +176,7 @@ def test_the_card_is_a_click_away_and_words_that_the_model_does_not_know_are_tol
         > 0
     )
     assert page.locator("#card-text").get_by_text("Does not").evaluate("(e) => e.tagName") == "STRONG"
-    assert "ink, strength 0.8" in page.inner_text("#card-facts")
+    assert "limner-stickers" in page.inner_text("#card-facts")
     page.keyboard.press("Escape")
     page.fill("#prompt", "put the cat in the snow")
     expect(page.locator("#unknown")).to_be_hidden()

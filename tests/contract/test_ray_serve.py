@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from tests.support.lora_files import make_pairs, original
+from tests.support.lora_files import write as write_lora
 from tests.support.serving import opened, png, text
 from tests.support.tiny import generators, picture
 
@@ -38,9 +40,14 @@ SECONDS = 120.0
 
 
 class Deployed:
-    """The application with the tiny model: two replicas of one core, and what tests ask of it."""
+    """The application with the tiny model: two replicas of one core, and what tests ask of it.
 
-    def __init__(self, model: Path, data: Path | str, *, address: str = "local", replicas: int = 2) -> None:
+    `lora` is a file that acts where a request asks for it.
+    """
+
+    def __init__(
+        self, model: Path, data: Path | str, *, address: str = "local", replicas: int = 2, lora: Path | None = None
+    ) -> None:
         from ray import serve
 
         from limner.deploy.cluster import connect, quiet
@@ -52,6 +59,7 @@ class Deployed:
         connect(address, option="--address", num_cpus=2)
         self.options = {
             "model": str(model),
+            "loras": [] if lora is None else [[str(lora), 0]],
             "data": str(data),
             "replicas": replicas,
             "threads": 1,
@@ -113,7 +121,9 @@ def deployed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     from limner.deploy.cluster import quiet
 
     try:
-        made = Deployed(tiny_folder, tmp_path_factory.mktemp("deployed"))
+        lora = write_lora(tmp_path_factory.mktemp("loras"), original(make_pairs()), "ink.safetensors")
+        made = Deployed(tiny_folder, tmp_path_factory.mktemp("deployed"), lora=lora)
+        made.lora = lora  # type: ignore[attr-defined]
         yield made
         made.http.close()
     finally:
@@ -156,6 +166,27 @@ def test_a_mask_and_weights_come_through(deployed: Deployed, tiny_folder: Path) 
     assert changed[16:48, 16:48].mean() > 0.9
     changed[16:48, 16:48] = False
     assert not changed.any()
+
+
+def test_loras_of_a_request_come_through(deployed: Deployed, tiny_folder: Path) -> None:
+    """They are checked in the ingress, act in a replica, and their K/V are found again there."""
+    assert deployed.http.get("/v1/capabilities").json()["loras"] == [{"name": "ink", "strength": 0.0}]
+    answer = deployed.http.post("/v1/edit", json={"prompt": "a", **SIZE, "loras": {"grain": 1}})
+    assert answer.status_code == 422
+    assert "'grain' not loaded; loaded: ink" in answer.json()["detail"][0]["msg"]
+    pipe = Pipeline.from_pretrained(tiny_folder)
+    pipe.load_lora_weights(deployed.lora, "ink")  # type: ignore[attr-defined]
+    sources = []
+    for loras in (None, {"ink": 0.5}, {"ink": 0.5}, {"ink": -0.5}, None):
+        found = deployed.poll(deployed.submit(input_image=text(png(seed=77)), seed=3, loras=loras))
+        sources.append(found["result"]["limner"]["reference_cache"])
+        expected = pipe(
+            "a red ball", image=picture(64, 64, seed=77), generator=generators(3), loras=loras or {}, **SIZE
+        )
+        assert np.abs(deployed.pixels(found) - np.asarray(expected.images[0]).astype(int)).max() <= 2, loras
+        told = {one["name"]: one["strength"] for one in found["result"]["limner"].get("loras", [])}
+        assert told == (loras or {})
+    assert sources == ["miss", "miss", "memory", "miss", "memory"]
 
 
 def test_a_killed_replica_loses_no_accepted_job(deployed: Deployed) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limner import Pipeline
-from limner.model.lora import Kronecker, LowRank
+from limner.model.lora import Kronecker, LowRank, matrix_shapes
 from limner.tokens import image_ids, text_ids
 
 WIDTH, MLP, IN, TEXT = 32, 96, 16, 48
@@ -56,6 +56,16 @@ def original(pairs: Pairs, *, alpha: float | None = None, prefix: str = "diffusi
         if alpha is not None:
             found[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
     return found
+
+
+def of_attention(pipe: Pipeline, seed: int) -> dict[str, Tensor]:
+    """A LoRA of every matrix of attention of any pipeline, by the names of diffusers."""
+    made, generator = {}, torch.Generator().manual_seed(seed)
+    for name, (num_out, num_in) in matrix_shapes(pipe.transformer).items():
+        if "attn" in name:
+            made[f"transformer.{name}.lora_A.weight"] = torch.randn(2, num_in, generator=generator) * num_in**-0.5
+            made[f"transformer.{name}.lora_B.weight"] = torch.randn(num_out, 2, generator=generator) * 0.5
+    return made
 
 
 def peft(pairs: Pairs) -> dict[str, Tensor]:

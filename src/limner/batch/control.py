@@ -1,4 +1,4 @@
-"""What a row of a manifest repaints, and how much its references count: its fields, and the request that they stand for.
+"""What a row of a manifest repaints, how much its references count, and its LoRAs: its fields, and what they ask for.
 
 Owns how their files are found. Their names are `limner.requests`'; what they mean, what they may be, and whether they
 fit together, is `limner.pipeline`'s.
@@ -17,7 +17,7 @@ from limner.images.sources import open_picture
 from limner.pipeline import Pipeline
 from limner.pipeline.canvas import Canvas
 from limner.pipeline.together import canvases_of
-from limner.requests import CONTROL_FIELDS, Control, EditRequest, repaints, with_mask
+from limner.requests import CONTROL_FIELDS, Control, EditRequest, read_loras, repaints, with_mask
 
 __all__ = ["canvas_values", "open_row", "read_control", "renamed", "repaints_first", "row_warnings"]
 
@@ -113,6 +113,12 @@ def _check_weights(name: str, value: Any) -> None:
         raise InvalidRequest(name, f"{_short(value)} is not a list of numbers, one for each reference")
 
 
+def _check_loras(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise InvalidRequest(name, f'{_short(value)} is not names with strengths, as {{"style": 0.8}}')
+    read_loras(value)
+
+
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -123,5 +129,6 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "canvas": _check_file,
     "expand": _check_expand,
     "reference_weights": _check_weights,
+    "loras": _check_loras,
 }
 """Types that a call takes and a row does not. The pipeline checks the rest."""

@@ -95,7 +95,7 @@ class Drawer:
         prepared = prepare_references([first, *group.files[1:]], policy=policy)
         if tuple(picture.report.digest for picture in prepared) != group.digests:
             raise InvalidRequest("references", "a file changed while the batch ran; run it again")
-        references, source = self.pipe.prefill_from(prepared)
+        references, source = self.pipe.prefill_from(prepared, loras=group.loras)
         if source == "miss":
             self.journal.append({"prefill": references.key, "seconds": round(references.prefill_seconds, 4)})
             self.pipe.store.put(references)  # whatever reading costs: a run that goes on must not prefill again

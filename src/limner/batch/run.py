@@ -34,6 +34,8 @@ __all__ = ["Batch", "BatchSummary"]
 
 _logger = logging.getLogger("limner")
 _Digests = tuple[str, ...]
+_Kept = tuple[_Digests, tuple[tuple[str, float], ...] | None]
+"""What decides, in one run, which K/V a row needs: digests of its references, and its LoRAs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +79,10 @@ class Batch:
         self._errors: dict[int, Result] = {}
         self._done: dict[str, Result] = {}
         self._drawn = self._done_before = 0
-        self._left: dict[_Digests, set[str]] = {}
-        """Rows of each list of references that are not drawn yet; its K/V are removed with the last one."""
-        self._digests: dict[str, _Digests] = {}
-        """The references of each row that was planned."""
+        self._left: dict[_Kept, set[str]] = {}
+        """Rows of each list of references and LoRAs that are not drawn yet; its K/V are removed with the last one."""
+        self._kept: dict[str, _Kept] = {}
+        """The references and LoRAs of each row that was planned."""
         self._lock = lock_folder(self.options)
         try:
             self._start = time.perf_counter()
@@ -107,22 +109,21 @@ class Batch:
         self.model = pipe.digest
         base = Path(self.options.manifest).absolute().parent
         reports = _Reports(base, pipe.reference_policy)
-        groups: dict[_Digests, list[Task]] = {}
-        files: dict[_Digests, tuple[str, ...]] = {}
+        groups: dict[_Kept, list[Task]] = {}
+        files: dict[_Kept, tuple[str, ...]] = {}
         for row in self.rows:
             planned = self._plan_row(row, pipe, reports)
             if planned is None:
                 continue
             task, digests = planned
-            files.setdefault(digests, tuple(str(base / reference["file"]) for reference in task.references))
-            groups.setdefault(digests, []).append(task)
-            self._left.setdefault(digests, set()).add(task.id)
-            self._digests[task.id] = digests
+            kept = digests, task.loras
+            files.setdefault(kept, tuple(str(base / reference["file"]) for reference in task.references))
+            groups.setdefault(kept, []).append(task)
+            self._left.setdefault(kept, set()).add(task.id)
+            self._kept[task.id] = kept
         self._report()
         return [
-            group
-            for digests, tasks in groups.items()
-            for group in group_tasks(tasks, files=files[digests], digests=digests)
+            group for kept, tasks in groups.items() for group in group_tasks(tasks, files=files[kept], digests=kept[0])
         ]
 
     def _plan_row(self, row: Row | BrokenRow, pipe: Pipeline, reports: _Reports) -> tuple[Task, _Digests] | None:
@@ -169,7 +170,7 @@ class Batch:
 
     def _remove_references_after(self, result: Result) -> None:
         """Remove K/V from the hidden store after the last row that needs them."""
-        left = self._left[self._digests[result["id"]]]
+        left = self._left[self._kept[result["id"]]]
         left.discard(result["id"])
         key = result["reference_key"]
         if not left and key is not None and self.options.store is None:

@@ -1,4 +1,4 @@
-"""What a batch draws: one task a row, in groups of equal references, and the options of a run.
+"""What a batch draws: one task a row, in groups of equal references and LoRAs, and the options of a run.
 
 Owns how rows become tasks, what decides that a row has to be drawn again (its fingerprint), and the order of work. Knows
 neither how tasks are drawn nor what is done already.
@@ -18,10 +18,11 @@ from limner.batch.manifest import Row, check_number
 from limner.errors import InvalidRequest
 from limner.images import ReferenceReport
 from limner.pipeline import Pipeline
+from limner.pipeline.adapters import check_loras
 from limner.pipeline.control import check_reference_guidance, check_weights
 from limner.pipeline.together import shared_of
 from limner.places import check_store
-from limner.requests import EditRequest
+from limner.requests import EditRequest, read_loras
 from limner.store import ReferenceStore
 
 __all__ = ["ENDINGS", "BatchOptions", "Group", "Task", "chunks", "group_tasks", "make_task"]
@@ -96,6 +97,11 @@ class Task:
     repainted: dict[str, Any] | None = None
 
     @property
+    def loras(self) -> tuple[tuple[str, float], ...] | None:
+        """Its own LoRAs; None: as the pipeline is set."""
+        return read_loras(self.control.get("loras"))
+
+    @property
     def request(self) -> EditRequest:
         """What it asks the model for, its references and controls aside."""
         return EditRequest(
@@ -122,12 +128,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Tasks of equal references, by shape. `files` and `fit` are those of the first; `digests` are those of all."""
+    """Tasks of equal references and LoRAs, by shape. `files` and `fit` are those of the first, `digests` those of all."""
 
     files: tuple[str, ...]
     digests: tuple[str, ...]
     tasks: tuple[Task, ...]
     fit: str | None = None
+
+    @property
+    def loras(self) -> tuple[tuple[str, float], ...] | None:
+        """Those of all; None: as the pipeline is set."""
+        return self.tasks[0].loras
 
 
 def make_task(
@@ -206,6 +217,7 @@ def _shape(opened: EditRequest, row: Row, reports: Sequence[ReferenceReport], pi
     try:
         check_weights(control.get("reference_weights"), num_references=len(reports), num_steps=steps)
         check_reference_guidance(control.get("reference_guidance", 1.0), len(reports))
+        check_loras(control.get("loras"), loaded=pipe.networks.adapters.loaded)
     except InvalidRequest as error:
         raise renamed(error) from None
     return tuple(shared.values())
@@ -216,7 +228,7 @@ def _json(values: object) -> str:
 
 
 def group_tasks(tasks: Sequence[Task], *, files: tuple[str, ...], digests: tuple[str, ...]) -> Iterator[Group]:
-    """Give the groups of tasks with equal references, ordered by shape: one, or several if there are no references."""
+    """Give the groups of tasks with equal references and LoRAs, ordered by shape: one, or several without references."""
     shapes = list(dict.fromkeys(task.shape for task in tasks))
     ordered = sorted(tasks, key=lambda task: shapes.index(task.shape))
     step = len(ordered) if files else _ROWS_WITHOUT_REFERENCES

@@ -26,7 +26,7 @@ from limner.errors import InvalidRequest
 from limner.images import encode
 from limner.memory.amounts import show_bytes
 from limner.memory.free import free_bytes
-from limner.model.int8 import has_int8_products, quantize_blocks, quantize_layers
+from limner.model.int8 import packs_weights, quantize_blocks, quantize_layers
 from limner.model.text_encoder import default_out_layers
 from limner.pipeline import Pipeline
 from limner.store import ReferenceStore
@@ -171,8 +171,9 @@ class WholeBench:
             quantize_layers(pipe.text_encoder.network)
             pipe.transformer.settle()
             pipe.text_encoder.settle()
-            if self.device.type == "cpu" and has_int8_products():  # which have a copy in oneDNN's layout
-                for network in (pipe.transformer, pipe.text_encoder):
+            networks = (pipe.transformer, pipe.text_encoder)
+            if self.device.type == "cpu" and packs_weights(*networks):  # which have a copy in oneDNN's layout
+                for network in networks:
                     map_int8(network)
         return pipe
 

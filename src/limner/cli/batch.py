@@ -45,8 +45,8 @@ def add_commands(commands: Commands) -> None:
         "manifest",
         metavar="MANIFEST",
         help='JSON lines: {"id": "a", "prompt": "...", "references": ["cat.png"], "seed": 1, "size": "512x512", '
-        '"steps": 4, "fit": "pad", "mask": "mask.png", "strength": 0.8}, and the other fields of docs/control.md; all but '
-        "id and prompt may be left out; files are relative to the manifest",
+        '"steps": 4, "fit": "pad", "mask": "mask.png", "strength": 0.8}, loras of docs/lora.md, and the other fields of '
+        "docs/control.md; all but id and prompt may be left out; files are relative to the manifest",
     )
     parser.add_argument(
         "-o",

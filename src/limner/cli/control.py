@@ -61,7 +61,8 @@ def control_of(args: argparse.Namespace, images: list[str]) -> tuple[Control, Im
     """Return what is asked for, and image 1 as its file has it if it is repainted. Raises `InvalidRequest`."""
     from limner.requests import CONTROL_FIELDS, repaints
 
-    given = {name: getattr(args, field) for field, name in CONTROL_FIELDS.items()}
+    # --lora says which are loaded, and how strongly they act
+    given = {name: getattr(args, field) for field, name in CONTROL_FIELDS.items() if name != "loras"}
     found = cast("Control", {name: value for name, value in given.items() if value is not None})
     if not repaints(found) or args.canvas is not None:
         return found, None

@@ -157,17 +157,18 @@ def _geometry(model: str | None) -> tuple[ModelGeometry, frozenset[str], ModelKi
 def _formats(args: argparse.Namespace, *, int8: frozenset[str]) -> Formats:
     from limner.memory import Formats
 
-    packed = False
+    packed, threads = False, 0
     if args.device == "cpu":
-        from limner.model.int8 import has_int8_products
+        from limner.model.int8 import packs_weights, tile_threads
 
-        packed = has_int8_products()
+        packed, threads = packs_weights(), tile_threads()
     return Formats(
         itemsize=4 if args.dtype == "float32" else 2,
         quantize="int8" if "transformer" in int8 else args.quantize,
         quantize_text="text_encoder" in int8 or args.quantize_text,
         kv=args.kv_cache_dtype,
         packed=packed,
+        tile_threads=threads,
     )
 
 

@@ -16,7 +16,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from limner.deploy.routing import AffinityRouter, RoutingPolicy
 from limner.grid import num_tokens
-from limner.requests import EditRequest, PrefillRequest
+from limner.requests import EditRequest, PrefillRequest, read_loras
 
 __all__ = ["AffinityRequestRouter"]
 
@@ -91,7 +91,7 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
         tokens = num_tokens(*(r.report.processed_size for r in request.references))
         seconds = costs["service_seconds"]
         chosen = self._affinity.route(
-            "/".join(r.report.digest for r in request.references),
+            _key(request),
             nbytes=max(1, round(tokens * costs["kv_bytes_per_token"])),
             wait=lambda name: self._ongoing[name] * seconds,
             mean_wait=seconds * sum(self._ongoing[name] for name in by_name) / len(by_name),
@@ -100,6 +100,12 @@ class AffinityRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray's class
             avoid=[name for name in self._affinity.homes if name not in by_name],
         )
         return [[by_name[chosen.replica]], *([other] for other in busy if other is not by_name[chosen.replica])]
+
+
+def _key(request: EditRequest | PrefillRequest) -> str:
+    """What stands for the K/V of a request here: its references, and LoRAs of its own."""
+    loras = read_loras(request.control.get("loras")) if isinstance(request, EditRequest) else None
+    return "/".join([*(r.report.digest for r in request.references), *([] if loras is None else [repr(loras)])])
 
 
 def _request(pending: PendingRequest | None) -> EditRequest | PrefillRequest | None:

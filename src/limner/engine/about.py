@@ -1,4 +1,4 @@
-"""What people may read of a model: its card, the words that it knows, the LoRAs that act. Loads no weights."""
+"""What people may read of a model: its card, and the words that it knows. Loads no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_CARD = 200_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelAbout:
-    """`card` is Markdown, `url` where it stands on the hub; at most one is given. `loras` are names with strengths.
+    """`card` is Markdown, `url` where it stands on the hub; at most one is given.
 
     `words` are the only ones that the model was trained on; none: any.
     """
@@ -26,30 +26,23 @@ class ModelAbout:
     card: str | None = None
     url: str | None = None
     words: tuple[str, ...] = ()
-    loras: tuple[tuple[str, float], ...] = ()
 
 
 def about_model(options: ModelOptions) -> ModelAbout:
     """Read what is said of a model, where its folder is on this disk. What is not there, or broken, is left out."""
-    loras = tuple((_lora_name(source), strength) for source, strength in options.loras)
     given = options.model
     if given is not None and not Path(given).is_dir():
         if (known := published(given)) is not None:
-            return ModelAbout(url=known.page, loras=loras)
+            return ModelAbout(url=known.page)
         is_hub = not is_url(given) and given.count("/") == 1
-        return ModelAbout(url=f"https://huggingface.co/{given}" if is_hub else None, loras=loras)
+        return ModelAbout(url=f"https://huggingface.co/{given}" if is_hub else None)
     try:
         folder = resolve_model(given, without=PARTS)
         words = read_settings(folder).words
     except CheckpointError:  # loading says so, in full
-        return ModelAbout(loras=loras)
+        return ModelAbout()
     try:
         card = (folder / "README.md").read_text("utf-8", errors="replace")[:_MAX_CARD]
     except OSError:
         card = None
-    return ModelAbout(card=card, words=words, loras=loras)
-
-
-def _lora_name(source: str) -> str:
-    """Return the last part of a hub id, or of a path without the ending of its weights."""
-    return Path(source).name.removesuffix(".safetensors") or source
+    return ModelAbout(card=card, words=words)

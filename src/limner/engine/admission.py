@@ -16,6 +16,7 @@ from limner.grid import check_size
 from limner.images import PreparedReference
 from limner.kinds import guides
 from limner.memory import Workload
+from limner.pipeline.adapters import check_loras
 from limner.pipeline.admission import check_workload
 from limner.pipeline.canvas import canvas_bytes
 from limner.pipeline.control import check_reference_guidance, check_reuse, check_weights
@@ -88,6 +89,7 @@ class Admission:
         steps = self.num_steps(request)
         check_weights(control.get("reference_weights"), num_references=num_references, num_steps=steps)
         check_reference_guidance(control.get("reference_guidance", 1.0), num_references)
+        check_loras(control.get("loras"), loaded=self.model.loras)
         check_canvas_size(canvases_of(request), width=request.width, height=request.height)
         return check_size("width", shared["width"]), check_size("height", shared["height"])
 

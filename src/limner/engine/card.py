@@ -16,6 +16,7 @@ from limner.images import PreparedReference
 from limner.kinds import ModelKind
 from limner.memory import Formats, Workload, call_bytes, control_bytes
 from limner.pipeline import Pipeline
+from limner.pipeline.adapters import AppliedLora
 from limner.references import reference_key
 
 __all__ = ["ModelCard", "PipelineView"]
@@ -52,6 +53,10 @@ class PipelineView:
         return self._pipe.latent_preview is not None
 
     @property
+    def loras(self) -> tuple[AppliedLora, ...]:
+        return self._pipe.networks.adapters.loaded
+
+    @property
     def digest(self) -> str:
         return self._pipe.digest
 
@@ -82,6 +87,7 @@ class ModelCard:
     sizes: tuple[tuple[int, int], ...]
     text_length: int
     previews: bool
+    loras: tuple[AppliedLora, ...]
     geometry: ModelGeometry
     formats: Formats
     whole_pixels: int
@@ -102,6 +108,7 @@ class ModelCard:
             sizes=pipe.sizes,
             text_length=pipe.text_encoder.max_length,
             previews=pipe.latent_preview is not None,
+            loras=pipe.networks.adapters.loaded,
             geometry=pipe.geometry,
             formats=pipe.formats,
             whole_pixels=pipe.autoencoder.whole_pixels,

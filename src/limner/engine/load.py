@@ -56,7 +56,7 @@ def load_pipeline(
         progress=progress,
     )
     if files:
-        names = [f"{file.stem}-{i}" for i, file in enumerate(files, start=1)]
+        names = options.lora_names
         for name, file in zip(names, files, strict=True):
             pipe.load_lora_weights(file, name)
         pipe.set_adapters(names, [strength for _, strength in options.loras])

@@ -15,6 +15,7 @@ from limner.engine.stats import EngineStats
 from limner.images import PreparedReference
 from limner.kinds import ModelKind
 from limner.memory import Workload
+from limner.pipeline.adapters import AppliedLora
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -48,8 +49,12 @@ class ModelView(Protocol):
         """Whether the model makes previews while it draws."""
 
     @property
+    def loras(self) -> tuple[AppliedLora, ...]:
+        """The LoRAs that are loaded, with the strengths of requests that name none."""
+
+    @property
     def digest(self) -> str:
-        """Digest of all weights."""
+        """Digest of all weights, with the LoRAs of requests that name none."""
 
     def memory_needed(self, *, num_ref: int, num_own: int, batch: int) -> int:
         """As `Pipeline.memory_needed`."""

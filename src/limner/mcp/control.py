@@ -10,7 +10,7 @@ from typing import cast
 
 from limner.errors import InvalidRequest
 from limner.images import PreparedReference
-from limner.mcp.inputs import EditInputs
+from limner.mcp.inputs import EditInputs, GenerateInputs
 from limner.mcp.pictures import PictureReader
 from limner.requests import CONTROL_VALUES, Control, repaints
 
@@ -26,10 +26,12 @@ class Asked:
     canvas: PreparedReference | None = None
 
 
-async def read_asked(pictures: PictureReader, inputs: EditInputs) -> Asked:
+async def read_asked(pictures: PictureReader, inputs: GenerateInputs | EditInputs) -> Asked:
     """Read the pictures of a call. Raises `InvalidRequest`."""
-    values = {name: value for name in CONTROL_VALUES if (value := getattr(inputs, name)) is not None}
+    values = {name: value for name in CONTROL_VALUES if (value := getattr(inputs, name, None)) is not None}
     control = cast("Control", values)
+    if isinstance(inputs, GenerateInputs):
+        return Asked(control=control)
     is_repainted = repaints(control, mask=inputs.mask)
     if not is_repainted and inputs.canvas is not None:
         raise InvalidRequest("canvas", "says which picture is repainted; give one of mask, expand, strength, preserve")

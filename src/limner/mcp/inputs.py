@@ -52,6 +52,9 @@ class _Drawing(Inputs):
     )
     guidance: float | None = Field(None, ge=0, le=100, description="Guidance scale of base models; others ignore it.")
     negative_prompt: str | None = Field(None, description="What guidance goes away from (base models).")
+    loras: dict[str, float] | None = Field(
+        None, description="Strengths of the LoRAs that act, by name, and no others. Default: as limner was started."
+    )
     num_images: int = Field(1, ge=1, le=ServiceOptions.max_batch, strict=True, description="Pictures to draw.")
     save_as: str | None = Field(
         None,

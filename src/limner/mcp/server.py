@@ -26,13 +26,14 @@ from limner.engine.events import EditResult, Finished, Prefilled
 from limner.engine.protocol import Backend
 from limner.errors import InvalidRequest, LimnerError
 from limner.images import FORMATS, MEDIA_TYPES, PreparedReference, encode, numbered, picture_metadata
-from limner.mcp.control import Asked, read_asked
+from limner.mcp.control import read_asked
 from limner.mcp.folder import AllowedFolder
 from limner.mcp.inputs import EditInputs, ForgetInputs, GenerateInputs, Inputs, KeepInputs, read_inputs
 from limner.mcp.kept import Kept, KeptReferences
 from limner.mcp.pictures import URI, PictureReader
 from limner.mcp.work import run_request
 from limner.outbound.client import OutboundClient
+from limner.pipeline.adapters import AppliedLora
 from limner.requests import EditRequest, PrefillRequest, with_mask
 from limner.version import __version__
 
@@ -57,11 +58,14 @@ class _Tool:
     destructive: bool = False
     idempotent: bool = False
 
-    def described(self, name: str) -> types.Tool:
+    def described(self, name: str, *, loras: Sequence[AppliedLora]) -> types.Tool:
+        schema = self.inputs.model_json_schema()
+        if "loras" in schema["properties"]:
+            _name_loras(schema["properties"], loras)
         return types.Tool(
             name=name,
             description=self.description,
-            input_schema=self.inputs.model_json_schema(),
+            input_schema=schema,
             annotations=types.ToolAnnotations(
                 read_only_hint=False,
                 destructive_hint=self.destructive,
@@ -132,7 +136,7 @@ class Assistant:
 
     async def _draw(self, request: _Request, inputs: GenerateInputs | EditInputs) -> types.CallToolResult:
         files = await self.pictures.in_thread(self._new_files, inputs)
-        asked = await read_asked(self.pictures, inputs) if isinstance(inputs, EditInputs) else Asked()
+        asked = await read_asked(self.pictures, inputs)
         first = secrets.randbelow(2**31) if inputs.seed is None else inputs.seed
         drawn = EditRequest(
             prompt=inputs.prompt,
@@ -197,6 +201,8 @@ class Assistant:
         }
         if result.canvas:
             about_all["canvas"] = asdict(result.canvas[0])
+        if loras := result.metadata.get("loras"):
+            about_all["loras"] = loras
         if result.preserved:
             about_all["preserved"] = [one.as_json() for one in result.preserved]
         if result.warnings:
@@ -294,7 +300,10 @@ def create_server(assistant: Assistant) -> Server[Any]:
     """Return the server of the protocol, for any transport."""
 
     async def list_tools(request: _Request, params: object) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[tool.described(name) for name, tool in assistant.tools.items()])
+        loras = assistant.engine.model.loras
+        return types.ListToolsResult(
+            tools=[tool.described(name, loras=loras) for name, tool in assistant.tools.items()]
+        )
 
     return Server(
         "limner",
@@ -307,6 +316,21 @@ def create_server(assistant: Assistant) -> Server[Any]:
         on_read_resource=assistant.read_resource,
         on_subscriptions_listen=ListenHandler(assistant.bus),
     )
+
+
+def _name_loras(properties: dict[str, Any], loras: Sequence[AppliedLora]) -> None:
+    """Say in a schema which LoRAs there are; where there are none, leave them out."""
+    if not loras:
+        del properties["loras"]
+        return
+    properties["loras"] = {
+        "type": "object",
+        "description": properties["loras"]["description"],
+        "properties": {
+            one.name: {"type": "number", "description": f"{one.strength} where loras is left out."} for one in loras
+        },
+        "additionalProperties": False,
+    }
 
 
 def _result(about: dict[str, Any], *more: types.ImageContent) -> types.CallToolResult:

@@ -27,6 +27,7 @@ __all__ = [
     "num_matrix_weights",
     "text_bytes",
     "text_layer_weights",
+    "tile_space",
     "transformer_bytes",
 ]
 
@@ -37,6 +38,9 @@ _LIVE_STRIPS = 2
 """The same when it runs in strips."""
 _STRIP_SCRATCH = (1 << 15) * 4 * 6
 """Scratch bytes of a strip for each channel: six float32 maps of its pixels."""
+_TILE_ROWS, _TILE_FEATURES = 1536, 384
+"""Of int8 products with tiles (`native/tiles.c`): rows that are laid out at a time; features of which a thread has a copy,
+and sums for as many rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +78,10 @@ class Workload:
 class Formats:
     """The formats of weights and K/V: bytes of a value (`itemsize`), int8 or not, and which weights no file backs.
 
-    `quantize` is of the transformer, `quantize_text` of the text encoder. `packed`: int8 products on this CPU read a
-    second copy of the matrices, in another layout. `anonymous` names the
-    networks ("text_encoder", "transformer", "autoencoder") whose weights are converted or quantized while loading.
+    `quantize` is of the transformer, `quantize_text` of the text encoder. How a CPU multiplies int8: `packed`, products
+    read a second copy of the matrices, in another layout; `tile_threads`, they read the matrices as stored, and so many
+    threads have working space; neither: matrices are widened. `anonymous` names the networks ("text_encoder",
+    "transformer", "autoencoder") whose weights are converted or quantized while loading.
     """
 
     itemsize: int = 2
@@ -84,7 +89,13 @@ class Formats:
     quantize_text: bool = False
     kv: str | None = None
     packed: bool = True
+    tile_threads: int = 0
     anonymous: frozenset[str] = frozenset()
+
+    @property
+    def widened(self) -> bool:
+        """True if int8 matrices are widened for their products."""
+        return not (self.packed or self.tile_threads)
 
 
 def _block_weights(config: TransformerConfig) -> int:
@@ -191,9 +202,25 @@ def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str 
     return num_ref * config.num_layers * 2 * row
 
 
-def _block_activations(config: TransformerConfig, tokens: int, itemsize: int) -> int:
-    """Bytes at the peak of a block: stream, norm, fused projection, rotated q and k, attention output, joined with MLP."""
-    return tokens * (8 * config.width + 3 * config.mlp_width) * itemsize
+def _block_activations(config: TransformerConfig, tokens: int, formats: Formats) -> int:
+    """Bytes at the peak of a block: stream, norm, fused projection, rotated q and k, attention output, joined with MLP.
+
+    Of int8 products with tiles also what the last one reads: its input in int8 and working space. Where they make the gate
+    too, the projection of the MLP is not there; this is the peak with a LoRA, where it is.
+    """
+    wide, joined = (
+        tokens * (8 * config.width + 3 * config.mlp_width) * formats.itemsize,
+        config.width + config.mlp_width,
+    )
+    if formats.quantize is None or not formats.tile_threads:
+        return wide
+    return wide + tokens * joined + tile_space(tokens, joined, threads=formats.tile_threads)
+
+
+def tile_space(rows: int, width: int, *, threads: int) -> int:
+    """Return the bytes of working space of an int8 product with tiles: `rows` of `width` values (`native/tiles.c`)."""
+    laid_out = -(-min(rows, _TILE_ROWS) // 32) * 32 * width
+    return laid_out + threads * _TILE_FEATURES * (4 * _TILE_FEATURES + width)
 
 
 def _autoencoder_activations(channels: Sequence[int], pixels: int, live: int, itemsize: int, *, whole: int) -> int:
@@ -241,7 +268,7 @@ def call_bytes(
     pixels = num_own * PIXELS**2 if pixels is None else pixels
     reference_pixels = num_ref * PIXELS**2 if reference_pixels is None else reference_pixels
     tokens = batch * (num_own + num_ref) if joint else max(num_ref, batch * num_own)
-    blocks = _block_activations(transformer, tokens, size)
+    blocks = _block_activations(transformer, tokens, formats)
     encode = encode_bytes(autoencoder, reference_pixels, itemsize=size)
     at_once = min(batch, max(1, WHOLE_PIXELS // max(pixels, 1)))
     decode = at_once * _autoencoder_activations(
@@ -262,15 +289,19 @@ def activations(
     decode = _autoencoder_activations(networks.decoder_channels, pixels, _LIVE_DECODE, size, whole=whole_pixels)
     text = geometry.text_encoder
     found = {"encode text": _text_activations(text, workload.num_text, size)}
-    if formats.quantize_text and not formats.packed:
-        found["encode text"] += text.width * max(text.mlp_width, text.num_heads * text.head_dim) * (8 + size)
+    widest = max(text.mlp_width, text.num_heads * text.head_dim)
+    if formats.quantize_text and formats.tile_threads:
+        found["encode text"] += workload.num_text * widest
+        found["encode text"] += tile_space(workload.num_text, widest, threads=formats.tile_threads)
+    elif formats.quantize_text and formats.widened:
+        found["encode text"] += text.width * widest * (8 + size)
     if workload.references:
         found["encode references"] = encode_bytes(networks, largest, itemsize=size)
         if not workload.joint:
-            found["prefill"] = _block_activations(config, workload.num_ref, size) + wide
+            found["prefill"] = _block_activations(config, workload.num_ref, formats) + wide
     own = workload.num_own + (workload.num_ref if workload.joint else 0)
-    found["denoise"] = _block_activations(config, workload.batch * own, size)
-    if formats.quantize is not None and not formats.packed:  # the largest matrix, widened for its product
+    found["denoise"] = _block_activations(config, workload.batch * own, formats)
+    if formats.quantize is not None and formats.widened:  # the largest matrix, widened for its product
         widened = config.width * (3 * config.width + 2 * config.mlp_width) * (8 + size)
         for name in {"prefill", "denoise"} & found.keys():
             found[name] += widened

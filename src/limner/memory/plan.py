@@ -4,8 +4,8 @@ The one owner of these numbers: admission, `memory_limit` and `limner plan` use 
 
 Memory is of two kinds. Weights that are mapped from their files in the dtype in which they are used are *file-backed*: the
 system can drop their pages and read them again. Everything else is *anonymous*: activations, K/V of references, weights
-that were converted or quantized while loading, int8 weights packed for the CPU's products. On a device other than the
-CPU, all bytes of a phase are the device's.
+that were converted or quantized while loading, int8 weights packed for the products of a CPU without AMX. On a device
+other than the CPU, all bytes of a phase are the device's.
 
 `Staging` says how weights stay in memory: "whole", all of them all the time; "parts", those of one network at a time;
 "layers", also a network's layers by turns, where one network alone exceeds the limit. On a GPU weights that are not

@@ -272,4 +272,4 @@ def _unpacked_bytes(module: nn.Module) -> int:
 
 def _packs(module: nn.Module) -> TypeGuard[Int8Linear]:
     """Return True if products of a matrix read a copy of it in another layout."""
-    return isinstance(module, Int8Linear) and module.multiplies_int8()
+    return isinstance(module, Int8Linear) and module.packs()

@@ -4,18 +4,19 @@ There may be fewer queries than own keys: only those of the tokens whose result 
 
 Shapes: B batch, S own sequence, R reference sequence, H heads, D head dimension, Q a chunk of queries.
 All tensors are (B, S, H, D); transposes live here alone. K/V of references have batch 1, or B in training. They are neither
-repeated nor joined to others: `native`, `triton` and the kernels with a log-sum-exp read them where they are; `chunked` in
-half precision copies those of one layer into scratch memory, once for a batch. `native` and `triton` widen quantized ones a
-block at a time, the others a layer at a time. Knows nothing of blocks, modulation or positions.
+repeated nor joined to others: `native`, `tiles`, `triton` and the kernels with a log-sum-exp read them where they are;
+`chunked` in half precision copies those of one layer into scratch memory, once for a batch. `native`, `tiles` and `triton`
+widen quantized ones a block at a time, the others a layer at a time. Knows nothing of blocks, modulation or positions.
 
 Kernels (`KERNELS`), all equal up to rounding:
 - ``native``: a flash kernel in C (`limner.native`), for bfloat16 on CPUs with AVX-512 BF16 and a C compiler. Scores and
   softmax are in float32, and no score leaves the cache.
+- ``tiles``: the same with matrix products in the tiles of CPUs with AMX (`limner.native.tiles`), for bfloat16.
 - ``chunked``: queries in chunks; two matrix products fill one score buffer, one softmax, two products. Runs anywhere.
 - ``chunked_float32``: the same in float32, for half precision where the CPU multiplies float32 faster.
 - ``triton``: one pass of our own kernel over references and own tokens (`limner.model.gpu.attention_triton`), on GPUs.
 - ``flash``, ``flash3``, ``flash4``, ``cudnn``, ``efficient``: torch's, once for the references and once for the own tokens,
-  merged by their log-sum-exp (`limner.model.gpu.with_lse`). ``flash`` runs on any CPU and is best with AMX.
+  merged by their log-sum-exp (`limner.model.gpu.with_lse`). ``flash`` runs on any CPU.
 - ``sdpa``: torch's own choice over the concatenation; for mps, and where no other kernel runs on a GPU.
 - ``dense``: the formula over the concatenation. Copies; differentiable. For training: on a CPU with a few hundred tokens a
   third faster, backward included, than `scaled_dot_product_attention`.
@@ -28,7 +29,7 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ from limner.model.gpu import attention_triton, choice, with_lse
 from limner.model.gpu.with_lse import attend_parts
 from limner.model.kv import AnyLayerKV, LayerKV, QuantizedLayerKV, quantize_layer
 from limner.native import kernels as native
+from limner.native import tiles
 
 __all__ = ["CPU_KERNELS", "KERNELS", "KeyWeights", "attend", "choose_kernel", "reads_narrow"]
 
@@ -53,11 +55,14 @@ _SCORES = 8 << 20
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the name of the fastest kernel that runs there; the choice is logged once.
 
-    On a GPU the candidates of `limner.model.gpu.choice` are checked and measured. On a CPU the products of torch's flash
-    kernel are oneDNN's: with AMX four to six times as fast as `native` in bfloat16, without half as fast (docs/log.md).
+    On a GPU the candidates of `limner.model.gpu.choice` are checked and measured. On a CPU with AMX `tiles` is 1.5 to 3
+    times as fast as torch's flash kernel in bfloat16, and that 4 to 6 times as fast as `native`; without AMX it is half
+    as fast as `native` (docs/log.md).
     """
     if device.type not in ("cpu", "meta"):
         name = _choose_on_gpu(device, dtype, head_dim)
+    elif tiles.takes(device, dtype, head_dim):
+        name = "tiles"
     elif device.type == "cpu" and dtype == torch.bfloat16 and _has_amx():
         name = "flash"
     elif native.takes(device, dtype, head_dim):
@@ -137,7 +142,7 @@ def attend(
 
     K/V of `references` have batch 1 or B. `weights` multiply the softmax's terms of some keys: log w is added to their
     scores; a list has those of each image. `kernel` is a name in `KERNELS`; None takes the fastest one of the device, or
-    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` cannot run.
+    the differentiable one while gradients are recorded. Raises `InvalidRequest` if `native` or `tiles` cannot run.
     """
     if isinstance(weights, list):
         return _by_weights(q_BSHD, k_BSHD, v_BSHD, references, weights, kernel)
@@ -149,15 +154,16 @@ def attend(
             kernel = "triton"
     if kernel == "triton":
         return _triton(q_BSHD, k_BSHD, v_BSHD, references, weights or KeyWeights())
-    if kernel == "native" and references is not None and not _is_int8(references):
+    is_int8 = isinstance(references, QuantizedLayerKV) and references.k.dtype == torch.int8
+    if kernel in _IN_PLACE and references is not None and not is_int8:
         references = LayerKV(*(x.to(q_BSHD.dtype) for x in references.dense(q_BSHD.dtype)))
     if q_BSHD.device.type == "cpu" and kernel not in CPU_KERNELS:
         raise InvalidRequest(
             "kernel", f"{kernel!r} does not run on a CPU (allowed: {', '.join(CPU_KERNELS)}); leave it out"
         )
     parts = _parts(k_BSHD, v_BSHD, references, weights)
-    if kernel == "native":
-        return _native(q_BSHD, parts)
+    if kernel in _IN_PLACE:
+        return _in_place(kernel, q_BSHD, parts)
     return _PLAIN[kernel](q_BSHD, [(kv.dense(v_BSHD.dtype), bias) for kv, bias in parts])
 
 
@@ -245,22 +251,24 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, references: AnyLayerKV | None, weig
     return attention_triton.attend(q, k, v, references=references, ref_bias=ref_bias, own_bias=own_bias)
 
 
-def _native(q: Tensor, parts: list[_Part]) -> Tensor:
-    if not native.takes(q.device, q.dtype, q.shape[-1]):
+def _in_place(name: str, q: Tensor, parts: list[_Part]) -> Tensor:
+    """With a kernel in C, which reads all parts where they are."""
+    kernel, needs = _IN_PLACE[name]
+    if not kernel.takes(q.device, q.dtype, q.shape[-1]):
         raise InvalidRequest(
             "kernel",
-            f"'native' does not run on {q.device} in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, multiples "
-            "of 16 up to 256, a CPU with AVX-512 BF16 and a C compiler; the log says what is missing); leave kernel out",
+            f"{name!r} does not run on {q.device} in {q.dtype} with heads of {q.shape[-1]} (it takes bfloat16, {needs} and "
+            "a C compiler; the log says what is missing); leave kernel out",
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, *(x for kv, _ in parts for x in kv))):
-        raise InvalidRequest("kernel", "'native' records no gradients; leave kernel out, or use torch.no_grad()")
+        raise InvalidRequest("kernel", f"{name!r} records no gradients; leave kernel out, or use torch.no_grad()")
     for kv, _ in parts:
         if kv[0].shape[0] not in (1, q.shape[0]):
             raise ValueError(f"references of batch {kv[0].shape[0]} do not fit {q.shape[0]} images")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
         segments = [_segment(kv, b, bias) for kv, bias in parts]
-        native.attend(q[b], segments, out[b])
+        kernel.attend(q[b], segments, out[b])
     return out
 
 
@@ -269,10 +277,6 @@ def _segment(kv: AnyLayerKV, b: int, bias: float) -> native.Segment:
     k, v, *scales = (x[b if len(x) > 1 else 0] for x in kv)
     k_scale, v_scale = scales or (None, None)
     return native.Segment(k, v, k_scale, v_scale, bias)
-
-
-def _is_int8(kv: AnyLayerKV) -> bool:
-    return isinstance(kv, QuantizedLayerKV) and kv.k.dtype == torch.int8
 
 
 def _chunked(q: Tensor, parts: list[_DensePart], *, dtype: torch.dtype | None = None) -> Tensor:
@@ -336,5 +340,9 @@ _PLAIN: dict[str, Callable[[Tensor, list[_DensePart]], Tensor]] = {
     "sdpa": _sdpa,
     "dense": _dense,
 }
-KERNELS = ("native", "triton", *_PLAIN)
+_IN_PLACE: dict[str, tuple[Any, str]] = {  # kernels in C, and what they need
+    "native": (native, "multiples of 16 up to 256, a CPU with AVX-512 BF16"),
+    "tiles": (tiles, "multiples of 32 up to 256, a CPU with AMX"),
+}
+KERNELS = (*_IN_PLACE, "triton", *_PLAIN)
 CPU_KERNELS = tuple(name for name in KERNELS if name not in ("triton", "flash3", "flash4", "cudnn", "efficient"))

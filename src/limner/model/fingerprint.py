@@ -17,6 +17,7 @@ from limner.model.gpu.launch import source_digest as triton_digest
 from limner.model.int8 import Int8Linear
 from limner.model.rows import rows_name
 from limner.native.kernels import source_digest as native_digest
+from limner.native.tiles import digest as tiles_digest
 
 __all__ = ["arithmetic_name"]
 
@@ -25,7 +26,7 @@ def arithmetic_name(network: nn.Module, execution: Execution, *, like: Linear, h
     """Return the name for a network whose matrices have the device, dtype and arithmetic of `like`."""
     device, dtype = like.weight.device, like.weight.dtype
     kernel = execution.kernel or choose_kernel(device, dtype, head_dim)
-    digests: dict[str, Callable[[], str]] = {"native": native_digest, "triton": triton_digest}
+    digests: dict[str, Callable[[], str]] = {"native": native_digest, "tiles": tiles_digest, "triton": triton_digest}
     kernel = f"{kernel} {digests[kernel]()}" if kernel in digests else kernel
     products = like.arithmetic or fast_dtype(device, dtype)
     names = [device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(device)]

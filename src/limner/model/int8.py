@@ -1,9 +1,11 @@
 """Matrix products in int8: signed weights with a scale per output feature, unsigned activations with a scale per row.
 
 Shapes: x (..., K), weight (N, K) int8, weight_scale (N,) float32, result (..., N) in the dtype of x. The weights stand for
-weight * weight_scale, a row of activations for (u - 128) * scale with u in [1, 255]. Where the CPU has int8 dot products
-(AVX-512 VNNI), oneDNN multiplies u8 x s8. A GPU multiplies s8 x s8, or fp8 x fp8 (`limner.model.gpu.products`), by the same
-formulas. Elsewhere the weights are widened and multiplied as floating point numbers.
+weight * weight_scale, a row of activations for (u - 128) * scale with u in [1, 255]. Where the CPU has AMX,
+`limner.native.tiles` multiplies the weights as they are stored. Where it has int8 dot products alone (AVX-512 VNNI), oneDNN
+multiplies u8 x s8, and reads a copy of the weights in a layout of its own. A GPU multiplies s8 x s8, or fp8 x fp8
+(`limner.model.gpu.products`), by the same formulas. Elsewhere the weights are widened and multiplied as floating point
+numbers.
 
 Activations are unsigned on a CPU because oneDNN runs s8 x s8 in a reference kernel that is a hundred times slower.
 Knows nothing of blocks or files.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +24,19 @@ from torch import Tensor, nn
 from limner.model.arithmetic import Linear
 from limner.model.gpu import products
 from limner.native import kernels as native
+from limner.native import tiles
 
 __all__ = [
     "Int8Linear",
     "QuantizedRows",
     "has_int8_products",
+    "packs_weights",
     "quantize_blocks",
     "quantize_layers",
     "quantize_rows",
     "quantize_weight",
     "settle_products",
+    "tile_threads",
 ]
 
 _logger = logging.getLogger("limner")
@@ -63,7 +68,7 @@ class QuantizedRows(NamedTuple):
 
 @cache
 def has_int8_products() -> bool:
-    """Return True if oneDNN multiplies u8 x s8 with instructions of this CPU; logged once."""
+    """Return True if this CPU has instructions for int8 products, of oneDNN or `limner.native.tiles`; logged once."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -71,8 +76,24 @@ def has_int8_products() -> bool:
         and capability.startswith("AVX512")
         and torch.cpu._is_vnni_supported()
     )
-    _logger.info("int8 on cpu (%s): %s", capability, "u8 x s8 of oneDNN" if found else "weights widened")
+    how = "AMX tiles" if tiles.why_missing() is None else "u8 x s8 of oneDNN"
+    _logger.info("int8 on cpu (%s): %s", capability, how if found else "weights widened")
     return found
+
+
+def packs_weights(*networks: nn.Module) -> bool:
+    """Return True if int8 products on this CPU read a second copy of the weights, in oneDNN's layout.
+
+    With tiles that is so only of matrices that they do not take: True if `networks` have such.
+    """
+    if tiles.why_missing() is not None:
+        return has_int8_products()
+    return any(isinstance(module, Int8Linear) and module.packs() for one in networks for module in one.modules())
+
+
+def tile_threads() -> int:
+    """Return how many threads have working space in int8 products on this CPU; 0 where they are not those of tiles."""
+    return torch.get_num_threads() if has_int8_products() and tiles.why_missing() is None else 0
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +160,8 @@ class Int8Linear(nn.Module):
         product = self._product(x)
         if product is None:
             return x
-        return quantize_rows(x) if product == _ONEDNN else QuantizedRows(*products.quantize(x, self.weight.dtype), x)
+        on_cpu = self._multiplies_int8(self.weight.device)
+        return quantize_rows(x) if on_cpu else QuantizedRows(*products.quantize(x, self.weight.dtype), x)
 
     def forward(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """x weight^T; with `rows` only these output features."""
@@ -152,6 +174,10 @@ class Int8Linear(nn.Module):
             return multiply(x.values, x.scale, weight, scale, dtype=x.dtype).view(*x.shape[:-1], len(weight))
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         out_dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        if self._fits_tiles():
+            whole = tiles.aligned(start, stop)
+            made = self._tiled(x, whole, dtype=out_dtype)[:, start - whole.start : stop - whole.start]
+            return made.to(x.dtype).contiguous().view(*x.shape[:-1], stop - start)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             x.values,
             1.0,
@@ -169,9 +195,36 @@ class Int8Linear(nn.Module):
         )
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
-    def multiplies_int8(self) -> bool:
-        """Return True if products are u8 x s8 on a CPU."""
-        return self._multiplies_int8(self.weight.device)
+    def gates(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> bool:  # noqa: A002
+        """Return True if `gated` runs for this result of `prepare`: in bfloat16, with tiles, and no hook changes products,
+        as those of a LoRA do."""
+        start, stop, _ = (rows or slice(None)).indices(self.out_features)
+        if isinstance(input, Tensor) or input.dtype != torch.bfloat16 or input.values.dtype != torch.uint8:
+            return False
+        return tiles.fits(stop - start, self.in_features, gated=True) and not self._forward_hooks
+
+    def gated(self, input: QuantizedRows, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:  # noqa: A002
+        """silu(first half) * second half of the product's last axis, rounded once, where `gates`.
+
+        Into `out` (..., N / 2) if given, which may be a part of longer rows.
+        """
+        start, stop, _ = (rows or slice(None)).indices(self.out_features)
+        if out is None:
+            out = input.source.new_empty(*input.shape[:-1], (stop - start) // 2)
+        flat = out.view(-1, out.shape[-1])
+        self._tiled(input, slice(start, stop), dtype=input.dtype, gated=True, out=flat)
+        return out
+
+    def _tiled(self, x: QuantizedRows, rows: slice, **how: Any) -> Tensor:
+        return tiles.product(x.values, x.scale, self.weight[rows], self.weight_scale[rows], **how)
+
+    def packs(self) -> bool:
+        """Return True if products on the CPU read a copy of the weight in oneDNN's layout."""
+        return self._multiplies_int8(self.weight.device) and not self._fits_tiles()
+
+    def _fits_tiles(self) -> bool:
+        """The whole matrix decides, so that none is packed for a part of its features."""
+        return tiles.fits(self.out_features, self.in_features)
 
     def _multiplies_int8(self, device: torch.device) -> bool:
         return device.type == "cpu" and self.weight.dtype == torch.int8 and has_int8_products()
@@ -209,7 +262,7 @@ class Int8Linear(nn.Module):
     def _product_of(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the name of the products that run; None: weights are widened."""
         if self._multiplies_int8(device):
-            return _ONEDNN
+            return f"int8 tiles {tiles.digest()}" if self._fits_tiles() else _ONEDNN
         if self.weight.is_meta or not products.fits(self.weight):
             return None
         kind = "fp8" if self.weight.dtype == products.FP8 else "int8"

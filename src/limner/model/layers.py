@@ -9,7 +9,7 @@ noise. Knows nothing of steps or files, nor of how a sequence is made (`limner.t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.attention import attend
 from limner.model.context import BlockContext
+from limner.model.int8 import Int8Linear, QuantizedRows
 from limner.model.kv import AnyLayerKV, LayerKV
 from limner.model.rope import Rope
 from limner.model.rows import Heads, rows_of
@@ -92,6 +93,10 @@ def _conditioned(linear: nn.Module, embedding: Tensor) -> Tensor:
     return values[0] if values.shape[0] == 1 else values[:, None]
 
 
+MlpInput: TypeAlias = Tensor | QuantizedRows
+"""The projections of both MLP halves (B, S, 2 M); or the activations they are made of, where product and gate are one."""
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -99,8 +104,13 @@ class FeedForward(nn.Module):
         self.linear_out = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear_in(x)
-        out: Tensor = self.linear_out(rows_of(hidden).gated_silu(hidden))
+        linear, prepared = self.linear_in, self.linear_in.prepare(x)
+        if isinstance(linear, Int8Linear) and linear.gates(prepared):
+            gated = linear.gated(prepared)
+        else:
+            hidden = linear(prepared)
+            gated = rows_of(hidden).gated_silu(hidden)
+        out: Tensor = self.linear_out(gated)
         return out
 
 
@@ -200,10 +210,21 @@ class ParallelAttention(nn.Module):
         """Features of the heads of this process: (3 C + 2 M) outputs less twice the (C + M) inputs of `to_out`."""
         return self.to_qkv_mlp_proj.out_features - 2 * self.to_out.in_features
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, S, C) to q and k after norm and rotation, v: each (B, S, H, D); and the MLP input (B, S, 2 M)."""
-        parts = [self.width] * 3 + [self.to_qkv_mlp_proj.out_features - 3 * self.width]
-        q, k, v, mlp = self.to_qkv_mlp_proj(x).split(parts, dim=-1)
+    @property
+    def _mlp(self) -> slice:
+        """The features of both MLP halves."""
+        return slice(3 * self.width, None)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, MlpInput]:
+        """(B, S, C) to q and k after norm and rotation, v: each (B, S, H, D); and what `merge` makes the MLP's part of."""
+        linear, prepared = self.to_qkv_mlp_proj, self.to_qkv_mlp_proj.prepare(x)
+        mlp: MlpInput
+        if isinstance(linear, Int8Linear) and linear.gates(prepared, self._mlp):
+            q, k, v = linear(prepared, slice(0, 3 * self.width)).chunk(3, dim=-1)
+            mlp = prepared
+        else:
+            parts = [self.width] * 3 + [linear.out_features - 3 * self.width]
+            q, k, v, mlp = linear(prepared).split(parts, dim=-1)
         q, k, v = (_heads(part, self.head_dim) for part in (q, k, v))
         heads = Heads(q=q, k=k, v=v, norm_q=self.norm_q, norm_k=self.norm_k)
         return *rows_of(x).attention_input([heads], rope), mlp
@@ -214,16 +235,24 @@ class ParallelAttention(nn.Module):
         k, v = (_heads(part, self.head_dim) for part in both.chunk(2, dim=-1))
         return rows_of(x).norm_rope(k, self.norm_k, rope), v
 
-    def project_q_mlp(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Only q after norm and rotation, (B, S, H, D), and the MLP input (B, S, 2 M)."""
-        prepared = self.to_qkv_mlp_proj.prepare(x)
-        q = _heads(self.to_qkv_mlp_proj(prepared, slice(0, self.width)), self.head_dim)
-        mlp = self.to_qkv_mlp_proj(prepared, slice(3 * self.width, None))
+    def project_q_mlp(self, x: Tensor, rope: Rope) -> tuple[Tensor, MlpInput]:
+        """Only q after norm and rotation, (B, S, H, D), and what `merge` makes the MLP's part of."""
+        linear, prepared = self.to_qkv_mlp_proj, self.to_qkv_mlp_proj.prepare(x)
+        q = _heads(linear(prepared, slice(0, self.width)), self.head_dim)
+        gates = isinstance(linear, Int8Linear) and linear.gates(prepared, self._mlp)
+        mlp: MlpInput = prepared if gates else linear(prepared, self._mlp)
         return rows_of(x).norm_rope(q, self.norm_q, rope), mlp
 
-    def merge(self, attended: Tensor, mlp: Tensor) -> Tensor:
-        """Attention's result (B, S, H, D) and the MLP input (B, S, 2 M) back to the stream, (B, S, C)."""
-        out: Tensor = self.to_out(rows_of(mlp).join_gated(attended, mlp))
+    def merge(self, attended: Tensor, mlp: MlpInput) -> Tensor:
+        """Attention's result (B, S, H, D) and what `project` gave for the MLP back to the stream, (B, S, C)."""
+        if isinstance(mlp, Tensor):
+            joined = rows_of(mlp).join_gated(attended, mlp)
+        else:
+            joined = attended.new_empty(*mlp.shape[:-1], self.to_out.in_features)
+            joined[..., : self.width] = attended.flatten(2)
+            assert isinstance(self.to_qkv_mlp_proj, Int8Linear)
+            self.to_qkv_mlp_proj.gated(mlp, self._mlp, out=joined[..., self.width :])
+        out: Tensor = self.to_out(joined)
         return out
 
 

@@ -9,7 +9,7 @@ Every kind of update has `rows`: those of its rows that a part of a fused matrix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -239,15 +239,19 @@ class _Branch:
 
 
 class Branches:
-    """Updates that run alongside the products of a transformer's matrices, until `remove`. They are in no state dict."""
+    """Updates that run alongside the products of a transformer's matrices, until `remove`, and from `attach` on again.
+
+    They are in no state dict.
+    """
 
     def __init__(
         self, transformer: nn.Module, updates: Mapping[str, Terms], *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._modules = {name: transformer.get_submodule(name) for name in updates}
         made = {name: _Branch(terms, device=device, dtype=dtype) for name, terms in updates.items()}
-        # hooks come last: if memory runs out before, the network is unchanged
-        self._handles = [_attach(self._modules[name], branch) for name, branch in made.items()]
+        self._hooks = [(self._modules[name], _hook(branch)) for name, branch in made.items()]
+        self._handles: list[RemovableHandle] = []
+        self.attach()  # last: if memory runs out before, the network is unchanged
 
     def are_in(self, transformer: nn.Module) -> bool:
         """False if another module has taken the place of a matrix that has a branch."""
@@ -256,10 +260,16 @@ class Branches:
         except AttributeError:
             return False
 
+    def attach(self) -> None:
+        """Run alongside again after `remove`, by the same hooks: what was made for these, as CUDA graphs, is used again."""
+        # before the hook that sums products over processes (`limner.model.shard_style`)
+        for module, hook in self._hooks:
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+
     def remove(self) -> None:
         """Detach all branches."""
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -267,11 +277,10 @@ def _weight(module: nn.Module) -> Tensor:
     return module.weight
 
 
-def _attach(module: nn.Module, branch: _Branch) -> RemovableHandle:
+def _hook(branch: _Branch) -> Callable[..., None]:
     def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], product: Tensor) -> None:
         x = args[0].source if isinstance(args[0], QuantizedRows) else args[0]
         rows = args[1] if len(args) > 1 else options.get("rows")
         branch.add(product, x, slice(None) if rows is None else rows)
 
-    # before the hook that sums products over processes (`limner.model.shard_style`)
-    return module.register_forward_hook(after, with_kwargs=True, prepend=True)
+    return after

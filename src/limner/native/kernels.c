@@ -8,64 +8,10 @@
    values are read where they are; one block of them at a time is laid out, or widened from int8, in the cache. What a query
    gets depends on neither batch nor threads. */
 
-#include <immintrin.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
-
 #define QUERIES 64           /* queries of a product: 4 registers */
 #define GROUPS 4             /* such groups of queries that share a block of keys, at most */
 #define KEYS 128             /* keys of a block */
 #define MAX_DIM 256
-#define LOWEST -1e30f
-
-typedef uint16_t bf16;
-typedef int64_t i64;
-
-/* K and V (R, H, D) with distances in values: bfloat16, or int8 with a scale for each row and head, (R, H) contiguous.
-   `bias` is added to the scores of all its keys, as log2 of a weight. */
-typedef struct {
-    const void *k, *v;
-    i64 k_row, k_head, v_row, v_head;
-    const float *k_scale, *v_scale;
-    i64 num;
-    float bias;
-} Segment;
-
-/* 2^x for x <= 0, relative error 3e-7 (Taylor series of degree 5 around the nearest integer). What rounding has put above
-   0 counts as 0. Of a NaN, minimum and maximum give the second operand: it stays NaN. */
-static inline __m512 exp2_negative(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(_mm512_setzero_ps(), x));
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(1.3333558e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
-static inline __m512 load16(const bf16 *at)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
-}
-
-static inline void store16(bf16 *at, __m512 x) { _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-/* One row of a segment's head as bfloat16: itself, or `space` after widening. */
-static inline const bf16 *row_of(const void *x, i64 at, const float *scale, i64 scale_at, i64 dim, bf16 *space)
-{
-    if (!scale) return (const bf16 *)x + at;
-    const __m512 factor = _mm512_set1_ps(scale[scale_at]);
-    for (i64 i = 0; i < dim; i += 16) {
-        __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)x + at + i)));
-        store16(space + i, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
-    }
-    return space;
-}
 
 /* A block of K to [key][D], and of V to [D / 4][key pair][4][2]; `rows` is `some` rounded up to 4, rows after it are zero. */
 static void stage(const Segment *s, i64 head, i64 heads, i64 first, i64 some, i64 rows, i64 dim, bf16 *k_out, bf16 *v_out)
@@ -281,16 +227,11 @@ void limner_norm_rope(const bf16 *x, i64 x_row, i64 rows, i64 heads, i64 dim, co
 /* silu(first half) * second half of rows of 2 `width` (a multiple of 16) values. */
 void limner_gated_silu(const bf16 *x, i64 x_row, i64 rows, i64 width, bf16 *out, i64 out_row, int threads)
 {
-    const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for num_threads(threads)
     for (i64 r = 0; r < rows; r++)
         for (i64 i = 0; i < width; i += 16) {
             __m512 gate = load16(x + r * x_row + i), value = load16(x + r * x_row + width + i);
-            __m512 e = exp2_negative(_mm512_mul_ps(_mm512_abs_ps(gate), _mm512_set1_ps(-1.4426950f)));
-            __m512 over = _mm512_div_ps(gate, _mm512_add_ps(one, e));
-            __mmask16 below = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
-            over = _mm512_mask_mul_ps(over, below, over, e);
-            store16(out + r * out_row + i, _mm512_mul_ps(over, value));
+            store16(out + r * out_row + i, _mm512_mul_ps(silu(gate), value));
         }
 }
 
@@ -370,18 +311,14 @@ void limner_map_sums(const void *x, int wide, i64 pixels, i64 channels, i64 chun
 void limner_map_silu(const void *x, int wide, i64 pixels, i64 channels, const float *scale, const float *shift, void *out,
                      int threads)
 {
-    const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for num_threads(threads)
     for (i64 p = 0; p < pixels; p++)
         for (i64 c = 0; c < channels; c += 16) {
             const i64 at = p * channels + c;
             __m512 v = _mm512_fmadd_ps(load_map(x, wide, at), _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c));
-            __m512 e = exp2_negative(_mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(-1.4426950f)));
-            __m512 over = _mm512_div_ps(v, _mm512_add_ps(one, e));
-            over = _mm512_mask_mul_ps(over, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), over, e);
             if (wide)
-                _mm512_storeu_ps((float *)out + at, over);
+                _mm512_storeu_ps((float *)out + at, silu(v));
             else
-                store16((bf16 *)out + at, over);
+                store16((bf16 *)out + at, silu(v));
         }
 }

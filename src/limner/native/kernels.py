@@ -1,8 +1,4 @@
-"""Build and load `kernels.c` if the CPU and a C compiler allow it, and call its functions with tensors.
-
-The library is compiled at first use (2 seconds) into `$XDG_CACHE_HOME/limner`, under a name with the digest of source and
-compiler, and shares the OpenMP threads of torch. If others can write that folder, or this user cannot, the library is
-built for this process alone. Without a compiler, or with LIMNER_NATIVE=0, everything runs without it.
+"""Call the functions of `kernels.c` with tensors, where the CPU has AVX-512 BF16 and `limner.native.build` can build them.
 
 No function records gradients; callers ask `runs_rows`, `runs_gate`, `runs_norm` or `runs_maps` first, which are False where
 a gradient is recorded. Knows tensors and the machine, nothing of blocks.
@@ -11,26 +7,20 @@ a gradient is recorded. Knows tensors and the machine, nothing of blocks.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import math
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from limner.native.build import Library
+
 __all__ = [
+    "ATTENTION_ARGUMENTS",
     "Segment",
     "attend",
+    "call_attention",
     "gated_silu",
     "has_rows",
     "map_silu",
@@ -47,10 +37,6 @@ __all__ = [
     "why_missing",
 ]
 
-_logger = logging.getLogger("limner")
-_SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
-"""Read at import, so that source and module have the same version even if files are replaced under a running process."""
-_FLAGS = ("-O3", "-std=c11", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _MAX_DIM = 256
 _LANES = 16
 _CHUNK = 512
@@ -82,115 +68,28 @@ class _Segment(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL | str:
-    """Return the library, built if need be; the reason if it cannot be built or loaded."""
-    try:
-        reason = _missing()
-        if reason is None:
-            return _loaded()
-    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError, AttributeError) as error:
-        output = getattr(error, "stderr", None) or b""
-        reason = f"{error} {output.decode(errors='replace')}".strip()
-    _logger.info("no native kernels: %s", reason)
-    return reason
+ATTENTION_ARGUMENTS = [
+    _pointer,
+    *[_int] * 5,
+    ctypes.POINTER(_Segment),
+    _int,
+    ctypes.c_float,
+    _pointer,
+    _int,
+    _int,
+    _pointer,
+    ctypes.c_int,
+]
+"""What `call_attention` gives."""
 
 
-def native_library() -> ctypes.CDLL | None:
-    """Return the library, built if need be; None if it cannot be built or loaded, with the reason in the log."""
-    found = _library()
-    return None if isinstance(found, str) else found
+def _why_not() -> str | None:
+    return None if torch.cpu._is_avx512_bf16_supported() else "the CPU has no AVX-512 BF16"
 
 
-def why_missing() -> str | None:
-    """Return why there are no kernels here; None if there are."""
-    found = _library()
-    return found if isinstance(found, str) else None
-
-
-@cache
-def source_digest() -> str:
-    """Return a digest of the kernels' source, comments included. It is part of the content key of references."""
-    return hashlib.sha256(_SOURCE).hexdigest()[:8]
-
-
-def _missing() -> str | None:
-    if os.environ.get("LIMNER_NATIVE") == "0":
-        return "LIMNER_NATIVE is 0"
-    if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
-        return "the CPU has no AVX-512 BF16, or the system is not Linux"
-    if not _compiler():
-        return "there is no C compiler (CC, cc, gcc or clang)"
-    return None
-
-
-def _compiler() -> list[str]:
-    if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    return [found] if found else []
-
-
-def _loaded() -> ctypes.CDLL:
-    """Load the library from the cache; build it if it is missing or does not load (a build was interrupted)."""
-    folder = _cache_folder()
-    if folder is None:
-        with tempfile.TemporaryDirectory() as private:
-            return _load(_build(Path(private) / "native.so"))
-    version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(b"\0".join([_SOURCE, version, " ".join(_FLAGS).encode()])).hexdigest()[:16]
-    path = folder / f"native-{digest}.so"
-    if _is_ours(path):
-        try:
-            return _load(path)
-        except (OSError, AttributeError) as error:
-            _logger.warning("%s is built again: %s", path, error)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        os.replace(_build(Path(temporary) / path.name), path)
-    return _load(path)
-
-
-def _cache_folder() -> Path | None:
-    """Return the folder of built libraries; None if this user cannot write it, or others can."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return None
-    return folder if _is_ours(folder) and os.access(folder, os.W_OK | os.X_OK) else None
-
-
-def _is_ours(path: Path) -> bool:
-    """Return True if a file or folder exists, belongs to this user, and nobody else can write it."""
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
-def _build(path: Path) -> Path:
-    command = [*_compiler(), *_FLAGS, "-shared", "-o", str(path), "-x", "c", "-"]
-    subprocess.run(command, input=_SOURCE, capture_output=True, check=True, timeout=120)
-    path.chmod(0o700)
-    return path
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _declare(library: ctypes.CDLL) -> None:
     library.limner_workspace.restype = _int
-    library.limner_attend.argtypes = [
-        _pointer,
-        *[_int] * 5,
-        ctypes.POINTER(_Segment),
-        _int,
-        ctypes.c_float,
-        _pointer,
-        _int,
-        _int,
-        _pointer,
-        ctypes.c_int,
-    ]
+    library.limner_attend.argtypes = ATTENTION_ARGUMENTS
     library.limner_norm_rope.argtypes = [
         _pointer,
         *[_int] * 4,
@@ -208,8 +107,24 @@ def _load(path: Path) -> ctypes.CDLL:
     library.limner_map_silu.argtypes = [_pointer, ctypes.c_int, _int, _int, *[_pointer] * 3, ctypes.c_int]
     for name in ("attend", "norm_rope", "gated_silu", "quantize_rows", "map_sums", "map_silu"):
         getattr(library, f"limner_{name}").restype = None
-    _logger.info("native kernels: %s", path)
-    return library
+
+
+_library = Library("kernels", files=("kernels.c",), missing=_why_not, declare=_declare)
+
+
+def native_library() -> ctypes.CDLL | None:
+    """Return the library, built if need be; None if it cannot be built or loaded, with the reason in the log."""
+    return _library.loaded
+
+
+def why_missing() -> str | None:
+    """Return why there are no kernels here; None if there are."""
+    return _library.why_missing
+
+
+def source_digest() -> str:
+    """Return a digest of the kernels' source, comments included. It is part of the content key of references."""
+    return _library.digest
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -255,11 +170,22 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
 
     Raises `ValueError` for shapes, dtypes and devices that do not fit.
     """
-    num, heads, dim = q_SHD.shape
-    if not takes(q_SHD.device, q_SHD.dtype, dim) or out_SHD.shape != q_SHD.shape or out_SHD.dtype != q_SHD.dtype:
+    if not takes(q_SHD.device, q_SHD.dtype, q_SHD.shape[-1]):
         raise ValueError(f"q {tuple(q_SHD.shape)} {q_SHD.dtype} on {q_SHD.device} is not for this kernel")
     library = native_library()
     assert library is not None
+    call_attention(library.limner_attend, q_SHD, segments, out_SHD, space=library.limner_workspace())
+
+
+def call_attention(
+    function: Callable[..., None], q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor, *, space: int
+) -> None:
+    """Call an attention function in C; `space` is the bytes that it needs for a thread. Raises `ValueError`."""
+    num, heads, dim = q_SHD.shape
+    if out_SHD.shape != q_SHD.shape or out_SHD.dtype != q_SHD.dtype:
+        raise ValueError(
+            f"{tuple(out_SHD.shape)} {out_SHD.dtype} is not the place for q {tuple(q_SHD.shape)} {q_SHD.dtype}"
+        )
     q_SHD = _last_contiguous(q_SHD)
     read = [_checked(segment, heads, dim) for segment in segments]
     made = (_Segment * len(read))(
@@ -278,8 +204,8 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
         )
     )
     threads = torch.get_num_threads()
-    space = torch.empty(threads * library.limner_workspace() + 64, dtype=torch.uint8)
-    library.limner_attend(
+    working = torch.empty(threads * space + 64, dtype=torch.uint8)
+    function(
         q_SHD.data_ptr(),
         *q_SHD.stride()[:2],
         num,
@@ -290,7 +216,7 @@ def attend(q_SHD: Tensor, segments: Sequence[Segment], out_SHD: Tensor) -> None:
         math.log2(math.e) / math.sqrt(dim),
         out_SHD.data_ptr(),
         *out_SHD.stride()[:2],
-        (space.data_ptr() + 63) // 64 * 64,
+        (working.data_ptr() + 63) // 64 * 64,
         threads,
     )
 

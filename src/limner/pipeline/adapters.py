@@ -6,6 +6,9 @@ restores the same tensors. Knows nothing of files and pictures.
 
 Adapters are applied in the order of their digests, so neither names nor the order of loading change a picture. An adapter
 of strength 0 is left out. Disabled adapters stay loaded, active and fused in name, and nothing of them acts.
+
+What is *set* acts in every call but those that have LoRAs of their own (`acting`). These count for the thread of the call
+alone: other threads see the digests of what is set.
 """
 
 from __future__ import annotations
@@ -14,10 +17,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import cast
 
 import torch
@@ -28,17 +30,18 @@ from limner.model.arithmetic import Linear
 from limner.model.int8 import Int8Linear
 from limner.model.lora import Branches, Update, added_to
 from limner.model.transformer import Transformer
+from limner.requests import Loras, check_number, read_loras
 from limner.weights.digest import Fingerprint, WeightDigests, fingerprint
 from limner.weights.lora import LoraWeights
 
-__all__ = ["Adapters", "AppliedLora", "check_strength"]
+__all__ = ["Adapters", "AppliedLora", "check_loras", "check_strength"]
 
 _logger = logging.getLogger("limner")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppliedLora:
-    """A LoRA in effect: its name, the digest of its tensors, its strength, and if it is fused."""
+    """A LoRA: its name, the digest of its tensors, its strength (0: it does not act), and if it is fused."""
 
     name: str
     digest: str
@@ -53,6 +56,15 @@ class _Weighted:
     name: str
     lora: LoraWeights
     strength: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class _Call:
+    """A call that runs, in which thread. `loras` are its own; None: those that are set. `branches` are what these add."""
+
+    thread: int
+    loras: tuple[tuple[str, float], ...] | None
+    branches: Branches | None
 
 
 class Adapters:
@@ -77,6 +89,15 @@ class Adapters:
         self._base: dict[str, tuple[Linear, nn.Parameter]] = {}
         self._base_state: tuple[Fingerprint, str] | None = None
         self._branches: Branches | None = None
+        """Of what is set."""
+        self._shown: Branches | None = None
+        """Those that are attached."""
+        self._calls: list[_Call] = []
+        """Those that run, the innermost of a thread last."""
+        self._lock = threading.Lock()
+        """Guards the calls, and what is attached for them."""
+        self._last: tuple[tuple[tuple[str, float], ...], Branches] | None = None
+        """What was made for the last call with LoRAs of its own."""
         self._disabled: list[_Weighted] | None = None
         """Those that are to be fused again by `enable`; None while adapters are enabled."""
 
@@ -93,8 +114,17 @@ class Adapters:
         return [one.name for one in (*self._fused, *(self._disabled or ()))]
 
     @property
+    def loaded(self) -> tuple[AppliedLora, ...]:
+        """All that are loaded, with the strengths that are set; 0: it does not act."""
+        acting = {one.name: one.strength for one in (*self._fused, *self._weighted(self._active, self._strengths))}
+        return tuple(
+            AppliedLora(name=name, digest=lora.digest, strength=acting.get(name, 0.0), fused=self._is_fused(name))
+            for name, lora in self._loaded.items()
+        )
+
+    @property
     def applied(self) -> tuple[AppliedLora, ...]:
-        """The LoRAs in effect, with strengths other than 0, fused ones first."""
+        """Those in effect, with strengths other than 0, fused ones first: of the call of this thread, else those set."""
         self._reattach_if_replaced()
         found = [(one, True) for one in self._fused if one.strength] + [(one, False) for one in self._unfused()]
         return tuple(
@@ -103,11 +133,75 @@ class Adapters:
         )
 
     def weights_digest(self) -> str:
-        """Return the digest of the transformer's weights, and of the adapters that run alongside them."""
+        """Return the digest of the transformer's weights, and of the adapters that run alongside them (as `applied`)."""
         self._reattach_if_replaced()
         weights = self._digests.of(self.transformer)
         unfused = self._unfused()
         return _derived("beside", weights, unfused) if unfused else weights  # the word is part of stored keys
+
+    # calls with LoRAs of their own
+
+    @contextlib.contextmanager
+    def acting(self, loras: Loras) -> Iterator[None]:
+        """Let these LoRAs act, and no others, while a call of this thread runs; None: those that are set, in a call too.
+
+        What acted before acts again after it, also after errors. Raises `InvalidRequest` for LoRAs that a call cannot
+        have (`check_loras`), and while another thread draws with others.
+        """
+        own, thread = check_loras(loras, loaded=self.loaded), threading.get_ident()
+        with self._lock:
+            if any(call.thread != thread and call.loras != own for call in self._calls):
+                raise InvalidRequest(
+                    "loras",
+                    "another thread draws with other LoRAs, and a transformer has one set at a time; draw one after "
+                    "another, as limner.engine.Engine does",
+                )
+            call = _Call(thread=thread, loras=own, branches=None if own is None else self._own_branches(own))
+            self._calls.append(call)
+            self._show()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.remove(call)
+                self._show()
+
+    def _show(self) -> None:
+        """Attach what the innermost call is to have, or what is set. Setting the same costs nothing."""
+        last = self._calls[-1] if self._calls else None
+        wanted = self._branches if last is None or last.loras is None else last.branches
+        if wanted is not self._shown:
+            if self._shown is not None:
+                self._shown.remove()
+            if wanted is not None:
+                wanted.attach()
+            self._shown = wanted
+
+    def _own_branches(self, loras: tuple[tuple[str, float], ...]) -> Branches | None:
+        """Return what these LoRAs add, not attached unless it is what is set; of those of the last call, made then."""
+        self._reattach_if_replaced()
+        wanted = self._own(loras)
+        there = self._weighted(self._active, self._strengths)
+        if [(one.name, one.strength) for one in wanted] == [(one.name, one.strength) for one in there]:
+            return self._branches
+        if not wanted:
+            return None
+        if self._last is None or self._last[0] != loras or not self._last[1].are_in(self.transformer):
+            self._last = None  # so that it is not in memory beside the new one, unless a call has it
+            made = self._made(wanted)
+            if made is None:  # of no matrix
+                return None
+            made.remove()
+            self._last = loras, made
+        return self._last[1]
+
+    def _own(self, loras: tuple[tuple[str, float], ...]) -> list[_Weighted]:
+        """Return LoRAs of a call in the order in which they are applied."""
+        return _ordered([_Weighted(name=name, lora=self._loaded[name], strength=value) for name, value in loras])
+
+    def _check_between_calls(self) -> None:
+        if any(call.loras is not None for call in self._calls):
+            raise InvalidRequest("loras", "a call with LoRAs of its own is drawn; change those that are set after it")
 
     # loading and activating
 
@@ -183,7 +277,11 @@ class Adapters:
             _logger.info("lora: %s stay fused; unfuse_lora() takes them out of the weights", self.fused)
 
     def disable(self) -> None:
-        """Let no adapter act, fused or not, until `enable`. One that was fused and then unloaded is part of the weights."""
+        """Let no adapter act, fused or not, until `enable`. One that was fused and then unloaded is part of the weights.
+
+        Calls may have LoRAs of their own meanwhile.
+        """
+        self._check_between_calls()
         if self._disabled is not None or not self._loaded:
             return
         bound = [one for one in self._fused if self._is_fused(one.name)]
@@ -203,6 +301,7 @@ class Adapters:
 
     def enable(self) -> None:
         """Let adapters act again, those that were fused fused, with the strengths that they have now."""
+        self._check_between_calls()
         if self._disabled is None:
             return
         fused, self._disabled = self._disabled, None
@@ -222,6 +321,7 @@ class Adapters:
 
         Sums start from the weights without any adapter, even if others are fused already.
         """
+        self._check_between_calls()
         scale = check_strength(scale, field="lora_scale")
         if self._disabled is not None:
             raise InvalidRequest("fuse_lora", "adapters are disabled; enable_lora() first")
@@ -238,6 +338,7 @@ class Adapters:
 
     def unfuse(self) -> None:
         """Restore the tensors from before `fuse`; active adapters then run alongside them. Raises `CheckpointError`."""
+        self._check_between_calls()
         if self._disabled is not None:
             self._disabled = []
         if self._fused:
@@ -280,7 +381,9 @@ class Adapters:
     @contextlib.contextmanager
     def removed(self) -> Iterator[None]:
         """Detach and unfuse all adapters while the weights move to another device or dtype, and apply them again after."""
+        self._check_between_calls()
         fused, active = self._fused, self._active
+        self._last = None
         if not (fused or active):
             yield
             return
@@ -335,8 +438,10 @@ class Adapters:
     # attaching
 
     def _unfused(self) -> list[_Weighted]:
-        """Active adapters that run alongside the weights, in the order in which they are applied."""
-        return self._weighted(self._active, self._strengths)
+        """Adapters that run alongside the weights in the call of this thread, else those set, as they are applied."""
+        thread = threading.get_ident()
+        own = next((call.loras for call in reversed(self._calls) if call.thread == thread), None)
+        return self._weighted(self._active, self._strengths) if own is None else self._own(own)
 
     def _weighted(self, active: Sequence[str], strengths: Mapping[str, float]) -> list[_Weighted]:
         if self._disabled is not None:
@@ -350,24 +455,31 @@ class Adapters:
         )
 
     def _attach(self, active: Sequence[str], strengths: Mapping[str, float] | None = None) -> None:
+        self._check_between_calls()
         strengths = self._strengths if strengths is None else strengths
-        updates = _by_matrix(self._weighted(active, strengths))
-        made = None
-        if updates:
-            device = self.transformer.device  # also where weights are in host memory until they are used
-            made = Branches(self.transformer, updates, dtype=self.transformer.dtype, device=device)
+        made = self._made(self._weighted(active, strengths))
         self._detach()
-        self._branches, self._active, self._strengths = made, list(active), dict(strengths)
+        self._branches = self._shown = made
+        self._active, self._strengths, self._last = list(active), dict(strengths), None
+
+    def _made(self, loras: Sequence[_Weighted]) -> Branches | None:
+        """Return what LoRAs add, attached; None if that is nothing."""
+        updates = _by_matrix(loras)
+        if not updates:
+            return None
+        device = self.transformer.device  # also where weights are in host memory until they are used
+        return Branches(self.transformer, updates, dtype=self.transformer.dtype, device=device)
 
     def _reattach_if_replaced(self) -> None:
         """Attach again if other modules have taken the places of matrices that have branches."""
-        if self._branches is not None and not self._branches.are_in(self.transformer):
+        shown = self._branches is self._shown
+        if shown and self._branches is not None and not self._branches.are_in(self.transformer):
             self._attach(self._active)
 
     def _detach(self) -> None:
         if self._branches is not None:
             self._branches.remove()
-        self._branches = None
+        self._branches = self._shown = None
 
     def _is_fused(self, name: str) -> bool:
         fused = (*self._fused, *(self._disabled or ()))
@@ -388,11 +500,29 @@ def check_strength(value: object, *, field: str = "adapter_weights") -> float:
         if set(value) != {"transformer"}:
             raise InvalidRequest(field, f"{value!r}: only a weight of the transformer is known; give one number")
         value = value["transformer"]
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidRequest(field, f"{value!r} is not a finite number")
-    return float(value)
+    return 1.0 if value is None else check_number(field, value)
+
+
+def check_loras(given: Loras, *, loaded: Sequence[AppliedLora]) -> tuple[tuple[str, float], ...] | None:
+    """Return the LoRAs of a call as `read_loras` does. Raises `InvalidRequest` for one that is not loaded, or fused."""
+    found = read_loras(given)
+    if found is None:
+        return None
+    names = [lora.name for lora in loaded]
+    if unknown := [name[:80] for name, _ in found if name not in names]:
+        there = f"loaded: {', '.join(names)}" if names else "none is loaded"
+        raise InvalidRequest(
+            "loras",
+            f"{', '.join(map(repr, unknown))} not loaded; {there}; more are loaded with --lora FILE when limner starts, or "
+            "with load_lora_weights",
+        )
+    if fused := [lora.name for lora in loaded if lora.fused]:
+        raise InvalidRequest(
+            "loras",
+            f"{', '.join(fused)} is fused into the weights, and acts in every call with a fixed strength; unfuse_lora() "
+            "first, or leave loras out",
+        )
+    return found
 
 
 def _ordered(loras: Sequence[_Weighted]) -> list[_Weighted]:

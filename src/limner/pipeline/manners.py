@@ -40,6 +40,7 @@ from limner.pipeline.progress import Progress
 from limner.pipeline.turns import Turns
 from limner.pipeline.unknown import check_names
 from limner.references import References
+from limner.requests import Loras
 from limner.schedule import Schedule
 from limner.store import Source
 from limner.tokens import text_ids
@@ -295,9 +296,9 @@ class Manners(Pipeline):
 
         return noted
 
-    def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
+    def prefill_from(self, image: Picture | Sequence[Picture], *, loras: Loras = None) -> tuple[References, Source]:
         """As `Pipeline.prefill_from`; pictures may be https URLs."""
-        return super().prefill_from(self._fetched(image))
+        return super().prefill_from(self._fetched(image), loras=loras)
 
     def _fetched(self, image: Any) -> list[Any]:
         """Return the pictures of a call, those that are named by URL fetched."""

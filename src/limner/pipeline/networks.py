@@ -22,7 +22,7 @@ from limner.memory.residency import Residency
 from limner.memory.staged import Staged
 from limner.model.autoencoder import Autoencoder
 from limner.model.gpu.products import right_products
-from limner.model.int8 import has_int8_products
+from limner.model.int8 import packs_weights, tile_threads
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
@@ -132,7 +132,8 @@ class Networks:
             quantize=self.transformer.quantization,
             quantize_text=self.text_encoder.quantization is not None,
             kv=self.kv_cache_dtype,
-            packed=self.device.type == "cpu" and has_int8_products(),
+            packed=self.device.type == "cpu" and packs_weights(self.transformer, self.text_encoder),
+            tile_threads=tile_threads() if self.device.type == "cpu" else 0,
             anonymous=frozenset(name for name, part in parts.items() if not self.residency.mapped(part)),
         )
 

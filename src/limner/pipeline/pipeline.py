@@ -46,7 +46,7 @@ from limner.pipeline.prompts import PromptEncoder
 from limner.pipeline.together import canvases_of, check_shared, opened, per_prompt
 from limner.pipeline.unknown import named_arguments
 from limner.references import References
-from limner.requests import Control, EditRequest
+from limner.requests import Control, EditRequest, Loras
 from limner.schedule import Schedule
 from limner.store import ReferenceStore, Source
 from limner.weights.digest import WeightDigests
@@ -358,18 +358,19 @@ class Pipeline:
     # references and memory
 
     @typed_memory_errors
-    def prefill(self, image: Picture | Sequence[Picture]) -> References:
-        """Return the K/V of an ordered list of references, from the store or computed."""
-        return self.prefill_from(image)[0]
+    def prefill(self, image: Picture | Sequence[Picture], *, loras: Loras = None) -> References:
+        """Return the K/V of an ordered list of references, from the store or computed; `loras` are those of a call."""
+        return self.prefill_from(image, loras=loras)[0]
 
     @typed_memory_errors
-    def prefill_from(self, image: Picture | Sequence[Picture]) -> tuple[References, Source]:
+    def prefill_from(self, image: Picture | Sequence[Picture], *, loras: Loras = None) -> tuple[References, Source]:
         """Return what `prefill` does, and where it came from: "miss", "memory", "disk" or "remote"."""
-        prefiller = self._prefiller
-        return prefiller.get(prefiller.prepare(image))
+        with self._adapters.acting(loras):
+            prefiller = self._prefiller
+            return prefiller.get(prefiller.prepare(image))
 
     def key_of(self, prepared: Sequence[PreparedReference]) -> str:
-        """Return the content key of prepared pictures in this order, whether or not their K/V were computed yet."""
+        """Return the content key of prepared pictures in this order with the LoRAs that are set, computed yet or not."""
         return self._prefiller.key_of(prepared)
 
     def canvas_keys(self, request: EditRequest) -> set[str]:
@@ -484,7 +485,8 @@ class Pipeline:
         and a `guidance_scale` of 4, away from `negative_prompt` (left out: an empty one). `reuse` "step0" is for joint
         references, and approximate: the K/V that they have in the first step serve the others. `control` are the
         arguments of `limner.pipeline.control`, which docs/control.md explains: weights of references, masks, outpainting,
-        strength, and leaving the rest alone. `latents` are noise (B, 4 C, height/16, width/16).
+        strength, and leaving the rest alone; and `loras`, strengths of those that act in this call, by name. `latents` are
+        noise (B, 4 C, height/16, width/16).
         `num_images_per_prompt` images of a prompt are adjacent. `max_sequence_length` left out is 512, or what the
         tokenizer declares if that is less. With `latents` given, `generator` has nothing to draw. The callback gets
         (pipeline, step, timestep, tensors), latents as float32 tokens (B, S_img, C), and may return changed latents and
@@ -496,7 +498,8 @@ class Pipeline:
         multiples of 16, with a warning. With a parallel model callbacks run in every process and have to do the same.
         Raises `InvalidRequest`, `CapacityError` and `NumericalError`.
         """
-        with self._interruption.call() as call, reporting(progress) as report:
+        acting = self._adapters.acting(control.get("loras"))
+        with self._interruption.call() as call, reporting(progress) as report, acting:
             # 1. Check the arguments: what can be refused is refused before any work is done
             request = self._checker.check(
                 prompt=prompt,

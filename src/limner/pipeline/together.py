@@ -17,7 +17,7 @@ from limner.kinds import ModelKind
 from limner.pipeline.canvas import Canvas, open_canvases
 from limner.pipeline.control import PerPrompt, check_names
 from limner.pipeline.repaint import canvas_sizes
-from limner.requests import REFERENCE_CONTROLS, Control, EditRequest
+from limner.requests import NOT_OF_CANVAS, Control, EditRequest, read_loras
 
 __all__ = ["canvases_of", "check_shared", "images_of", "opened", "per_prompt", "shared_of"]
 
@@ -38,7 +38,7 @@ def opened(request: EditRequest, *, policy: ReferencePolicy, sizes: Sequence[tup
     )
     if not canvases or isinstance(request.control.get("canvas"), (Canvas, PerPrompt)):
         return request
-    control = {name: value for name, value in request.control.items() if name in REFERENCE_CONTROLS}
+    control = {name: value for name, value in request.control.items() if name in NOT_OF_CANVAS}
     return replace(
         request,
         references=() if pictures is None else prepare_references(pictures, policy=policy),
@@ -62,8 +62,8 @@ def images_of(request: EditRequest) -> tuple[Canvas | None, ...]:
 def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int, int]) -> dict[str, Any]:
     """Return what an opened request has in common with those that are drawn with it, by the names of arguments.
 
-    Masks, and weights of references, are each image's own. Strength counts by the steps that it leaves out. `default_size`
-    is that of a request without references.
+    Masks, and weights of references, are each image's own. Strength counts by the steps that it leaves out. LoRAs act at
+    the transformer, hence for all. `default_size` is that of a request without references.
     """
     steps = request.num_inference_steps or kind.num_inference_steps
     canvases, sizes = canvases_of(request), [r.report.processed_size for r in request.references]
@@ -77,6 +77,7 @@ def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int,
         "references": tuple(reference.report.digest for reference in request.references),
         "strength": next((canvas.first_step(steps) for canvas in canvases if canvas is not None), 0),
         "reference_guidance": request.control.get("reference_guidance", 1.0),
+        "loras": read_loras(request.control.get("loras")),
     }
 
 
@@ -111,6 +112,5 @@ def per_prompt(requests: Sequence[EditRequest]) -> dict[str, Any]:
         found["canvas"] = PerPrompt(canvases)
     if any(weight is not None for weight in weights):
         found["reference_weights"] = PerPrompt(weights)
-    if (guidance := requests[0].control.get("reference_guidance")) is not None:
-        found["reference_guidance"] = guidance
-    return found
+    shared = dict(requests[0].control)
+    return found | {name: shared[name] for name in ("reference_guidance", "loras") if shared.get(name) is not None}

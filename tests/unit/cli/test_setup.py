@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.support.native import without_tiles
 
 import limner.doctor
 from limner.cli.draw import _free_name, _output_files, _read_prompt
 from limner.cli.main import main
 from limner.errors import InvalidRequest, OutputError
 from limner.images import save
+from limner.model.int8 import has_int8_products
+from limner.native import tiles
 
 
 def test_samples_are_copied_and_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +47,18 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["groups"]["versions"]["torch"].startswith("2.")
     assert found["groups"]["kernels"]["attention bfloat16"] in ("flash", "native", "chunked", "chunked_float32")
     assert "GiB free of" in found["groups"]["memory and disk"]["memory"]
+
+
+def test_doctor_says_how_int8_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> str:
+        return limner.doctor.examine().groups["kernels"]["int8 products"]
+
+    if has_int8_products():
+        assert (told() == "AMX tiles") == (tiles.why_missing() is None)
+        without_tiles(monkeypatch)
+        assert told() == "oneDNN, with a second copy of the weights; no AMX tiles: the CPU has no AMX for int8"
+        monkeypatch.setattr("limner.model.int8.has_int8_products", lambda: False)
+    assert told() == "widened: int8 saves memory, not time"
 
 
 def test_doctor_names_what_keeps_limner_from_running(monkeypatch: pytest.MonkeyPatch) -> None:

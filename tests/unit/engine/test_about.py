@@ -13,14 +13,11 @@ from limner.weights.folder import read_settings
 
 
 def test_the_bundled_model_has_a_card_and_words() -> None:
-    about = about_model(
-        ModelOptions(loras=(("styles/ink.safetensors", 0.8), ("owner/style-v1.5", 1.0), ("a/b.c/", 1.0)))
-    )
+    about = about_model(ModelOptions())
     assert about.card is not None
     assert about.card.startswith("# The bundled model")
     assert {"put", "cat", "snow"} <= set(about.words)
     assert "spaceship" not in about.words
-    assert about.loras == (("ink", 0.8), ("style-v1.5", 1.0), ("b.c", 1.0))
 
 
 def test_a_folder_without_a_card_a_hub_id_and_a_broken_folder(tiny_copy: Path, tmp_path: Path) -> None:

@@ -17,6 +17,13 @@ from limner.errors import CheckpointError, InvalidRequest
 from limner.options import ModelOptions
 
 
+def test_loras_have_the_names_of_their_files() -> None:
+    """Which requests use; several of one name stay apart."""
+    names = ("styles/ink.safetensors", "owner/style-v1.5", "a/b.c/", "other/ink.safetensors", "ink-2", "third/ink")
+    options = ModelOptions(loras=tuple((name, 1.0) for name in names))
+    assert options.lora_names == ("ink", "style-v1.5", "b.c", "ink-2", "ink-2-2", "ink-3")
+
+
 def test_options_are_those_of_the_pipeline(tiny_folder: Path, tmp_path: Path) -> None:
     save_file(original(make_pairs()), tmp_path / "style.safetensors")
     options = ModelOptions(
@@ -31,7 +38,7 @@ def test_options_are_those_of_the_pipeline(tiny_folder: Path, tmp_path: Path) ->
     pipe = load_pipeline(options, store=store, progress=lambda part, done, of: heard.append(part))
     assert (pipe.dtype, pipe.store) == (torch.bfloat16, store)
     assert (pipe.reference_policy.background, pipe.reference_policy.max_pixels) == ("white", 4096)
-    assert pipe.get_active_adapters() == ["style-1"]
+    assert pipe.get_active_adapters() == ["style"]
     assert "load" in heard
 
 

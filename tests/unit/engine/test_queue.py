@@ -25,6 +25,7 @@ class Model:
     reference_policy = ReferencePolicy()
     text_length = 512
     previews = False
+    loras = ()
     digest = "d"
     kind = ISOLATED
 

@@ -9,7 +9,7 @@ import pytest
 from limner import CapacityError
 from limner.config import MODELS
 from limner.memory import Formats, Workload, cheapest, make_plan
-from limner.memory.components import text_layer_weights
+from limner.memory.components import num_matrix_weights, text_layer_weights, tile_space
 
 GIB = 2**30
 
@@ -96,6 +96,34 @@ def test_a_text_encoder_in_int8() -> None:
     more = {b.name: a.anonymous - b.anonymous for b, a in zip(wide.phases, narrow.phases, strict=True)}
     assert more == {name: layers // 27 if name == "encode text" else 0 for name in more}
     assert narrow.phases[0].total < wide.phases[0].total - 4 * GIB
+
+
+def test_int8_products_that_read_weights_as_they_are_stored() -> None:
+    """With AMX tiles: no second copy, nothing widened; working space, which grows with threads."""
+    geometry = MODELS["klein-9b"]
+    config, text = geometry.transformer, geometry.text_encoder
+    how = {"quantize": "int8", "quantize_text": True}
+    copies, wide = make_plan(geometry, EDIT, formats=Formats(**how)), make_plan(geometry, EDIT, formats=Formats())
+    few, many = (make_plan(geometry, EDIT, formats=Formats(**how, packed=False, tile_threads=n)) for n in (2, 16))
+    widened = make_plan(geometry, EDIT, formats=Formats(**how, packed=False))
+    assert "int8 weights as packed for this CPU" not in few.components
+    packed = copies.components["int8 weights as packed for this CPU"]
+    assert packed == num_matrix_weights(config) + 27 * text_layer_weights(text)
+    joined = config.width + config.mlp_width
+    products = {"encode text": (EDIT.num_text, text.mlp_width)}
+    products |= {"prefill": (EDIT.num_ref, joined), "denoise": (EDIT.batch * EDIT.num_own, joined)}
+    for one, other, two, plain, large in zip(
+        few.phases, many.phases, copies.phases, wide.phases, widened.phases, strict=True
+    ):
+        rows, width = products.get(one.name, (0, 0))
+        # the input in int8, its copy in the layout of tiles, and what each thread has
+        more = rows * width + tile_space(rows, width, threads=2) if rows else 0
+        assert one.anonymous - plain.anonymous == more
+        assert other.anonymous - one.anonymous == (14 * 384 * (4 * 384 + width) if rows else 0)
+        assert one.anonymous <= two.anonymous
+        assert one.anonymous <= large.anonymous
+    assert few.peak < copies.peak - 8 * GIB
+    assert make_plan(geometry, EDIT, formats=Formats(packed=False, tile_threads=16)).phases == wide.phases
 
 
 def test_a_text_encoder_in_int8_on_a_gpu() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tests.support.native import has_tiles, without_tiles
 from tests.support.tiny import generators, picture
 
 from limner import CapacityError, InvalidRequest, Pipeline
@@ -61,13 +63,26 @@ class Watched(Residency):
 
 
 @needs_release
-@pytest.mark.parametrize(("quantize", "quantize_text"), [(None, False), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("quantize", "quantize_text", "copies"),
+    [(None, False, False), ("int8", False, False), ("int8", True, False), ("int8", False, True), ("int8", True, True)],
+)
 def test_a_limit_changes_no_bit(
-    quantize: str | None, quantize_text: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quantize: str | None,
+    quantize_text: bool,
+    copies: bool,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Networks by turns, and layers by turns: the picture is that of the pipeline without a limit."""
+    """Networks by turns, and layers by turns: the picture is that of the pipeline without a limit.
+
+    `copies`: int8 products read packed copies, as on CPUs without tiles.
+    """
     from limner.weights.convert import convert
 
+    if copies:
+        without_tiles(monkeypatch)
     folder = tiny_folder
     if quantize:
         convert(tiny_folder, folder := tmp_path / "int8", to="int8", quantize_text=quantize_text)
@@ -101,6 +116,7 @@ def packed(network: torch.nn.Module) -> list[int]:
 @needs_release
 def test_packed_copies_of_a_text_encoder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They stay where all networks have room. Else they do not outlast a layer's run, while the transformer's do."""
+    without_tiles(monkeypatch)
     how = {"quantize": "int8", "quantize_text": True}
     free = Pipeline.from_pretrained(tiny_folder, **how)
     if not free.formats.packed:
@@ -125,8 +141,9 @@ def test_packed_copies_of_a_text_encoder(tiny_folder: Path, monkeypatch: pytest.
 
 
 @needs_release
-def test_packed_copies_make_room_for_another_network(tiny_folder: Path) -> None:
+def test_packed_copies_make_room_for_another_network(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that needs more than the one before: copies of the text encoder leave before the transformer is refused."""
+    without_tiles(monkeypatch)
     pipe = Pipeline.from_pretrained(tiny_folder, quantize="int8", quantize_text=True, memory_limit="1TiB")
     if not pipe.formats.packed:
         pytest.skip("this CPU has no int8 dot products")
@@ -143,15 +160,24 @@ def test_packed_copies_make_room_for_another_network(tiny_folder: Path) -> None:
 
 
 @needs_release
-def test_layers_that_ran_leave(tmp_path: Path) -> None:
-    """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once."""
-    save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(6)}, tmp_path / "x.safetensors")
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=has_tiles)])
+def test_layers_that_ran_leave(int8: bool, tmp_path: Path) -> None:
+    """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once.
+
+    int8 products that read weights as they are stored make no copies.
+    """
+    width = 2048 if int8 else 1024
+    weights = [torch.randint(-127, 127, (width, width), dtype=torch.int8) if int8 else torch.randn(width, width)] * 6
+    save_file({f"{i}.weight": weight + i for i, weight in enumerate(weights)}, tmp_path / "x.safetensors")
     with torch.device("meta"):
-        network = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+        kind = Int8Linear if int8 else partial(torch.nn.Linear, bias=False)
+        network = torch.nn.Sequential(*(kind(width, width) for _ in range(6)))
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        network.load_state_dict({f"{i}.weight": file.get_tensor(f"{i}.weight") for i in range(6)}, assign=True)
+        state = {f"{i}.weight": file.get_tensor(f"{i}.weight") for i in range(6)}
+    state |= {f"{i}.weight_scale": torch.full((width,), 1e-4) for i in range(6)} if int8 else {}
+    network.load_state_dict(state, assign=True)
     size = 4 << 20
-    x = torch.ones(1, 1024)
+    x = torch.ones(1, width)
     with torch.no_grad():
         expected = network(x)
     residency = Residency(1 << 40)
@@ -166,6 +192,7 @@ def test_layers_that_ran_leave(tmp_path: Path) -> None:
             seen.append(round((resident()[0] - resident()[1] - base) / size))
     assert torch.equal(x, expected)
     assert seen == [1, 2, 3, 3, 3, 3]
+    assert not any(packed(network))
     assert residency._resident is None
 
 
@@ -175,6 +202,7 @@ def test_weights_that_are_looked_at_beside_packed_copies(tmp_path: Path, monkeyp
 
     A table of which a working network reads a few rows is read as a whole by a digest.
     """
+    without_tiles(monkeypatch)
     if not has_int8_products():
         pytest.skip("this CPU has no int8 dot products")
     monkeypatch.setattr(residency_module, "_SPARE", 1 << 20)

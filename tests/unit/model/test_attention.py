@@ -16,10 +16,21 @@ from limner.errors import InvalidRequest
 from limner.model.attention import CPU_KERNELS, KeyWeights, attend, choose_kernel
 from limner.model.kv import LayerKV, quantize_layer
 from limner.native import kernels as native
+from limner.native import tiles
 
 # rounding of the result alone: 2^-9; `chunked` rounds scores and weights too
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 has_native = pytest.mark.skipif(native.native_library() is None, reason="no AVX-512 BF16 or no C compiler")
+has_tiles = pytest.mark.skipif(tiles.why_missing() is not None, reason="no AMX or no C compiler")
+IN_C = {"native": native.takes, "tiles": tiles.takes}
+in_c = pytest.mark.parametrize(
+    "kernel", [pytest.param("native", marks=has_native), pytest.param("tiles", marks=has_tiles)]
+)
+
+
+def skip_without(kernel: str, dtype: torch.dtype, dim: int) -> None:
+    if kernel in IN_C and not IN_C[kernel](torch.device("cpu"), dtype, dim):
+        pytest.skip(f"{kernel} does not take heads of {dim} in {dtype} on this CPU")
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tensor:
@@ -44,8 +55,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor) -> Tens
 def test_kernels_are_the_formula(
     kernel: str, dtype: torch.dtype, num_own: int, num_ref: int, heads: int, dim: int, batch: int
 ) -> None:
-    if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):
-        pytest.skip("the native kernel is for bfloat16 on CPUs with AVX-512 BF16")
+    skip_without(kernel, dtype, dim)
     generator = torch.Generator().manual_seed(num_own)
     # one projection, as a single-stream block has it: q, k and v are views of it
     both = torch.randn(batch, num_own, 3 * heads * dim + 7, generator=generator).to(dtype)
@@ -61,17 +71,17 @@ def test_kernels_are_the_formula(
     assert relative_error(found, truth(q, k, v, k_ref, v_ref)) <= limit
 
 
-@has_native
-def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
-    q, k, v = (torch.randn(2, 100, 2, 64).bfloat16() for _ in range(3))
-    kept = LayerKV(*(torch.randn(1, 150, 2, 64).bfloat16() for _ in range(2)))
-    together = attend(q, k, v, references=kept, kernel="native")
-    alone = attend(q[1:], k[1:], v[1:], references=kept, kernel="native")
+@in_c
+def test_bits_depend_on_neither_batch_nor_threads(kernel: str) -> None:
+    q, k, v = (torch.randn(2, 1100, 2, 64).bfloat16() for _ in range(3))
+    kept = LayerKV(*(torch.randn(1, 600, 2, 64).bfloat16() for _ in range(2)))
+    together = attend(q, k, v, references=kept, kernel=kernel)
+    alone = attend(q[1:], k[1:], v[1:], references=kept, kernel=kernel)
     assert torch.equal(together[1:], alone)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(attend(q, k, v, references=kept, kernel="native"), together)
+        assert torch.equal(attend(q, k, v, references=kept, kernel=kernel), together)
     finally:
         torch.set_num_threads(threads)
 
@@ -79,31 +89,37 @@ def test_native_bits_depend_on_neither_batch_nor_threads() -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 def test_quantized_references_are_their_widened_values(kernel: str, kind: str) -> None:
-    if kernel == "native" and native.native_library() is None:
-        pytest.skip("no AVX-512 BF16 or no C compiler")
+    skip_without(kernel, torch.bfloat16, 32)
     q, k, v = (torch.randn(2, 70, 3, 32).bfloat16() for _ in range(3))
     narrow = quantize_layer(LayerKV(*(torch.randn(1, 133, 3, 32).bfloat16() * 2 for _ in range(2))), kind)
     expected = attend(q, k, v, references=narrow.dense(torch.bfloat16), kernel=kernel)
     assert torch.equal(attend(q, k, v, references=narrow, kernel=kernel), expected)
 
 
-@has_native
-def test_native_takes_extreme_scores() -> None:
+@in_c
+def test_kernels_in_c_take_extreme_scores(kernel: str) -> None:
     """One key far above the rest, scores that would overflow without their maximum, and equal ones."""
-    q = torch.full((1, 3, 1, 16), 90.0).bfloat16()
-    k = torch.randn(1, 200, 1, 16).bfloat16() * 40
-    v = torch.randn(1, 200, 1, 16).bfloat16()
-    found = attend(q, k, v, kernel="native")
+    dim = 16 if kernel == "native" else 32
+    q = torch.full((1, 3, 1, dim), 90.0).bfloat16()
+    k = torch.randn(1, 700, 1, dim).bfloat16() * 40
+    v = torch.randn(1, 700, 1, dim).bfloat16()
+    found = attend(q, k, v, kernel=kernel)
     assert torch.isfinite(found).all()
     assert relative_error(found, truth(q, k, v, k[:, :0], v[:, :0])) <= 4e-3
-    huge = attend(q * 1000, k * 3000, v, kernel="native")
-    assert relative_error(huge, truth(q * 1000, k * 3000, v, k[:, :0], v[:, :0])) <= 4e-3
-    flat = attend(torch.zeros_like(q), k, v, kernel="native")
+    much = (100, 30) if kernel == "native" else (1000, 3000)
+    huge = attend(q * much[0], k * much[1], v, kernel=kernel)
+    assert relative_error(huge, truth(q * much[0], k * much[1], v, k[:, :0], v[:, :0])) <= 4e-3
+    flat = attend(torch.zeros_like(q), k, v, kernel=kernel)
     assert relative_error(flat[:, :1], v.double().mean(1, keepdim=True)) <= 4e-3
+    q[0, 1, 0, 3] = torch.nan  # stays with its query
+    broken = attend(q, k, v, kernel=kernel)
+    assert broken[0, 1].isnan().all()
+    assert torch.equal(broken[:, ::2], found[:, ::2])
 
 
 @has_native
-def test_native_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_in_c_are_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "takes", lambda *_: False)
     choose, cpu = choose_kernel.__wrapped__, torch.device("cpu")
     monkeypatch.setattr("limner.model.attention._has_amx", lambda: False)
     assert choose(cpu, torch.bfloat16, 128) == "native"
@@ -111,6 +127,8 @@ def test_native_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose(cpu, torch.bfloat16, 24) != "native"
     monkeypatch.setattr("limner.model.attention._has_amx", lambda: True)
     assert choose(cpu, torch.bfloat16, 128) == "flash"
+    monkeypatch.setattr(tiles, "takes", lambda device, dtype, dim: dtype == torch.bfloat16 and dim == 128)
+    assert choose(cpu, torch.bfloat16, 128) == "tiles"
     assert choose(cpu, torch.float32, 128).startswith("chunked")
 
 
@@ -233,8 +251,7 @@ def test_each_input_alone_gets_its_gradient(which: int) -> None:
 @pytest.mark.parametrize("kernel", sorted(CPU_KERNELS))
 def test_weights_multiply_the_terms_of_keys(kernel: str, dtype: torch.dtype, quantized: bool) -> None:
     """Against the formula; 1 changes no bit; 0 is as if the keys were not there."""
-    if kernel == "native" and (dtype != torch.bfloat16 or native.native_library() is None):
-        pytest.skip("the native kernel is for bfloat16 on CPUs with AVX-512 BF16")
+    skip_without(kernel, dtype, 32)
     q, k, v = (torch.randn(2, 70, 3, 32).to(dtype) for _ in range(3))
     kept: LayerKV = LayerKV(*(torch.randn(1, 133, 3, 32).to(dtype) for _ in range(2)))
     references = quantize_layer(kept, "int8") if quantized else kept

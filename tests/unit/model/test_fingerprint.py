@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from tests.support.native import without_tiles
 from tests.support.tiny import generators, make_transformer, picture
 
 from limner import Pipeline
@@ -12,6 +14,7 @@ from limner.config import TransformerConfig
 from limner.model.feature_maps import fuse
 from limner.model.int8 import has_int8_products, quantize_blocks
 from limner.model.transformer import Transformer
+from limner.native import tiles
 
 
 def test_narrowed_float32_has_another_name() -> None:
@@ -49,14 +52,18 @@ def test_the_layout_of_the_encoder_s_maps_is_part_of_the_key(pipe: Pipeline) -> 
     assert len(seen) == 2
 
 
-def test_the_name_of_the_arithmetic_is_that_of_the_device() -> None:
-    """int8 products run on CPUs alone: elsewhere weights are widened, and the key says so."""
+def test_the_name_of_the_arithmetic_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 products run on CPUs alone, in two ways: elsewhere weights are widened, and the key says so."""
     config = TransformerConfig.from_diffusers(make_transformer(64, double=1, single=1).config)
     transformer = Transformer(config)
     quantize_blocks(transformer)
     on_cpu = transformer.arithmetic
     assert on_cpu.startswith("cpu/")
-    assert ("int8 dot products" in on_cpu) == has_int8_products()
+    has_tiles = has_int8_products() and tiles.why_missing() is None
+    assert (f"int8 tiles {tiles.digest()}" in on_cpu) == has_tiles
+    without_tiles(monkeypatch)
+    assert (transformer.arithmetic != on_cpu) == has_tiles
+    assert ("int8 dot products" in transformer.arithmetic) == has_int8_products()
     elsewhere = transformer.to("meta").arithmetic
     assert elsewhere.startswith("meta/")
     assert elsewhere.endswith("/int8 widened")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.native import has_tiles, without_tiles
 from tests.support.tiny import generators, make_transformer, picture
 
 import limner.model.int8 as int8
@@ -15,6 +16,7 @@ from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.int8 import Int8Linear, quantize_blocks, quantize_rows, quantize_weight
 from limner.model.transformer import Transformer
+from limner.native import tiles
 from limner.tokens import image_ids, reference_ids, text_ids
 from limner.weights.convert import save_quantized
 from limner.weights.folder import load_transformer
@@ -41,12 +43,25 @@ def test_quantized_values_are_within_half_a_step() -> None:
     assert wide[0, 0].abs().max() == 0
 
 
+@pytest.fixture(params=[pytest.param("tiles", marks=has_tiles), "oneDNN"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways in which a CPU multiplies int8."""
+    if not int8.has_int8_products():
+        pytest.skip("this CPU has no int8 dot products")
+    if request.param == "oneDNN":
+        without_tiles(monkeypatch)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("instructions", [True, False])
-def test_product(dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [pytest.param("tiles", marks=has_tiles), "oneDNN", "widened"])
+def test_product(dtype: torch.dtype, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    instructions = products != "widened"
     if instructions and not int8.has_int8_products():
         pytest.skip("this CPU has no int8 dot products")
     monkeypatch.setattr(int8, "has_int8_products", lambda: instructions)
+    if products == "oneDNN":
+        without_tiles(monkeypatch)
     linear = Linear(256, 192).to(dtype)
     made, x = Int8Linear.of(linear), torch.randn(2, 33, 256).to(dtype)
     expected = x.float() @ linear.weight.float().t()
@@ -55,10 +70,30 @@ def test_product(dtype: torch.dtype, instructions: bool, monkeypatch: pytest.Mon
     assert made(x).shape == (2, 33, 192)
     prepared = made.prepare(x)
     assert torch.equal(made(prepared), made(x))
-    assert torch.equal(made(x, slice(64, 192)), made(x)[..., 64:192])
+    for rows in (slice(64, 192), slice(40, 100), slice(None, 7), slice(191, None)):
+        part = made(x, rows)
+        assert relative_error(part, made(x)[..., rows]) < (1e-6 if products == "widened" else 1e-30)
+        assert part.is_contiguous()
+    assert (made.packed_bytes > 0) == made.packs() == (products == "oneDNN")
 
 
-def test_a_changed_weight_is_packed_again() -> None:
+def test_matrices_that_tiles_do_not_take(how: str) -> None:
+    """Features or widths that their blocks do not divide: oneDNN multiplies a packed copy, and the name says so."""
+    for width, features, fits in ((64, 96, True), (64, 40, False), (72, 64, False)):
+        made, x = Int8Linear.of(Linear(width, features)), torch.randn(5, width)
+        assert relative_error(made(x), x @ (made.weight * made.weight_scale[:, None]).t()) < 1.5e-2
+        by_tiles = how == "tiles" and fits
+        assert made.packs() == (made.packed_bytes > 0) == (not by_tiles)
+        name = f"int8 tiles {tiles.digest()}" if by_tiles else "int8 dot products"
+        assert made.arithmetic_name(torch.float32) == name
+
+
+def test_what_this_cpu_does(how: str) -> None:
+    assert int8.packs_weights() == (how == "oneDNN")
+    assert int8.tile_threads() == (torch.get_num_threads() if how == "tiles" else 0)
+
+
+def test_a_changed_weight_is_packed_again(how: str) -> None:
     made, x = Int8Linear.of(Linear(64, 32)), torch.randn(4, 64)
     before = made(x)
     with torch.no_grad():
@@ -66,14 +101,14 @@ def test_a_changed_weight_is_packed_again() -> None:
     assert torch.allclose(made(x), -before, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["replaced", "loaded", "data"])
-def test_another_weight_is_packed_again(how: str) -> None:
+@pytest.mark.parametrize("change", ["replaced", "loaded", "data"])
+def test_another_weight_is_packed_again(change: str, how: str) -> None:
     """Its version may be that of the old one."""
     made, other, x = Int8Linear.of(Linear(64, 32)), Int8Linear.of(Linear(64, 32)), torch.randn(4, 64)
     before, expected = made(x), other(x)
-    if how == "replaced":
+    if change == "replaced":
         made.weight, made.weight_scale = other.weight, other.weight_scale
-    elif how == "loaded":
+    elif change == "loaded":
         made.load_state_dict(other.state_dict(), assign=True)
     else:
         made.weight.data, made.weight_scale.data = other.weight, other.weight_scale
@@ -82,7 +117,8 @@ def test_another_weight_is_packed_again(how: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_velocity_with_int8(dtype: torch.dtype) -> None:
+@torch.no_grad()  # else a gradient is recorded, and the weights are widened
+def test_velocity_with_int8(dtype: torch.dtype, how: str) -> None:
     """Relative error of one velocity, random weights, references included, against float32."""
     theirs = make_transformer(64, double=2, single=4)
     exact = Transformer(TransformerConfig.from_diffusers(theirs.config))
@@ -93,7 +129,7 @@ def test_velocity_with_int8(dtype: torch.dtype) -> None:
     quantize_blocks(ours)
     assert sum(isinstance(m, Int8Linear) for m in ours.modules()) == 2 * 12 + 4 * 2
     assert ours.quantization == "int8"
-    assert "int8" in ours.arithmetic
+    assert (f"int8 tiles {tiles.digest()}" if how == "tiles" else "int8 dot products") in ours.arithmetic.split("/")
     img, txt, ref = torch.randn(2, 35, 16), torch.randn(2, 40, 48), torch.randn(1, 44, 16)
     ids = {"img_ids": image_ids((5, 7)), "txt_ids": text_ids(40)}
     found, expected = (
@@ -106,6 +142,8 @@ def test_velocity_with_int8(dtype: torch.dtype) -> None:
         )
         for model in (ours, exact)
     )
+    copies = [m.packed_bytes for m in ours.modules() if isinstance(m, Int8Linear)]
+    assert any(copies) == (how == "oneDNN")
     assert 0 < relative_error(found, expected) < 6e-2  # narrow layers (width 128); the benchmark has klein's widths
 
 

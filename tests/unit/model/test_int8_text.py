@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.native import has_tiles, without_tiles
 from tests.support.tiny import generators, picture, relative_error
 
 from limner import CheckpointError, Flux2KleinKVPipeline, InvalidRequest, Pipeline
@@ -77,19 +78,22 @@ def int8_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("products", [pytest.param("tiles", marks=has_tiles), "oneDNN", "widened"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_hidden_states(dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states(dtype: torch.dtype, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Near those of float32, and to the bit those of transformers' class with the same int8 matrices.
 
     That class quantizes activations before each matrix, ours once for those with the same input.
     """
     from transformers import Qwen3Config, Qwen3Model
 
+    instructions = products != "widened"
     if instructions and not int8.has_int8_products():
         pytest.skip("this CPU has no int8 dot products")
     monkeypatch.setattr(int8, "has_int8_products", lambda: instructions)
+    if products == "oneDNN":
+        without_tiles(monkeypatch)
     exact, ours = random_network(CONFIG, torch.float32), random_network(CONFIG, dtype)
     with torch.device("meta"):
         theirs = Qwen3Model(Qwen3Config.from_dict(dict(CONFIG)))
@@ -106,6 +110,8 @@ def test_hidden_states(dtype: torch.dtype, instructions: bool, monkeypatch: pyte
         assert states.dtype == dtype
         assert torch.equal(states, same(prompts))
         assert 0 < relative_error(states, expected(prompts)) < 4e-2
+    copies = [m.packed_bytes for m in ours.modules() if isinstance(m, Int8Linear)]
+    assert all(copies) if products == "oneDNN" else not any(copies)
 
 
 def test_activations_that_several_matrices_read_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:

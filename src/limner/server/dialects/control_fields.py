@@ -1,6 +1,7 @@
 """What a request may ask for beyond prompt and references, in the fields that all dialects share.
 
-Owns these wire schemas, and how pictures of a request become its canvas and mask. docs/control.md says what they mean.
+Owns these wire schemas, and how pictures of a request become its canvas and mask. docs/control.md says what they mean,
+docs/lora.md what `loras` are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from limner.server.http.pictures import SentPicture
 from limner.server.http.service import Service
 from limner.server.jobs.records import JobRequest
 
-__all__ = ["CONTROL_FIELDS", "ControlFields", "Expansion", "control_of", "read_controls"]
+__all__ = ["CONTROL_FIELDS", "ControlFields", "Expansion", "LoraFields", "control_of", "read_controls"]
 
 _MOST = 16384
 _Pixels = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
@@ -51,7 +52,22 @@ class Expansion(BaseModel):
     overlap: _Pixels | None = None
 
 
-class ControlFields(BaseModel):
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+_Strength = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class LoraFields(BaseModel):
+    """The field of a body, with pictures or without, that says which LoRAs act."""
+
+    loras: Annotated[Annotated[dict[_Name, _Strength], Field(max_length=64)] | None, BeforeValidator(_from_text)] = (
+        Field(
+            None,
+            description="strengths of the loaded LoRAs that act, by name; {}: none acts; null: as the service was started",
+        )
+    )
+
+
+class ControlFields(LoraFields):
     """Fields of a body, for pictures that are repainted and for references."""
 
     strength: float | None = Field(
@@ -87,9 +103,9 @@ CONTROL_FIELDS = ("mask", "canvas", *CONTROL_VALUES)
 assert set(CONTROL_VALUES) == set(ControlFields.model_fields)
 
 
-def control_of(fields: ControlFields) -> dict[str, Any]:
+def control_of(fields: LoraFields) -> dict[str, Any]:
     """Return what is asked for, as values of JSON by the names of `limner.requests.Control`."""
-    found = {name: getattr(fields, name) for name in CONTROL_VALUES}
+    found = {name: getattr(fields, name, None) for name in CONTROL_VALUES}
     if isinstance(found["expand"], Expansion):
         found["expand"] = found["expand"].model_dump(exclude_none=True)
     return {name: value for name, value in found.items() if value is not None}

@@ -35,6 +35,7 @@ _REPORTED = (
     "batch",
     "encode_seconds",
     "canvas",
+    "loras",
     "preserved",
 )
 

@@ -42,7 +42,9 @@ class JobEntry(BaseModel):
     controls: dict[str, Any] | None = Field(
         None, description="what was asked for beyond prompt and references; mask and canvas: true if there is one"
     )
-    references: str | None = Field(None, description="content key of its references, also their handle if you have one")
+    references: str | None = Field(
+        None, description="the handle that it was asked with; else the content key, which is a handle if you have one"
+    )
     result: dict[str, Any] | None = None
     progress: float | None = None
     details: dict[str, Any] | None = None
@@ -128,7 +130,8 @@ def _entry(service: Service, request: Request, job: Job, update: Update | None =
         "output_format": job.output_format,
         "num_references": len(job.references),
         "controls": controls(job),
-        "references": job.result.get("reference_key") or job.options.handle,
+        # the handle first: the key of the K/V is another one where the job has LoRAs of its own
+        "references": job.options.handle or job.result.get("reference_key"),
         **{name: shown[name] for name in ("result", "progress", "details", "preview")},
     }
 

@@ -29,6 +29,8 @@ _PICTURE = re.compile(r"(?:images?|urls?)(?:\[([0-9]{0,3})\])?")
 """Fields of pictures, and the place that some clients write into the name."""
 _PART = re.compile(r"(reference_weights|expand)\[(?:(expand|size|anchor|overlap)\](?:(\[)\])?|\])")
 """Fields in which clients spread a list or an object: reference_weights[], expand[size][], expand[anchor]."""
+_LORA = re.compile(r"loras\[([^\[\]]{1,200})\]")
+"""A strength, where clients spread the object over several fields: loras[style]."""
 _NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,20})?")
 
 
@@ -102,6 +104,7 @@ def _texts(value: str | list[str] | None, *, field: str) -> Iterator[SentPicture
 async def _read_form(request: Request, max_picture_bytes: int, offload: Offload) -> EditInputs:
     values: dict[str, str] = {}
     parts: list[tuple[re.Match[str], str]] = []
+    loras: dict[str, str] = {}
     pictures: list[SentPicture] = []
     single: dict[str, SentPicture] = {}
     async with read_form(request, max_fields=60, max_part=2 * max_picture_bytes + 1024) as form:
@@ -122,9 +125,11 @@ async def _read_form(request: Request, max_picture_bytes: int, offload: Offload)
                 raise InvalidRequest(name, "is there twice; give it once")
             elif part := _PART.fullmatch(name):
                 parts.append((part, str(data)))
+            elif (part := _LORA.fullmatch(name)) and part[1] not in loras:
+                loras[part[1]] = str(data)
             else:
                 values[name] = str(data)
-    for name, text in _joined(parts).items():
+    for name, text in {**_joined(parts), **({"loras": _strengths(loras)} if loras else {})}.items():
         if name in values:
             raise InvalidRequest(name, "is there twice; give it once")
         values[name] = text
@@ -153,6 +158,17 @@ def _joined(parts: Iterable[tuple[re.Match[str], str]]) -> dict[str, str]:
         else:
             into[key] = value
     return {name: json.dumps(value) for name, value in found.items()}
+
+
+def _strengths(loras: Mapping[str, str]) -> str:
+    """Return strengths that clients spread over several fields as one text of JSON."""
+    found: dict[str, Any] = {}
+    for name, text in loras.items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            found[name] = text
+    return json.dumps(found)
 
 
 def _in_order(pictures: Iterable[SentPicture]) -> list[SentPicture]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from limner.errors import InvalidRequest, NotFound
 from limner.requests import with_mask
 from limner.server.access.keys import Owner
-from limner.server.dialects.control_fields import ControlFields, control_of, read_controls
+from limner.server.dialects.control_fields import control_of, read_controls
 from limner.server.dialects.model_names import answers_to, model_names
 from limner.server.dialects.openai_answers import Answer
 from limner.server.dialects.openai_bodies import EditInputs, read_edit
@@ -145,7 +145,7 @@ async def _job_request(service: Service, owner: Owner, inputs: EditInputs, idemp
         owner,
         job_request,
         pictures=inputs.pictures,
-        control=control_of(fields) if isinstance(fields, ControlFields) else {},
+        control=control_of(fields),
         canvas=inputs.canvas,
         mask=inputs.mask,
         drawn="transparent",

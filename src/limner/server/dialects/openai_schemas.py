@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.options import MAX_MODEL_NAME
 from limner.requests import MAX_PROMPT_CHARACTERS
-from limner.server.dialects.control_fields import ControlFields
+from limner.server.dialects.control_fields import ControlFields, LoraFields
 from limner.server.dialects.unused import ABOUT, Guidance, NegativePrompt, Unused, UnusedField, UnusedFlag
 
 __all__ = [
@@ -32,7 +32,7 @@ MAX_PARTIAL = 3
 _Choice = Annotated[str | None, Field(max_length=20), ABOUT, Unused("auto")]
 
 
-class Generation(BaseModel):
+class Generation(LoraFields):
     """Body of /v1/images/generations; /v1/images/edits has these fields as a form, and pictures."""
 
     model_config = ConfigDict(extra="forbid", strict=True)

@@ -28,10 +28,13 @@ from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
+from limner.server.jobs.store import JobStore
 
 __all__ = ["routes"]
 
 
+_MOST_JOBS = 1000
+"""Of an owner, that are read when references are removed."""
 FIT = "how sides become multiples of 16; null: as the service does, which is crop unless it was started with --fit"
 """What the field `fit` of these bodies means."""
 
@@ -237,12 +240,13 @@ async def _held(service: Service, owner: Owner, key: str) -> str | None:
 
 
 async def _delete(service: Service, owner: Owner, key: str) -> None:
-    """Remove a handle, and the K/V if nobody else has a handle of them."""
+    """Remove a handle, and the K/V if nobody else has a handle of them; also those that jobs made with other LoRAs."""
     jobs, offload = service.jobs, service.offload
 
     async def forget() -> None:
         try:
-            await offload.run(service.engine.forget, key)
+            for one in (key, *await offload.store(_keys_of_jobs, jobs, owner.id, key)):
+                await offload.run(service.engine.forget, one)
         except RemoteError as error:  # the server's fault, whose message is not for callers
             raise OutputError(str(error)) from error
 
@@ -251,6 +255,13 @@ async def _delete(service: Service, owner: Owner, key: str) -> None:
         await forget()
     if await offload.store(jobs.remove_handle, owner.id, key) and not is_only:  # the other owner left meanwhile
         await forget()
+
+
+def _keys_of_jobs(jobs: JobStore, owner: str, handle: str) -> list[str]:
+    """Return the other keys of K/V that the last jobs of an owner made from the pictures of a handle."""
+    found = jobs.of_owner(owner, limit=_MOST_JOBS)
+    keys = {job.result.get("reference_key") for job in found if job.options.handle == handle}
+    return sorted(key for key in keys if key not in (None, handle))
 
 
 def _reference(handle: Handle) -> dict[str, Any]:

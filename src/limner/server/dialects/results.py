@@ -25,8 +25,8 @@ from limner.version import __version__
 __all__ = ["routes"]
 
 
-class AppliedLora(BaseModel):
-    """A LoRA that the server was started with, and its strength."""
+class LoadedLora(BaseModel):
+    """A LoRA that the server was started with, and its strength in requests that name none."""
 
     name: str
     strength: float
@@ -58,7 +58,7 @@ class Capabilities(BaseModel):
     keep_bytes: int | None = Field(description="the oldest jobs go when what is kept of jobs has more; null: never")
     fetch_urls: bool = Field(description="whether pictures may be named by https URL")
     words: list[str] = Field(description="the only words of prompts that the model was trained on; none: any")
-    loras: list[AppliedLora] = Field(description="LoRAs that act")
+    loras: list[LoadedLora] = Field(description="those that a request may name, and that act where it names none")
 
 
 class ModelCard(BaseModel):
@@ -180,7 +180,7 @@ def _add_model(router: APIRouter, service: Service) -> None:
             keep_bytes=settings.runner.keep_bytes,
             fetch_urls=settings.fetch_urls,
             words=list(settings.about.words),
-            loras=[AppliedLora(name=name, strength=strength) for name, strength in settings.about.loras],
+            loras=[LoadedLora(name=lora.name, strength=lora.strength) for lora in model.loras],
         )
 
     @router.get(

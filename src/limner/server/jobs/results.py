@@ -113,6 +113,8 @@ def _report(result: EditResult) -> dict[str, Any]:
     controls: dict[str, Any] = {}
     if result.canvas:  # of one request: its pictures are drawn alike
         controls["canvas"] = asdict(result.canvas[0])
+    if loras := result.metadata.get("loras"):
+        controls["loras"] = loras
     width, height = result.images[0].size  # those of the canvas where it is put back
     return {
         **controls,

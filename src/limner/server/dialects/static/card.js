@@ -240,6 +240,10 @@ export const inWords = {
     else if (controls?.preserve) told.push("the rest left alone");
     if (controls?.reference_weights) told.push(`weights ${controls.reference_weights.map((row) => [row].flat().join(", ")).join(Array.isArray(controls.reference_weights[0]) ? "; " : ", ")}`);
     if (controls?.reference_guidance) told.push(`likeness ${controls.reference_guidance}`);
+    const asked = controls?.loras && Object.entries(controls.loras).map(([name, strength]) => ({ name, strength }));
+    const loras = result?.limner?.loras ?? asked ?? [];
+    told.push(...loras.map(({ name, strength }) => `${name} ×${strength}`));
+    if (asked && !loras.length) told.push("no LoRA");
     return told;
   },
 

@@ -9,27 +9,28 @@ const MOST = 1e6; // characters of a mask; browsers give a page 5 MB
 let saves = 0;
 
 /** Saves what is being asked for, unless it is saved again before this has come to its end. */
-export async function saveDraft({ form, references, change }) {
+export async function saveDraft({ form, references, change, loras }) {
   const mine = ++saves;
   const { values } = form, names = references.items.map((item) => item.name), weights = references.items.map((item) => item.weight);
   const handle = await references.handle().catch(() => null);
   if (mine !== saves) return;
-  const of = references.items[0]?.change, { strength, preserves } = change;
+  const of = references.items[0]?.change, { strength, preserves } = change, { values: own } = loras;
   const mask = of?.mask ? await dataURL(await of.mask.file()) : null;
   if (mine !== saves) return;
   const part = of ? { part: of.part, margins: of.margins, blur: of.blur, mask: mask?.length < MOST ? mask : null } : null;
   try {
-    sessionStorage.setItem(DRAFT, JSON.stringify({ values, names, weights, handle, strength, preserves, part }));
+    sessionStorage.setItem(DRAFT, JSON.stringify({ values, names, weights, handle, strength, preserves, part, loras: own }));
   } catch {
     sessionStorage.removeItem(DRAFT); // no room
   }
 }
 
 /** `take(handle, names, weights)` gets the references back. */
-export async function restoreDraft({ form, references, change, take }) {
+export async function restoreDraft({ form, references, change, loras, take }) {
   const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
   if (!draft) return;
   form.values = draft.values;
+  loras.values = draft.loras ?? null;
   if (draft.handle) {
     await take(draft.handle, draft.names, draft.weights).catch(() => announce("The references of before are no longer kept"));
   }

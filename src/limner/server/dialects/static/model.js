@@ -27,8 +27,7 @@ export class Model {
   allow(able) {
     this.#able = able;
     this.#words = new Set(able.words ?? []);
-    const loras = (able.loras ?? []).map(({ name, strength }) => `${name} ×${strength}`);
-    byId("model-name").textContent = [able.model, ...loras].join(" + ");
+    byId("model-name").textContent = able.model;
     byId("model").disabled = false;
   }
 

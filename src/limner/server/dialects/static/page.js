@@ -10,6 +10,7 @@ import { Editor } from "./editor.js";
 import { Form } from "./form.js";
 import { Jobs } from "./jobs.js";
 import { Keep } from "./keep.js";
+import { Loras } from "./loras.js";
 import { Mask } from "./mask.js";
 import { Model } from "./model.js";
 import { Prompts } from "./prompts.js";
@@ -21,8 +22,12 @@ const PAUSE = 200; // ms without another step of a slider
 const references = new References();
 const change = new Change(references, new Editor());
 const form = new Form(references, change);
+const loras = new Loras();
 const jobs = new Jobs();
-const complain = (error) => form.complain(error);
+const complain = (error) => {
+  form.complain(error);
+  loras.complain(error);
+};
 const keep = new Keep(jobs, complain);
 const model = new Model();
 const prompts = new Prompts();
@@ -48,7 +53,7 @@ async function draw() {
   button.setAttribute("aria-busy", "true");
   complain(null);
   try {
-    const body = form.body(), handle = await references.handle({ focus: true });
+    const body = { ...form.body(), ...loras.fields() }, handle = await references.handle({ focus: true });
     Object.assign(body, handle ? { references: handle } : {}, await change.fields(handle));
     const { id } = await api.post("/v1/edit", body);
     prompts.add(body.prompt);
@@ -63,7 +68,7 @@ async function draw() {
   }
 }
 
-const save = () => saveDraft({ form, references, change });
+const save = () => saveDraft({ form, references, change, loras });
 let saving = 0;
 /** Saves when a slider stands still. */
 const saveSoon = () => {
@@ -97,12 +102,15 @@ async function reuse({ entry, all }) {
     complain(error);
     return;
   }
+  let missing = [];
   if (all) {
     form.take(entry);
+    missing = loras.take(entry);
     model.check();
   }
   byId("composer").scrollIntoView({ block: "nearest" });
   form.fields.prompt.focus();
+  if (missing.length) complain(new Error(`The server has no LoRA ${missing.join(", ")} now; the other settings are those of the run.`));
   save();
 }
 
@@ -179,8 +187,8 @@ document.addEventListener("visibilitychange", () => { if (!document.hidden) jobs
 async function start() {
   try {
     able = await api.get("/v1/capabilities");
-    for (const part of [form, change, model, keep]) part.allow(able);
-    await restoreDraft({ form, references, change, take: takeHandle });
+    for (const part of [form, change, loras, model, keep]) part.allow(able);
+    await restoreDraft({ form, references, change, loras, take: takeHandle });
     model.check();
     await jobs.refresh();
     byId("welcome").open = !jobs.cards.size;
