@@ -45,7 +45,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
     assert found["groups"]["versions"]["torch"].startswith("2.")
-    assert found["groups"]["kernels"]["attention bfloat16"] in ("flash", "native", "chunked", "chunked_float32")
+    assert found["groups"]["kernels"]["attention bfloat16"] in ("tiles", "flash", "native", "chunked", "chunked_float32")
     assert "GiB free of" in found["groups"]["memory and disk"]["memory"]
 
 
@@ -56,7 +56,7 @@ def test_doctor_says_how_int8_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> 
     if has_int8_products():
         assert (told() == "AMX tiles") == (tiles.why_missing() is None)
         without_tiles(monkeypatch)
-        assert told() == "oneDNN, with a second copy of the weights; no AMX tiles: the CPU has no AMX for int8"
+        assert told() == "oneDNN, with a second copy of the weights; no AMX tiles: the CPU has no AMX"
         monkeypatch.setattr("limner.model.int8.has_int8_products", lambda: False)
     assert told() == "widened: int8 saves memory, not time"
 
