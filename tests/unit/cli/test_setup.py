@@ -45,7 +45,13 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
     assert found["groups"]["versions"]["torch"].startswith("2.")
-    assert found["groups"]["kernels"]["attention bfloat16"] in ("tiles", "flash", "native", "chunked", "chunked_float32")
+    assert found["groups"]["kernels"]["attention bfloat16"] in (
+        "tiles",
+        "flash",
+        "native",
+        "chunked",
+        "chunked_float32",
+    )
     assert "GiB free of" in found["groups"]["memory and disk"]["memory"]
 
 
