@@ -165,10 +165,9 @@ def _kernels(notes: list[str]) -> dict[str, str]:
         found["int8 products"] = "AMX tiles"
     if reason is not None and "compiler" in reason:
         notes.append(f"native kernels: {reason}; apt-get install gcc makes bfloat16 faster")
-    elif reason is None and no_tiles and torch.cpu.get_capabilities().get("amx_int8"):
-        notes.append(
-            f"int8 products: {no_tiles}; GCC 11 or newer, as CC, makes them faster and saves a copy of the weights"
-        )
+    elif reason is None and no_tiles and tiles.has_amx():
+        remedy = "; GCC 11 or newer, as CC, builds them" if " says: " in no_tiles else ""
+        notes.append(f"AMX tiles (int8 products, attention in bfloat16): {no_tiles}{remedy}")
     return found
 
 

@@ -136,9 +136,14 @@ def check_guidance(scale: float | None) -> None:
 
 def check_number(field: str, value: object, *, of: str = "") -> float:
     """Return a finite number, the one of `of` among several. Raises `InvalidRequest`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidRequest(field, f"{value!r}{of and f' of {of!r}'} is not a finite number")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # of a whole number
+        number = math.inf
+    if not math.isfinite(number):
+        text = "a number of over 300 digits" if number == math.inf and isinstance(value, int) else repr(value)
+        raise InvalidRequest(field, f"{text}{of and f' of {of!r}'} is not a finite number")
+    return number
 
 
 def read_loras(given: Loras) -> tuple[tuple[str, float], ...] | None:

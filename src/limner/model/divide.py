@@ -132,7 +132,8 @@ def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
     """Give all processes the attention kernel and the dtype of products that process 0 would choose.
 
     Both may be measured, and machines may differ. If not all processes have the kernel, all use one that runs everywhere:
-    the chunked one on CPUs, torch's own elsewhere. A process alone chooses when it computes.
+    the chunked one on CPUs, torch's own elsewhere. A process alone chooses when it computes. Raises `InvalidRequest` where
+    the rest of their arithmetic differs, as of int8 on machines with and without a compiler.
     """
     if ranks.alone:
         return
@@ -144,3 +145,10 @@ def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
         kernel = on_cpu if device.type == "cpu" else "sdpa"
     transformer.use(kernel=kernel)
     transformer.use_arithmetic(products)
+    names = ranks.all_gather(transformer.arithmetic)
+    if len(set(names)) > 1:
+        raise InvalidRequest(
+            "parallel",
+            f"processes multiply differently ({'; '.join(sorted(set(names)))}), so their parts of K/V do not fit together; "
+            "limner doctor on each machine says what it lacks",
+        )

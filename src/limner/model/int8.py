@@ -201,7 +201,8 @@ class Int8Linear(nn.Module):
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         if isinstance(input, Tensor) or input.dtype != torch.bfloat16 or input.values.dtype != torch.uint8:
             return False
-        return tiles.fits(stop - start, self.in_features, gated=True) and not self._forward_hooks
+        fits = self._fits_tiles() and tiles.fits(stop - start, self.in_features, gated=True)
+        return fits and not self._forward_hooks
 
     def gated(self, input: QuantizedRows, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:  # noqa: A002
         """silu(first half) * second half of the product's last axis, rounded once, where `gates`.

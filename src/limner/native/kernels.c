@@ -1,5 +1,5 @@
 /* Attention over key segments, and what lies between the matrix products, in bfloat16 for CPUs with AVX-512 BF16; compiled
-   by kernels.py when first used. Everything is computed in float32 and rounded once.
+   by build.py when first used. Everything is computed in float32 and rounded once.
 
    Attention. Shapes: S queries, R keys of a segment, H heads, D head dimension (a multiple of 16, at most 256).
    A flash kernel (Dao et al. 2022, online softmax) in transposed form: scores are keys x queries, so that the softmax runs

@@ -186,8 +186,11 @@ def call_attention(
         raise ValueError(
             f"{tuple(out_SHD.shape)} {out_SHD.dtype} is not the place for q {tuple(q_SHD.shape)} {q_SHD.dtype}"
         )
-    q_SHD = _last_contiguous(q_SHD)
     read = [_checked(segment, heads, dim) for segment in segments]
+    if not num or not any(len(segment.k) for segment in read):
+        out_SHD.zero_()
+        return
+    q_SHD = _last_contiguous(q_SHD)
     made = (_Segment * len(read))(
         *(
             _Segment(

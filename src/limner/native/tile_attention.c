@@ -105,24 +105,11 @@ static void lay_keys(const Segment *s, i64 head, i64 heads, i64 first, i64 num, 
 /* scores = queries x keys, both of them blocks of 32. */
 static inline void score(const char *queries, const char *keys, i64 dim, char *scores)
 {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tiles();
     for (i64 p = 0; p < dim / 32; p++, queries += PAIR, keys += PAIR) {
-        _tile_loadd(4, queries, LINE);
-        _tile_loadd(6, keys, LINE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, keys + TILE, LINE);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, queries + TILE, LINE);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        ADD_PRODUCTS(_tile_dpbf16ps, queries, keys);
     }
-    _tile_stored(0, scores, LINE);
-    _tile_stored(2, scores + TILE, LINE);
-    _tile_stored(1, scores + PAIR, LINE);
-    _tile_stored(3, scores + PAIR + TILE, LINE);
+    FOUR_TILES(_tile_stored, scores, PAIR, TILE, PAIR + TILE);
 }
 
 /* 2^((score - middle) factor + shift) of 16 keys. */
@@ -191,31 +178,15 @@ static void add_values(const Space *s, char *sums, i64 num, i64 dim, int shrinks
     for (i64 p = 0; p < dim / 32; p++) {
         char *at = sums + p * 2 * PAIR;
         if (begins) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_tiles();
         } else {
-            _tile_loadd(0, at, LINE);
-            _tile_loadd(1, at + PAIR, LINE);
-            _tile_loadd(2, at + TILE, LINE);
-            _tile_loadd(3, at + PAIR + TILE, LINE);
+            FOUR_TILES(_tile_loadd, at, PAIR, TILE, PAIR + TILE);
         }
         for (i64 b = 0; b < blocks; b++) {
             const char *terms = s->terms + b * PAIR, *values = s->values + (b * (dim / 32) + p) * PAIR;
-            _tile_loadd(4, terms, LINE);
-            _tile_loadd(6, values, LINE);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, values + TILE, LINE);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, terms + TILE, LINE);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            ADD_PRODUCTS(_tile_dpbf16ps, terms, values);
         }
-        _tile_stored(0, at, LINE);
-        _tile_stored(1, at + PAIR, LINE);
-        _tile_stored(2, at + TILE, LINE);
-        _tile_stored(3, at + PAIR + TILE, LINE);
+        FOUR_TILES(_tile_stored, at, PAIR, TILE, PAIR + TILE);
     }
     MEMORY();
 }

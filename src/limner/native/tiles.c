@@ -1,4 +1,4 @@
-/* Products of int8 activations and int8 weights for CPUs with AMX (Intel, from Sapphire Rapids on); compiled by tiles.py when
+/* Products of int8 activations and int8 weights for CPUs with AMX (Intel, from Sapphire Rapids on); compiled by build.py when
    first used. Sums are exact in 32 bits, multiplied by the scales in float32 and rounded once.
 
    Shapes: M rows of activations, N features, K values of a row, a multiple of 64. Weights (N, K) are read as they are stored.
@@ -127,31 +127,14 @@ static void finish_gated(const Product *p, const char *blocks[2], i64 m, i64 n, 
 static inline void multiply(char *sums, const char *w, const char *x, i64 lines, int begins)
 {
     MEMORY();
-    if (begins) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, LINE);
-        _tile_loadd(1, sums + TILE, LINE);
-        _tile_loadd(2, sums + 2 * TILE, LINE);
-        _tile_loadd(3, sums + 3 * TILE, LINE);
-    }
+    if (begins)
+        zero_tiles();
+    else
+        FOUR_TILES(_tile_loadd, sums, TILE, 2 * TILE, 3 * TILE);
     for (i64 i = 0; i < lines; i++, w += PAIR, x += PAIR) {
-        _tile_loadd(4, w, LINE);
-        _tile_loadd(6, x, LINE);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, x + TILE, LINE);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, w + TILE, LINE);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+        ADD_PRODUCTS(_tile_dpbssd, w, x);
     }
-    _tile_stored(0, sums, LINE);
-    _tile_stored(1, sums + TILE, LINE);
-    _tile_stored(2, sums + 2 * TILE, LINE);
-    _tile_stored(3, sums + 3 * TILE, LINE);
+    FOUR_TILES(_tile_stored, sums, TILE, 2 * TILE, 3 * TILE);
     MEMORY();
 }
 

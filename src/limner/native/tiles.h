@@ -25,6 +25,36 @@ static void shape_tiles(void)
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
+/* Add left times right, two tiles each, TILE bytes apart, to the four tiles 0 to 3: 0 and 1 are of the first left one. */
+#define ADD_PRODUCTS(multiply, left, right)                                                                            \
+    do {                                                                                                               \
+        _tile_loadd(4, left, LINE);                                                                                    \
+        _tile_loadd(6, right, LINE);                                                                                   \
+        multiply(0, 4, 6);                                                                                             \
+        _tile_loadd(7, (right) + TILE, LINE);                                                                          \
+        multiply(1, 4, 7);                                                                                             \
+        _tile_loadd(5, (left) + TILE, LINE);                                                                           \
+        multiply(2, 5, 6);                                                                                             \
+        multiply(3, 5, 7);                                                                                             \
+    } while (0)
+
+static inline void zero_tiles(void)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Load or store the four tiles: tile 0 at `at`, the others so many bytes after it. */
+#define FOUR_TILES(move, at, first, second, third)                                                                     \
+    do {                                                                                                               \
+        move(0, at, LINE);                                                                                             \
+        move(1, (at) + (first), LINE);                                                                                 \
+        move(2, (at) + (second), LINE);                                                                                \
+        move(3, (at) + (third), LINE);                                                                                 \
+    } while (0)
+
 /* 16 x 16 values of 32 bits. */
 static inline void transpose(__m512i r[16])
 {

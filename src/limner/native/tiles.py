@@ -17,7 +17,7 @@ from torch import Tensor
 from limner.native.build import Library
 from limner.native.kernels import ATTENTION_ARGUMENTS, Segment, call_attention
 
-__all__ = ["aligned", "attend", "digest", "fits", "product", "takes", "why_missing"]
+__all__ = ["aligned", "attend", "digest", "fits", "has_amx", "product", "takes", "why_missing"]
 
 _BLOCK = 32
 _LINE = 64
@@ -28,11 +28,14 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
+def has_amx() -> bool:
+    """Return True if this CPU has tiles for int8 and bfloat16, as far as torch can tell."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that is allowed
+    return all(found.get(name) for name in ("amx_int8", "amx_bf16", "avx512_bf16"))
+
+
 def _why_not() -> str | None:
-    found = torch.cpu.get_capabilities()
-    if not all(found.get(name) for name in ("amx_int8", "amx_bf16", "avx512_bf16")):
-        return "the CPU has no AMX"
-    return None
+    return None if has_amx() else "the CPU has no AMX, or this torch cannot tell"
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -64,7 +67,7 @@ _library = Library(
 
 
 def why_missing() -> str | None:
-    """Return why there are no such products here; None if there are."""
+    """Return why nothing here runs on this machine; None if it does."""
     return _library.why_missing
 
 

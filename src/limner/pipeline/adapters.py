@@ -115,11 +115,13 @@ class Adapters:
 
     @property
     def loaded(self) -> tuple[AppliedLora, ...]:
-        """All that are loaded, with the strengths that are set; 0: it does not act."""
+        """All that are loaded or in the weights, with the strengths that are set; 0: it does not act."""
         acting = {one.name: one.strength for one in (*self._fused, *self._weighted(self._active, self._strengths))}
+        in_weights = {(one.name, one.lora.digest) for one in self._fused}
+        loaded = [(name, lora.digest) for name, lora in self._loaded.items()]
         return tuple(
-            AppliedLora(name=name, digest=lora.digest, strength=acting.get(name, 0.0), fused=self._is_fused(name))
-            for name, lora in self._loaded.items()
+            AppliedLora(name=one[0], digest=one[1], strength=acting.get(one[0], 0.0), fused=one in in_weights)
+            for one in dict.fromkeys([*loaded, *sorted(in_weights)])
         )
 
     @property
@@ -156,7 +158,9 @@ class Adapters:
                     "another thread draws with other LoRAs, and a transformer has one set at a time; draw one after "
                     "another, as limner.engine.Engine does",
                 )
-            call = _Call(thread=thread, loras=own, branches=None if own is None else self._own_branches(own))
+            same = next((call for call in self._calls if call.loras == own), None)  # what is attached for it stays
+            branches = same.branches if same else None if own is None else self._own_branches(own)
+            call = _Call(thread=thread, loras=own, branches=branches)
             self._calls.append(call)
             self._show()
         try:
@@ -440,7 +444,8 @@ class Adapters:
     def _unfused(self) -> list[_Weighted]:
         """Adapters that run alongside the weights in the call of this thread, else those set, as they are applied."""
         thread = threading.get_ident()
-        own = next((call.loras for call in reversed(self._calls) if call.thread == thread), None)
+        calls = reversed(tuple(self._calls))  # of a list, an iterator ends where another thread shortens it
+        own = next((call.loras for call in calls if call.thread == thread), None)
         return self._weighted(self._active, self._strengths) if own is None else self._own(own)
 
     def _weighted(self, active: Sequence[str], strengths: Mapping[str, float]) -> list[_Weighted]:

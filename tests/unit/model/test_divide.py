@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.support.tiny import make_transformer
@@ -28,6 +30,26 @@ def sharding(config: TransformerConfig, rank: int, size: int = 2) -> Sharding:
     ranks = RankGroup.__new__(RankGroup)
     ranks.mode, ranks.rank, ranks.size = "tensor", rank, size
     return Sharding(config=config, ranks=ranks)
+
+
+class Other(Ranks):
+    """Two processes, of which the other one answers what this one does, but for one text."""
+
+    mode, size = "sequence", 2
+
+    def __init__(self, changed: tuple[str, str] = ("", "")) -> None:
+        self._changed = changed
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value, value.replace(*self._changed) if isinstance(value, str) else value]
+
+
+def test_processes_that_multiply_differently_are_refused() -> None:
+    """Parts of K/V of both would be kept under one name."""
+    transformer = Transformer(TransformerConfig.from_diffusers(make_transformer(16, double=1, single=1).config))
+    agree_on_arithmetic(transformer, Other())
+    with pytest.raises(InvalidRequest, match=r"parallel: processes multiply differently \(.*float16.*; .*float32.*\)"):
+        agree_on_arithmetic(transformer, Other(("float32", "float16")))
 
 
 def test_a_process_alone_has_all_of_it(transformer: Transformer) -> None:

@@ -173,6 +173,8 @@ def test_when_they_are_two(network: Transformer, monkeypatch: pytest.MonkeyPatch
     assert not made.gates(prepared, slice(0, 96))  # halves of 48
     with torch.enable_grad():
         assert not made.gates(made.prepare(x.bfloat16().requires_grad_()))
+    odd = Int8Linear.of(Linear(128, 168).bfloat16())  # no multiple of 32, so its products are oneDNN's, of a part too
+    assert not odd.gates(odd.prepare(x.bfloat16()), slice(40, 168))
     without_tiles(monkeypatch)
     assert not made.gates(prepared)
 

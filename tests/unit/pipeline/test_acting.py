@@ -186,6 +186,25 @@ def test_another_thread_cannot_draw_with_others_meanwhile(styled: Pipeline) -> N
     assert torch.equal(drawn.images, alone.images)
 
 
+def test_a_thread_with_the_same_ones_uses_what_is_attached(styled: Pipeline) -> None:
+    """Also where others acted in between: nothing is attached beside it, and nothing is taken away from the first."""
+    adapters, found = styled.networks.adapters, []
+
+    def other() -> None:
+        with adapters.acting({"b": 0.5}):
+            found.append((hooks(styled), adapters.applied))
+
+    with adapters.acting({"b": 0.5}):
+        there, applied = hooks(styled), adapters.applied
+        with adapters.acting({"b": 0.25}):
+            assert hooks(styled) != there
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert hooks(styled) == there
+    assert found == [(there, applied)]
+
+
 def test_the_same_ones_are_not_made_again(styled: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     make = type(styled.networks.adapters)._made
@@ -263,8 +282,14 @@ def test_fused_ones_are_refused_with_the_remedy(styled: Pipeline) -> None:
     for loras in ({"b": 0.5}, {"a": 1.0}, ()):
         with pytest.raises(InvalidRequest, match=r"loras: a is fused into the weights, .* unfuse_lora\(\) first"):
             draw(styled, loras=loras)
+    styled.disable_lora()  # out of the weights
+    assert [one["name"] for one in draw(styled, loras={"b": 0.5}).metadata["loras"]] == ["b"]
+    styled.enable_lora()
+    styled.unload_lora_weights()  # as in diffusers, fused ones stay in the weights
+    with pytest.raises(InvalidRequest, match="loras: a is fused into the weights"):
+        draw(styled, loras=())
     styled.unfuse_lora()
-    assert draw(styled, loras={"b": 0.5}).metadata["loras"][0]["name"] == "b"
+    assert "loras" not in draw(styled, loras=()).metadata
 
 
 @pytest.mark.parametrize(
@@ -274,6 +299,7 @@ def test_fused_ones_are_refused_with_the_remedy(styled: Pipeline) -> None:
         ({"a": float("nan")}, "loras: nan of 'a' is not a finite number"),
         ({"a": True}, "loras: True of 'a' is not a finite number"),
         ({"a": None}, "loras: None of 'a' is not a finite number"),
+        ({"a": 10**400}, "loras: a number of over 300 digits of 'a' is not a finite number"),
         ({"a": "0.5"}, "loras: '0.5' of 'a' is not a finite number"),
         ([("a", 1.0), ("a", 2.0)], "names a LoRA twice; add up its strengths"),
         ("a", "loras: 'a' is not names with strengths"),

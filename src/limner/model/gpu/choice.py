@@ -2,7 +2,7 @@
 
 | device | attention, best first | rows of blocks | products of int8 weights |
 |---|---|---|---|
-| CPU | `native`, `flash` (AMX), `chunked` (`model.attention`) | C (`limner.native`) or torch | C (AMX) or oneDNN |
+| CPU | `tiles`, `flash` (both AMX), `native`, `chunked` (`model.attention`) | C or torch | C (AMX) or oneDNN |
 | Hopper (9.0) | `cudnn`, `flash3`, `triton`, `flash` | Triton | `int8`, `fp8` |
 | Blackwell of data centres (10.x) | `cudnn`, `flash4`, `triton`, `flash` | Triton | `int8`, `fp8` |
 | Ada (8.9), Blackwell (12.x) | `triton`, `flash`, `cudnn` | Triton | `int8`, `fp8` |
