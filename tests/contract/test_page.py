@@ -415,13 +415,13 @@ def test_errors_are_shown_in_the_words_of_the_server(open_page) -> None:
     assert page.inner_text(".seed") == "seed 3"
 
 
-def test_a_server_with_keys_asks_once(open_page) -> None:
+def test_a_server_with_keys_asks_once(open_page, callers) -> None:
     page, _ = open_page(key=None)
     expect(page.locator("#key")).to_be_visible()
     page.fill("#key-value", "not a key of this server")
     page.keyboard.press("Enter")
     expect(page.locator("#key-problem")).not_to_be_empty()
-    page.fill("#key-value", next(_callers))
+    page.fill("#key-value", next(callers))
     page.keyboard.press("Enter")
     ready(page)
     expect(page.locator("#key")).to_be_hidden()
