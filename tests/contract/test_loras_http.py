@@ -89,6 +89,7 @@ def test_a_job_has_its_own(served: Served, model: Pipeline) -> None:
     assert told(read_metadata(file)["loras"]) == sorted(LORAS.items())
     none, entry = edit(served, loras={})
     assert np.array_equal(none, drawn(model, loras={}))
+    assert entry["result"]["limner"]["loras"] == []
     assert entry["controls"] == {"loras": {}}
     assert "loras" not in read_metadata(served.http.get(entry["result"]["sample"]).content)
     null, _ = edit(served, loras=None)
@@ -195,6 +196,55 @@ def test_a_handle_is_good_for_all_and_removing_it_removes_the_kv_of_all(served: 
     assert not any(served.engine.holds(key) for key in keys)
 
 
+def made(served: Served, *, key: str = ANNA, **body: Any) -> tuple[str, str, str]:
+    """The id of a job, the key of its K/V, and where they were."""
+    auth = {"x-key": key}
+    found = served.poll(served.submit(headers=auth, **body)["id"], headers=auth)
+    told = served.http.get(f"/v1/jobs/{found['id']}", headers=auth).json()["result"]["limner"]
+    return found["id"], told["reference_key"], told["reference_cache"]
+
+
+def upload(served: Served, seed: int, *, key: str = ANNA) -> str:
+    answer = served.http.post("/v1/references", json={"images": [text(png(seed=seed))]}, headers={"x-key": key})
+    return str(answer.json()["id"])
+
+
+def delete(served: Served, path: str, *, key: str = ANNA) -> None:
+    assert served.http.delete(path, headers={"x-key": key}).status_code == 200
+
+
+def test_kv_of_one_owner_go_when_the_last_other_deletes_the_handle(served: Served) -> None:
+    handle = upload(served, 11)
+    _, own, _ = made(served, references=handle, loras={"grain": 0.5})
+    assert upload(served, 11, key=BOB) == handle
+    delete(served, f"/v1/references/{handle}")
+    assert served.engine.holds(own)
+    delete(served, f"/v1/references/{handle}", key=BOB)
+    assert not served.engine.holds(own)
+    assert not served.engine.holds(handle)
+
+
+def test_kv_of_jobs_that_were_removed_or_sent_the_pictures_themselves_go_with_the_handle(served: Served) -> None:
+    handle = upload(served, 12)
+    gone, removed, _ = made(served, references=handle, loras={"grain": 0.5})
+    delete(served, f"/v1/jobs/{gone}?forget=true")
+    _, sent, _ = made(served, input_image=text(png(seed=12)), loras={"grain": -0.5})
+    _, other, _ = made(served, input_image=text(png(seed=13)), loras={"grain": 0.5})
+    assert all(served.engine.holds(key) for key in (handle, removed, sent, other))
+    delete(served, f"/v1/references/{handle}")
+    assert [served.engine.holds(key) for key in (handle, removed, sent, other)] == [False, False, False, True]
+
+
+def test_after_a_deletion_no_use_of_others_is_told(served: Served) -> None:
+    handle = upload(served, 14)
+    assert made(served, references=handle, loras={"grain": 0.5})[2] == "miss"
+    delete(served, f"/v1/references/{handle}")
+    assert made(served, key=BOB, input_image=text(png(seed=14)), loras={"grain": 0.5})[2] == "miss"
+    handle = upload(served, 14)
+    assert made(served, references=handle, loras={"grain": 0.5})[2] == "miss"
+    assert made(served, references=handle, loras={"grain": 0.5})[2] == "memory"
+
+
 def test_a_job_is_stored_with_them(served: Served) -> None:
     """So that a service that starts again draws it as it was asked for, and a repeated one is known."""
     key = {"Idempotency-Key": "with-loras"}
@@ -240,6 +290,24 @@ def test_rows_of_a_manifest_have_their_own(model: Pipeline, tmp_path: Path) -> N
     rows[1]["loras"] = {"grain": 1}
     write(tmp_path, rows)
     assert run(tmp_path, model).drawn == 1
+
+
+def test_rows_with_the_same_loras_otherwise_written_share_a_prefill(model: Pipeline, tmp_path: Path) -> None:
+    """Their K/V stay in the hidden store until the last of them is drawn, and no longer."""
+    picture(64, 64).save(tmp_path / "a.png")
+    usual = {"grain": 1, "ink-v1.5": 0.8}
+    asked: list[Any] = [None, {}, usual, {"grain": 0}, {"grain": 0.0, "ink-v1.5": 0}, {**usual, "grain": 1.0}]
+    rows = [{"prompt": "a red ball", "references": ["a.png"], "seed": i, "loras": x} for i, x in enumerate(asked)]
+    write(tmp_path, [{"id": f"r{i}", **row} for i, row in enumerate(rows)])
+    kept = []
+
+    def progress(done: int, of: int, failed: int) -> None:
+        kept.append(len(list((tmp_path / "out" / ".limner-batch" / "store").glob("*.safetensors"))))
+
+    summary = run(tmp_path, model, progress)
+    assert (summary.failed, summary.prefills) == (0, 2)
+    assert max(kept) == 2
+    assert kept[-1] == 0
 
 
 def test_rows_without_references_and_several_at_once(model: Pipeline, tmp_path: Path) -> None:

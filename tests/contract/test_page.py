@@ -14,17 +14,14 @@ from PIL import Image
 from tests.support.browser import (
     CALLERS,
     PHONE,
-    Opener,
     Page,
     add,
-    chromium,
     draw,
     expect,
     file,
     flat,
     loaded,
     needs_chromium,
-    new_keys,
     ready,
     sync_api,
     tab_to,
@@ -37,7 +34,6 @@ from limner.images import read_metadata
 from limner.trust.provenance import development_credentials
 
 pytestmark = needs_chromium
-_callers = new_keys()
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +43,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     signer = development_credentials(folder / "c2pa")
     with Served(Pipeline.from_pretrained(), folder / "data", keys=CALLERS, signer=signer, drain=1) as served:
         yield served.url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_page(browser: sync_api.Browser, server: str) -> Iterator[Opener]:
-    """Opens the page for a new caller; at the end, no page may have asked another host or thrown anything."""
-    opener = Opener(browser, server, _callers)
-    yield opener
-    opener.close()
 
 
 def names(page: Page) -> list[str]:
@@ -433,13 +415,13 @@ def test_errors_are_shown_in_the_words_of_the_server(open_page) -> None:
     assert page.inner_text(".seed") == "seed 3"
 
 
-def test_a_server_with_keys_asks_once(open_page) -> None:
+def test_a_server_with_keys_asks_once(open_page, callers) -> None:
     page, _ = open_page(key=None)
     expect(page.locator("#key")).to_be_visible()
     page.fill("#key-value", "not a key of this server")
     page.keyboard.press("Enter")
     expect(page.locator("#key-problem")).not_to_be_empty()
-    page.fill("#key-value", next(_callers))
+    page.fill("#key-value", next(callers))
     page.keyboard.press("Enter")
     ready(page)
     expect(page.locator("#key")).to_be_hidden()

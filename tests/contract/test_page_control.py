@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +16,14 @@ from PIL import Image
 from tests.support.browser import (
     CALLERS,
     PHONE,
-    Opener,
     Page,
     add,
-    chromium,
+    asked,
     draw,
     drawn,
     expect,
     file,
     needs_chromium,
-    new_keys,
     ready,
     result,
     sync_api,
@@ -40,7 +37,6 @@ from limner import Pipeline
 
 pytestmark = needs_chromium
 SAMPLES = Path(limner.__file__).parent / "assets" / "samples"
-_callers = new_keys()
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +46,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         Pipeline.from_pretrained(), tmp_path_factory.mktemp("control") / "data", keys=CALLERS, drain=1
     ) as served:
         yield served.url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_page(browser: Any, server: str) -> Iterator[Opener]:
-    opener = Opener(browser, server, _callers)
-    yield opener
-    opener.close()
-
-
-def asked(page: Page) -> list[dict[str, Any]]:
-    """The bodies of runs that the page asks for from now on."""
-    bodies: list[dict[str, Any]] = []
-
-    def note(request: Any) -> None:
-        if request.url.endswith("/v1/edit"):
-            bodies.append(json.loads(request.post_data))
-
-    page.on("request", note)
-    return bodies
 
 
 def paper(page: Page, *, x: float, y: float) -> tuple[float, float]:

@@ -15,17 +15,14 @@ from PIL import Image
 from tests.support.browser import (
     CALLERS,
     PHONE,
-    Opener,
     Page,
     add,
-    chromium,
     draw,
     drawn,
     expect,
     file,
     loaded,
     needs_chromium,
-    new_keys,
     ready,
     result,
     tab_to,
@@ -39,7 +36,6 @@ from limner.options import ModelOptions, ServeOptions
 from limner.server.jobs.settings import RunnerSettings
 
 pytestmark = needs_chromium
-_callers = new_keys()
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +46,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     about = about_model(ModelOptions())
     with Served(Pipeline.from_pretrained(), folder, keys=CALLERS, drain=1, runner=runner, about=about) as served:
         yield served.url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_page(browser: Any, server: str) -> Iterator[Opener]:
-    opener = Opener(browser, server, _callers)
-    yield opener
-    opener.close()
 
 
 def test_all_pictures_are_saved_and_runs_are_deleted(open_page, server: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tests.support.browser import (
     Opener,
     Page,
     add,
-    chromium,
+    asked,
     draw,
     drawn,
     expect,
@@ -34,7 +33,6 @@ from tests.support.tiny import picture
 from limner import Pipeline
 
 pytestmark = needs_chromium
-_callers = new_keys()
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +49,6 @@ def pipe() -> Pipeline:
 def server(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with Served(pipe, tmp_path_factory.mktemp("loras") / "data", keys=CALLERS, drain=1) as served:
         yield served.url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_page(browser: Any, server: str) -> Iterator[Opener]:
-    opener = Opener(browser, server, _callers)
-    yield opener
-    opener.close()
-
-
-def asked(page: Page) -> list[dict[str, Any]]:
-    """The bodies of runs that the page asks for from now on."""
-    bodies: list[dict[str, Any]] = []
-
-    def note(request: Any) -> None:
-        if request.url.endswith("/v1/edit"):
-            bodies.append(json.loads(request.post_data))
-
-    page.on("request", note)
-    return bodies
 
 
 def box(page: Page, name: str) -> Any:
@@ -165,6 +138,24 @@ def test_settings_of_a_run_come_back_and_stay_over_a_reload(open_page) -> None:
     page.locator(".card").last.get_by_role("button", name="Use all settings").click()
     expect(box(page, "ink-v1.5")).to_be_checked()
     assert state(page) == USUAL
+
+
+def test_settings_of_a_run_without_loras_come_back(open_page, pipe: Pipeline) -> None:
+    """Drawn while the server set none, which is not what it sets now."""
+    page, _ = open_page()
+    pipe.set_adapters([])
+    try:
+        draw(page, "a small fox")
+    finally:
+        pipe.set_adapters(["ink-v1.5"], [0.8])
+    page.reload()
+    ready(page)
+    assert state(page) == USUAL
+    page.locator(".card").get_by_role("button", name="Use all settings").click()
+    expect(box(page, "ink-v1.5")).not_to_be_checked()
+    bodies = asked(page)
+    draw(page, "again")
+    assert bodies[-1]["loras"] == {}
 
 
 def test_references_of_a_run_with_its_own_are_not_sent_again(open_page) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -98,6 +99,18 @@ class Opener:
 def new_keys() -> Iterator[str]:
     """The keys of callers that have not called."""
     return iter(_KEYS)
+
+
+def asked(page: Any) -> list[dict[str, Any]]:
+    """The bodies of runs that the page asks for from now on."""
+    bodies: list[dict[str, Any]] = []
+
+    def note(request: Any) -> None:
+        if request.url.endswith("/v1/edit"):
+            bodies.append(json.loads(request.post_data))
+
+    page.on("request", note)
+    return bodies
 
 
 def ready(page: Any) -> None:

@@ -34,8 +34,9 @@ __all__ = ["Batch", "BatchSummary"]
 
 _logger = logging.getLogger("limner")
 _Digests = tuple[str, ...]
-_Kept = tuple[_Digests, tuple[tuple[str, float], ...] | None]
-"""What decides, in one run, which K/V a row needs: digests of its references, and its LoRAs."""
+_Loras = tuple[tuple[str, float], ...]
+_Kept = tuple[_Digests, _Loras]
+"""What decides, in one run, which K/V a row needs: digests of its references, and of the LoRAs that act on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +81,9 @@ class Batch:
         self._done: dict[str, Result] = {}
         self._drawn = self._done_before = 0
         self._left: dict[_Kept, set[str]] = {}
-        """Rows of each list of references and LoRAs that are not drawn yet; its K/V are removed with the last one."""
+        """Rows that need the same K/V and are not drawn yet: these are removed with the last one."""
         self._kept: dict[str, _Kept] = {}
-        """The references and LoRAs of each row that was planned."""
+        """Which K/V each row needs that was planned."""
         self._lock = lock_folder(self.options)
         try:
             self._start = time.perf_counter()
@@ -109,21 +110,22 @@ class Batch:
         self.model = pipe.digest
         base = Path(self.options.manifest).absolute().parent
         reports = _Reports(base, pipe.reference_policy)
-        groups: dict[_Kept, list[Task]] = {}
-        files: dict[_Kept, tuple[str, ...]] = {}
+        groups: dict[tuple[_Digests, _Loras | None], list[Task]] = {}
+        files: dict[tuple[_Digests, _Loras | None], tuple[str, ...]] = {}
         for row in self.rows:
             planned = self._plan_row(row, pipe, reports)
             if planned is None:
                 continue
             task, digests = planned
-            kept = digests, task.loras
-            files.setdefault(kept, tuple(str(base / reference["file"]) for reference in task.references))
-            groups.setdefault(kept, []).append(task)
+            group = digests, task.loras  # rows that act alike and are written otherwise are not drawn in one call
+            files.setdefault(group, tuple(str(base / reference["file"]) for reference in task.references))
+            groups.setdefault(group, []).append(task)
+            kept = digests, _acting(task, pipe)
             self._left.setdefault(kept, set()).add(task.id)
             self._kept[task.id] = kept
         self._report()
         return [
-            group for kept, tasks in groups.items() for group in group_tasks(tasks, files=files[kept], digests=kept[0])
+            part for group, tasks in groups.items() for part in group_tasks(tasks, files=files[group], digests=group[0])
         ]
 
     def _plan_row(self, row: Row | BrokenRow, pipe: Pipeline, reports: _Reports) -> tuple[Task, _Digests] | None:
@@ -240,6 +242,16 @@ class _Reports:
         if isinstance(found, InvalidRequest):
             raise found
         return found
+
+
+def _acting(task: Task, pipe: Pipeline) -> _Loras:
+    """Return digests and strengths of the LoRAs that act on the K/V of a row, however the row names them."""
+    if pipe.kind.joint:  # no LoRA changes tokens
+        return ()
+    own = None if task.loras is None else dict(task.loras)
+    loaded = pipe.networks.adapters.loaded
+    found = [(lora.digest, lora.strength if own is None else own.get(lora.name, 0.0)) for lora in loaded]
+    return tuple(sorted((digest, strength) for digest, strength in found if strength))
 
 
 def _silent(done: int, of: int, failed: int) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.support.engines import Heard
-from tests.support.lora_files import SHAPES, kohya, make_pairs, original, write
 from tests.support.tiny import Gate, generators, picture
 
 from limner import InvalidRequest, Pipeline
@@ -21,15 +19,6 @@ from limner.engine.admission import Admission
 from limner.images import PreparedReference, prepare_reference
 
 _ids = itertools.count()
-
-
-@pytest.fixture
-def styled(pipe: Pipeline, tmp_path: Path) -> Pipeline:
-    """With LoRAs a and b, of which a acts."""
-    pipe.load_lora_weights(write(tmp_path, original(make_pairs()), "a.safetensors"), "a")
-    pipe.load_lora_weights(write(tmp_path, kohya(make_pairs(1, names=SHAPES), alpha=2.0), "b.safetensors"), "b")
-    pipe.set_adapters(["a"], [0.7])
-    return pipe
 
 
 @pytest.fixture

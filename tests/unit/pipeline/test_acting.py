@@ -8,22 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.lora_files import SHAPES, kohya, make_pairs, original, write
+from tests.support.lora_files import make_pairs, original, write
 from tests.support.tiny import generators, picture
 from torch import Tensor
 
 from limner import Cancelled, InvalidRequest, Pipeline
 from limner.images import prepare_reference
 from limner.requests import EditRequest, read_loras
-
-
-@pytest.fixture
-def styled(pipe: Pipeline, tmp_path: Path) -> Pipeline:
-    """With LoRAs a and b, of which a acts."""
-    pipe.load_lora_weights(write(tmp_path, original(make_pairs()), "a.safetensors"), "a")
-    pipe.load_lora_weights(write(tmp_path, kohya(make_pairs(1, names=SHAPES), alpha=2.0), "b.safetensors"), "b")
-    pipe.set_adapters(["a"], [0.7])
-    return pipe
 
 
 def draw(pipe: Pipeline, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,13 +29,10 @@ from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
-from limner.server.jobs.store import JobStore
 
 __all__ = ["routes"]
 
 
-_MOST_JOBS = 1000
-"""Of an owner, that are read when references are removed."""
 FIT = "how sides become multiples of 16; null: as the service does, which is crop unless it was started with --fit"
 """What the field `fit` of these bodies means."""
 
@@ -139,8 +137,8 @@ def routes(service: Service) -> APIRouter:
     @router.delete("/v1/references/{id}", response_model=Removed, responses=ERRORS, summary="Forget references")
     async def delete_references(id: str, owner: Owner = Depends(service.owner)) -> dict[str, Any]:
         await service.handle(owner, id)
-        await _delete(service, owner, id)
-        await service.known.forget(owner.id, id)
+        for key in await _delete(service, owner, id):
+            await service.known.forget(owner.id, key)
         return {"id": id, "deleted": True}
 
     return router
@@ -239,29 +237,23 @@ async def _held(service: Service, owner: Owner, key: str) -> str | None:
     return "memory" if service.engine.holds(key) and await service.known.has(owner.id, key) else None
 
 
-async def _delete(service: Service, owner: Owner, key: str) -> None:
-    """Remove a handle, and the K/V if nobody else has a handle of them; also those that jobs made with other LoRAs."""
+async def _delete(service: Service, owner: Owner, handle: str) -> list[str]:
+    """Remove a handle, and all K/V of its pictures that no other handle is for. Return the keys of all, kept or not."""
     jobs, offload = service.jobs, service.offload
 
-    async def forget() -> None:
+    async def forget(keys: Iterable[str]) -> None:
         try:
-            for one in (key, *await offload.store(_keys_of_jobs, jobs, owner.id, key)):
-                await offload.run(service.engine.forget, one)
+            for key in keys:
+                await offload.run(service.engine.forget, key)
         except RemoteError as error:  # the server's fault, whose message is not for callers
             raise OutputError(str(error)) from error
 
-    is_only = await offload.store(jobs.is_only_owner, owner.id, key)
-    if is_only:  # before the handle is gone, so that the caller can repeat a failed deletion
-        await forget()
-    if await offload.store(jobs.remove_handle, owner.id, key) and not is_only:  # the other owner left meanwhile
-        await forget()
-
-
-def _keys_of_jobs(jobs: JobStore, owner: str, handle: str) -> list[str]:
-    """Return the other keys of K/V that the last jobs of an owner made from the pictures of a handle."""
-    found = jobs.of_owner(owner, limit=_MOST_JOBS)
-    keys = {job.result.get("reference_key") for job in found if job.options.handle == handle}
-    return sorted(key for key in keys if key not in (None, handle))
+    found = await offload.store(jobs.keys_of_handle, owner.id, handle)
+    # before the handle is gone, so that the caller can repeat a failed deletion
+    await forget(key for key, is_free in found.items() if is_free)
+    left = await offload.store(jobs.remove_handle, owner.id, handle, keys=list(found))
+    await forget(key for key in left if not found[key])  # another owner left meanwhile
+    return list(found)
 
 
 def _reference(handle: Handle) -> dict[str, Any]:

@@ -113,8 +113,6 @@ def _report(result: EditResult) -> dict[str, Any]:
     controls: dict[str, Any] = {}
     if result.canvas:  # of one request: its pictures are drawn alike
         controls["canvas"] = asdict(result.canvas[0])
-    if loras := result.metadata.get("loras"):
-        controls["loras"] = loras
     width, height = result.images[0].size  # those of the canvas where it is put back
     return {
         **controls,
@@ -124,6 +122,7 @@ def _report(result: EditResult) -> dict[str, Any]:
         "reference_cache": result.reference_cache,
         "reference_key": result.reference_key,
         "seconds_saved": round(result.seconds_saved, 4),
+        "loras": result.metadata.get("loras", []),  # an empty list tells that none acted
         "references": [report.as_json() for report in result.references],
         "prompt": asdict(result.prompt),
         "timings": {**asdict(result.timings), "total": result.timings.total},

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from limner.images import SUFFIXES
+from limner.server.jobs.handle_keys import HandleKeys
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.storage import Connection, Storage
 
@@ -26,9 +27,10 @@ _AT_ONCE = 200
 class Room:
     """Removes jobs, results and pictures of one storage. `now` in the methods is the time of the store's clock."""
 
-    def __init__(self, storage: Storage, pictures: PictureFiles) -> None:
+    def __init__(self, storage: Storage, pictures: PictureFiles, keys: HandleKeys) -> None:
         self._storage = storage
         self._pictures = pictures
+        self._keys = keys
 
     def clean(self, now: float, *, forget_seconds: float, grace_seconds: float = _GRACE_SECONDS) -> None:
         """See `JobStore.clean`."""
@@ -67,6 +69,7 @@ class Room:
                 unused = self._delete(db, [id_ for id_, is_told, _, _ in rows if is_told])
                 for id_, is_told, _, _ in rows:
                     if not is_told:
+                        self._keys.note(db, id_)
                         unused += self._pictures.release(db, user=f"job:{id_}")
                         db.execute(
                             "UPDATE jobs SET expires = 0, idempotency = NULL, fingerprint = NULL WHERE id = ?", (id_,)
@@ -113,6 +116,7 @@ class Room:
         """Remove rows. Return pictures without users, to be removed after the transaction."""
         unused: list[str] = []
         for id_ in ids:
+            self._keys.note(db, id_)
             unused += self._pictures.release(db, user=f"job:{id_}")
             db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
         return unused

@@ -4,7 +4,8 @@ A job is written before it is answered, and it ends once: the row says `pending`
 however often the job was begun. No picture of a refused job stays. Knows nothing of engines, HTTP, wire dialects or
 databases.
 
-    tables                jobs, handles of references, which pictures they use, images made for each owner
+    tables                jobs, handles of references, which pictures they use, images made for each owner, keys of K/V that
+                          removed jobs made from the pictures of handles
     inputs/<digest>.png   pictures of requests (processed references, canvases, masks), each once, without loss
     results/<id>-<n>.png  results, until they expire; results/<id>-map<n>.png what an edit with `preserve` changed of them
     secret                key of signed URLs, 32 random bytes
@@ -17,12 +18,13 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from limner.errors import BudgetSpent, Conflict, InvalidRequest, OutputError
 from limner.images import PreparedReference, ReferenceReport
+from limner.server.jobs.handle_keys import HandleKeys
 from limner.server.jobs.open import open_storage
 from limner.server.jobs.pictures import PictureFiles
 from limner.server.jobs.records import Handle, Job, JobPictures, Status
@@ -50,11 +52,13 @@ class JobStore:
         self._storage = open_storage(data)
         self._lock = self._storage.lock
         self._pictures = PictureFiles(self._storage)
-        self._room = Room(self._storage, self._pictures)
+        self._keys = HandleKeys(self._storage)
+        self._room = Room(self._storage, self._pictures, self._keys)
         self._check_again = 0.0
         self._unwritable: OutputError | None = None
         try:
             self._storage.prepare(SCHEMA, version=VERSION)
+            self._keys.prepare()
             self.secret = self._read_secret()
         except BaseException:
             self._storage.close()
@@ -316,18 +320,28 @@ class JobStore:
         rows = self._rows("SELECT * FROM handles WHERE owner = ? ORDER BY created DESC, key", owner)
         return [handle for handle in map(read_handle, rows) if handle is not None]
 
-    def is_only_owner(self, owner: str, key: str) -> bool:
-        """Return whether nobody else has a handle of these references."""
-        return not self._rows("SELECT 1 FROM handles WHERE key = ? AND owner != ? LIMIT 1", key, owner)
+    def keys_of_handle(self, owner: str, key: str) -> dict[str, bool]:
+        """Return the keys of K/V that jobs of anybody made from the pictures of a handle, and its own.
 
-    def remove_handle(self, owner: str, key: str) -> bool:
-        """Remove references of an owner, and pictures that nobody else uses. Return whether nobody has the key now."""
+        True: no other handle is for them, of an owner or of another one: neither of that key nor of the same pictures.
+        """
+        keys = self._keys.of(owner, key)
         with self._storage.transaction() as db:
+            free = self._keys.free(db, owner, key, keys)
+        return {one: one in free for one in keys}
+
+    def remove_handle(self, owner: str, key: str, *, keys: Iterable[str] | None = None) -> list[str]:
+        """Remove references of an owner, and pictures that nobody else uses.
+
+        Return those of `keys`, by default the handle's own, that no handle is for now.
+        """
+        with self._storage.transaction() as db:
+            free = self._keys.free(db, owner, key, [key] if keys is None else keys)
+            self._keys.forget(db, owner, key)
             db.execute("DELETE FROM handles WHERE owner = ? AND key = ?", (owner, key))
             unused = self._pictures.release(db, user=f"handle:{owner}:{key}")
-            is_last = db.execute("SELECT 1 FROM handles WHERE key = ? LIMIT 1", (key,)).fetchone() is None
         self._pictures.remove(unused)
-        return is_last
+        return free
 
     # room
 
