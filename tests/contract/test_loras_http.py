@@ -310,6 +310,19 @@ def test_rows_with_the_same_loras_otherwise_written_share_a_prefill(model: Pipel
     assert kept[-1] == 0
 
 
+def test_rows_of_a_joint_model_share_tokens_whatever_their_loras(
+    options: ModelOptions, standard_folder: Path, tmp_path: Path
+) -> None:
+    joint = load_pipeline(replace(options, model=str(standard_folder)))
+    picture(64, 64).save(tmp_path / "a.png")
+    asked: list[Any] = [None, {}, {"grain": 2}]
+    rows = [{"prompt": "a red ball", "references": ["a.png"], "seed": i, "loras": x} for i, x in enumerate(asked)]
+    write(tmp_path, [{"id": f"r{i}", **row} for i, row in enumerate(rows)])
+    summary = run(tmp_path, joint)
+    assert (summary.failed, summary.prefills) == (0, 1)
+    assert len({row["reference_key"] for row in results(tmp_path)}) == 1
+
+
 def test_rows_without_references_and_several_at_once(model: Pipeline, tmp_path: Path) -> None:
     asked: list[Any] = [{"grain": 1}, {}, {"grain": 1}, {}]
     write(

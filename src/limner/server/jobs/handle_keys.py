@@ -82,8 +82,9 @@ class HandleKeys:
 
 def _handles(db: Connection, pictures: set[str]) -> set[tuple[str, str]]:
     """Return owner and key of each handle of just these pictures."""
-    query = 'SELECT "user" FROM uses WHERE digest = ? AND substr("user", 1, 7) = \'handle:\''
-    users = [user for (user,) in db.execute(query, (min(pictures, default=""),)).fetchall()]
+    # handles come before jobs in the table's index: those of a popular picture, which are many, are not read
+    query = 'SELECT "user" FROM uses WHERE digest = ? AND "user" < ? AND substr("user", 1, 7) = ?'
+    users = [user for (user,) in db.execute(query, (min(pictures, default=""), "job:", "handle:")).fetchall()]
     found = [user.removeprefix("handle:").rpartition(":") for user in users if _pictures(db, user) == pictures]
     return {(owner, key) for owner, _, key in found}
 

@@ -93,3 +93,12 @@ def test_data_of_before_get_the_notes(store: JobStore, data: str) -> None:
     after.forget_all("anna")
     assert after.keys_of_handle("anna", "h") == {"h": True, "k": True}
     after.close()
+
+
+def test_a_handle_of_more_pictures_is_for_other_keys(store: JobStore) -> None:
+    keep(store, FIRST, SECOND, key="both")
+    for picture, name in ((FIRST, "one"), (SECOND, "two")):
+        keep(store, picture, key=name)
+        done(store, picture, key=f"of {name}")
+        assert store.keys_of_handle("anna", name) == {name: True, f"of {name}": True}
+    assert store.keys_of_handle("anna", "both") == {"both": True}
