@@ -55,9 +55,8 @@ _SCORES = 8 << 20
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the name of the fastest kernel that runs there; the choice is logged once.
 
-    On a GPU the candidates of `limner.model.gpu.choice` are checked and measured. On a CPU with AMX `tiles` is 1.5 to 3
-    times as fast as torch's flash kernel in bfloat16, and that 4 to 6 times as fast as `native`; without AMX it is half
-    as fast as `native` (docs/log.md).
+    On a GPU the candidates of `limner.model.gpu.choice` are checked and measured. On a CPU with AMX `tiles` is the
+    fastest, then torch's flash kernel; without AMX `native` is (`benchmarks/tiles.py`, docs/log.md).
     """
     if device.type not in ("cpu", "meta"):
         name = _choose_on_gpu(device, dtype, head_dim)
