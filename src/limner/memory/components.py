@@ -38,9 +38,9 @@ _LIVE_STRIPS = 2
 """The same when it runs in strips."""
 _STRIP_SCRATCH = (1 << 15) * 4 * 6
 """Scratch bytes of a strip for each channel: six float32 maps of its pixels."""
-_TILE_ROWS, _TILE_FEATURES = 1536, 384
-"""Of int8 products with tiles (`native/tiles.c`): rows that are laid out at a time; features of which a thread has a copy,
-and sums for as many rows."""
+_TILE_ROWS, _TILE_FEATURES, _TILE_WIDE_FEATURES = 1536, 384, 256
+"""Of products with tiles (`native/tiles.c`): rows that are laid out at a time; features of which a thread has a copy, and
+sums for as many rows; the features of such a copy in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,22 +205,24 @@ def kv_bytes(config: TransformerConfig, num_ref: int, *, itemsize: int, kv: str 
 def _block_activations(config: TransformerConfig, tokens: int, formats: Formats) -> int:
     """Bytes at the peak of a block: stream, norm, fused projection, rotated q and k, attention output, joined with MLP.
 
-    Of int8 products with tiles also what the last one reads: its input in int8 and working space. Where they make the gate
-    too, the projection of the MLP is not there; this is the peak with a LoRA, where it is.
+    Of products with tiles also their working space, and of int8 ones the input of the last in int8. Where they make the
+    gate too, the projection of the MLP is not there; this is the peak with a LoRA, where it is.
     """
     wide, joined = (
         tokens * (8 * config.width + 3 * config.mlp_width) * formats.itemsize,
         config.width + config.mlp_width,
     )
-    if formats.quantize is None or not formats.tile_threads:
+    narrow, threads = formats.quantize is not None, formats.tile_threads
+    if not threads or (not narrow and formats.itemsize != 2):
         return wide
-    return wide + tokens * joined + tile_space(tokens, joined, threads=formats.tile_threads)
+    return wide + tokens * joined * narrow + tile_space(tokens, joined, threads=threads, itemsize=1 if narrow else 2)
 
 
-def tile_space(rows: int, width: int, *, threads: int) -> int:
-    """Return the bytes of working space of an int8 product with tiles: `rows` of `width` values (`native/tiles.c`)."""
-    laid_out = -(-min(rows, _TILE_ROWS) // 32) * 32 * width
-    return laid_out + threads * _TILE_FEATURES * (4 * _TILE_FEATURES + width)
+def tile_space(rows: int, width: int, *, threads: int, itemsize: int = 1) -> int:
+    """Return the bytes of working space of a product with tiles: `rows` of `width` values (`native/tiles.c`)."""
+    laid_out = -(-min(rows, _TILE_ROWS) // 32) * 32 * width * itemsize
+    copied = (_TILE_FEATURES if itemsize == 1 else _TILE_WIDE_FEATURES) * width * itemsize
+    return laid_out + threads * (4 * _TILE_FEATURES * _TILE_FEATURES + copied)
 
 
 def _autoencoder_activations(channels: Sequence[int], pixels: int, live: int, itemsize: int, *, whole: int) -> int:

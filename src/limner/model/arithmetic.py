@@ -2,7 +2,8 @@
 
 Some CPUs multiply bfloat16 at half the rate of float32 (AVX-512 BF16 without AMX on Intel), others at twice the rate. So
 on a CPU the two are compared once per process. Where float32 is a quarter faster, half-precision weights are widened block
-by block into a small buffer and multiplied there, which also rounds once instead of twice. Stored weights do not change.
+by block into a small buffer and multiplied there, which also rounds once instead of twice. With AMX, `limner.native.tiles`
+multiplies bfloat16, also with the gate of an MLP in the same pass. Stored weights do not change.
 
 Shapes: x (..., K), weight (N, K), result (..., N). Knows nothing of blocks or attention.
 """
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limner.native import tiles
+
 __all__ = ["Linear", "fast_dtype"]
 
 _logger = logging.getLogger("limner")
@@ -31,6 +34,8 @@ _FEW = 32
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which matrix products of `dtype` are fastest; measured once for a CPU, and logged."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    if dtype == torch.bfloat16 and tiles.why_missing() is None:
         return dtype
     x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     narrow, wide = (_seconds(product, x, weight) for product in (F.linear, _wide_linear))
@@ -88,4 +93,35 @@ class Linear(nn.Linear):
         if wanted != input.dtype:
             return _wide_linear(input, weight)
         # as one matrix: of three dimensions that are a part of a sequence, torch copies the weight for a batched product
-        return F.linear(input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], -1)
+        flat = input.reshape(-1, input.shape[-1])
+        product = tiles.product if self._fits_tiles(input, len(weight)) else F.linear
+        return product(flat, weight).view(*input.shape[:-1], -1)
+
+    def arithmetic_name(self, device: torch.device) -> str:
+        """Return the name of products there, where no gradient is recorded."""
+        dtype = self.arithmetic or fast_dtype(device, self.weight.dtype)
+        name = str(dtype).removeprefix("torch.")
+        tiled = device.type == "cpu" and dtype == self.weight.dtype == torch.bfloat16 and tiles.why_missing() is None
+        return f"{name} tiles {tiles.digest()}" if tiled else name
+
+    def gates(self, x: Tensor, rows: slice | None = None) -> bool:
+        """Return True if `gated` runs for x: with tiles, no gradient, and no hook changes products, as those of a LoRA do."""
+        fits = self._fits_tiles(x, len(range(self.out_features)[rows or slice(None)]), gated=True)
+        return fits and not torch.is_grad_enabled() and not self._forward_hooks
+
+    def gated(self, x: Tensor, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:
+        """silu(first half) * second half of the product's last axis, rounded once, where `gates`.
+
+        Into `out` (..., N / 2) if given, which may be a part of longer rows.
+        """
+        weight = self.weight if rows is None else self.weight[rows]
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], len(weight) // 2)
+        tiles.product(x.reshape(-1, x.shape[-1]), weight, gated=True, out=out.view(-1, out.shape[-1]))
+        return out
+
+    def _fits_tiles(self, x: Tensor, num: int, *, gated: bool = False) -> bool:
+        """Return True if products of x and `num` features run in tiles."""
+        both = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == self.weight.device.type == "cpu"
+        chosen = self.arithmetic in (None, torch.bfloat16) and x.numel() >= _FEW * x.shape[-1]
+        return both and chosen and tiles.fits(num, self.in_features, gated=gated)

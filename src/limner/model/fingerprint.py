@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from limner.model.arithmetic import Linear, fast_dtype
+from limner.model.arithmetic import Linear
 from limner.model.attention import choose_kernel
 from limner.model.context import Execution
 from limner.model.gpu.launch import source_digest as triton_digest
@@ -28,8 +28,7 @@ def arithmetic_name(network: nn.Module, execution: Execution, *, like: Linear, h
     kernel = execution.kernel or choose_kernel(device, dtype, head_dim)
     digests: dict[str, Callable[[], str]] = {"native": native_digest, "tiles": tiles_digest, "triton": triton_digest}
     kernel = f"{kernel} {digests[kernel]()}" if kernel in digests else kernel
-    products = like.arithmetic or fast_dtype(device, dtype)
-    names = [device.type, kernel, str(products).removeprefix("torch."), *_narrowed_float32(device)]
+    names = [device.type, kernel, like.arithmetic_name(device), *_narrowed_float32(device)]
     matrices = [module for module in network.modules() if isinstance(module, Int8Linear)]
     int8 = {module.arithmetic_name(dtype, device=device) for module in matrices}
     rows = rows_name(device, dtype)

@@ -217,7 +217,7 @@ class Int8Linear(nn.Module):
         return out
 
     def _tiled(self, x: QuantizedRows, rows: slice, **how: Any) -> Tensor:
-        return tiles.product(x.values, x.scale, self.weight[rows], self.weight_scale[rows], **how)
+        return tiles.product(x.values, self.weight[rows], scales=(x.scale, self.weight_scale[rows]), **how)
 
     def packs(self) -> bool:
         """Return True if products on the CPU read a copy of the weight in oneDNN's layout."""

@@ -9,7 +9,7 @@ noise. Knows nothing of steps or files, nor of how a sequence is made (`limner.t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from limner.config import TransformerConfig
 from limner.model.arithmetic import Linear
 from limner.model.attention import attend
 from limner.model.context import BlockContext
-from limner.model.int8 import Int8Linear, QuantizedRows
 from limner.model.kv import AnyLayerKV, LayerKV
 from limner.model.rope import Rope
 from limner.model.rows import Heads, rows_of
@@ -93,8 +92,14 @@ def _conditioned(linear: nn.Module, embedding: Tensor) -> Tensor:
     return values[0] if values.shape[0] == 1 else values[:, None]
 
 
-MlpInput: TypeAlias = Tensor | QuantizedRows
-"""The projections of both MLP halves (B, S, 2 M); or the activations they are made of, where product and gate are one."""
+class Ungated(NamedTuple):
+    """What both MLP halves are made of, as `Linear.prepare` or that of `Int8Linear` gave it, where product and gate are one."""
+
+    x: Any
+
+
+MlpInput: TypeAlias = Tensor | Ungated
+"""The projections of both MLP halves (B, S, 2 M), or what they are made of."""
 
 
 class FeedForward(nn.Module):
@@ -105,7 +110,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear, prepared = self.linear_in, self.linear_in.prepare(x)
-        if isinstance(linear, Int8Linear) and linear.gates(prepared):
+        if linear.gates(prepared):
             gated = linear.gated(prepared)
         else:
             hidden = linear(prepared)
@@ -219,9 +224,9 @@ class ParallelAttention(nn.Module):
         """(B, S, C) to q and k after norm and rotation, v: each (B, S, H, D); and what `merge` makes the MLP's part of."""
         linear, prepared = self.to_qkv_mlp_proj, self.to_qkv_mlp_proj.prepare(x)
         mlp: MlpInput
-        if isinstance(linear, Int8Linear) and linear.gates(prepared, self._mlp):
+        if linear.gates(prepared, self._mlp):
             q, k, v = linear(prepared, slice(0, 3 * self.width)).chunk(3, dim=-1)
-            mlp = prepared
+            mlp = Ungated(prepared)
         else:
             parts = [self.width] * 3 + [linear.out_features - 3 * self.width]
             q, k, v, mlp = linear(prepared).split(parts, dim=-1)
@@ -239,8 +244,8 @@ class ParallelAttention(nn.Module):
         """Only q after norm and rotation, (B, S, H, D), and what `merge` makes the MLP's part of."""
         linear, prepared = self.to_qkv_mlp_proj, self.to_qkv_mlp_proj.prepare(x)
         q = _heads(linear(prepared, slice(0, self.width)), self.head_dim)
-        gates = isinstance(linear, Int8Linear) and linear.gates(prepared, self._mlp)
-        mlp: MlpInput = prepared if gates else linear(prepared, self._mlp)
+        gates = linear.gates(prepared, self._mlp)
+        mlp: MlpInput = Ungated(prepared) if gates else linear(prepared, self._mlp)
         return rows_of(x).norm_rope(q, self.norm_q, rope), mlp
 
     def merge(self, attended: Tensor, mlp: MlpInput) -> Tensor:
@@ -248,10 +253,9 @@ class ParallelAttention(nn.Module):
         if isinstance(mlp, Tensor):
             joined = rows_of(mlp).join_gated(attended, mlp)
         else:
-            joined = attended.new_empty(*mlp.shape[:-1], self.to_out.in_features)
+            joined = attended.new_empty(*attended.shape[:2], self.to_out.in_features)
             joined[..., : self.width] = attended.flatten(2)
-            assert isinstance(self.to_qkv_mlp_proj, Int8Linear)
-            self.to_qkv_mlp_proj.gated(mlp, self._mlp, out=joined[..., self.width :])
+            self.to_qkv_mlp_proj.gated(mlp.x, self._mlp, out=joined[..., self.width :])
         out: Tensor = self.to_out(joined)
         return out
 

@@ -1,9 +1,9 @@
 """Call the functions of `tiles.c` and `tile_attention.c` with tensors, where the CPU has AMX and `limner.native.build` can
-build them: int8 products, and attention in bfloat16.
+build them: products in int8 and bfloat16, and attention in bfloat16.
 
-Shapes of products: x (M, K) uint8 around 128 with a scale for each row (M, 1) float32, weight (N, K) int8 with a scale for
-each feature (N,) float32, result (M, N). Weights are read as they are stored, also a part of the rows of a larger one.
-Records no gradients. Knows tensors and the machine, nothing of blocks.
+Shapes of products: x (M, K), weight (N, K), result (M, N). Both are bfloat16; or x is uint8 around 128 with a scale for each
+row (M, 1) float32, and weight int8 with a scale for each feature (N,) float32. Weights are read as they are stored, also a
+part of the rows of a larger one. Records no gradients. Knows tensors and the machine, nothing of blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _why_not() -> str | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.limner_tiles_space.restype = _int
-    library.limner_tiles_space.argtypes = [_int, _int, ctypes.c_int]
+    library.limner_tiles_space.argtypes = [_int, _int, ctypes.c_int, ctypes.c_int]
     library.limner_tiles_product.restype = None
     library.limner_tiles_product.argtypes = [
         *(_pointer, _int, _pointer),
@@ -89,54 +89,74 @@ def aligned(start: int, stop: int) -> slice:
 
 def product(
     x: Tensor,
-    x_scale: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
     *,
-    dtype: torch.dtype,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     gated: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x weight^T in `dtype`, bfloat16 or float32, with the scales of both: (M, N), rounded once.
+    """x weight^T in `dtype`, bfloat16 or float32, (M, N), rounded once; `scales` are those of int8, of x and weight.
 
     `gated`: silu(first half of the features) * second half, (M, N / 2), in bfloat16; N is a multiple of 64. `out` is the
     place for the result, whose rows may be parts of longer rows. Raises `ValueError` for what does not fit.
     """
-    library = _library.loaded
     (rows, width), num = x.shape, weight.shape[0]
     shape = (rows, num // 2 if gated else num)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-    found = [x.dtype == torch.uint8, x_scale.numel() == rows, weight.shape[1] == width, weight_scale.shape == (num,)]
-    found += [fits(num, width, gated=gated), weight.dtype == torch.int8]
-    found += [all(t.device.type == "cpu" for t in (x, x_scale, weight, weight_scale, out))]
-    found += [dtype == torch.bfloat16 if gated else dtype in _DTYPES]
-    found += [
-        out.shape == shape,
-        out.dtype == dtype,
-        rows == 0 or out.stride(1) == 1,
-        rows < 2 or out.stride(0) >= shape[1],
-    ]
-    if library is None or not all(found):
-        shapes = [f"{tuple(t.shape)} {t.dtype}" for t in (x, x_scale, weight, weight_scale, out)]
-        raise ValueError(
-            f"x {shapes[0]} with scales {shapes[1]}, weight {shapes[2]} with scales {shapes[3]} and result {shapes[4]} "
-            f"are not for this product (gated: {gated})"
-        )
+    _check(x, weight, scales, out, dtype=dtype, shape=shape, gated=gated)
+    library = _library.loaded
+    assert library is not None
     if rows == 0:
         return out
     x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
-    x_scale, weight_scale = (t.float().contiguous() for t in (x_scale, weight_scale))
-    threads = torch.get_num_threads()
-    space = torch.empty(library.limner_tiles_space(rows, width, threads) + _LINE, dtype=torch.uint8)
+    x_scale, weight_scale = (t.float().contiguous() for t in scales) if scales else (None, None)
+    threads, itemsize = torch.get_num_threads(), weight.itemsize
+    size = library.limner_tiles_space(rows, width * itemsize, scales is None, threads)
+    space = torch.empty(size + _LINE, dtype=torch.uint8)
     library.limner_tiles_product(
-        *(x.data_ptr(), x.stride(0), x_scale.data_ptr()),
-        *(weight.data_ptr(), weight.stride(0), weight_scale.data_ptr(), num // 2 if gated else 0),
+        *(x.data_ptr(), x.stride(0) * itemsize, _address(x_scale)),
+        *(weight.data_ptr(), weight.stride(0) * itemsize, _address(weight_scale), num // 2 if gated else 0),
         *(out.data_ptr(), out.stride(0), dtype == torch.float32),
-        *(rows, num, width),
+        *(rows, num, width * itemsize),
         *((space.data_ptr() + _LINE - 1) // _LINE * _LINE, threads),
     )
     return out
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    *,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    gated: bool,
+) -> None:
+    """Raise `ValueError` for operands and a result of which `product` would read or write what is not theirs."""
+    rows, num = x.shape[0], weight.shape[0]
+    found = [fits(num, x.shape[1], gated=gated), weight.shape[1] == x.shape[1]]
+    if scales is None:
+        found += [x.dtype == weight.dtype == torch.bfloat16]
+    else:
+        found += [x.dtype == torch.uint8, weight.dtype == torch.int8]
+        found += [scales[0].numel() == rows, scales[1].shape == (num,)]
+    found += [all(t.device.type == "cpu" for t in (x, weight, out, *(scales or ())))]
+    found += [dtype == torch.bfloat16 if gated else dtype in _DTYPES]
+    found += [out.shape == shape, out.dtype == dtype]
+    found += [rows == 0 or out.stride(1) == 1, rows < 2 or out.stride(0) >= shape[1]]
+    if not all(found):
+        x_, weight_, out_ = (f"{tuple(t.shape)} {t.dtype}" for t in (x, weight, out))
+        with_ = [f"{tuple(t.shape)} {t.dtype}" for t in scales or ()]
+        raise ValueError(
+            f"x {x_}, weight {weight_}, scales {with_} and result {out_} are not for this product (gated: {gated})"
+        )
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
