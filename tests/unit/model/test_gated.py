@@ -32,11 +32,12 @@ def random_transformer() -> Transformer:
     return ours.requires_grad_(False)
 
 
-@pytest.fixture
-def network() -> Transformer:
-    """In bfloat16, with int8 matrices."""
+@pytest.fixture(params=["int8", "bfloat16"])
+def network(request: pytest.FixtureRequest) -> Transformer:
+    """In bfloat16, with matrices in it or in int8."""
     ours = random_transformer().to(torch.bfloat16)
-    quantize_blocks(ours)
+    if request.param == "int8":
+        quantize_blocks(ours)
     return ours
 
 
@@ -69,7 +70,7 @@ def velocity(model: Transformer) -> torch.Tensor:
 
 def unfused(network: nn.Module) -> list[Any]:
     """Have a hook on every matrix, which changes nothing."""
-    return [m.register_forward_hook(lambda *_: None) for m in network.modules() if isinstance(m, Int8Linear)]
+    return [m.register_forward_hook(lambda *_: None) for m in network.modules() if isinstance(m, (Int8Linear, Linear))]
 
 
 @has_tiles
@@ -117,16 +118,16 @@ def test_blocks_of_rows(batch: int, network: Transformer, gated: list[tuple[int,
     attention, ff = block.attn, double.ff
     assert isinstance(attention, ParallelAttention)
     assert isinstance(ff, FeedForward)
-    x = torch.randn(batch, 9, network.config.width).bfloat16()
-    rope = rope_table(image_ids((3, 3)), axes=network.config.rope_axes, theta=network.config.rope_theta)
+    x = torch.randn(batch, 36, network.config.width).bfloat16()
+    rope = rope_table(image_ids((6, 6)), axes=network.config.rope_axes, theta=network.config.rope_theta)
     for call in (
         lambda: ff(x),
-        lambda: attention.merge(torch.ones(batch, 9, 2, 64).bfloat16(), attention.project(x, rope)[3]),
-        lambda: attention.merge(torch.ones(batch, 9, 2, 64).bfloat16(), attention.project_q_mlp(x, rope)[1]),
+        lambda: attention.merge(torch.ones(batch, 36, 2, 64).bfloat16(), attention.project(x, rope)[3]),
+        lambda: attention.merge(torch.ones(batch, 36, 2, 64).bfloat16(), attention.project_q_mlp(x, rope)[1]),
     ):
         gated.clear()
         together = call()
-        assert gated == [(batch * 9, network.config.mlp_width)]
+        assert gated == [(batch * 36, network.config.mlp_width)]
         handles = unfused(network)
         apart = call()
         assert len(gated) == 1
@@ -163,7 +164,7 @@ def test_the_formula() -> None:
 
 
 @torch.no_grad()
-def test_when_they_are_two(network: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_they_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Int8Linear.of(Linear(128, 192).bfloat16())
     x = torch.randn(7, 128)
     assert not made.gates(made.prepare(x))  # float32
@@ -177,6 +178,43 @@ def test_when_they_are_two(network: Transformer, monkeypatch: pytest.MonkeyPatch
     assert not odd.gates(odd.prepare(x.bfloat16()), slice(40, 168))
     without_tiles(monkeypatch)
     assert not made.gates(prepared)
+
+
+@has_tiles
+@torch.no_grad()
+def test_the_formula_in_bfloat16() -> None:
+    made = Linear(128, 192).bfloat16()
+    x = torch.randn(2, 20, 128).bfloat16()
+    assert made.gates(x)
+    for rows, wide in ((None, made.weight), (slice(24, 152), made.weight[24:152])):
+        gate, value = (x.double() @ wide.double().t()).chunk(2, dim=-1)
+        place = torch.zeros(2, 20, 200).bfloat16()
+        found = made.gated(x, rows, out=place[..., 30 : 30 + len(wide) // 2])
+        assert relative_error(found, F.silu(gate) * value) < 2.5e-3
+        assert torch.equal(made.gated(x, rows), found)
+        assert place[..., :30].count_nonzero() == place[..., 30 + len(wide) // 2 :].count_nonzero() == 0
+    assert relative_error(made(x[:, 3:19]), x[:, 3:19].double() @ made.weight.double().t()) < 2.5e-3
+    assert torch.equal(made(x, slice(32, 96)), made(x)[..., 32:96])
+
+
+@torch.no_grad()
+def test_when_they_are_two_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = Linear(128, 192).bfloat16(), torch.randn(2, 20, 128).bfloat16()
+    has = tiles.why_missing() is None
+    assert made.gates(x) == has
+    assert made.arithmetic_name(CPU).endswith(f" tiles {tiles.digest()}") == has
+    assert not made.gates(x.float())
+    assert not made.gates(x[:, :3])  # few rows: reading the weights takes longer than the products
+    assert not made.gates(x, slice(0, 96))  # halves of 48
+    assert not made.gates(x.to("meta"))
+    with torch.enable_grad():
+        assert not made.gates(x)
+    made.arithmetic = torch.float32
+    assert not made.gates(x)
+    assert made.arithmetic_name(CPU) == "float32"
+    made.arithmetic = None
+    without_tiles(monkeypatch)
+    assert not made.gates(x)
 
 
 @has_tiles

@@ -91,7 +91,7 @@ def test_what_does_not_load_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -
     assert tiles.why_missing() == made.why_missing
     x = torch.zeros(1, 64, dtype=torch.uint8)
     with pytest.raises(ValueError, match="not for this product"):
-        tiles.product(x, torch.ones(1, 1), x.to(torch.int8).expand(32, 64), torch.ones(32), dtype=torch.float32)
+        tiles.product(x, x.to(torch.int8).expand(32, 64), scales=(torch.ones(1, 1), torch.ones(32)))
 
 
 def test_digests_are_those_of_the_sources() -> None:

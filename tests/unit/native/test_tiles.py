@@ -1,4 +1,4 @@
-"""int8 products with AMX tiles against float64: shapes on both sides of every block, parts of larger tensors, extremes."""
+"""Products with AMX tiles against float64: shapes on both sides of every block, parts of larger tensors, extremes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def exact(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> T
     return (x.double() - 128) @ weight.double().t() * x_scale.double() * weight_scale.double()
 
 
+def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, **how: Any) -> Tensor:
+    return tiles.product(x, weight, scales=(x_scale, weight_scale), **how)
+
+
 def largest(found: Tensor, expected: Tensor) -> float:
     """The largest error of a value relative to that value."""
     return float(((found.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max())
@@ -44,8 +48,8 @@ def largest(found: Tensor, expected: Tensor) -> float:
 def test_products(rows: int, width: int, features: int) -> None:
     given = made(rows, width, features)
     expected = exact(*given)
-    wide = tiles.product(*given, dtype=torch.float32)
-    narrow = tiles.product(*given, dtype=torch.bfloat16)
+    wide = product(*given, dtype=torch.float32)
+    narrow = product(*given, dtype=torch.bfloat16)
     assert (wide.shape, wide.dtype) == ((rows, features), torch.float32)
     assert largest(wide, expected) <= FLOAT32
     assert torch.equal(narrow, wide.bfloat16())  # rounded once, to the nearest
@@ -59,13 +63,13 @@ def test_gated_products(rows: int, width: int, features: int) -> None:
     expected = F.silu(gate) * value
     place = torch.full((rows, features // 2 + 40), 7.0).bfloat16()
     out = place[:, 8 : 8 + features // 2]
-    found = tiles.product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=True, out=out)
+    found = product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=True, out=out)
     assert found is out
     assert relative_error(out, expected) <= BFLOAT16
     assert largest(out, expected) <= 1.01 * BFLOAT16
     assert (place[:, :8] == 7).all()
     assert (place[:, 8 + features // 2 :] == 7).all()
-    fresh = tiles.product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=True)
+    fresh = product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=True)
     assert torch.equal(fresh, out)
 
 
@@ -75,13 +79,13 @@ def test_parts_of_larger_tensors(dtype: torch.dtype) -> None:
     x, x_scale, weight, weight_scale = made(70, 320, 256)
     parts: list[Any] = [x[3:53, 64:256], x_scale[3:53], weight[17:113, 100:292], weight_scale[17:113]]
     place = torch.zeros(50, 200, dtype=dtype)
-    expected = tiles.product(*(part.clone() for part in parts), dtype=dtype)
-    assert torch.equal(tiles.product(*parts, dtype=dtype, out=place[:, 33:129]), expected)
+    expected = product(*(part.clone() for part in parts), dtype=dtype)
+    assert torch.equal(product(*parts, dtype=dtype, out=place[:, 33:129]), expected)
     assert torch.equal(place[:, 33:129], expected)
     assert place[:, :33].count_nonzero() == place[:, 129:].count_nonzero() == 0
     # features that are not side by side, as of a transposed matrix, are copied
     parts[2] = parts[2].t().contiguous().t()
-    assert torch.equal(tiles.product(*parts, dtype=dtype), expected)
+    assert torch.equal(product(*parts, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize(("rows", "features"), [(5, 32), (1537, 96), (800, 832)])
@@ -91,8 +95,8 @@ def test_threads_change_no_bit(rows: int, features: int) -> None:
     try:
         for num in (1, 2, 3):
             torch.set_num_threads(num)
-            gated = tiles.product(*given, dtype=torch.bfloat16, gated=True) if features % 64 == 0 else torch.zeros(1)
-            found.append((tiles.product(*given, dtype=torch.float32), gated))
+            gated = product(*given, dtype=torch.bfloat16, gated=True) if features % 64 == 0 else torch.zeros(1)
+            found.append((product(*given, dtype=torch.float32), gated))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))
@@ -101,12 +105,12 @@ def test_threads_change_no_bit(rows: int, features: int) -> None:
 def test_a_row_does_not_depend_on_others() -> None:
     """What is not a number stays in its row; a row alone has the bits that it has among others."""
     x, x_scale, weight, weight_scale = made(40, 128, 64)
-    clean = tiles.product(x, x_scale, weight, weight_scale, dtype=torch.float32)
-    alone = tiles.product(x[35:36], x_scale[35:36], weight, weight_scale, dtype=torch.float32)
+    clean = product(x, x_scale, weight, weight_scale, dtype=torch.float32)
+    alone = product(x[35:36], x_scale[35:36], weight, weight_scale, dtype=torch.float32)
     assert torch.equal(alone, clean[35:36])
     x_scale[17] = float("nan")
     for gated in (False, True):
-        found = tiles.product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=gated)
+        found = product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=gated)
         assert found.isnan().all(1).tolist() == [i == 17 for i in range(40)]
         assert found.isnan().any(1).tolist() == [i == 17 for i in range(40)]
 
@@ -118,12 +122,12 @@ def test_extreme_values() -> None:
     for activation, value in ((255, -128), (255, -127), (0, -128), (1, 127), (128, 127)):
         x = torch.full((17, width), activation, dtype=torch.uint8)
         weight = torch.full((32, width), value, dtype=torch.int8)
-        found = tiles.product(x, one.expand(17)[:, None], weight, one.expand(32), dtype=torch.float32)
+        found = product(x, one.expand(17)[:, None], weight, one.expand(32), dtype=torch.float32)
         assert (found == float((activation - 128) * value * width)).all()
     # the gate far out on either side: all of its value, or next to nothing
     x, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((64, 64), 127, dtype=torch.int8)
     weight[1:32:2] = -127
-    found = tiles.product(x, one.expand(4)[:, None], weight, one.expand(64), dtype=torch.bfloat16, gated=True)
+    found = product(x, one.expand(4)[:, None], weight, one.expand(64), dtype=torch.bfloat16, gated=True)
     assert (found[:, 1::2].abs() < 1e-20).all()
     assert (found[:, ::2] == torch.tensor((127.0 * 127 * 64) ** 2).bfloat16()).all()
 
@@ -134,23 +138,23 @@ def test_the_widest_sums() -> None:
     assert tiles.fits(32, width)
     assert not tiles.fits(32, width + 64)
     x, weight = torch.zeros(1, width, dtype=torch.uint8), torch.full((32, width), -128, dtype=torch.int8)
-    found = tiles.product(x, torch.ones(1, 1), weight, torch.ones(32), dtype=torch.float32)
+    found = product(x, torch.ones(1, 1), weight, torch.ones(32), dtype=torch.float32)
     assert (found == 128.0 * 128 * width).all()
 
 
 def test_no_rows() -> None:
     x, x_scale, weight, weight_scale = made(0, 64, 64)
     for gated, num in ((False, 64), (True, 32)):
-        found = tiles.product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=gated)
+        found = product(x, x_scale, weight, weight_scale, dtype=torch.bfloat16, gated=gated)
         assert found.shape == (0, num)
 
 
 def test_products_of_torch_in_between() -> None:
     """oneDNN's products use the same tiles, in other shapes."""
     given, dense = made(64, 256, 128), torch.randn(64, 200).bfloat16()
-    expected, square = tiles.product(*given, dtype=torch.float32), dense @ dense.t()
+    expected, square = product(*given, dtype=torch.float32), dense @ dense.t()
     for _ in range(3):
-        assert torch.equal(tiles.product(*given, dtype=torch.float32), expected)
+        assert torch.equal(product(*given, dtype=torch.float32), expected)
         assert torch.equal(dense @ dense.t(), square)
 
 
@@ -158,7 +162,10 @@ def test_products_of_torch_in_between() -> None:
 def test_working_space_is_that_of_the_plan(rows: int, width: int, threads: int) -> None:
     library = tiles._library.loaded
     assert library is not None
-    assert library.limner_tiles_space(rows, width, threads) == tile_space(rows, width, threads=threads)
+    assert library.limner_tiles_space(rows, width, False, threads) == tile_space(rows, width, threads=threads)
+    assert library.limner_tiles_space(rows, 2 * width, True, threads) == tile_space(
+        rows, width, threads=threads, itemsize=2
+    )
 
 
 def _wrong(name: str) -> tuple[list[Tensor], dict[str, Any]]:
@@ -220,4 +227,66 @@ def _wrong(name: str) -> tuple[list[Tensor], dict[str, Any]]:
 def test_refused(name: str) -> None:
     given, how = _wrong(name)
     with pytest.raises(ValueError, match="are not for this product"):
-        tiles.product(*given, **how)
+        product(*given, **how)
+
+
+def halves(rows: int, width: int, features: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, width).bfloat16(), (torch.randn(features, width) / width**0.5).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 33, 400, 1537])
+@pytest.mark.parametrize("width", [64, 704])
+@pytest.mark.parametrize("features", [32, 288, 832])
+def test_products_in_bfloat16(rows: int, width: int, features: int) -> None:
+    x, weight = halves(rows, width, features)
+    expected = x.double() @ weight.double().t()
+    wide, narrow = tiles.product(x, weight, dtype=torch.float32), tiles.product(x, weight)
+    assert relative_error(wide, expected) < 1e-6  # sums in float32
+    assert torch.equal(narrow, wide.bfloat16())  # rounded once, to the nearest
+
+
+@pytest.mark.parametrize(("rows", "width", "features"), [(1, 64, 64), (33, 704, 320), (400, 64, 832), (1537, 128, 384)])
+def test_gated_products_in_bfloat16(rows: int, width: int, features: int) -> None:
+    """Into a part of longer rows; what is rounded is the result alone, not gate and value."""
+    x, weight = halves(rows, width, features)
+    gate, value = (x.double() @ weight.double().t()).chunk(2, dim=-1)
+    expected, place = F.silu(gate) * value, torch.full((rows, features // 2 + 40), 7.0).bfloat16()
+    found = tiles.product(x, weight, gated=True, out=place[:, 8 : 8 + features // 2])
+    assert relative_error(found, expected) < 0.6 * BFLOAT16
+    assert (place[:, :8] == 7).all()
+    assert (place[:, 8 + features // 2 :] == 7).all()
+
+
+def test_parts_in_bfloat16_and_threads() -> None:
+    """Parts of larger tensors, a row among others or alone, one thread or three: the same bits."""
+    x, weight = halves(1600, 320, 900)
+    x_part, weight_part = x[3:1563, 64:256], weight[17:849, 100:292]
+    expected = tiles.product(x_part.clone(), weight_part.clone(), dtype=torch.float32)
+    threads, place = torch.get_num_threads(), torch.zeros(1560, 900)
+    try:
+        for num in (1, 3):
+            torch.set_num_threads(num)
+            assert torch.equal(tiles.product(x_part, weight_part, dtype=torch.float32, out=place[:, 8:840]), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert place[:, :8].count_nonzero() == place[:, 840:].count_nonzero() == 0
+    alone = tiles.product(x_part[700:701], weight_part[96:128], dtype=torch.float32)
+    assert torch.equal(alone, expected[700:701, 96:128])
+    x_part[17, 5] = float("nan")
+    found = tiles.product(x_part, weight_part)
+    assert found.isnan().any(1).nonzero().flatten().tolist() == [17]
+
+
+@pytest.mark.parametrize("name", ["float32", "other weights", "float16", "width"])
+def test_refused_in_bfloat16(name: str) -> None:
+    x, weight = halves(4, 64, 64)
+    if name == "float32":
+        x, weight = x.float(), weight.float()
+    elif name == "other weights":
+        weight = weight.float()
+    elif name == "float16":
+        x, weight = x.half(), weight.half()
+    else:
+        weight = weight[:, :32]
+    with pytest.raises(ValueError, match="are not for this product"):
+        tiles.product(x, weight)
