@@ -1,4 +1,4 @@
-"""Kernels of CPUs with AMX beside torch's, at the shapes of klein-4B: int8 products, attention, and blocks with both.
+"""Kernels of CPUs with AMX beside torch's, at the shapes of klein-4B: products, attention, and blocks with both.
 
 In one process, every contender in turn, medians and the shortest of all rounds in milliseconds. Products are those of a
 single-stream block with 1,536 rows (1,024 image and 512 text tokens). oneDNN's read packed weights; how long packing takes
@@ -19,17 +19,19 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from limner.bench.measure import machine
 from limner.config import TransformerConfig
 from limner.model import attention, int8
+from limner.model.arithmetic import Linear
 from limner.model.int8 import Int8Linear, quantize_blocks, quantize_rows
 from limner.model.kv import LayerKV
 from limner.model.transformer import Transformer
@@ -67,7 +69,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def products(num_in: int, num_out: int, rounds: int, *, rows: int) -> dict[str, Any]:
     """x (rows, num_in) times a matrix with `num_out` features."""
-    matrix = torch.nn.Linear(num_in, num_out, bias=False).bfloat16()
+    matrix = Linear(num_in, num_out).bfloat16()
     ours, packed = Int8Linear.of(matrix), Int8Linear.of(matrix)
     x = torch.randn(rows, num_in).bfloat16()
     prepared = quantize_rows(x)
@@ -96,11 +98,19 @@ def products(num_in: int, num_out: int, rounds: int, *, rows: int) -> dict[str, 
         )
         return made.mul_(prepared.scale.bfloat16())
 
-    contenders: Contenders = {"bfloat16": partial(matrix, x), "oneDNN int8": onednn, "tiles": partial(ours, prepared)}
+    contenders: Contenders = {
+        "torch bfloat16": partial(F.linear, x, matrix.weight),
+        "tiles bfloat16": partial(matrix, x),
+        "oneDNN int8": onednn,
+        "tiles int8": partial(ours, prepared),
+    }
     some = slice(0, 256)
     activations = (prepared.values[some].double() - 128) * prepared.scale[some].double()
-    expected = activations @ (ours.weight.double() * ours.weight_scale.double()[:, None]).t()
-    found = {name: error(call()[some], expected) for name, call in contenders.items() if name != "bfloat16"}
+    int8_expected = activations @ (ours.weight.double() * ours.weight_scale.double()[:, None]).t()
+    expected = x[some].double() @ matrix.weight.double().t()
+    found = {
+        name: error(call()[some], int8_expected if "int8" in name else expected) for name, call in contenders.items()
+    }
     timed: dict[str, Any] = measured(contenders, rounds)
     for values in timed.values():
         values["tera_operations"] = round(2 * rows * num_in * num_out / values["shortest_ms"] / 1e9, 2)
@@ -129,7 +139,7 @@ def attentions(rounds: int, *, rows: int, kept: int, heads: int) -> dict[str, An
 
 @contextlib.contextmanager
 def without_tiles() -> Iterator[None]:
-    """As on a CPU without AMX for int8, where torch's flash kernel is the fastest there is."""
+    """As without our kernels for AMX: torch's products and its flash kernel, oneDNN's int8."""
     fits, choose = tiles.fits, attention.choose_kernel
     tiles.fits = lambda *_, **__: False
     attention.choose_kernel = cache(lambda *_: "flash")
@@ -177,12 +187,12 @@ def blocks(rounds: int, *, heads: int, double: int, single: int, grid: tuple[int
     }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("-o", "--output", type=Path, help="file for the JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if (reason := tiles.why_missing()) is not None or not int8.has_int8_products():
         raise SystemExit(f"nothing to measure: {reason or 'oneDNN has no int8 products here'}")
     torch.set_grad_enabled(False)

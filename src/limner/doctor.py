@@ -167,7 +167,7 @@ def _kernels(notes: list[str]) -> dict[str, str]:
         notes.append(f"native kernels: {reason}; apt-get install gcc makes bfloat16 faster")
     elif reason is None and no_tiles and tiles.has_amx():
         remedy = "; GCC 11 or newer, as CC, builds them" if " says: " in no_tiles else ""
-        notes.append(f"AMX tiles (int8 products, attention in bfloat16): {no_tiles}{remedy}")
+        notes.append(f"AMX tiles (products in int8 and bfloat16, attention in bfloat16): {no_tiles}{remedy}")
     return found
 
 

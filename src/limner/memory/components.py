@@ -80,8 +80,8 @@ class Formats:
 
     `quantize` is of the transformer, `quantize_text` of the text encoder. How a CPU multiplies int8: `packed`, products
     read a second copy of the matrices, in another layout; `tile_threads`, they read the matrices as stored, and so many
-    threads have working space (in bfloat16 too); neither: matrices are widened. `anonymous` names the networks ("text_encoder",
-    "transformer", "autoencoder") whose weights are converted or quantized while loading.
+    threads have working space (in bfloat16 too); neither: matrices are widened. `anonymous` names the networks
+    ("text_encoder", "transformer", "autoencoder") whose weights are converted or quantized while loading.
     """
 
     itemsize: int = 2

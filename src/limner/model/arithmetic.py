@@ -105,7 +105,7 @@ class Linear(nn.Linear):
         return f"{name} tiles {tiles.digest()}" if tiled else name
 
     def gates(self, x: Tensor, rows: slice | None = None) -> bool:
-        """Return True if `gated` runs for x: with tiles, no gradient, and no hook changes products, as those of a LoRA do."""
+        """Return True if `gated` runs for x: with tiles, without gradients, and no hook changes products, as a LoRA's do."""
         fits = self._fits_tiles(x, len(range(self.out_features)[rows or slice(None)]), gated=True)
         return fits and not torch.is_grad_enabled() and not self._forward_hooks
 

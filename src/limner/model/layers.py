@@ -93,7 +93,7 @@ def _conditioned(linear: nn.Module, embedding: Tensor) -> Tensor:
 
 
 class Ungated(NamedTuple):
-    """What both MLP halves are made of, as `Linear.prepare` or that of `Int8Linear` gave it, where product and gate are one."""
+    """What both MLP halves are made of, as `prepare` of a matrix gave it, where product and gate are one."""
 
     x: Any
 

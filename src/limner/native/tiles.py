@@ -1,9 +1,9 @@
 """Call the functions of `tiles.c` and `tile_attention.c` with tensors, where the CPU has AMX and `limner.native.build` can
 build them: products in int8 and bfloat16, and attention in bfloat16.
 
-Shapes of products: x (M, K), weight (N, K), result (M, N). Both are bfloat16; or x is uint8 around 128 with a scale for each
-row (M, 1) float32, and weight int8 with a scale for each feature (N,) float32. Weights are read as they are stored, also a
-part of the rows of a larger one. Records no gradients. Knows tensors and the machine, nothing of blocks.
+Shapes of products: x (M, K), weight (N, K), result (M, N). Both are bfloat16; or x is uint8 around 128 with a scale for
+each row (M, 1) float32, and weight int8 with a scale for each feature (N,) float32. Weights are read as they are stored,
+also a part of the rows of a larger one. Records no gradients. Knows tensors and the machine, nothing of blocks.
 """
 
 from __future__ import annotations
