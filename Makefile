@@ -78,7 +78,7 @@ bench: $(READY)
 
 # Calls from a prompt to PNG at klein-4B's size: 21 GiB of free memory, and about 10 minutes on 2 cores.
 bench-whole: $(READY)
-	$(BIN)/limner bench --whole klein-4b --references 1 --engines diffusers_kv warm int8_warm --rounds 2 \
+	$(BIN)/limner bench --whole klein-4b --references 1 --engines diffusers_kv warm int8_warm --rounds 3 \
 	    -o benchmarks/results/whole.json
 
 # A step beside OpenVINO, in an environment of its own (build/openvino-venv, 1.7 GB).
