@@ -38,9 +38,9 @@ _LIVE_STRIPS = 2
 """The same when it runs in strips."""
 _STRIP_SCRATCH = (1 << 15) * 4 * 6
 """Scratch bytes of a strip for each channel: six float32 maps of its pixels."""
-_TILE_ROWS, _TILE_FEATURES, _TILE_WIDE_FEATURES = 1536, 384, 256
-"""Of products with tiles (`native/tiles.c`): rows that are laid out at a time; features of which a thread has a copy, and
-sums for as many rows; the features of such a copy in bfloat16."""
+_TILE_SLAB, _TILE_ROWS, _TILE_FEATURES, _TILE_WIDE_FEATURES = 1536 * 12288, 384, 384, 256
+"""Of products with tiles (`native/tiles.c`): bytes of rows that are laid out at a time; rows and features for which a
+thread has sums; features of which it has a copy in bfloat16 (in int8 as many as sums)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,9 +220,10 @@ def _block_activations(config: TransformerConfig, tokens: int, formats: Formats)
 
 def tile_space(rows: int, width: int, *, threads: int, itemsize: int = 1) -> int:
     """Return the bytes of working space of a product with tiles: `rows` of `width` values (`native/tiles.c`)."""
-    laid_out = -(-min(rows, _TILE_ROWS) // 32) * 32 * width * itemsize
+    slab = _TILE_ROWS * min(4, max(1, _TILE_SLAB // (width * itemsize) // _TILE_ROWS))
+    laid_out = -(-min(rows, slab) // 32) * 32 * width * itemsize
     copied = (_TILE_FEATURES if itemsize == 1 else _TILE_WIDE_FEATURES) * width * itemsize
-    return laid_out + threads * (4 * _TILE_FEATURES * _TILE_FEATURES + copied)
+    return laid_out + threads * (4 * _TILE_ROWS * _TILE_FEATURES + copied)
 
 
 def _autoencoder_activations(channels: Sequence[int], pixels: int, live: int, itemsize: int, *, whole: int) -> int:

@@ -73,9 +73,14 @@ def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. `arithmetic` overrides the dtype of its products; None lets the device choose."""
+    """A matrix without bias.
+
+    `arithmetic` overrides the dtype of its products; None lets the device choose. `tiled`: bfloat16 is multiplied in AMX
+    tiles where the CPU has them.
+    """
 
     arithmetic: torch.dtype | None = None
+    tiled: bool = True
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -86,7 +91,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """x weight^T; with `rows` only these output features."""
-        weight = self.weight if rows is None else self.weight[rows]
+        weight = self._rows(rows)
         if torch.is_grad_enabled() or input.numel() < _FEW * input.shape[-1]:
             return F.linear(input, weight)
         wanted = self.arithmetic or fast_dtype(input.device, input.dtype)
@@ -94,34 +99,43 @@ class Linear(nn.Linear):
             return _wide_linear(input, weight)
         # as one matrix: of three dimensions that are a part of a sequence, torch copies the weight for a batched product
         flat = input.reshape(-1, input.shape[-1])
-        product = tiles.product if self._fits_tiles(input, len(weight)) else F.linear
-        return product(flat, weight).view(*input.shape[:-1], -1)
+        if not self._fits_tiles(input):
+            return F.linear(flat, weight).view(*input.shape[:-1], -1)
+        start, stop, _ = (rows or slice(None)).indices(self.out_features)
+        whole = tiles.aligned(start, stop)
+        made = tiles.product(flat, self.weight[whole])[:, start - whole.start : stop - whole.start]
+        return made.contiguous().view(*input.shape[:-1], -1)
 
     def arithmetic_name(self, device: torch.device) -> str:
         """Return the name of products there, where no gradient is recorded."""
         dtype = self.arithmetic or fast_dtype(device, self.weight.dtype)
         name = str(dtype).removeprefix("torch.")
-        tiled = device.type == "cpu" and dtype == self.weight.dtype == torch.bfloat16 and tiles.why_missing() is None
-        return f"{name} tiles {tiles.digest()}" if tiled else name
+        both = self.tiled and dtype == self.weight.dtype == torch.bfloat16
+        runs = both and device.type == "cpu" and tiles.why_missing() is None
+        return f"{name} tiles {tiles.digest()}" if runs else name
 
     def gates(self, x: Tensor, rows: slice | None = None) -> bool:
-        """Return True if `gated` runs for x: with tiles, without gradients, and no hook changes products, as a LoRA's do."""
-        fits = self._fits_tiles(x, len(range(self.out_features)[rows or slice(None)]), gated=True)
-        return fits and not torch.is_grad_enabled() and not self._forward_hooks
+        """Return True if `gated` runs for x: with tiles, no gradients, and no hook that changes products, as a LoRA's."""
+        num = len(range(self.out_features)[rows or slice(None)])
+        fits = self._fits_tiles(x) and tiles.fits(num, self.in_features, gated=True)
+        return fits and not (torch.is_grad_enabled() or self._forward_hooks or self._forward_pre_hooks)
 
     def gated(self, x: Tensor, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:
         """silu(first half) * second half of the product's last axis, rounded once, where `gates`.
 
         Into `out` (..., N / 2) if given, which may be a part of longer rows.
         """
-        weight = self.weight if rows is None else self.weight[rows]
+        weight = self._rows(rows)
         if out is None:
             out = x.new_empty(*x.shape[:-1], len(weight) // 2)
         tiles.product(x.reshape(-1, x.shape[-1]), weight, gated=True, out=out.view(-1, out.shape[-1]))
         return out
 
-    def _fits_tiles(self, x: Tensor, num: int, *, gated: bool = False) -> bool:
-        """Return True if products of x and `num` features run in tiles."""
+    def _rows(self, rows: slice | None) -> Tensor:
+        return self.weight if rows is None else self.weight[rows]
+
+    def _fits_tiles(self, x: Tensor) -> bool:
+        """Return True if products of x run in tiles. The whole matrix decides, so that parts have the bits of the whole."""
         both = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == self.weight.device.type == "cpu"
-        chosen = self.arithmetic in (None, torch.bfloat16) and x.numel() >= _FEW * x.shape[-1]
-        return both and chosen and tiles.fits(num, self.in_features, gated=gated)
+        chosen = self.tiled and self.arithmetic in (None, torch.bfloat16) and x.numel() >= _FEW * x.shape[-1]
+        return both and chosen and tiles.fits(self.out_features, self.in_features)

@@ -132,8 +132,9 @@ def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
     """Give all processes the attention kernel and the dtype of products that process 0 would choose.
 
     Both may be measured, and machines may differ. If not all processes have the kernel, all use one that runs everywhere:
-    the chunked one on CPUs, torch's own elsewhere. A process alone chooses when it computes. Raises `InvalidRequest` where
-    the rest of their arithmetic differs, as of int8 on machines with and without a compiler.
+    the chunked one on CPUs, torch's own elsewhere; and torch's products if not all have AMX tiles. A process alone chooses
+    when it computes. Raises `InvalidRequest` where the rest of their arithmetic differs, as of int8 on machines with and
+    without a compiler.
     """
     if ranks.alone:
         return
@@ -145,6 +146,8 @@ def agree_on_arithmetic(transformer: Transformer, ranks: Ranks) -> None:
         kernel = on_cpu if device.type == "cpu" else "sdpa"
     transformer.use(kernel=kernel)
     transformer.use_arithmetic(products)
+    if len(set(ranks.all_gather(transformer.x_embedder.arithmetic_name(device)))) > 1:
+        transformer.use_arithmetic(products, tiled=False)
     names = ranks.all_gather(transformer.arithmetic)
     if len(set(names)) > 1:
         raise InvalidRequest(

@@ -92,7 +92,7 @@ def packs_weights(*networks: nn.Module) -> bool:
 
 
 def tile_threads() -> int:
-    """Return how many threads have working space in int8 products on this CPU; 0 where they are not those of tiles."""
+    """Return how many threads have working space in products on this CPU; 0 where they are not those of tiles."""
     return torch.get_num_threads() if has_int8_products() and tiles.why_missing() is None else 0
 
 
@@ -202,7 +202,7 @@ class Int8Linear(nn.Module):
         if isinstance(input, Tensor) or input.dtype != torch.bfloat16 or input.values.dtype != torch.uint8:
             return False
         fits = self._fits_tiles() and tiles.fits(stop - start, self.in_features, gated=True)
-        return fits and not self._forward_hooks
+        return fits and not (self._forward_hooks or self._forward_pre_hooks)
 
     def gated(self, input: QuantizedRows, rows: slice | None = None, *, out: Tensor | None = None) -> Tensor:  # noqa: A002
         """silu(first half) * second half of the product's last axis, rounded once, where `gates`.

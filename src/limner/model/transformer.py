@@ -121,11 +121,14 @@ class Transformer(nn.Module):
             reads_narrow(self.device, self.dtype, self.config.head_dim)
             _logger.info("arithmetic: %s", self.arithmetic)
 
-    def use_arithmetic(self, dtype: torch.dtype | None) -> None:
-        """Set the dtype of matrix products (float32, or that of the weights); None lets the device choose."""
+    def use_arithmetic(self, dtype: torch.dtype | None, *, tiled: bool = True) -> None:
+        """Set the dtype of matrix products (float32, or that of the weights); None lets the device choose.
+
+        `tiled`: bfloat16 is multiplied in AMX tiles where a CPU has them (`limner.native.tiles`).
+        """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.arithmetic = dtype
+                module.arithmetic, module.tiled = dtype, tiled
 
     def compile_blocks(self, backend: str | None = "inductor") -> None:
         """Compile the blocks' forwards with torch.compile, each as one graph; None: run them as they are again.

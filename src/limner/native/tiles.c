@@ -1,6 +1,6 @@
 /* Products of activations and weights, both int8 or both bfloat16, for CPUs with AMX (Intel, from Sapphire Rapids on); compiled
    by build.py when first used. Sums of int8 are exact in 32 bits, multiplied by the scales in float32; those of bfloat16 are
-   float32, in the order of K whatever else is multiplied. Both are rounded once.
+   float32, in an order that does not depend on what else is multiplied. Both are rounded once.
 
    Shapes: M rows of activations, N features, K values of a row, a multiple of 64 bytes. Weights (N, K) are read as they are
    stored. A tile is 16 lines of 64 bytes. The left operand of a tile product is 16 features, its lines as they lie in memory;
@@ -18,7 +18,7 @@
 #define WIDE_FEATURES 256 /* of bfloat16 */
 #define CHUNK 512
 #define SUMS (ROWS * FEATURES * 4)
-#define SLAB (4 * ROWS)   /* rows that are laid out at a time */
+#define SLAB (4 * ROWS * 12288) /* bytes of rows that are laid out at a time: memory that need not be mapped for each call */
 
 /* `num` rows, at most 32, to (lines of K, 2, 16 x 32 bits, 16 rows); rows that are not there are 0. Bytes around `zero` become
    signed ones. */
@@ -202,10 +202,17 @@ static void multiply_block(const Product *p, const char *x, i64 m, i64 num, cons
     }
 }
 
+/* The rows that are laid out at a time: few where they are wide. */
+static i64 slab_of(i64 rows, i64 width)
+{
+    const i64 most = SLAB / width / ROWS, some = most < 1 ? 1 : least(most, 4);
+    return least(rows, some * ROWS);
+}
+
 /* Bytes of working space for `rows` rows of `width` bytes. */
 i64 limner_tiles_space(i64 rows, i64 width, int wide, int threads)
 {
-    const i64 laid_out = (least(rows, SLAB) + BLOCK - 1) / BLOCK * BLOCK * width;
+    const i64 laid_out = (slab_of(rows, width) + BLOCK - 1) / BLOCK * BLOCK * width;
     return laid_out + threads * (SUMS + (wide ? WIDE_FEATURES : FEATURES) * width);
 }
 
@@ -217,13 +224,14 @@ void limner_tiles_product(const uint8_t *x, i64 x_row, const float *x_scale, con
 {
     const Product p = {x, x_row, x_scale, w, w_row, w_scale, gate, out, out_row, wide, rows, features, width};
     const i64 lines = width / LINE, most = w_scale ? FEATURES : WIDE_FEATURES, along = (features + most - 1) / most;
-    char *own_spaces = space + (least(rows, SLAB) + BLOCK - 1) / BLOCK * BLOCK * width;
+    const i64 slab = slab_of(rows, width);
+    char *own_spaces = space + (slab + BLOCK - 1) / BLOCK * BLOCK * width;
 #pragma omp parallel num_threads(threads)
     {
         char *sums = own_spaces + omp_get_thread_num() * (SUMS + most * width), *weights = sums + SUMS;
         shape_tiles();
-        for (i64 first = 0; first < rows; first += SLAB) {
-            const i64 blocks = (least(rows - first, SLAB) + BLOCK - 1) / BLOCK;
+        for (i64 first = 0; first < rows; first += slab) {
+            const i64 blocks = (least(rows - first, slab) + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic, 1)
             for (i64 b = 0; b < blocks; b++) {
                 const i64 m = first + b * BLOCK;

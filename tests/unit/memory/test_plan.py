@@ -129,7 +129,9 @@ def test_int8_products_that_read_weights_as_they_are_stored() -> None:
         more = tile_space(rows, width, threads=16, itemsize=2) if rows else 0
         assert one.anonymous - plain.anonymous == more
     whole = Formats(itemsize=4, packed=False, tile_threads=16)  # float32 has none
-    assert make_plan(geometry, EDIT, formats=whole).phases == make_plan(geometry, EDIT, formats=Formats(itemsize=4)).phases
+    assert (
+        make_plan(geometry, EDIT, formats=whole).phases == make_plan(geometry, EDIT, formats=Formats(itemsize=4)).phases
+    )
 
 
 def test_a_text_encoder_in_int8_on_a_gpu() -> None:

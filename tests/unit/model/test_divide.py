@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.native import has_tiles
 from tests.support.tiny import make_transformer
 
 from limner.config import TransformerConfig
 from limner.errors import InvalidRequest
+from limner.model.arithmetic import Linear
 from limner.model.divide import Sharding, agree_on_arithmetic, divide
 from limner.model.lora import Kronecker, LowRank
 from limner.model.shards import RankGroup, Ranks
 from limner.model.transformer import Transformer
+from limner.native import tiles
 
 ROWS, COLUMNS = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"
 
@@ -50,6 +53,21 @@ def test_processes_that_multiply_differently_are_refused() -> None:
     agree_on_arithmetic(transformer, Other())
     with pytest.raises(InvalidRequest, match=r"parallel: processes multiply differently \(.*float16.*; .*float32.*\)"):
         agree_on_arithmetic(transformer, Other(("float32", "float16")))
+
+
+@has_tiles
+def test_a_process_without_tiles_has_all_use_those_of_torch() -> None:
+    """Of products in bfloat16: the same picture everywhere, without being asked."""
+    transformer = Transformer(
+        TransformerConfig.from_diffusers(make_transformer(16, double=1, single=1).config)
+    ).bfloat16()
+    ours = f" tiles {tiles.digest()}"
+    assert ours in transformer.arithmetic
+    agree_on_arithmetic(transformer, Other())
+    assert ours in transformer.arithmetic
+    agree_on_arithmetic(transformer, Other((ours, "")))
+    assert "/bfloat16/" in transformer.arithmetic
+    assert not any(matrix.tiled for matrix in transformer.modules() if isinstance(matrix, Linear))
 
 
 def test_a_process_alone_has_all_of_it(transformer: Transformer) -> None:

@@ -194,7 +194,12 @@ def test_the_formula_in_bfloat16() -> None:
         assert torch.equal(made.gated(x, rows), found)
         assert place[..., :30].count_nonzero() == place[..., 30 + len(wide) // 2 :].count_nonzero() == 0
     assert relative_error(made(x[:, 3:19]), x[:, 3:19].double() @ made.weight.double().t()) < 2.5e-3
-    assert torch.equal(made(x, slice(32, 96)), made(x)[..., 32:96])
+    for rows in (slice(32, 96), slice(37, 105), slice(150, None)):  # the bits of the whole, whatever the part
+        assert torch.equal(made(x, rows), made(x)[..., rows])
+    narrow = torch.randn(1, 128).bfloat16().expand(40, 128)
+    assert torch.equal(made(narrow), made(narrow.contiguous()))
+    apart = torch.randn(128, 40).bfloat16().t()
+    assert torch.equal(made(apart), made(apart.contiguous()))
 
 
 @torch.no_grad()
@@ -212,7 +217,16 @@ def test_when_they_are_two_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     made.arithmetic = torch.float32
     assert not made.gates(x)
     assert made.arithmetic_name(CPU) == "float32"
-    made.arithmetic = None
+    made.arithmetic = torch.bfloat16
+    assert made.gates(x) == has
+    made.tiled = False
+    assert not made.gates(x)
+    assert made.arithmetic_name(CPU) == "bfloat16"
+    assert torch.equal(made(x), F.linear(x.view(-1, 128), made.weight).view(2, 20, 192))
+    made.tiled = True
+    hook = made.register_forward_pre_hook(lambda *_: None)
+    assert not made.gates(x)
+    hook.remove()
     without_tiles(monkeypatch)
     assert not made.gates(x)
 
