@@ -94,6 +94,7 @@ benchmarks: $(READY) bench
 	$(BIN)/python benchmarks/int8_error.py -o benchmarks/results/int8_error.json
 	$(BIN)/python benchmarks/int8_text.py --layers 6 -o benchmarks/results/int8_text.json
 	$(BIN)/python benchmarks/tiles.py -o benchmarks/results/tiles.json
+	$(BIN)/python benchmarks/overlap.py -o benchmarks/results/overlap.json
 	$(BIN)/python benchmarks/scaling.py -o benchmarks/results/scaling
 	$(BIN)/python benchmarks/routing.py -o benchmarks/results/routing
 	$(BIN)/python benchmarks/attack.py -o benchmarks/results/attack.json
