@@ -1,8 +1,8 @@
 """Decode a picture while the next one's steps run, beside one after the other: seconds until both are done, on a CPU.
 
 Steps are forwards of 1 + 4 blocks of klein-4B's width with 1,536 tokens and 1,024 kept ones, bfloat16; the decoder is
-FLUX.2's, bfloat16, 512x512; random weights. "at once" runs the decoder in a thread of its own with so many threads, while the
-steps have the others or all. Ways take turns; medians and the shortest of all rounds. The last line is one JSON object.
+FLUX.2's, bfloat16, 512x512; random weights. "at once" runs the decoder in a thread of its own; the numbers are the threads of
+steps and decoder. Ways take turns; medians and the shortest of all rounds. The last line is one JSON object.
 
     .venv/bin/python benchmarks/overlap.py -o benchmarks/results/overlap.json
 """
@@ -82,10 +82,14 @@ def main(given: Sequence[str] | None = None) -> None:
         for _ in range(args.steps):
             step()
 
+    def in_turn() -> None:
+        steps()
+        decode()
+
     ways: dict[str, Callable[[], Any]] = {
         "decode alone": decode,
         "steps alone": steps,
-        "in turn": lambda: (steps(), decode()),
+        "in turn": in_turn,
         f"at once, {threads} and {threads}": lambda: at_once(steps, decode, own=threads, other=threads),
         f"at once, {threads} and 1": lambda: at_once(steps, decode, own=threads, other=1),
         f"at once, {max(1, threads - 1)} and 1": lambda: at_once(steps, decode, own=max(1, threads - 1), other=1),
