@@ -1,8 +1,8 @@
 """Decode a picture while the next one's steps run, beside one after the other: seconds until both are done, on a CPU.
 
 Steps are forwards of 1 + 4 blocks of klein-4B's width with 1,536 tokens and 1,024 kept ones, bfloat16; the decoder is
-FLUX.2's, bfloat16, 512x512; random weights. "at once" runs the decoder in a thread of its own; the numbers are the threads of
-steps and decoder. Ways take turns; medians and the shortest of all rounds. The last line is one JSON object.
+FLUX.2's, bfloat16, 512x512; random weights. "at once" runs the decoder in a thread of its own; its numbers are threads of
+steps and of the decoder. Ways take turns; medians and the shortest of all rounds. The last line is one JSON object.
 
     .venv/bin/python benchmarks/overlap.py -o benchmarks/results/overlap.json
 """
