@@ -6,6 +6,7 @@ import limner
 
 pipe = limner.Pipeline.from_pretrained()
 mask = Image.new("L", (128, 128))  # black stays
-ImageDraw.Draw(mask).rectangle((8, 56, 72, 120), fill=255)  # white is repainted
-out = pipe("put the cat from image 2 into image 1", image=["samples/beach.png", "samples/cat.png"], mask_image=mask)
+ImageDraw.Draw(mask).rectangle((0, 32, 63, 95), fill=255)  # white is repainted
+images = ["samples/beach.png", "samples/cat.png"]
+out = pipe("put the cat from image 2 into image 1 on the left", image=images, mask_image=mask)
 out.images[0].save("masked.png")

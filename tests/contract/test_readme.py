@@ -30,7 +30,7 @@ GUIDES = [
 ]
 PAGES = {"README": README, **{file.stem: file.read_text() for file in GUIDES}}
 SERVED = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("serve", "control")}
-SET_UP = ("make ", "pip ", "python -m venv")
+SET_UP = ("make ", "pip ", "python3 -m venv")
 
 
 def blocks(page: str, *kinds: str) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ("install", "edit", "references", "control", "memory", "batch")
-SET_UP = ("make ", "python -m venv", "pip install torch")
+SET_UP = ("make ", "python3 -m venv", "pip install torch")
 NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__")
 
 

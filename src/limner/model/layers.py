@@ -115,8 +115,7 @@ class FeedForward(nn.Module):
         else:
             hidden = linear(prepared)
             gated = rows_of(hidden).gated_silu(hidden)
-        out: Tensor = self.linear_out(gated)
-        return out
+        return self.linear_out(gated)  # type: ignore[no-any-return]
 
 
 class JointAttention(nn.Module):
@@ -223,10 +222,9 @@ class ParallelAttention(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, MlpInput]:
         """(B, S, C) to q and k after norm and rotation, v: each (B, S, H, D); and what `merge` makes the MLP's part of."""
         linear, prepared = self.to_qkv_mlp_proj, self.to_qkv_mlp_proj.prepare(x)
-        mlp: MlpInput
         if linear.gates(prepared, self._mlp):
             q, k, v = linear(prepared, slice(0, 3 * self.width)).chunk(3, dim=-1)
-            mlp = Ungated(prepared)
+            mlp: MlpInput = Ungated(prepared)
         else:
             parts = [self.width] * 3 + [linear.out_features - 3 * self.width]
             q, k, v, mlp = linear(prepared).split(parts, dim=-1)
@@ -256,8 +254,7 @@ class ParallelAttention(nn.Module):
             joined = attended.new_empty(*attended.shape[:2], self.to_out.in_features)
             joined[..., : self.width] = attended.flatten(2)
             self.to_qkv_mlp_proj.gated(mlp.x, self._mlp, out=joined[..., self.width :])
-        out: Tensor = self.to_out(joined)
-        return out
+        return self.to_out(joined)  # type: ignore[no-any-return]
 
 
 class SingleBlock(nn.Module):

@@ -122,10 +122,7 @@ class Transformer(nn.Module):
             _logger.info("arithmetic: %s", self.arithmetic)
 
     def use_arithmetic(self, dtype: torch.dtype | None, *, tiled: bool = True) -> None:
-        """Set the dtype of matrix products (float32, or that of the weights); None lets the device choose.
-
-        `tiled`: bfloat16 is multiplied in AMX tiles where a CPU has them (`limner.native.tiles`).
-        """
+        """Set the dtype of products (float32, or that of the weights; None: the device chooses), and AMX tiles or not."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arithmetic, module.tiled = dtype, tiled
