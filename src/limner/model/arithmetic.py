@@ -115,7 +115,7 @@ class Linear(nn.Linear):
         return f"{name} tiles {tiles.digest()}" if runs else name
 
     def gates(self, x: Tensor, rows: slice | None = None) -> bool:
-        """Return True if `gated` runs for x: with tiles, no gradients, and no hook that changes products, as a LoRA's."""
+        """Return True if `gated` runs for x: with tiles; no gradients are recorded, and no hook, as of a LoRA, is set."""
         num = len(range(self.out_features)[rows or slice(None)])
         fits = self._fits_tiles(x) and tiles.fits(num, self.in_features, gated=True)
         return fits and not (torch.is_grad_enabled() or self._forward_hooks or self._forward_pre_hooks)

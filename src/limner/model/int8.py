@@ -196,7 +196,7 @@ class Int8Linear(nn.Module):
         return product.mul_(x.scale.to(out_dtype)).to(x.dtype).view(*x.shape[:-1], stop - start)
 
     def gates(self, input: Tensor | QuantizedRows, rows: slice | None = None) -> bool:  # noqa: A002
-        """Return True if `gated` runs for this result of `prepare`: bfloat16, with tiles, no hook as a LoRA's."""
+        """Return True if `gated` runs for this result of `prepare`: bfloat16, with tiles; no hook, as of a LoRA, is set."""
         start, stop, _ = (rows or slice(None)).indices(self.out_features)
         if isinstance(input, Tensor) or input.dtype != torch.bfloat16 or input.values.dtype != torch.uint8:
             return False

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             _logger.info("arithmetic: %s", self.arithmetic)
 
     def use_arithmetic(self, dtype: torch.dtype | None, *, tiled: bool = True) -> None:
-        """Set the dtype of products (float32, or that of the weights; None: the device chooses), and AMX tiles or not."""
+        """Set the dtype of products (None: the device chooses); `tiled`: those in bfloat16 may use AMX tiles."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.arithmetic, module.tiled = dtype, tiled
