@@ -36,9 +36,7 @@ def test_every_contender_is_right(tmp_path: Path) -> None:
     assert 0 < found["blocks"]["int8"]["difference"] < 0.05
 
 
-def test_every_way_is_timed(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
+def test_pictures_are_decoded_beside_others_and_in_turn(tmp_path: Path) -> None:
     found = report("overlap", tmp_path)
-    assert torch.get_num_threads() == threads
-    assert set(found["median_seconds"]) >= {"decode alone", "steps alone", "in turn", f"at once, {threads} and 1"}
-    assert min(found["median_seconds"].values()) > 0
+    assert min(found["median_seconds"]["in turn"], found["median_seconds"]["beside"]) > 0
+    assert found["mean_difference_of_255"] < 1  # other processors, other roundings

@@ -4,11 +4,14 @@ Owns that thread, the lock of the queue, and what listeners are told. Order, bat
 (`limner.engine.queue`), refusals those of `limner.engine.admission`. Knows nothing of HTTP, files or durability: a request
 that is lost with the process is for the caller to submit again.
 
-Listeners are called in the engine's thread, so they have to be quick; what they raise is logged.
+While another request waits, the pictures of a batch are decoded beside its steps (`limner.engine.decoding`).
+Listeners are called in the engine's thread or in the one that decodes, so they have to be quick; what they raise is
+logged.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -16,10 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from limner.engine.admission import Admission
 from limner.engine.card import PipelineView
+from limner.engine.decoding import Decoder
 from limner.engine.events import EditResult, Failed, Finished, Listener, Prefilled, Progress, Started
 from limner.engine.protocol import ModelView
 from limner.engine.queue import Job, RequestQueue, too_late
@@ -48,7 +53,8 @@ class Engine:
     """Runs requests on one pipeline, in one thread of its own. On a CPU load the pipeline with `load_in_thread`.
 
     `max_waiting` requests may wait; `max_batch` images run at once; `memory_bytes` is what calls may take in addition to
-    the weights (default: what is free now). Raises `InvalidRequest`.
+    the weights (default: what is free now). With `decode_beside` pictures are decoded while the next steps run, on a CPU
+    without a memory limit. Raises `InvalidRequest`.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Engine:
         max_batch: int = ServiceOptions.max_batch,
         memory_bytes: int | None = None,
         previews: bool = True,
+        decode_beside: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if pipe.parallel is not None:
@@ -76,6 +83,10 @@ class Engine:
             memory_bytes=room.free_bytes(pipe.device) if memory_bytes is None else memory_bytes,
         )
         self._previews = previews and self.model.previews
+        self._decode_beside = decode_beside and pipe.device.type == "cpu" and pipe.residency is None
+        self._decoder = Decoder()
+        self._not_decoded: list[tuple[list[Job], Exception]] = []
+        """Batches whose pictures could not be decoded beside another one, and why; for the thread to see to."""
         self._clock = clock
         self._queue = RequestQueue(self.admission, clock=clock)
         self._runs: list[Run] = []
@@ -211,24 +222,55 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queue.waiting and not self._queue.closed:
+                while not (self._queue.waiting or self._not_decoded or self._queue.closed):
                     self._changed.wait()
-                if not self._queue.waiting:
-                    return
+                if self._queue.closed and not self._queue.waiting:
+                    break
                 late = self._queue.take_late()
                 batch = self._queue.take_batch()
             for job in late:
                 self._fail(job, too_late(job))
             start = self._clock()
+            self._after_decoding()
             try:
                 if batch:
-                    self._run(batch, start)
+                    self._run_beside(batch, start)
             except Exception as error:  # of the request or of ours: the next ones run
                 self._after_failure(batch, error)
             finally:
                 with self._changed:
                     self._queue.stats.busy_seconds += self._clock() - start
                     self._changed.notify_all()
+        self._decoder.close()
+        self._after_decoding()
+
+    def _after_decoding(self) -> None:
+        """See to the batches whose pictures could not be decoded; where memory was too little for that, begin again."""
+        with self._changed:
+            failed, self._not_decoded = self._not_decoded, []
+        for batch, problem in failed:
+            left, error = [job for job in batch if not job.ended], problem
+            if isinstance(error, CapacityError) and left:
+                try:
+                    self._run(left, self._clock())
+                    continue
+                except Exception as own_error:
+                    error = own_error
+            self._after_failure(left, error)
+
+    def _run_beside(self, batch: list[Job], start: float) -> None:
+        """Run a batch beside what is being decoded; after that, if memory is too little for both."""
+        needed = self.admission.needed([job.request for job in batch], size=batch[0].size)
+        if self._decoder.num_bytes and self._decoder.num_bytes + needed > self.admission.memory_bytes:
+            self._decoder.wait()
+        alone = self._decoder.is_free
+        try:
+            self._run(batch, start)
+        except CapacityError:
+            if alone or len(batch) > 1:
+                raise
+            self._decoder.wait()
+            self._run(batch, start)
 
     def _after_failure(self, batch: list[Job], error: Exception) -> None:
         """Fail a request that ran alone. Of a batch, run each alone, so that one does not fail the others.
@@ -236,14 +278,15 @@ class Engine:
         If memory was too little for the batch, run its halves.
         """
         left = [job for job in batch if not job.ended]
-        if len(batch) == 1:
-            if not isinstance(error, LimnerError):
-                _logger.error("request %s failed", batch[0].id, exc_info=error)
+        if len(batch) <= 1:
+            if left and not isinstance(error, LimnerError):
+                _logger.error("request %s failed", left[0].id, exc_info=error)
             for job in left:
                 self._fail(job, error)
             return
         size = 1
         if isinstance(error, CapacityError):
+            self._decoder.wait()  # which took a part of it
             size = (len(left) + 1) // 2 if len(left) > 1 else 1
             _logger.warning("memory is too little for a batch of %d: %d at once (%s)", len(batch), size, error)
         for part in [left[start : start + size] for start in range(0, len(left), size)]:
@@ -297,11 +340,38 @@ class Engine:
                 requests,
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=("latents", "preview") if self._previews else ("latents",),
+                output_type="latent",
             )
         except Cancelled:  # all have left, and were failed then
             return
         finally:
             self._runs.pop()
+        finish = functools.partial(self._finish, batch, run, out, start)
+        if self._runs or not self._may_decode_beside():
+            finish()
+            return
+
+        def finish_beside() -> None:
+            try:
+                finish()
+            except Exception as error:
+                with self._changed:
+                    self._not_decoded.append((batch, error))
+            with self._changed:
+                self._changed.notify_all()
+
+        self._decoder.start(finish_beside, num_bytes=needed)
+
+    def _may_decode_beside(self) -> bool:
+        """Whether pictures can be decoded beside the steps of a request that waits."""
+        if not self._decode_beside or torch.get_num_threads() == 1 or not self._decoder.is_free:
+            return False
+        with self._changed:
+            return bool(self._queue.waiting)
+
+    def _finish(self, batch: list[Job], run: Run, latents: PipelineOutput, start: float) -> None:
+        """Decode the pictures of a batch, and tell those of its jobs that are still in it."""
+        out, rows = latents.decoded(), run.rows
         ran = self._clock() - start - run.paused
         out = replace(out, timings=run.without_pauses(out.timings))
         with self._changed:
@@ -329,7 +399,7 @@ class Engine:
                 owners={job.owner for job in jobs},
                 priority=max(job.priority for job in jobs),
                 work=run.work_left,
-                num_bytes=sum(outer.num_bytes for outer in self._runs),
+                num_bytes=sum(outer.num_bytes for outer in self._runs) + self._decoder.num_bytes,
             )
         if not batch:
             return

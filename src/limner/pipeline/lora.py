@@ -1,6 +1,6 @@
 """The LoRA methods of a pipeline, with diffusers' names and meanings. What acts and how strongly, `Adapters` decides.
 
-Each function is a method of `Pipeline`; it needs nothing of it but the networks.
+Each function is a method of `Pipeline`, by `LoraMethods`; it needs nothing of it but the networks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from limner.weights.lora import load_lora
 
 __all__ = [
     "HasNetworks",
+    "LoraMethods",
     "delete_adapters",
     "disable_lora",
     "enable_lora",
@@ -134,3 +135,27 @@ def unfuse_lora(self: HasNetworks, components: Sequence[str] = ("transformer",))
 def _check_components(components: Sequence[str]) -> None:
     if list(components) != ["transformer"]:
         raise InvalidRequest("components", f"{list(components)} has to be ['transformer'], the part that has LoRAs")
+
+
+class LoraMethods:
+    """The methods of what has networks."""
+
+    load_lora_weights = load_lora_weights
+    set_adapters = set_adapters
+    get_active_adapters = get_active_adapters
+    get_list_adapters = get_list_adapters
+    delete_adapters = delete_adapters
+    unload_lora_weights = unload_lora_weights
+    fuse_lora = fuse_lora
+    unfuse_lora = unfuse_lora
+    disable_lora = disable_lora
+    enable_lora = enable_lora
+
+    @property
+    def fused_loras(self: HasNetworks) -> set[str]:
+        """The names of adapters that are fused."""
+        return set(self.networks.adapters.fused)
+
+    @property
+    def num_fused_loras(self: HasNetworks) -> int:
+        return len(self.networks.adapters.fused)

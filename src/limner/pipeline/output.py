@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -9,21 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limner.errors import InvalidRequest
 from limner.images import ReferenceReport, side_by_side, to_pil
-from limner.kinds import ModelKind
 from limner.pipeline.arguments import DrawRequest
+from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
-from limner.pipeline.progress import Lap, Stopwatch, Timings
+from limner.pipeline.progress import Lap, Stopwatch, Timings, silent
 from limner.pipeline.prompts import PromptReport
 from limner.pipeline.repaint import ImageReport, OfImages, finish, in_common
 from limner.references import References
 from limner.tokens import unpack
 
-__all__ = ["PipelineOutput", "decode", "make_output"]
+__all__ = ["Decoded", "PipelineOutput", "decode", "make_output"]
 
 _DECODED_PIXELS = 1024 * 1024
 """Pictures of more pixels than this together are decoded one after another."""
+
+Decoded = tuple[Any, tuple[ImageReport, ...], Lap]
+"""Pictures, what each has for itself, and the time that took."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +54,17 @@ class PipelineOutput(OfImages):
     metadata: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     own: tuple[ImageReport, ...] = ()
+    decoder: Callable[[Tensor, str], Decoded] | None = field(default=None, repr=False)
+
+    @typed_memory_errors
+    @torch.no_grad()
+    def decoded(self, output_type: str = "pil") -> PipelineOutput:
+        """Return the pictures of latents ("pil", "np", "pt"); in another thread too, while the pipeline draws the next."""
+        if self.decoder is None or output_type == "latent":
+            raise InvalidRequest("output_type", "call with 'latent', and then decode to 'pil', 'np' or 'pt', once")
+        pictures, own, lap = self.decoder(self.images, output_type)
+        timings, metadata = replace(self.timings, decode=lap.seconds), {**self.metadata, **in_common(own)}
+        return replace(self, images=pictures, own=own, timings=timings, metadata=metadata, decoder=None)
 
     def __repr__(self) -> str:
         shape = f"{self.metadata.get('width')}x{self.metadata.get('height')}"
@@ -63,20 +79,24 @@ class PipelineOutput(OfImages):
         return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
-def decode(
-    networks: Networks, request: DrawRequest, tokens: Tensor, *, rows: list[int], dtype: torch.dtype
-) -> tuple[Any, tuple[ImageReport, ...], Lap]:
-    """Decode clean tokens (B, S_img, C) of `rows` of the batch, from latents in `dtype`, to what `output_type` says.
-
-    They are put back into their canvases. Also returns what each has for itself, and the time it took.
-    """
+def decode(networks: Networks, request: DrawRequest, latents: Tensor, *, rows: list[int]) -> Decoded:
+    """Decode latents (B, C, 2 h, 2 w) of `rows` of the batch to what `output_type` says, and put them into canvases."""
     clock = Stopwatch(networks.device)
     request.progress("decode", 0, 1)
-    latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
     pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
     pictures, own = finish(request, pictures, rows)
     request.progress("decode", 1, 1)
     return pictures, own, clock.lap()
+
+
+def _decode_later(networks: Networks, request: DrawRequest, rows: list[int]) -> Callable[[Tensor, str], Decoded]:
+    """Return `decode` for latents of a call and a type, which keeps neither K/V nor tokens of the call."""
+    kept = replace(request, references=None, pictures=(), prompt_embeds=None, callback=None, progress=silent)
+
+    def decoder(latents: Tensor, output_type: str) -> Decoded:
+        return decode(networks, replace(kept, output_type=output_type), latents, rows=rows)
+
+    return decoder
 
 
 def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
@@ -94,21 +114,23 @@ def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
 
 
 def make_output(
+    networks: Networks,
     request: DrawRequest,
-    pictures: Any,
+    tokens: Tensor,
     *,
-    own: tuple[ImageReport, ...],
     rows: list[int],
+    dtype: torch.dtype,
     prompts: tuple[PromptReport, ...],
     references: References | None,
     source: CacheSource,
-    timings: Timings,
-    dtype: torch.dtype,
-    kind: ModelKind,
+    laps: tuple[Lap, Lap, Sequence[Lap]],
 ) -> PipelineOutput:
-    """Say how pictures came to be, which are `rows` of the batch; `own` is what each has for itself, `dtype` the
-    transformer's.
+    """Make what a call returns of clean tokens (B, S_img, C), which are `rows` of the batch, from latents in `dtype`.
+
+    `laps` are those of text, references and steps.
     """
+    latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
+    pictures, own, decode_lap = decode(networks, request, latents, rows=rows)
     width, height = request.workload.size
     reports = references.reports if references else ()
     metadata: dict[str, Any] = {
@@ -117,8 +139,8 @@ def make_output(
         "num_inference_steps": len(request.sigmas) - 1,
         "sigmas": [round(sigma, 6) for sigma in request.sigmas.tolist()],
         "references": [report.digest for report in reports],
-        "references_attention": kind.references,
-        "dtype": str(dtype).removeprefix("torch."),
+        "references_attention": networks.kind.references,
+        "dtype": str(networks.dtype).removeprefix("torch."),
     }
     if request.guidance is not None:
         metadata["guidance_scale"] = request.guidance.scale
@@ -133,7 +155,7 @@ def make_output(
         images=pictures,
         own=own,
         seeds=tuple(request.noise.seeds[row] for row in rows),
-        timings=timings,
+        timings=Timings.of(text=laps[0], references=laps[1], steps=laps[2], decode=decode_lap),
         reference_cache=source,
         references=reports,
         reference_key=references.key if references else None,
@@ -141,4 +163,5 @@ def make_output(
         prompts=prompts,
         metadata=metadata,
         warnings=request.warnings,
+        decoder=_decode_later(networks, request, rows) if request.output_type == "latent" else None,
     )

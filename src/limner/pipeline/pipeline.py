@@ -28,7 +28,7 @@ from limner.model.preview import Preview
 from limner.model.shards import Ranks
 from limner.model.text_encoder import TextEncoder
 from limner.model.transformer import Transformer
-from limner.pipeline import copies, load, lora
+from limner.pipeline import copies, load
 from limner.pipeline.adapters import Adapters
 from limner.pipeline.admission import Admission
 from limner.pipeline.arguments import DrawRequest
@@ -36,11 +36,12 @@ from limner.pipeline.call_types import CallArguments, StepCallback
 from limner.pipeline.check import ArgumentChecker
 from limner.pipeline.denoise import denoise
 from limner.pipeline.interruption import InterruptFlag, Interruption
+from limner.pipeline.lora import LoraMethods
 from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
-from limner.pipeline.output import PipelineOutput, decode, make_output
+from limner.pipeline.output import PipelineOutput, make_output
 from limner.pipeline.prefill import Picture, Prefiller
-from limner.pipeline.progress import Progress, Stopwatch, Timings
+from limner.pipeline.progress import Progress, Stopwatch
 from limner.pipeline.progress_bar import reporting
 from limner.pipeline.prompts import PromptEncoder
 from limner.pipeline.together import canvases_of, check_shared, opened, per_prompt
@@ -56,7 +57,7 @@ __all__ = ["Pipeline", "StepCallback"]
 _logger = logging.getLogger("limner")
 
 
-class Pipeline:
+class Pipeline(LoraMethods):
     """Text to image and editing with any number of references, whose K/V are computed once and cached in `store`."""
 
     _interrupt = InterruptFlag()
@@ -333,28 +334,6 @@ class Pipeline:
         """Digest of all weights."""
         return self.networks.digest()
 
-    # LoRAs, with diffusers' names and meanings
-
-    load_lora_weights = lora.load_lora_weights
-    set_adapters = lora.set_adapters
-    get_active_adapters = lora.get_active_adapters
-    get_list_adapters = lora.get_list_adapters
-    delete_adapters = lora.delete_adapters
-    unload_lora_weights = lora.unload_lora_weights
-    fuse_lora = lora.fuse_lora
-    unfuse_lora = lora.unfuse_lora
-    disable_lora = lora.disable_lora
-    enable_lora = lora.enable_lora
-
-    @property
-    def fused_loras(self) -> set[str]:
-        """The names of adapters that are fused."""
-        return set(self._adapters.fused)
-
-    @property
-    def num_fused_loras(self) -> int:
-        return len(self.fused_loras)
-
     # references and memory
 
     @typed_memory_errors
@@ -558,17 +537,14 @@ class Pipeline:
             interrupted=interrupted,
         )
         # 6. Decode, and put back into canvases
-        pictures, own, decode_lap = decode(networks, request, batch.latents, rows=batch.rows, dtype=txt.dtype)
-        timings = Timings.of(text=text_lap, references=reference_lap, steps=batch.laps, decode=decode_lap)
         return make_output(
+            networks,
             request,
-            pictures,
-            own=own,
+            batch.latents,
             rows=batch.rows,
+            dtype=txt.dtype,
             prompts=prompts,
             references=refs,
             source=source,
-            timings=timings,
-            dtype=self.dtype,
-            kind=self.kind,
+            laps=(text_lap, reference_lap, batch.laps),
         )
