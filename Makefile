@@ -1,6 +1,7 @@
 # Everything sets itself up in .venv on first use: `demo` takes what an edit needs, `serve` the service too, the rest all tools.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 BASE := .venv/.base
 SERVICE := .venv/.service
 READY := .venv/.ready
@@ -14,10 +15,10 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 $(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Limner needs Python 3.11 or newer, and $(PYTHON) is ' + \
 	    sys.version.split()[0] + '; name another one: make $(MAKECMDGOALS) PYTHON=python3.12')"
-	@echo "Setting up .venv, once: 2 to 5 minutes, 300 MB to download, 1.3 GB on disk."
+	@echo "Setting up .venv, once: 1 to 5 minutes, 270 MB to download, 1.2 GB on disk."
 	@echo "1 of 3: an empty environment"
 	$(PYTHON) -m venv .venv
-	@echo "2 of 3: torch $(if $(TORCH_INDEX),for the CPU)"
+	@echo "2 of 3: torch$(if $(TORCH_INDEX),$(comma) the CPU build)"
 	$(PIP_INSTALL) --no-deps torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@echo "3 of 3: Limner and what it needs"
 	$(PIP_INSTALL) -e .
@@ -29,7 +30,7 @@ $(SERVICE): pyproject.toml constraints.txt | $(BASE)
 	@touch $(SERVICE)
 
 $(READY): pyproject.toml constraints.txt | $(BASE)
-	@echo "Setting up the tools of development in .venv, once: 2 to 5 minutes, 2.5 GB on disk."
+	@echo "Setting up the tools of development in .venv, once: 2 to 5 minutes, 2.7 GB more on disk. pip is silent meanwhile."
 	$(PIP_INSTALL) --quiet -e '.[dev,recipes]'
 	@touch $(READY)
 
@@ -40,8 +41,11 @@ demo: $(BASE)
 	    -i src/limner/assets/samples/cat.png -i src/limner/assets/samples/beach.png -o build/demo.png --seed 1
 	@echo
 	@echo "The picture: $(CURDIR)/build/demo.png"
-	@echo "Try next:    $(BIN)/limner generate 'a big rocket in the night sky' -o build/rocket.png"
-	@echo "             make serve    (a page to work in, at http://127.0.0.1:8731)"
+	@echo "Try next, in this folder:"
+	@echo "    . .venv/bin/activate"
+	@echo "    limner samples"
+	@echo "    limner edit 'put the dog from image 2 into image 1 on the left' -i samples/meadow.png -i samples/dog.png"
+	@echo "or a page to work in, in the browser: make serve"
 
 serve: $(SERVICE)
 	$(BIN)/limner serve

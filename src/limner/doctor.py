@@ -69,14 +69,33 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _tested() -> dict[str, str]:
-    """Return the versions that are tested together: of the package, or of the checkout it runs from."""
+def _tested_file() -> Path | None:
+    """Return the file of the versions that are tested together: of the package, or of the checkout it runs from."""
     package = Path(__file__).parent
-    for file in (package / "tested-versions.txt", package.parents[1] / "constraints.txt"):
-        if file.is_file():
-            found = re.findall(r"^([\w.-]+)==(\S+)$", file.read_text(), re.M)
-            return {name.replace("_", "-"): version for name, version in found}
-    return {}
+    files = (package / "tested-versions.txt", package.parents[1] / "constraints.txt")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _tested() -> dict[str, str]:
+    file = _tested_file()
+    found = re.findall(r"^([\w.-]+)==(\S+)$", file.read_text(), re.M) if file else ()
+    return {name.replace("_", "-"): version for name, version in found}
+
+
+def _install(*names: str) -> str:
+    """Return the command that installs the tested versions of packages, in any folder; torch from where it came."""
+    file = _tested_file()
+    words = ["pip install", *([f'-c "{file}"'] if file else ("--upgrade",)), *names]
+    build = _build_of_torch() if "torch" in names else ""
+    return " ".join([*words, *([f"--extra-index-url https://download.pytorch.org/whl/{build}"] if build else ())])
+
+
+def _build_of_torch() -> str:
+    """Return "cpu" or "cu130" where torch is a build of that name, which torch's own index has; else ""."""
+    try:
+        return importlib.metadata.version("torch").partition("+")[2]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _required() -> Iterator[tuple[str, str]]:
@@ -92,19 +111,24 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _versions(notes: list[str], problems: list[str]) -> dict[str, str]:
     found = {"limner": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
-    tested = _tested()
+    tested, others = _tested(), {}
     for name, least in _required():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{name} is not installed; pip install '{name}>={least}'")
+            problems.append(f"{name} is not installed; {_install(name)}")
             continue
         found[name] = version
         if _numbers(version) < _numbers(least):
-            problems.append(f"{name} {version} is older than {least}; pip install --upgrade {name}")
+            problems.append(f"{name} {version} is older than {least}; {_install(name)}")
         elif _numbers(version)[:2] != _numbers(known := tested.get(name.replace("_", "-"), version))[:2]:
-            notes.append(f"{name} {version} is here, {known} is what is tested")
-    return found
+            others[name] = f"{name} {version} (tested: {known})"
+    if others:
+        notes.append(
+            f"other versions than those that are tested: {', '.join(others.values())}; these are tested together: "
+            f"{_install(*others)}"
+        )
+    return found | {"tested versions": str(_tested_file() or "not found")}
 
 
 def _import_torch(problems: list[str]) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,6 +97,23 @@ def test_set_up_commands_exist() -> None:
             words = shlex.split(line, comments=True)
             if words[0] == "make":
                 assert set(words[1:]) <= set(targets), line
+
+
+def test_the_demo_installs_as_the_readme_says(tmp_path: Path) -> None:
+    """Torch and Limner by the same words, and nothing more; a folder of wheels (PIP_FIND_LINKS) comes before the index."""
+    says = [line for _, text in blocks(README, "sh") for line in commands(text) if line.startswith("pip install")]
+    assert says == [line for line in PAGES["install"].splitlines() if line.startswith("pip install -c")]
+    variables = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        ["make", "-n", "demo"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+    )
+    does = [line for line in done.stdout.splitlines() if "/pip install" in line]
+    assert [line.replace(".venv/bin/", "").replace("--disable-pip-version-check ", "") for line in does] == [
+        line.replace(" .", " -e .") for line in says
+    ]
+    assert "'" not in "".join(does)  # no extra
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -29,7 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ("install", "edit", "references", "control", "memory", "batch")
-SET_UP = ("make ", "python3 -m venv", "pip install torch")
+SET_UP = ("make ", "python3 -m venv", "pip install -c constraints.txt --no-deps torch")
+TESTED = "-c constraints.txt"
 NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__")
 
 
@@ -93,33 +94,38 @@ class Hour:
 
     def pip_install(self, what: str) -> None:
         """Install what a page says, with the tested versions; the checkout, `.`, is a wheel of it."""
-        if found := re.fullmatch(r"'?\.(\[[\w,]+\])?'?", what):
-            (wheel,) = self.home.glob("*.whl")
-            what = f"'{wheel}{found[1] or ''}'"
+        what = what.removeprefix(TESTED).strip()
+        if what == ".":
+            (what,) = map(str, self.home.glob("*.whl"))
         pip = f"{self.environment / 'bin' / 'python'} -m pip"
         self.shell(f"{pip} install -c {ROOT / 'constraints.txt'} --disable-pip-version-check --quiet {what}")
 
 
 def install(hour: Hour) -> None:
-    """Make the environment as README says, and a wheel of the checkout from a copy without what was built there."""
+    """Make the demo, the environment as README says, and a wheel, of a copy of the checkout without what was built there."""
+    source = shutil.copytree(ROOT, hour.folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    with hour.step("make demo"):
+        hour.shell(f"make -C {source} demo PYTHON={sys.executable}")
+    if not (source / "build" / "demo.png").is_file():
+        sys.exit("make demo made no picture")
+    shutil.rmtree(source / ".venv")
     with hour.step("python -m venv, pip install torch"):
         hour.shell(f"{sys.executable} -m venv {hour.environment}")
-        hour.pip_install("torch")
+        hour.pip_install("--no-deps torch")
     with hour.step("pip wheel . --no-deps"):
-        copy = shutil.copytree(ROOT, hour.home / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
         python = hour.environment / "bin" / "python"
         hour.shell(
-            f"{python} -m pip wheel {copy} --no-deps --wheel-dir {hour.home} --disable-pip-version-check --quiet"
+            f"{python} -m pip wheel {source} --no-deps --wheel-dir {hour.home} --disable-pip-version-check --quiet"
         )
-        shutil.rmtree(copy)
+    shutil.rmtree(source)
     with hour.step("pip install ."):
         hour.pip_install(".")
 
 
 def serve(hour: Hour) -> None:
     """Install what the service needs, start it, type the guides' requests, and draw once on the page."""
-    with hour.step("pip install '.[serve]'"):
-        hour.pip_install("'.[serve]'")
+    with hour.step("pip install 'limner[serve]'"):
+        hour.pip_install("'limner[serve]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,15 +69,30 @@ def test_doctor_says_how_int8_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_doctor_names_what_keeps_limner_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limner.doctor, "_required", lambda: [("no-such-thing", "1"), ("numpy", "99"), ("torch", "2")])
-    monkeypatch.setattr(limner.doctor, "_tested", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("no-such-thing", "1"), ("numpy", "99")])
     report = limner.doctor.examine()
-    assert report.problems == (
-        "no-such-thing is not installed; pip install 'no-such-thing>=1'",
-        next(problem for problem in report.problems if problem.startswith("numpy ") and "older than 99" in problem),
-    )
-    assert "3.0 is what is tested" in report.notes[0]
+    file = limner.doctor._tested_file()
+    missing, old = report.problems
+    assert missing == f'no-such-thing is not installed; pip install -c "{file}" no-such-thing'
+    assert re.fullmatch(rf'numpy [\d.]+ is older than 99; pip install -c "{file}" numpy', old)
     assert report.lines()[-1].startswith("problem: numpy")
+
+
+@pytest.mark.parametrize(("version", "index"), [("2.9.0", ""), ("2.9.0+cpu", "cpu"), ("2.9.0+cu130", "cu130")])
+def test_doctor_says_how_to_get_the_tested_versions(version: str, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names the file by its whole path, so it can be typed anywhere, and takes torch from where it came."""
+    here = {"torch": version, "numpy": "2.8.1"}
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("numpy", "2"), ("torch", "2")])
+    monkeypatch.setattr(limner.doctor, "_tested", lambda: {"torch": "3.0", "numpy": "2.4.6"})
+    monkeypatch.setattr("importlib.metadata.version", here.__getitem__)
+    (note, *_) = limner.doctor.examine().notes
+    file = limner.doctor._tested_file()
+    assert file is not None and file.is_absolute() and "torch==" in file.read_text()  # noqa: PT018
+    assert note == (
+        f"other versions than those that are tested: numpy 2.8.1 (tested: 2.4.6), torch {version} (tested: 3.0); these are "
+        f'tested together: pip install -c "{file}" numpy torch'
+        + (f" --extra-index-url https://download.pytorch.org/whl/{index}" if index else "")
+    )
 
 
 def test_doctor_says_that_torch_cannot_be_imported(tmp_path: Path) -> None:
