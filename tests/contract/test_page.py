@@ -16,6 +16,7 @@ from tests.support.browser import (
     PHONE,
     Page,
     add,
+    clipped,
     draw,
     expect,
     file,
@@ -288,6 +289,7 @@ def test_it_offers_the_sizes_that_the_model_draws(open_page) -> None:
 def test_it_fits_a_phone(open_page) -> None:
     page, _ = open_page(**PHONE)
     assert overflow(page) == 0
+    assert clipped(page) == []
     add(
         page,
         file(picture(100, 70), "a" * 80 + ".png"),
@@ -295,13 +297,19 @@ def test_it_fits_a_phone(open_page) -> None:
         file(picture(80, 64), "b.png"),
     )
     expect(page.locator(".refused .note")).to_contain_text("too small")
+    page.fill("#prompt", "a prompt")
+    page.click("#draw")
+    expect(page.locator("#error")).to_contain_text("tiny.png cannot be used")
+    assert clipped(page) == []
     page.get_by_role("button", name="Remove tiny.png").tap()
     page.select_option("#size", "custom")
     page.fill("#width", "64")
     page.fill("#height", "64")
     page.locator(".more").evaluate("(e) => { e.open = true; }")
     draw(page, "a" * 200, variations=3)
+    page.locator("#earlier").evaluate("(e) => { e.open = true; }")
     assert overflow(page) == 0
+    assert clipped(page) == []
     assert (
         page.evaluate(
             "Math.max(...[...document.querySelectorAll('main *')].map((e) => e.getBoundingClientRect().right))"
@@ -309,6 +317,8 @@ def test_it_fits_a_phone(open_page) -> None:
         <= 360
     )
     page.locator("button.picture").first.tap()
+    expect(page.locator("#compare")).to_be_visible()
+    assert clipped(page) == []
     box = page.locator("#compare").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 360

@@ -19,6 +19,7 @@ from tests.support.browser import (
     Page,
     add,
     asked,
+    clipped,
     draw,
     drawn,
     expect,
@@ -506,21 +507,21 @@ SMALL = """() => [...document.querySelectorAll("button, a[href], input, select, 
 
 
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desk", "phone"])
-def test_whatever_is_pressed_has_24_pixels(open_page, options: dict[str, Any]) -> None:
+def test_whatever_is_pressed_has_24_pixels_and_its_label_room(open_page, options: dict[str, Any]) -> None:
     page, _ = open_page(**options)
     add(page, file(picture(128, 128, seed=7), "a.png"))
     expect(page.locator("#references .note")).to_have_text("128x128, whole")
     draw(page, "in the snow", variations=2)
     page.locator(".more").evaluate("(e) => { e.open = true; }")
-    assert page.evaluate(SMALL) == []
+    assert page.evaluate(SMALL) + clipped(page) == []
     page.click("#paint")
     page.wait_for_selector("#editor[open]")
-    assert page.evaluate(SMALL) == []
+    assert page.evaluate(SMALL) + clipped(page) == []
     page.locator("label:has([value=extend])").click()
-    assert page.evaluate(SMALL) == []
+    assert page.evaluate(SMALL) + clipped(page) == []
     page.click("#editor-done")
     page.locator("button.picture").first.click()
-    assert page.evaluate(SMALL) == []
+    assert page.evaluate(SMALL) + clipped(page) == []
 
 
 def test_a_mask_outlives_a_reload_where_its_picture_does(open_page) -> None:

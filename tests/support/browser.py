@@ -31,6 +31,30 @@ window.previews = new Set();
 new MutationObserver(() => document.querySelectorAll("img.preview").forEach((e) => window.previews.add(e.src)))
   .observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: ["src"]});
 """
+_CLIPPED = """() => {
+    const pen = document.createElement("canvas").getContext("2d"), found = [];
+    const text = (e) => e.selectedOptions ? e.selectedOptions[0]?.text ?? "" : e.placeholder ?? "";
+    const tight = (e) => {  // what a select shows, with its arrow; what an empty field suggests
+        const style = getComputedStyle(e), arrow = e.selectedOptions ? 16 : 0;
+        pen.font = style.font;
+        return e.matches("select, input:placeholder-shown")
+            && pen.measureText(text(e)).width + arrow > e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    };
+    const hides = (p, box) => {
+        const over = getComputedStyle(p).overflowX, own = p.getBoundingClientRect();
+        return (over === "hidden" || over === "clip") && (box.right > own.right + 1 || box.left < own.left - 1);
+    };
+    for (const e of document.querySelectorAll("body *")) {
+        const says = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || e.matches("select, input");
+        if (!says || !e.checkVisibility({visibilityProperty: true, opacityProperty: true}) || e.closest(".hidden, .skip, .wide-table")) continue;
+        const box = e.getBoundingClientRect(), parents = [];
+        for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) parents.push(p);
+        if ((getComputedStyle(e).display !== "inline" && e.scrollWidth > e.clientWidth) || tight(e)
+            || box.left < -.5 || box.right > innerWidth + .5 || parents.some((p) => hides(p, box)))
+            found.push(`${e.tagName} ${e.id || e.className}: ${(text(e) || e.textContent).slice(0, 40)}`);
+    }
+    return found;
+}"""
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
 
@@ -159,6 +183,11 @@ def result(page: Any, url: str, *, card: int = 0, number: int = 1) -> Image.Imag
     image = Image.open(io.BytesIO(page.request.get(url + link).body()))
     image.load()
     return image
+
+
+def clipped(page: Any) -> list[str]:
+    """The elements whose text has no room: wider than they are, over the screen's side, or under what hides it."""
+    return list(page.evaluate(_CLIPPED))
 
 
 def tab_to(page: Any, what: str, *, most: int = 60) -> None:

@@ -66,7 +66,7 @@ export class Prompts {
     const all = this.#all;
     byId("earlier").hidden = !all.length;
     byId("prompts").replaceChildren(...all.map((prompt) => h("li", {}, h("button", {
-      type: "button", textContent: prompt, onclick: () => {
+      type: "button", textContent: prompt, title: prompt, onclick: () => {
         this.#take(prompt);
         byId("earlier").open = false;
         this.#field.focus();
