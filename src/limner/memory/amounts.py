@@ -35,6 +35,8 @@ def parse_bytes(value: str | int, *, field: str = "memory_limit") -> int:
                 field, f'{value!r} is not an amount of memory; give it as "20GiB", "14.5GB" or in bytes'
             )
         number = float(match[1]) * _UNITS[match[2].lower()]
+        if not match[2] and 1 <= number < 2**20:
+            raise InvalidRequest(field, f"{value!r} is a number of bytes; add a unit, as {match[1]}GiB")
     if not 1 <= number < 2**60:
         raise InvalidRequest(field, f"{value!r} is not within 1 byte to 1 EiB")
     return int(number)

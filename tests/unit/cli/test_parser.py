@@ -19,9 +19,9 @@ COMMANDS = {parser.prog: parser for parser in commands_of(build_parser())}
         (["edti"], "argument COMMAND: 'edti' is not a command; did you mean edit? there are edit, generate, "),
         (
             ["edit", "a", "--sed", "4"],
-            "--sed: limner edit has no such option; did you mean --seed?; see limner edit --help",
+            "--sed: limner edit has no such option; did you mean --seed N?; see limner edit --help",
         ),
-        (["edit", "a", "--imgae=b"], "--imgae: limner edit has no such option; did you mean --image?"),
+        (["edit", "a", "--imgae=b"], "--imgae: limner edit has no such option; did you mean --image FILE?"),
         (
             ["generate", "a", "--port", "4"],
             "--port: limner generate has no such option; it is an option of limner serve",

@@ -45,7 +45,7 @@ class FolderStorage:
                 self._db.execute("PRAGMA synchronous = FULL")  # an answered write survives a power failure
             except BlockingIOError:
                 raise StorageInUse(
-                    f"data: {self.folder} is used by another server; stop it, or give another folder"
+                    f"data: {self.folder} is used by another server; stop it, or give another folder with --data"
                 ) from None
             except (OSError, sqlite3.Error) as error:
                 raise OutputError(f"data: {self.folder} cannot be used ({error}); give another folder") from error
