@@ -35,13 +35,13 @@ def parse_bytes(value: str | int, *, field: str = "memory_limit") -> int:
                 field, f'{value!r} is not an amount of memory; give it as "20GiB", "14.5GB" or in bytes'
             )
         number = float(match[1]) * _UNITS[match[2].lower()]
-        if not match[2] and 1 <= number < 2**20:
-            raise InvalidRequest(field, f"{value!r} is a number of bytes; add a unit, as {match[1]}GiB")
     if not 1 <= number < 2**60:
         raise InvalidRequest(field, f"{value!r} is not within 1 byte to 1 EiB")
     return int(number)
 
 
 def show_bytes(number: int) -> str:
-    """Format bytes as GiB with two decimals."""
+    """Format bytes as GiB with two decimals, few ones as they are."""
+    if 0 < number < 10**6:
+        return f"{number} bytes"
     return f"{number / 2**30:.2f} GiB"

@@ -56,12 +56,12 @@ def serve(
     loaded first, so that it takes over soon.
     """
     check_bind(options.host, keyring(options))
+    # on standby, whoever has the jobs may have the port as well
+    jobs = None if options.standby else _open_with_port(options)
     descriptors.raise_limit()
     share_one_heap()
     sys.setswitchinterval(_SWITCH_SECONDS)
     log_everything(options.log)
-    # on standby, whoever has the jobs may have the port as well
-    jobs = None if options.standby else _open_with_port(options)
     pipe = load_in_thread(load)
     jobs = jobs or open_jobs(options)
     engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)

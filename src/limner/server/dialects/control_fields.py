@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from limner.errors import InvalidRequest
 from limner.requests import CONTROL_VALUES, MAX_STEPS, repaints
 from limner.server.access.keys import Owner
+from limner.server.dialects.strict_fields import StrictFields
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import Service
 from limner.server.jobs.records import JobRequest
@@ -56,7 +57,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Strength = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
-class LoraFields(BaseModel):
+class LoraFields(StrictFields):
     """The field of a body, with pictures or without, that says which LoRAs act."""
 
     loras: Annotated[Annotated[dict[_Name, _Strength], Field(max_length=64)] | None, BeforeValidator(_from_text)] = (
@@ -69,6 +70,8 @@ class LoraFields(BaseModel):
 
 class ControlFields(LoraFields):
     """Fields of a body, for pictures that are repainted and for references."""
+
+    parts = (Expansion,)
 
     strength: float | None = Field(
         None, gt=0, le=1, strict=True, description="share of the steps that are drawn over the picture"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.options import MAX_MODEL_NAME
 from limner.requests import MAX_PROMPT_CHARACTERS
-from limner.server.dialects.control_fields import ControlFields, LoraFields
+from limner.server.dialects.control_fields import ControlFields, Expansion, LoraFields
 from limner.server.dialects.unused import ABOUT, Guidance, NegativePrompt, Unused, UnusedField, UnusedFlag
 
 __all__ = [
@@ -35,7 +35,7 @@ _Choice = Annotated[str | None, Field(max_length=20), ABOUT, Unused("auto")]
 class Generation(LoraFields):
     """Body of /v1/images/generations; /v1/images/edits has these fields as a form, and pictures."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(None, max_length=MAX_MODEL_NAME)
@@ -112,6 +112,8 @@ class ImageSource(BaseModel):
 
 class Edit(EditForm):
     """JSON body of /v1/images/edits. `images` is OpenAI's; `image` and `url` are what others take."""
+
+    parts = (Expansion, ImageSource, NestedUrl)
 
     images: list[ImageSource | str] | None = Field(None, max_length=16)
     image: str | list[str] | None = None

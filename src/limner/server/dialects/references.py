@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
@@ -24,11 +24,13 @@ from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
+from limner.server.dialects.strict_fields import StrictFields
 from limner.server.http.errors import ERRORS
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
+from limner.spelling import meant
 
 __all__ = ["routes"]
 
@@ -37,10 +39,8 @@ FIT = "how sides become multiples of 16; null: as the service does, which is cro
 """What the field `fit` of these bodies means."""
 
 
-class ReferenceInputs(BaseModel):
+class ReferenceInputs(StrictFields):
     """JSON body of POST /v1/references; a form with files named image is taken as well."""
-
-    model_config = ConfigDict(extra="forbid")
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
@@ -97,6 +97,9 @@ _FORM = {
         },
     }
 }
+
+
+_FORM_FIELDS = ("image", "safety_tolerance", "fit", "prefill", "background")
 
 
 def routes(service: Service) -> APIRouter:
@@ -185,10 +188,11 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Uploa
             elif name == "background" and isinstance(value, str) and len(value) <= 100:
                 background = value
             else:
+                near = None if name in _FORM_FIELDS else meant(name, _FORM_FIELDS)
                 raise InvalidRequest(
                     name,
-                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, "
-                    f"fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
+                    f"is no field, or has no such value; {f'did you mean {near}? ' if near else ''}image: files, "
+                    f"safety_tolerance: 0 to 5, fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
                 )
     if not sent:
         raise InvalidRequest("image", "is missing; send one or more pictures")

@@ -77,7 +77,7 @@ def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str]
     if not is_hub_id(text) or path.suffix in (".safetensors", ".gguf", ".sft"):
         meant = f"did you mean {near}? " if (near := similar(text)) else ""
         raise CheckpointError(
-            f"{field}: {text!r} is neither a folder nor a hub id (owner/name); {meant}check the path, or give one of "
+            f"{field}: {text} is neither a folder nor a hub id (owner/name); {meant}check the path, or give one of "
             f"{', '.join(PUBLISHED)}{_BUNDLED if field == 'model' else ''}"
         )
     return _download(text, field, without=without, hub=hub)
