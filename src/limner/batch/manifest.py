@@ -164,6 +164,8 @@ def _check_form(lines: list[bytes], *, path: str | os.PathLike[str]) -> None:
     start = next((line.strip() for line in lines if line.strip()), b"")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InvalidRequest("manifest", f"{path} is UTF-16; save it as UTF-8")
+    if b"\0" in start or b"\x89PNG" in start:
+        raise InvalidRequest("manifest", f"{path} is no text; give a file of JSON lines, as {_EXAMPLE}")
     start = start.removeprefix(b"\xef\xbb\xbf")
     if start[:1] == b"[" or start == b"{":
         try:

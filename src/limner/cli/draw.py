@@ -191,8 +191,12 @@ def _read_prompt(given: str) -> str:
         raise InvalidRequest(
             "PROMPT", "- reads one stdin, and torchrun started several processes; give the prompt as a word"
         )
+    if sys.stdin is None:
+        raise InvalidRequest("PROMPT", "- reads stdin, which is closed; give the prompt as a word")
     try:
         return sys.stdin.buffer.read(_MAX_STDIN).decode().rstrip("\r\n")
+    except OSError as error:
+        raise InvalidRequest("PROMPT", f"stdin cannot be read ({error.strerror}); give the prompt as a word") from None
     except UnicodeDecodeError as error:
         raise InvalidRequest("PROMPT", f"what stdin gives is no UTF-8 text ({error}); give text") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,7 +19,9 @@ PARTS = (*layouts.PARTS, "tokenizer", "scheduler")
 """The folders of a model in the diffusers layout."""
 _PACKAGE = Path(__file__).parents[2]
 _logger = logging.getLogger("limner")
-_BUNDLED = "; none of them is the bundled model: leave it out"
+_BUNDLED = "; the bundled model is none of them: leave the name out"
+_OURS = re.compile("bundled|default|limner|sticker", re.IGNORECASE)
+"""Names by which somebody asks for the bundled model, which has none."""
 
 
 def bundled_model() -> Path:
@@ -78,7 +81,7 @@ def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str]
         meant = f"did you mean {near}? " if (near := similar(text)) else ""
         raise CheckpointError(
             f"{field}: {text} is neither a folder nor a hub id (owner/name); {meant}check the path, or give one of "
-            f"{', '.join(PUBLISHED)}{_BUNDLED if field == 'model' else ''}"
+            f"{', '.join(PUBLISHED)}{_BUNDLED if _OURS.search(text) else ''}"
         )
     return _download(text, field, without=without, hub=hub)
 
