@@ -452,7 +452,7 @@ def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
         (("edit", "x", "-i", files / "c.png", "--references", files / "c.png", "-o", files / "o.png"), "--image: give"),
         (
             ("edit", "x", "--references", files / "c.png", "-o", files / "o.png"),
-            "references: .* is damaged or no safetensors file",
+            "--references: .* is a PNG picture, not a pack; give it as -i",
         ),
     ]
     for words, message in cases:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from limner.config import Fit
 from limner.errors import InvalidRequest
@@ -53,6 +53,8 @@ Margin = Annotated[int | None, Field(ge=0, le=16384, strict=True, description="n
 
 class Inputs(ControlFields):
     """Body of the hosted endpoints."""
+
+    model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     input_image: Picture = None

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from limner.errors import InvalidRequest
 from limner.requests import CONTROL_VALUES, MAX_STEPS, repaints
 from limner.server.access.keys import Owner
-from limner.server.dialects.strict_fields import StrictFields
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import Service
 from limner.server.jobs.records import JobRequest
@@ -57,7 +56,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Strength = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
-class LoraFields(StrictFields):
+class LoraFields(BaseModel):
     """The field of a body, with pictures or without, that says which LoRAs act."""
 
     loras: Annotated[Annotated[dict[_Name, _Strength], Field(max_length=64)] | None, BeforeValidator(_from_text)] = (
@@ -71,7 +70,7 @@ class LoraFields(StrictFields):
 class ControlFields(LoraFields):
     """Fields of a body, for pictures that are repainted and for references."""
 
-    parts = (Expansion,)
+    parts: ClassVar[tuple[type[BaseModel], ...]] = (Expansion,)
 
     strength: float | None = Field(
         None, gt=0, le=1, strict=True, description="share of the steps that are drawn over the picture"

@@ -35,7 +35,7 @@ _Choice = Annotated[str | None, Field(max_length=20), ABOUT, Unused("auto")]
 class Generation(LoraFields):
     """Body of /v1/images/generations; /v1/images/edits has these fields as a form, and pictures."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(None, max_length=MAX_MODEL_NAME)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
@@ -24,7 +24,7 @@ from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
-from limner.server.dialects.strict_fields import StrictFields
+from limner.server.dialects.unknown_fields import told
 from limner.server.http.errors import ERRORS
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
@@ -39,8 +39,10 @@ FIT = "how sides become multiples of 16; null: as the service does, which is cro
 """What the field `fit` of these bodies means."""
 
 
-class ReferenceInputs(StrictFields):
+class ReferenceInputs(BaseModel):
     """JSON body of POST /v1/references; a form with files named image is taken as well."""
+
+    model_config = ConfigDict(extra="forbid")
 
     images: list[str] = Field(min_length=1, max_length=16, description="base64, data URLs, or URLs where allowed")
     safety_tolerance: int = Field(2, ge=0, le=5, strict=True)
@@ -164,7 +166,8 @@ async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
     except json.JSONDecodeError as error:
         raise InvalidRequest("body", f"is not JSON ({error})") from None
     except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
+        found = [{**e, "loc": ("body", *e["loc"]), "msg": told(e, ReferenceInputs)} for e in error.errors()]
+        raise RequestValidationError(found) from None
     sent = [SentPicture(field=f"images[{i}]", data=text) for i, text in enumerate(inputs.images)]
     pictures = await service.pictures.read(sent, owner=owner, background=inputs.background, fit=inputs.fit)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
