@@ -90,7 +90,7 @@ def batch(args: argparse.Namespace) -> int:
     model = from_args(ModelOptions, args)
     check_model(model)
     with (
-        store_named(options.store),
+        store_named(args.store),
         contextlib.closing(BatchProgress()) as progress,
         Batch(options, progress=progress) as rows,
     ):

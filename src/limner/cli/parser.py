@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{first}: belongs behind the command, as in {command.prog} {first}")
         found, left = self.parse_known_args(words, namespace)
         if left:
-            command = getattr(found, "parser", self)
-            command.unrecognized(left, all_commands=commands_of(self))
+            owner: Parser = getattr(found, "parser", self)
+            owner.unrecognized(left, all_commands=commands_of(self))
         return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -97,9 +97,9 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Read a value; of numbers, as `limner.cli.typed` does."""
-        read = {int: whole, float: number}.get(action.type)  # type: ignore[arg-type]
+        read = whole if action.type is int else number if action.type is float else None
         if read is None:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
+            return super()._get_value(action, arg_string)
         try:
             return read(arg_string)
         except argparse.ArgumentTypeError as error:
