@@ -5,12 +5,14 @@ Knows no files and downloads nothing.
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 
 from limner.config import MODELS, ModelGeometry
 from limner.kinds import ISOLATED, ModelKind
 
-__all__ = ["PUBLISHED", "PublishedModel", "published"]
+__all__ = ["PUBLISHED", "PublishedModel", "published", "similar"]
 
 _OWNER = "black-forest-labs"
 _APACHE, _NON_COMMERCIAL = "Apache-2.0", "FLUX Non-Commercial License"
@@ -48,5 +50,24 @@ PUBLISHED = {
 
 
 def published(name: str) -> PublishedModel | None:
-    """Return the model of a short name, in any case; None if there is none."""
-    return PUBLISHED.get(name.lower())
+    """Return the model of a short name, or of its repository's name as it is written elsewhere; None if there is none.
+
+    Case, the order of words and what is between them do not count: "FLUX.2-klein-4B", "flux2-klein-4b", "klein-4b-base".
+    """
+    owner, slash, rest = name.rpartition("/")
+    if slash and owner.lower() != _OWNER:
+        return None
+    return _BY_WORDS.get(_words(rest))
+
+
+def similar(name: str) -> str | None:
+    """Return the short name that is spelled most like a name, or the last part of a path; None if none is near."""
+    words = re.sub(r"^flux\W?2\W*", "", name.replace("\\", "/").rpartition("/")[2].lower())
+    return next(iter(difflib.get_close_matches(words, PUBLISHED, n=1, cutoff=0.8)), None)
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z0-9]+", re.sub(r"^flux\W?2", "", name.lower())))
+
+
+_BY_WORDS = {_words(short): model for short, model in PUBLISHED.items()}

@@ -108,7 +108,7 @@ BAD = {
         ["batch", "rows.jsonl", "-o", "out", "--images-at-once", "0"],
         "images_at_once: 0 is not a whole number",
     ),
-    "store": (["batch", "rows.jsonl", "-o", "out", "--store", "a.png"], "disk_path: "),
+    "store": (["batch", "rows.jsonl", "-o", "out", "--store", "a.png"], "--store: "),
     "store url": (
         ["batch", "rows.jsonl", "-o", "out", "--store", "nosuch://b/p"],
         "no filesystem is known for nosuch://",

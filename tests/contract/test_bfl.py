@@ -239,6 +239,13 @@ def test_what_is_wrong_is_said_in_one_shape(served: Served) -> None:
     answer = served.http.post("/v1/edit", json={"prompt": "a", "references": "0" * 64})
     assert answer.status_code == 404
     types(answer)
+    for path, name in (
+        ("/v1/flux-2-klein-9b", "width"),
+        ("/v1/images/generations", "width"),
+        ("/v1/references", "images"),
+    ):
+        answer = served.http.post(path, json={"prompt": "a", {"width": "widht"}.get(name, "imagse"): 1})
+        assert f"is not a field here; did you mean {name}?" in answer.text
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/edit", 405), ("PUT", "/v1/get_result", 405)):
         answer = served.http.request(method, path)
         assert answer.status_code == status

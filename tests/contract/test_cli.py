@@ -132,6 +132,16 @@ def test_without_a_name_pictures_get_numbers_that_are_free(files: Path, tiny_fol
     assert (files / "limner-2.png").read_bytes() == b"mine"
 
 
+def test_says_what_was_replaced(files: Path, tiny_folder: Path) -> None:
+    words = ("generate", "a dog", "--size", "64x64", "--steps", 1, "--model", tiny_folder, "-o", "out.png")
+    assert "replaced" not in run(*words, "--seed", 1, cwd=files).stdout
+    assert "out.png: replaced an earlier picture of Limner (seed 1, prompt 'a dog')" in run(*words, cwd=files).stdout
+    picture(64, 64).save(files / "out.png")
+    assert "out.png: replaced another file, as --force says" in run(*words, "--force", "--seed", 3, cwd=files).stdout
+    found = json.loads(run(*words, "--json", cwd=files).stdout)
+    assert found["outputs"][0]["replaced"] == {"seed": 3, "prompt": "a dog"}
+
+
 def test_says_what_was_cut_from_the_prompt(files: Path, tiny_folder: Path) -> None:
     done = run("generate", "a dog " * 60 + "zebra", "-o", files / "out.png", "--size", "64x64", "--model", tiny_folder)
     assert done.returncode == 0
@@ -159,6 +169,21 @@ BAD = {
     "another's file": (
         ["generate", "x", "-o", "a.png"],
         "output: a.png is there already, and Limner did not make it; add --force",
+    ),
+    "prompt is a picture": (["edit", "-i", "a.png", "b.jpg", "-o", "out.png"], "its own -i: -i b.jpg"),
+    "picture as pack": (
+        ["edit", "x", "--references", "a.png", "-o", "out.png"],
+        "a.png is a PNG picture, not a pack; give",
+    ),
+    "store as pack": (["edit", "x", "--references", ".", "-o", "out.png"], "--store . -i FILE"),
+    "file as store": (
+        ["edit", "x", "-i", "a.png", "--store", "a.png", "-o", "out.png"],
+        "--store: a.png is a file; give",
+    ),
+    "model's name": (["generate", "x", "--model", "klein4b", "-o", "out.png"], "did you mean klein-4b?"),
+    "no model": (
+        ["generate", "x", "--model", "", "-o", "out.png"],
+        "model: '' is empty; give a path or hub id, or leave",
     ),
     "missing image": (["edit", "x", "-i", "no.png", "-o", "out.png"], "image 1: no.png cannot be read (No such file"),
     "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
@@ -427,7 +452,7 @@ def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
         (("edit", "x", "-i", files / "c.png", "--references", files / "c.png", "-o", files / "o.png"), "--image: give"),
         (
             ("edit", "x", "--references", files / "c.png", "-o", files / "o.png"),
-            "references: .* is damaged or no safetensors file",
+            "--references: .* is a PNG picture, not a pack; give it as -i",
         ),
     ]
     for words, message in cases:

@@ -19,6 +19,7 @@ from limner.errors import InvalidRequest
 from limner.grid import check_size
 from limner.requests import CONTROL_FIELDS, check_guidance, check_length, check_prompt
 from limner.schedule import MAX_STEPS
+from limner.spelling import meant
 
 __all__ = ["MAX_MANIFEST_BYTES", "BrokenRow", "Row", "check_number", "read_manifest", "seed_of"]
 
@@ -26,6 +27,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 """Larger manifests are not read."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+_EXAMPLE = '{"id": "cat-1", "prompt": "..."}'
 _FIELDS = ("id", "prompt", "references", "seed", "size", "steps", "guidance", "negative_prompt", "fit", *CONTROL_FIELDS)
 
 
@@ -71,6 +73,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Row | BrokenRow]:
         ) from error
     except ValueError as error:
         raise InvalidRequest("manifest", f"{path!r} is not a file name ({error})") from None
+    _check_form(lines, path=path)
     rows: list[Row | BrokenRow] = []
     first: dict[str, int] = {}
     for number, data in enumerate(lines, start=1):
@@ -92,11 +95,18 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
     id: str | None = None
     try:
         values = _object(data)
-        id = _id(values.get("id"))
+        id = None if values.get("id") is None else _id(values["id"])
         for name in values:
             if name not in _FIELDS:
-                raise InvalidRequest(name[:40], f"is not a field of a row; allowed: {', '.join(_FIELDS)}")
-        check_prompt(values.get("prompt", ""))
+                hint = f"did you mean {near}? " if (near := meant(name, _FIELDS)) else ""
+                raise InvalidRequest(name[:40], f"is not a field of a row; {hint}allowed: {', '.join(_FIELDS)}")
+        if id is None:
+            raise InvalidRequest(
+                "id", 'is missing; give each row another one, as "cat-1": it names the file of the picture'
+            )
+        if values.get("prompt") is None:
+            raise InvalidRequest("prompt", "is missing; say what to draw or to change")
+        check_prompt(values["prompt"])
         seed = values.get("seed")
         return Row(
             line=line,
@@ -124,11 +134,56 @@ def _object(data: bytes) -> dict[str, Any]:
 
     try:
         values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        problem = f"is not one JSON object in UTF-8 ({error.msg} at character {error.pos + 1})"
+        raise InvalidRequest("row", f"{problem}; {_remedy(data)}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("row", f"is not one JSON object in UTF-8 ({error}); correct the line") from None
     if not isinstance(values, dict):
-        raise InvalidRequest("row", f"is a JSON {type(values).__name__}, not an object; write {{...}}")
+        kind = {list: "list", str: "text", bool: "truth value", type(None): "null"}.get(type(values), "number")
+        raise InvalidRequest("row", f"is a JSON {kind}, not an object; write {_EXAMPLE}")
     return values
+
+
+def _remedy(data: bytes) -> str:
+    """Return what to do about a line that is no JSON."""
+    line = data.strip()
+    if line.startswith(b"{") and line.endswith(b"},"):
+        return "leave out the comma at its end: each line is an object by itself"
+    if re.search(rb",\s*[}\]]", line):
+        return "leave out the comma before the closing bracket"
+    if re.match(rb"\{\s*'", line):
+        return 'JSON has double quotes: "'
+    if any(quote.encode() in line for quote in "\u201c\u201d\u201e"):
+        return 'it has quotes of typography; JSON has plain ones: "'
+    return "correct the line" if line.startswith(b"{") else f"write {_EXAMPLE}"
+
+
+def _check_form(lines: list[bytes], *, path: str | os.PathLike[str]) -> None:
+    """Refuse a file that has rows in another form than JSON lines. Raises `InvalidRequest`."""
+    start = next((line.strip() for line in lines if line.strip()), b"")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InvalidRequest("manifest", f"{path} is UTF-16; save it as UTF-8")
+    if b"\0" in start or b"\x89PNG" in start:
+        raise InvalidRequest("manifest", f"{path} is no text; give a file of JSON lines, as {_EXAMPLE}")
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    if start[:1] == b"[" or start == b"{":
+        try:
+            whole = json.loads(b"\n".join(lines).decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return
+        if isinstance(whole, dict):
+            raise InvalidRequest(
+                "manifest", f"{path} is one JSON object over several lines; write each row on one line"
+            )
+        if all(isinstance(row, dict) for row in whole):
+            raise InvalidRequest(
+                "manifest",
+                f"{path} is one JSON list of {len(whole)} rows; write a row a line, as with: jq -c '.[]' FILE > rows.jsonl",
+            )
+    names = [name.strip(b" \"'").lower() for name in re.split(rb"[,;\t]", start)]
+    if len(names) > 1 and names[0] in (b"id", b"prompt", b"references", b"seed"):
+        raise InvalidRequest("manifest", f"{path} is a table (CSV), not JSON lines; write each row as {_EXAMPLE}")
 
 
 def _id(value: object) -> str:
@@ -143,7 +198,8 @@ def _id(value: object) -> str:
 
 def _files(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise InvalidRequest("references", f"{_short(value)} is not a list of file names")
+        meant_so = f', as ["{value}"]' if isinstance(value, str) and len(value) <= 80 else ""
+        raise InvalidRequest("references", f"{_short(value)} is not a list of file names{meant_so}")
     for name in value:
         try:
             name.encode("utf-8")

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limner.cli.options import Commands, add_json, add_options, from_args
+from limner.cli.options import Commands, add_json, add_options, from_args, store_named
 from limner.cli.output import BatchProgress, print_result
 from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError, RemoteError
@@ -89,7 +89,11 @@ def batch(args: argparse.Namespace) -> int:
     options = _batch_options(args)
     model = from_args(ModelOptions, args)
     check_model(model)
-    with contextlib.closing(BatchProgress()) as progress, Batch(options, progress=progress) as rows:
+    with (
+        store_named(args.store),
+        contextlib.closing(BatchProgress()) as progress,
+        Batch(options, progress=progress) as rows,
+    ):
         if args.ray is None:
             _draw_here(rows, model)
         else:

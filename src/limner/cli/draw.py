@@ -9,18 +9,21 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from limner import ranks
 from limner.cli.control import add_control, control_of
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
 from limner.cli.parser import add_command
+from limner.cli.typed import PICTURES
 from limner.errors import InvalidRequest, OutputError
+from limner.files import open_regular
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
@@ -124,6 +127,7 @@ def edit(args: argparse.Namespace) -> None:
             )
         if args.references:
             _check_alone(args)
+            _check_pack(args.references)
         _draw(args, process, files=files, images=args.image or [], pack=args.references)
 
 
@@ -177,13 +181,22 @@ def _check(args: argparse.Namespace, process: _Process) -> list[Path] | None:
 def _read_prompt(given: str) -> str:
     """Return the prompt; that of stdin for "-", without the newline at its end."""
     if given != "-":
+        if len(given) < 1000 and Path(given).suffix.lower() in PICTURES and os.path.exists(given):
+            raise InvalidRequest(
+                "PROMPT",
+                f"{given!r} is a file here; the prompt is a text in quotes, and each picture has its own -i: -i {given}",
+            )
         return given
     if ranks.started():
         raise InvalidRequest(
             "PROMPT", "- reads one stdin, and torchrun started several processes; give the prompt as a word"
         )
+    if sys.stdin is None:
+        raise InvalidRequest("PROMPT", "- reads stdin, which is closed; give the prompt as a word")
     try:
         return sys.stdin.buffer.read(_MAX_STDIN).decode().rstrip("\r\n")
+    except OSError as error:
+        raise InvalidRequest("PROMPT", f"stdin cannot be read ({error.strerror}); give the prompt as a word") from None
     except UnicodeDecodeError as error:
         raise InvalidRequest("PROMPT", f"what stdin gives is no UTF-8 text ({error}); give text") from None
 
@@ -217,6 +230,30 @@ def _check_alone(args: argparse.Namespace) -> None:
             raise InvalidRequest(
                 f"--{name.replace('_', '-')}", "a pack is used as it is; leave this out, or give pictures (-i FILE)"
             )
+
+
+def _check_pack(path: str) -> None:
+    """Refuse a folder or a picture in place of a pack, with the option that takes it."""
+    from limner.images.formats import format_of, other_file
+
+    if os.path.isdir(path):
+        raise InvalidRequest(
+            "--references",
+            f"{path} is a folder, and a pack is one file; what a store keeps is found by its pictures: "
+            f"--store {path} -i FILE",
+        )
+    head = b"?"
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open_regular(path) as file,
+    ):  # what cannot be read is told in reading it
+        head = file.read(4096)
+    if (kind := format_of(head)) is not None:
+        raise InvalidRequest("--references", f"{path} is a {kind.upper()} picture, not a pack; give it as -i {path}")
+    if (found := other_file(head)) is not None and head[8:9] != b"{":
+        raise InvalidRequest(
+            "--references", f"{path} is {found[0]}, not a pack; limner refs pack makes one (.safetensors) of pictures"
+        )
 
 
 def prepare(files: Sequence[str], options: ModelOptions) -> tuple[PreparedReference, ...]:
@@ -284,7 +321,31 @@ def _request(
     )
 
 
-def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path] | None) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A picture's file, and what is known of the picture that it replaced: the metadata, empty of a foreign one."""
+
+    file: Path
+    replaced: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        if self.replaced is None:
+            return {"file": str(self.file)}
+        return {"file": str(self.file), "replaced": {name: self.replaced.get(name) for name in ("seed", "prompt")}}
+
+    def describe(self) -> str | None:
+        """Return the line that says what was replaced, with what draws it again."""
+        if self.replaced is None:
+            return None
+        if "seed" not in self.replaced:
+            return f"{self.file}: replaced another file, as --force says"
+        return (
+            f"{self.file}: replaced an earlier picture of Limner (seed {self.replaced['seed']}, prompt "
+            f"{self.replaced.get('prompt')!r}); give another name with -o, or none, to keep both"
+        )
+
+
+def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: list[Path] | None) -> list[_Written]:
     """Write the pictures, and return their files: those given, or the next limner-N.png that are free."""
     from limner.images import picture_metadata, save
 
@@ -292,9 +353,17 @@ def _save(args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, files: 
     for i, (picture, drawn_from) in enumerate(zip(out.images, out.seeds, strict=True)):
         metadata = picture_metadata(prompt=args.prompt, seed=drawn_from, model=pipe.digest, more=out.metadata_of(i))
         with contextlib.nullcontext(files[i]) if files else _free_name() as file:
+            replaced = _made_from(file) if files and file.exists() else None
             save(picture, file, metadata=metadata)
-        written.append(file)
+        written.append(_Written(file, replaced))
     return written
+
+
+def _made_from(file: Path) -> dict[str, Any]:
+    """Return Limner's metadata in a file that is there; {} if it has none."""
+    from limner.images import is_ours, read_metadata
+
+    return read_metadata(file) if is_ours(file) else {}
 
 
 @contextlib.contextmanager
@@ -318,13 +387,13 @@ def _free_name() -> Iterator[Path]:
 
 
 def _print(
-    args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, *, files: list[Path], names: list[str]
+    args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, *, files: list[_Written], names: list[str]
 ) -> None:
     from limner.images import printable
 
     if args.json:
         result = {
-            "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
+            "outputs": [{**file.as_json(), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
             "references": [
                 {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
@@ -349,6 +418,8 @@ def _print(
         print(line)
     for warning in out.warnings:
         print(f"warning: {warning}")
-    for file, drawn_from in zip(files, out.seeds, strict=True):
+    for written, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"
-        print(f"{printable(str(file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")
+        print(f"{printable(str(written.file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")
+    for line in filter(None, (written.describe() for written in files)):
+        print(printable(line))

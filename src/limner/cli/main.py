@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,9 @@ from limner.errors import InvalidRequest, LimnerError
 from limner.version import __version__
 
 __all__ = ["build_parser", "main"]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         if not ranks.speaks():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if sys.stderr is None:  # closed, as with 2>&-
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         try:
             code = _main(argv)
         except SystemExit:  # --help, or what the parser refuses
@@ -70,6 +79,11 @@ def _main(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _tell_unprinted(error)  # what commands write to files ends in an `OutputError`
+        return 1
     except KeyboardInterrupt:
         print("limner: interrupted", file=sys.stderr)
         return 130
@@ -82,11 +96,15 @@ def _printed() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        _drop_output()
-        if not isinstance(error, BrokenPipeError):
-            print(f"limner: stdout cannot be written ({error.strerror})", file=sys.stderr)
+        _tell_unprinted(error)
         return 1
     return 0
+
+
+def _tell_unprinted(error: OSError) -> None:
+    _drop_output()
+    if not isinstance(error, BrokenPipeError):
+        print(f"limner: stdout cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _drop_output() -> None:

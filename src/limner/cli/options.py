@@ -7,10 +7,11 @@ too are declared in `limner.options`; those of one command alone stand in its fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args
 
 from limner.errors import InvalidRequest
@@ -24,12 +25,14 @@ __all__ = [
     "Commands",
     "add_json",
     "add_options",
+    "amount",
     "check_at_least",
     "from_args",
     "open_optional_store",
     "open_store",
     "seed",
     "size",
+    "store_named",
     "values_of",
 ]
 
@@ -70,7 +73,8 @@ def _add(group: argparse._ActionsContainer, option: Option) -> None:
     if option.choices:
         given["choices"] = option.choices
     else:
-        given |= {"metavar": option.metavar, "type": _READERS[option.value_type]}
+        read = amount if option.name.endswith("_bytes") else _READERS[option.value_type]
+        given |= {"metavar": option.metavar, "type": read}
     group.add_argument(option.flag, **given)
 
 
@@ -107,7 +111,20 @@ def open_store(options: StoreOptions, *, make: bool = True) -> ReferenceStore:
 
     if not options.store:
         raise InvalidRequest("--store", "no folder or URL is given; use --store STORE or set LIMNER_STORE")
-    return ReferenceStore.open(options.store, cache=options.store_cache, disk_bytes=options.store_bytes, make=make)
+    with store_named(options.store):
+        return ReferenceStore.open(options.store, cache=options.store_cache, disk_bytes=options.store_bytes, make=make)
+
+
+@contextlib.contextmanager
+def store_named(store: str | None) -> Iterator[None]:
+    """Name --store, or --store-cache before a URL, where an error has the name of an argument for a folder."""
+    from limner.places import is_url
+
+    try:
+        yield
+    except InvalidRequest as error:
+        names = {"store": "--store", "disk_path": "--store-cache" if is_url(store or "") else "--store"}
+        raise (error.of(names[error.field]) if error.field in names else error) from None
 
 
 def open_optional_store(options: StoreOptions) -> ReferenceStore | None:
@@ -120,11 +137,25 @@ def open_optional_store(options: StoreOptions) -> ReferenceStore | None:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT in pixels."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    """Read WIDTHxHEIGHT in pixels; "512*768" and "512 X 768" are the same."""
+    match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[xX*\u00d7]\s*(\d{1,6}))?\s*", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as 512x512")
+    if match[2] is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is one side of WIDTHxHEIGHT; did you mean {match[1]}x{match[1]}?")
     return int(match[1]), int(match[2])
+
+
+def amount(text: str) -> int:
+    """Read a number of bytes, as "20GiB" or in plain digits."""
+    from limner.memory.amounts import parse_bytes
+
+    if re.fullmatch(r"-?\d{1,18}", text):
+        return int(text)
+    try:
+        return parse_bytes(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
 
 
 def seed(text: str) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from limner import ranks
+from limner.cli.typed import number, several_values, slip, unclosed_quote, whole
+from limner.spelling import meant, no_option
 
 __all__ = ["Parser", "add_command", "commands_of"]
 
@@ -26,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         self.examples = tuple(examples)
+        self.typed: list[str] = []
         if examples:
             self.epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
 
@@ -36,32 +39,71 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; what no argument takes is an error of the command it was typed for."""
-        first = next(iter(sys.argv[1:] if args is None else args), "").partition("=")[0]
+        words = list(sys.argv[1:] if args is None else args)
+        first = next(iter(words), "").partition("=")[0]
         if first.startswith("-") and first not in self._option_string_actions:
             for command in commands_of(self):
                 if first in command._option_string_actions:
                     self.error(f"{first}: belongs behind the command, as in {command.prog} {first}")
-        found, left = self.parse_known_args(args, namespace)
+        found, left = self.parse_known_args(words, namespace)
         if left:
-            getattr(found, "parser", self).unrecognized(left, all_commands=commands_of(self))
+            owner: Parser = getattr(found, "parser", self)
+            owner.unrecognized(left, all_commands=commands_of(self))
         return found
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words of this command, after a look at those that argparse would take for something else."""
+        self.typed = list(sys.argv[1:] if args is None else args)
+        if commands_of(self) == [self] and (problem := slip(self.typed, self._option_string_actions)) is not None:
+            self.error(problem)
+        return super().parse_known_args(self.typed, namespace)
+
     def unrecognized(self, words: Sequence[str], *, all_commands: Iterable[argparse.ArgumentParser]) -> NoReturn:
-        """End with what these words may have been meant for: another option of the command, or another command."""
+        """End with what these words may have been meant for: a value, another option of the command, or another command."""
+        own = self._get_positional_actions()
+        problem = unclosed_quote(self.typed)
+        if problem is None and not any(action.nargs in ("+", "*") for action in own):
+            problem = several_values(self.typed, self._option_string_actions)
+        if problem is not None:
+            self.error(problem)
         word = words[0].partition("=")[0]
         if not word.startswith("-"):
-            self.error(f"{' '.join(words)!r} is not expected here; quote a prompt of several words")
+            remedy = "leave it out"
+            if any(action.dest == "prompt" for action in own):
+                remedy = "quote a prompt of several words"
+            elif any(action.nargs in ("+", "*") for action in own):
+                remedy = f"give all {own[-1].metavar} together, before the options"
+            self.error(f"{' '.join(words)!r} is not expected here; {remedy}")
         if word in self._option_string_actions:
             self.error(f"{word}: belongs behind the command, as in {self.prog} {word}")
-        close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.7)
+        self.error(f"{word}: {self.prog} has no such option; {self._remedy(word, all_commands)}")
+
+    def _remedy(self, word: str, all_commands: Iterable[argparse.ArgumentParser]) -> str:
+        """Return what to do about an option that there is not: how it is called here, or who has it."""
+        if (known := no_option(word)) is not None:
+            return known
+        arguments = {action.dest: action for action in self._get_positional_actions()}
         others = [p.prog for p in all_commands if p is not self and word in p._option_string_actions]
-        if close:
-            remedy = f"did you mean {close[0]}?"
-        elif others:
-            remedy = f"it is an option of {', '.join(others[:3])}"
-        else:
-            remedy = "leave it out"
-        self.error(f"{word}: {self.prog} has no such option; {remedy}")
+        near = meant(word, [*self._option_string_actions, *arguments], near=not others)
+        if near in arguments:
+            action = arguments[near]
+            return (
+                f"{action.metavar or near} stands by itself, as in {self.examples[0] if self.examples else self.prog}"
+            )
+        if near is not None:
+            metavar = self._option_string_actions[near].metavar
+            return f"did you mean {near}{f' {metavar}' if metavar else ''}?"
+        return f"it is an option of {', '.join(others[:3])}" if others else "leave it out"
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Read a value; of numbers, as `limner.cli.typed` does."""
+        read = whole if action.type is int else number if action.type is float else None
+        if read is None:
+            return super()._get_value(action, arg_string)
+        try:
+            return read(arg_string)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Refuse what is no choice; for a command, with the one that is spelled most like it."""

@@ -62,6 +62,8 @@ def samples(args: argparse.Namespace) -> None:
     """Copy the samples. Raises `OutputError` where another file has the name of one, unless --force."""
     source, target = Path(__file__).parents[1] / "assets" / "samples", Path(args.folder)
     files = sorted(source.iterdir())
+    if not args.folder or target.is_file():
+        raise OutputError(f"DIR: {args.folder!r} is {'a file' if args.folder else 'empty'}; give another folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in files if not args.force else ():

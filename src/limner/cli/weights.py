@@ -163,4 +163,4 @@ def _source(text: str) -> Path:
     """Return a file or folder as it is, else the folder of a hub id."""
     from limner.weights.folder import resolve_model
 
-    return Path(text) if Path(text).exists() else resolve_model(text)
+    return Path(text) if text and Path(text).exists() else resolve_model(text)

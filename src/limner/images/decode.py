@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from limner.errors import InvalidRequest
 from limner.files import printable
-from limner.images.formats import PIL_FORMATS
+from limner.images.formats import PIL_FORMATS, other_file
 from limner.images.limits import MAX_DECODED_PIXELS, MAX_FILE_BYTES, check_animation, check_size, check_structure
 
 __all__ = ["check_header", "decode", "describe_source", "read_file"]
@@ -26,8 +26,12 @@ def read_file(path: str | os.PathLike[str], *, field: str, too_large: str = "; s
     Raises `InvalidRequest` that names `field`.
     """
     shown = describe_source(path)
+    if not shown:
+        raise InvalidRequest(field, "'' is no file name; give a picture file")
     try:
         file = Path(path)
+        if file.is_dir():
+            raise InvalidRequest(field, f"{shown} is a folder; give a picture file in it")
         if file.exists() and not file.is_file():
             raise InvalidRequest(field, f"{shown} is not a file; give a picture file")
         if file.stat().st_size > MAX_FILE_BYTES:
@@ -56,7 +60,9 @@ def decode(source: str | os.PathLike[str] | bytes, *, field: str = "image") -> I
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower, and an error
             image = Image.open(io.BytesIO(data), formats=sorted(PIL_FORMATS))
     except UnidentifiedImageError:
-        raise InvalidRequest(field, f"{shown} is not a PNG, JPEG or WebP picture; convert it to one") from None
+        found = other_file(data)
+        what, remedy = ("", "convert it to one") if found is None else (f" but {found[0]}", found[1])
+        raise InvalidRequest(field, f"{shown} is not a PNG, JPEG or WebP picture{what}; {remedy}") from None
     except Image.DecompressionBombError as error:
         raise InvalidRequest(field, f"{shown}: {error}; at most {MAX_DECODED_PIXELS} pixels are allowed") from None
     except Exception as error:  # Pillow's decoders raise many types: struct.error, EOFError, KeyError, ...

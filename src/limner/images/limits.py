@@ -73,7 +73,8 @@ def check_size(width: int, height: int, *, field: str) -> None:
 def check_animation(num_frames: int, *, field: str) -> None:
     """Refuse a picture with several frames. Raises `InvalidRequest`."""
     if num_frames > 1:
-        raise InvalidRequest(field, f"it is animated ({num_frames} frames); save one frame")
+        remedy = "save one frame, as with: magick 'FILE[0]' picture.png"
+        raise InvalidRequest(field, f"it is animated ({num_frames} frames); {remedy}")
 
 
 class _Metadata:

@@ -5,7 +5,6 @@ The schemas that assistants read are made of these classes. Knows nothing of the
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +13,7 @@ from limner.errors import InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 from limner.options import ServiceOptions
 from limner.requests import MAX_STEPS
+from limner.spelling import meant
 
 __all__ = ["EditInputs", "ForgetInputs", "GenerateInputs", "Inputs", "KeepInputs", "read_inputs"]
 
@@ -131,8 +131,8 @@ def read_inputs(kind: type[I], arguments: dict[str, Any]) -> I:
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = list(kind.model_fields)
-        near = difflib.get_close_matches(field, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = meant(field, known)
+        hint = f"did you mean {near}? " if near else ""
         raise InvalidRequest(field, f"is not an argument of this tool; {hint}they are: {', '.join(known)}")
     if problem["type"] == "missing":
         raise InvalidRequest(field, "is missing; give it")

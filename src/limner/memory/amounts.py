@@ -41,5 +41,7 @@ def parse_bytes(value: str | int, *, field: str = "memory_limit") -> int:
 
 
 def show_bytes(number: int) -> str:
-    """Format bytes as GiB with two decimals."""
+    """Format bytes as GiB with two decimals, few ones as they are."""
+    if 0 < number < 10**6:
+        return f"{number} bytes"
     return f"{number / 2**30:.2f} GiB"

@@ -31,6 +31,7 @@ from limner.server.descriptors import max_streams
 from limner.server.dialects import bfl, openai_images, page, references, results
 from limner.server.dialects import jobs as job_routes
 from limner.server.dialects.job_view import as_result
+from limner.server.dialects.unknown_fields import told
 from limner.server.http.errors import ERRORS, INTERNAL, answer_of, error_body, is_openai
 from limner.server.http.limits import BodyLimits, LocalCallers
 from limner.server.http.metrics import Metrics
@@ -254,7 +255,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        path, found = request.url.path, error.errors()
+        path, kind = request.url.path, _body_of(request)
+        found = [{**one, "msg": told(one, kind)} for one in error.errors()]
         if is_openai(path):
             first = found[0]
             where = [] if first["type"] == "json_invalid" else [str(part) for part in first["loc"] if part != "body"]
@@ -276,6 +278,12 @@ def _add_errors(app: FastAPI) -> None:
     async def unforeseen(request: Request, error: Exception) -> Response:
         body = error_body(request.url.path, 500, INTERNAL)
         return SafeJSON(body, status_code=500)
+
+
+def _body_of(request: Request) -> object:
+    """Return the class of the body that the route of a request reads, or None."""
+    fields = getattr(getattr(request.scope.get("route"), "dependant", None), "body_params", ())
+    return getattr(getattr(fields[0], "field_info", None), "annotation", None) if fields else None
 
 
 class _Observed:

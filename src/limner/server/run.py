@@ -56,13 +56,12 @@ def serve(
     loaded first, so that it takes over soon.
     """
     check_bind(options.host, keyring(options))
-    if not options.standby:  # on standby, whoever has the jobs may have the port as well
-        _check_port(options.host, options.port)
+    # on standby, whoever has the jobs may have the port as well
+    jobs = None if options.standby else _open_with_port(options)
     descriptors.raise_limit()
     share_one_heap()
     sys.setswitchinterval(_SWITCH_SECONDS)
     log_everything(options.log)
-    jobs = None if options.standby else open_jobs(options)
     pipe = load_in_thread(load)
     jobs = jobs or open_jobs(options)
     engine = Engine(pipe, max_waiting=options.max_waiting, max_batch=options.max_batch)
@@ -102,6 +101,24 @@ def _check_port(host: str, port: int) -> None:
         raise OutputError(
             f"port: {host}:{port} cannot be used ({error.strerror or error}); give another --port, or stop who uses it"
         ) from error
+
+
+def _open_with_port(options: ServeOptions) -> JobStore:
+    """Return the jobs of `data`, if the port is free as well. Raises `OutputError` that names all that has to change."""
+    try:
+        jobs = open_jobs(options)
+    except StorageInUse as error:
+        try:
+            _check_port(options.host, options.port)
+        except OutputError:
+            raise StorageInUse(f"{error}, and another --port: {options.port} is in use too") from None
+        raise
+    try:
+        _check_port(options.host, options.port)
+    except BaseException:
+        jobs.close()
+        raise
+    return jobs
 
 
 def open_jobs(options: ServeOptions) -> JobStore:

@@ -46,9 +46,8 @@ class DiskTier:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidRequest(
-                "disk_path", f"{folder} cannot be made ({error.strerror}); give a folder that can be written"
-            ) from error
+            problem = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
+            raise InvalidRequest("disk_path", f"{folder} {problem}; give a folder that can be written") from error
         self.writable = os.access(folder, os.W_OK | os.X_OK)
         self.budget = budget if self.writable else 0
         if self.writable:

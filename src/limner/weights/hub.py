@@ -49,6 +49,8 @@ class Hub:
 
 def local_path(given: str | os.PathLike[str], *, field: str) -> tuple[Path, bool]:
     """Return what was given as a path, and True if it exists. Raises `CheckpointError`."""
+    if given == "":
+        raise CheckpointError(f"{field}: '' is empty; give a path or hub id, or leave it out")
     try:
         path = Path(given)
         return path, path.exists()

@@ -22,12 +22,16 @@ BROKEN = {
     "list": (b"[1]", None, "row: is a JSON list, not an object"),
     "deep": (b"[" * 100_000, None, "row: is not one JSON object"),
     "twice": (b'{"id": "x", "id": "y", "prompt": "p"}', None, "a name stands twice"),
-    "no id": (b'{"prompt": "p"}', None, "id: None is not a text of 1 to 200"),
+    "no id": (b'{"prompt": "p"}', None, "id: is missing; give each row another one"),
     "number": (b'{"id": 7, "prompt": "p"}', None, "id: 7 is not a text"),
     "path": (b'{"id": "../x", "prompt": "p"}', None, "id: '../x' is not a text"),
     "hidden": (b'{"id": ".x", "prompt": "p"}', None, "id: '.x' is not a text"),
-    "unknown": (b'{"id": "x", "prompt": "p", "cfg": 3}', "x", "cfg: is not a field of a row; allowed: id, prompt"),
-    "prompt": (b'{"id": "x"}', "x", "prompt: '' is empty"),
+    "unknown": (
+        b'{"id": "x", "prompt": "p", "cfg": 3}',
+        "x",
+        "cfg: is not a field of a row; did you mean guidance? allowed: id, prompt",
+    ),
+    "prompt": (b'{"id": "x"}', "x", "prompt: is missing; say what to draw"),
     "prompt type": (b'{"id": "x", "prompt": 3}', "x", "prompt: int is not a text"),
     "surrogate": (b'{"id": "x", "prompt": "\\ud800"}', "x", "prompt: is not valid Unicode"),
     "reference": (b'{"id": "x", "prompt": "p", "references": "a.png"}', "x", "references: 'a.png' is not a list"),
@@ -64,3 +68,43 @@ def test_manifests_that_are_none(folder: Path) -> None:
     ):
         with pytest.raises(InvalidRequest, match=message):
             read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b'[\n{"id": "a", "prompt": "p"},\n{"id": "b", "prompt": "p"}\n]',
+            "is one JSON list of 2 rows; write a row a line",
+        ),
+        (b'{\n"id": "a",\n"prompt": "p"\n}', "is one JSON object over several lines"),
+        (b"\xef\xbb\xbfid;prompt\na;b", "is a table"),
+        ("{}".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ],
+)
+def test_other_forms_of_a_table_are_named(data: bytes, message: str, folder: Path) -> None:
+    write(folder, data)
+    with pytest.raises(InvalidRequest, match=message):
+        read_manifest(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"id": "a", "prompt": "p",}', "leave out the comma before the closing bracket"),
+        (b'{"id": "a", "prompt": "p"},', "leave out the comma at its end"),
+        (b"{'id': 'a'}", "JSON has double quotes"),
+        ('{\u201cid\u201d: "a"}'.encode(), "quotes of typography"),
+        (b'{"id": "a", "promt": "p"}', "promt: is not a field of a row; did you mean prompt?"),
+        (b'{"id": "a", "prompt": "p", "image": "a.png"}', "image: .* did you mean references?"),
+        (b'{"id": "a", "prompt": "p", "seeds": [1]}', "seeds: .* did you mean seed?"),
+        (b'{"id": "a", "prompt": "p", "num_inference_steps": 4}', "did you mean steps?"),
+    ],
+)
+def test_what_a_row_meant(data: bytes, message: str, folder: Path) -> None:
+    write(folder, data + b'\n{"id": "after", "prompt": "p"}')
+    broken, after = read_manifest(folder / "rows.jsonl")
+    assert isinstance(broken, BrokenRow)
+    assert (broken.line, after.id) == (1, "after")
+    with pytest.raises(InvalidRequest, match=message):
+        raise broken.error

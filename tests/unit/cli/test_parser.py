@@ -19,9 +19,9 @@ COMMANDS = {parser.prog: parser for parser in commands_of(build_parser())}
         (["edti"], "argument COMMAND: 'edti' is not a command; did you mean edit? there are edit, generate, "),
         (
             ["edit", "a", "--sed", "4"],
-            "--sed: limner edit has no such option; did you mean --seed?; see limner edit --help",
+            "--sed: limner edit has no such option; did you mean --seed N?; see limner edit --help",
         ),
-        (["edit", "a", "--imgae=b"], "--imgae: limner edit has no such option; did you mean --image?"),
+        (["edit", "a", "--imgae=b"], "--imgae: limner edit has no such option; did you mean --image FILE?"),
         (
             ["generate", "a", "--port", "4"],
             "--port: limner generate has no such option; it is an option of limner serve",
@@ -35,6 +35,37 @@ COMMANDS = {parser.prog: parser for parser in commands_of(build_parser())}
         (["-i", "a.png", "edit", "a"], "-i: belongs behind the command, as in limner edit -i"),
         (["refs", "--json", "ls"], "--json: belongs behind the command, as in limner refs ls --json"),
         (["edit", "put", "the", "cat"], "'the cat' is not expected here; quote a prompt of several words"),
+        (
+            ["edit", "-i", "a.png", "b.jpg", "-p", "x"],
+            "-i: takes one value, and is given again for each: -i a.png -i b.jpg",
+        ),
+        (["edit", "x", "-i", "a.png", "--lora", "a.safetensors", "b.safetensors"], "--lora a.safetensors --lora b.saf"),
+        (
+            ["edit", "x", "-i", "a", "-p"],
+            "-p: limner edit has no such option; PROMPT stands by itself, as in limner edit ",
+        ),
+        (["edit", "\u201cput", "the", "cat\u201d", "-i", "a"], "\u201cput: \u201c is no quote for a shell"),
+        (["edit", "x", "-i", "\u201ca.png\u201d"], "type a.png; see limner edit --help"),
+        (
+            ["edit", "x", "\u2014seed", "4"],
+            "\u2014seed: begins with \u2014, as texts have it, and is no option; type --seed",
+        ),
+        (["edit", "x", "-image", "a.png"], "-image: long options have two dashes; did you mean --image?"),
+        (["edit", "x", "--num-inference-steps", "4"], "did you mean --steps N?"),
+        (["edit", "x", "--cfg-scale=4"], "did you mean --guidance X?"),
+        (["generate", "x", "-W", "512"], "-W: limner generate has no such option; did you mean --size WxH?"),
+        (["edit", "x", "--init-img", "a.png"], "did you mean --image FILE?"),
+        (["edit", "x", "--diffusion-model", "a"], "did you mean --transformer FILE?"),
+        (["edit", "x", "--lora-model-dir", "a"], "did you mean --lora FILE[:STRENGTH]?"),
+        (["edit", "x", "--sampling-method", "euler"], "by Euler steps; leave it out"),
+        (["edit", "x", "--prompt-file", "a"], "give - as the prompt, and the file on stdin"),
+        (["edit", "x", "--strength", "60%"], "argument --strength: '60%' is not a number; did you mean 0.6?"),
+        (["edit", "x", "--strength", "0,6"], "did you mean 0.6?"),
+        (["edit", "x", "--steps", "4.5"], "argument --steps: '4.5' is not a whole number"),
+        (["edit", "x", "--mask-blur", "8px"], "'8px' is not a whole number; give it without a unit, as 8"),
+        (["edit", "x", "--size", "512"], "'512' is one side of WIDTHxHEIGHT; did you mean 512x512?"),
+        (["verify", "a.png", "--trust", "x", "b.png"], "'b.png' is not expected here; give all FILE together"),
+        (["refs", "ls", "kept"], "'kept' is not expected here; leave it out"),
         (["refs", "pak"], "'pak' is not a command; did you mean pack?"),
         (["bench", "--dtype", "float23"], "argument --dtype: 'float23' is not allowed; did you mean float32?"),
     ],
@@ -47,6 +78,24 @@ def test_what_was_meant(words: list[str], message: str, capsys: pytest.CaptureFi
     assert shown.startswith("limner: ")
     assert shown.count("\n") == 1
     assert message in shown
+
+
+def test_values_that_can_be_one_thing_only_are_taken() -> None:
+    words = [
+        "edit",
+        "\u201chello\u201d on a sign",
+        "-i",
+        "a.png",
+        "--steps",
+        "4.0",
+        "--size",
+        "512 * 768",
+        "--store-bytes",
+    ]
+    found = build_parser().parse_args([*words, "2GiB", "-ob.png"])
+    assert (found.prompt, found.output) == ("\u201chello\u201d on a sign", "b.png")
+    assert (found.steps, found.size, found.store_bytes) == (4, (512, 768), 2 << 30)
+    assert isinstance(found.steps, int)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -65,8 +65,37 @@ def test_refuses(name: str, tmp_path: Path) -> None:
 def test_refuses_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"image: .*nothing.png cannot be read \(No such file"):
         decode(tmp_path / "nothing.png")
-    with pytest.raises(InvalidRequest, match="is not a file; give a picture file"):
+    with pytest.raises(InvalidRequest, match="is a folder; give a picture file in it"):
         decode(tmp_path)
+    with pytest.raises(InvalidRequest, match="'' is no file name"):
+        decode("")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"\0\0\0\x18ftypheic", "picture but a HEIC picture, as phones take them; export it as JPEG"),
+        (b"\0\0\0\x18ftypavif", "an AVIF picture; convert it, as with: avifdec"),
+        (b"\0\0\0\x18ftypisom", "a video; save one frame"),
+        (b"\xff\x0a", "a JPEG XL picture"),
+        (b"\0\0\0\x0cJXL \r\n", "a JPEG XL picture"),
+        (b"II*\0\x10\0\0\0CR\x02\0", "a camera's raw file; develop it"),
+        (b"II*\0\x08\0\0\0", "a TIFF, or a camera's raw file"),
+        (b"GIF89a", "a GIF; save one frame as PNG"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x">', "an SVG drawing; draw it"),
+        (b"%PDF-1.7", "a PDF; save one page"),
+        (b"BM1234", "a BMP picture"),
+        (b"\n<!doctype html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS; fetch the picture itself: git lfs pull"),
+        (b"\x58\x01\0\0\0\0\0\0{", "a file of weights or a pack; a pack is given instead of pictures"),
+        (b"", "an empty file"),
+        (b"hello", "is not a PNG, JPEG or WebP picture; convert it to one"),
+    ],
+)
+def test_says_what_another_file_is(start: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(start + b"\0" * 20 if start else b"")
+    assert message in str(caught.value)
 
 
 def test_refuses_what_is_not_a_file() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -69,6 +69,8 @@ class LoraFields(BaseModel):
 
 class ControlFields(LoraFields):
     """Fields of a body, for pictures that are repainted and for references."""
+
+    parts: ClassVar[tuple[type[BaseModel], ...]] = (Expansion,)
 
     strength: float | None = Field(
         None, gt=0, le=1, strict=True, description="share of the steps that are drawn over the picture"

@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 from limner.errors import InvalidRequest
 from limner.server.dialects.control_fields import Expansion
 from limner.server.dialects.openai_schemas import Edit, EditForm, Generation, ImageSource, NestedUrl
+from limner.server.dialects.unknown_fields import told
 from limner.server.http.pictures import SentPicture
 from limner.server.http.wire import read_form
 from limner.server.jobs.offload import Offload
@@ -64,7 +65,7 @@ async def _read_json(request: Request) -> EditInputs:
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidRequest(_path(first["loc"]) or "body", first["msg"]) from None
+        raise InvalidRequest(_path(first["loc"]) or "body", told(first, Edit)) from None
     pictures = [_source(one, field=f"images[{i}]") for i, one in enumerate(fields.images or ())]
     pictures += [*_texts(fields.image, field="image"), *_texts(fields.url, field="url")]
     mask, canvas = (
@@ -188,4 +189,4 @@ def _validate(values: Mapping[str, str]) -> EditForm:
         return EditForm.model_validate_strings(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidRequest(_path(first["loc"]) or "body", first["msg"]) from None
+        raise InvalidRequest(_path(first["loc"]) or "body", told(first, EditForm)) from None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from limner.options import MAX_MODEL_NAME
 from limner.requests import MAX_PROMPT_CHARACTERS
-from limner.server.dialects.control_fields import ControlFields, LoraFields
+from limner.server.dialects.control_fields import ControlFields, Expansion, LoraFields
 from limner.server.dialects.unused import ABOUT, Guidance, NegativePrompt, Unused, UnusedField, UnusedFlag
 
 __all__ = [
@@ -112,6 +112,8 @@ class ImageSource(BaseModel):
 
 class Edit(EditForm):
     """JSON body of /v1/images/edits. `images` is OpenAI's; `image` and `url` are what others take."""
+
+    parts = (Expansion, ImageSource, NestedUrl)
 
     images: list[ImageSource | str] | None = Field(None, max_length=16)
     image: str | list[str] | None = None

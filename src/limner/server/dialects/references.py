@@ -24,11 +24,13 @@ from limner.errors import InvalidRequest, Moderated, OutputError, RemoteError
 from limner.images import PreparedReference
 from limner.server.access.keys import Owner
 from limner.server.dialects.picture_answers import reference_answer
+from limner.server.dialects.unknown_fields import told
 from limner.server.http.errors import ERRORS
 from limner.server.http.pictures import SentPicture
 from limner.server.http.service import KEYS, Service
 from limner.server.http.wire import StrictRoute, read_form
 from limner.server.jobs.records import Handle
+from limner.spelling import meant
 
 __all__ = ["routes"]
 
@@ -99,6 +101,9 @@ _FORM = {
 }
 
 
+_FORM_FIELDS = ("image", "safety_tolerance", "fit", "prefill", "background")
+
+
 def routes(service: Service) -> APIRouter:
     """Return the routes of references."""
     router = APIRouter(tags=["resources"], route_class=StrictRoute, dependencies=KEYS)
@@ -161,7 +166,8 @@ async def _read(service: Service, request: Request, owner: Owner) -> _Upload:
     except json.JSONDecodeError as error:
         raise InvalidRequest("body", f"is not JSON ({error})") from None
     except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
+        found = [{**e, "loc": ("body", *e["loc"]), "msg": told(e, ReferenceInputs)} for e in error.errors()]
+        raise RequestValidationError(found) from None
     sent = [SentPicture(field=f"images[{i}]", data=text) for i, text in enumerate(inputs.images)]
     pictures = await service.pictures.read(sent, owner=owner, background=inputs.background, fit=inputs.fit)
     return _Upload(pictures=pictures, tolerance=inputs.safety_tolerance, prefill=inputs.prefill)
@@ -185,10 +191,11 @@ async def _read_form(service: Service, request: Request, owner: Owner) -> _Uploa
             elif name == "background" and isinstance(value, str) and len(value) <= 100:
                 background = value
             else:
+                near = None if name in _FORM_FIELDS else meant(name, _FORM_FIELDS)
                 raise InvalidRequest(
                     name,
-                    "is no field, or has no such value; image: files, safety_tolerance: 0 to 5, "
-                    f"fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
+                    f"is no field, or has no such value; {f'did you mean {near}? ' if near else ''}image: files, "
+                    f"safety_tolerance: 0 to 5, fit: {', '.join(FITS)}, prefill: true or false, background: a colour",
                 )
     if not sent:
         raise InvalidRequest("image", "is missing; send one or more pictures")

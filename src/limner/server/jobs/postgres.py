@@ -126,7 +126,9 @@ class PostgresStorage:
             for statement in _SESSION:
                 db.execute(statement)
             if not self._take_lock(db):
-                raise StorageInUse(f"data: {self.name} is used by another server; stop it, or give another database")
+                raise StorageInUse(
+                    f"data: {self.name} is used by another server; stop it, or give another database with --data"
+                )
             self._session = self._own_session(db)
         except BaseException:
             db.close()

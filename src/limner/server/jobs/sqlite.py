@@ -45,10 +45,11 @@ class FolderStorage:
                 self._db.execute("PRAGMA synchronous = FULL")  # an answered write survives a power failure
             except BlockingIOError:
                 raise StorageInUse(
-                    f"data: {self.folder} is used by another server; stop it, or give another folder"
+                    f"data: {self.folder} is used by another server; stop it, or give another folder with --data"
                 ) from None
             except (OSError, sqlite3.Error) as error:
-                raise OutputError(f"data: {self.folder} cannot be used ({error}); give another folder") from error
+                problem = "is a file" if self.folder.is_file() else f"cannot be used ({error})"
+                raise OutputError(f"data: {self.folder} {problem}; give another folder with --data") from error
             self._opened = opened.pop_all()
 
     def prepare(self, schema: str, *, version: int) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from limner.errors import CheckpointError
-from limner.models import PUBLISHED, published
+from limner.models import PUBLISHED, published, similar
 from limner.weights import layouts
 from limner.weights.hub import Hub, downloading, is_hub_id, local_path
 
@@ -18,6 +19,9 @@ PARTS = (*layouts.PARTS, "tokenizer", "scheduler")
 """The folders of a model in the diffusers layout."""
 _PACKAGE = Path(__file__).parents[2]
 _logger = logging.getLogger("limner")
+_BUNDLED = "; the bundled model is none of them: leave the name out"
+_OURS = re.compile("bundled|default|limner|sticker", re.IGNORECASE)
+"""Names by which somebody asks for the bundled model, which has none."""
 
 
 def bundled_model() -> Path:
@@ -74,9 +78,10 @@ def _find(given: str | os.PathLike[str], field: str, *, without: Collection[str]
     if known := published(text):
         text = known.hub_id
     if not is_hub_id(text) or path.suffix in (".safetensors", ".gguf", ".sft"):
+        meant = f"did you mean {near}? " if (near := similar(text)) else ""
         raise CheckpointError(
-            f"{field}: {text} is neither a folder nor a hub id (owner/name); check the path. Short names: "
-            f"{', '.join(PUBLISHED)}"
+            f"{field}: {text} is neither a folder nor a hub id (owner/name); {meant}check the path, or give one of "
+            f"{', '.join(PUBLISHED)}{_BUNDLED if _OURS.search(text) else ''}"
         )
     return _download(text, field, without=without, hub=hub)
 
