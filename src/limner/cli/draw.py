@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from limner import ranks
 from limner.cli.control import add_control, control_of
+from limner.cli.names import in_options
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
-from limner.cli.parser import add_command
+from limner.cli.parser import add_command, options_of
 from limner.errors import InvalidRequest, OutputError
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
@@ -322,6 +323,7 @@ def _print(
 ) -> None:
     from limner.images import printable
 
+    warnings = [in_options(warning, options_of(args)) for warning in out.warnings]
     if args.json:
         result = {
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
@@ -330,7 +332,7 @@ def _print(
                 {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
-            "warnings": out.warnings,
+            "warnings": warnings,
             **({"canvas": [asdict(report) for report in out.canvas]} if out.canvas else {}),
             **({"preserved": [one.describe() for one in out.preserved]} if out.preserved else {}),
             "timings": {**asdict(out.timings), "total": out.timings.total},
@@ -347,7 +349,7 @@ def _print(
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
     for line in (*(one.describe() for one in out.canvas), *(one.describe() for one in out.preserved)):
         print(line)
-    for warning in out.warnings:
+    for warning in warnings:
         print(f"warning: {warning}")
     for file, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"

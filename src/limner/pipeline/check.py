@@ -14,7 +14,7 @@ from limner.errors import InvalidRequest
 from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
 from limner.kinds import guides
 from limner.memory import Workload
-from limner.mentions import missing_pictures
+from limner.mentions import prompt_warnings
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.canvas import open_canvases
 from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_reuse, check_weights
@@ -114,7 +114,8 @@ class ArgumentChecker:
         check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
         check_result_sizes(canvases, size=size, output_type=output_type)
-        warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
+        warnings += canvas_warnings(canvases)
+        warnings += prompt_warnings(prompts or (), num_references=len(sizes), known=networks.text_encoder.known)
         self._check_reuse(reuse)
         reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
         workload = call_workload(
