@@ -6,7 +6,7 @@ Owns how prompts name references, and which words they have. Knows no pictures a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -40,25 +40,23 @@ class KnownWords:
 def prompt_warnings(prompts: Iterable[str], *, num_references: int, known: KnownWords) -> tuple[str, ...]:
     """Return all that is to be said of the prompts of a call."""
     prompts = tuple(prompts)
-    return (*missing_pictures(prompts, num_references=num_references), *unknown_words(prompts, known))
+    found = missing_pictures(prompts, num_references=num_references)
+    unknown = unknown_words(prompts, known.words) if known.words else []
+    if not unknown:
+        return found
+    shown = ", ".join(_shown(word, known.words) for word in unknown[:_SHOWN])
+    more = len(unknown) - _SHOWN
+    further = f" and {more} more word{'s' if more > 1 else ''}" if more > 0 else ""
+    return (*found, at_card(f"prompt: the model was not trained on {shown}{further}; {_CARD}", known.card))
 
 
-def unknown_words(prompts: Iterable[str], known: KnownWords) -> tuple[str, ...]:
-    """Return a warning that names the words of prompts that are not known, if there are any.
+def unknown_words(prompts: Iterable[str], words: Collection[str]) -> list[str]:
+    """Return the words of prompts that are not among those given, each once.
 
     A word is a run of letters of any script, and "Cat" is another one than "cat". The page's `words.js` has the same rule.
     """
-    if not known.words:
-        return ()
     runs = ("".join(run) for text in prompts for letters, run in groupby(text, str.isalpha) if letters)
-    unknown = [word for word in dict.fromkeys(runs) if word not in known.words]
-    if not unknown:
-        return ()
-    shown = [_shown(word, known.words) for word in unknown[:_SHOWN]]
-    more = len(unknown) - len(shown)
-    further = f" and {more} more word{'s' if more > 1 else ''}" if more else ""
-    text = f"prompt: the model was not trained on {', '.join(shown)}{further}; {_CARD}"
-    return (at_card(text, known.card),)
+    return [word for word in dict.fromkeys(runs) if word not in words]
 
 
 def _shown(word: str, known: frozenset[str]) -> str:

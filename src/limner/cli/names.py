@@ -25,7 +25,7 @@ _OTHERWISE = {
 }
 """Options that are called otherwise than the arguments of a call; all others have their names."""
 _HEAD = re.compile(r"(\w+)( [^:]*)?: ")
-_ARGUMENT = re.compile(r"(?<![\w'\"./=-])([a-z]+(?:_[a-z0-9]+)+)(?![\w'\"(=]|\.\w)")
+_ARGUMENT = re.compile(r"(?<![\w'\"./=-])([a-z]+(?:_[a-z0-9]+)+)(?![\w'\"(=/]|\.\w)")
 _GIVEN = re.compile(r"(?<![\w'\"./-])([a-z_]+)=(?:'(\w+)'|(?=[,;. ]|$))")
 _BESIDE_MASK = re.compile(r"(--mask)((?:(?:,| and| or) (?:expand|strength|preserve)\b)+)")
 

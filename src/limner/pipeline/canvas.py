@@ -48,8 +48,8 @@ __all__ = ["Canvas", "canvas_bytes", "open_canvases", "whole_canvas"]
 _PILLOW_BYTES = 4
 """Of a pixel in memory, also of three channels."""
 _NO_TOKEN = (
-    f"mask_image: it marks none of the tokens, {PIXELS} pixels wide, so nothing is repainted; white is, in areas wider than "
-    "a token"
+    f"mask_image: it marks none of the tokens, which are {PIXELS} pixels wide, so nothing is repainted; give a larger "
+    "white area"
 )
 
 
