@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from itertools import groupby
 
-__all__ = ["KnownWords", "at_card", "missing_pictures", "prompt_warnings", "unknown_words"]
+from limner.config import KnownWords
+
+__all__ = ["at_card", "missing_pictures", "prompt_warnings", "unknown_words"]
 
 _WORD = r"(?:image|picture|photo|reference)"
 _AFTER = r"(?![\d.,]*\d|\s*[:x%]\s*\d)"  # not 2.5, 16:9 or 4x3
@@ -27,14 +28,6 @@ _SHOWN = 6
 _LONGEST = 40
 """Letters of a word that it shows."""
 _CARD = "its card says what it understands"
-
-
-@dataclass(frozen=True, slots=True)
-class KnownWords:
-    """The only words that a model was trained on; none: any. `card` is the file that says what it understands."""
-
-    words: frozenset[str] = frozenset()
-    card: str = ""
 
 
 def prompt_warnings(prompts: Iterable[str], *, num_references: int, known: KnownWords) -> tuple[str, ...]:

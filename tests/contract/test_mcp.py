@@ -22,9 +22,9 @@ from tests.support.lora_files import write as write_lora
 from tests.support.tiny import Gate, generators, picture
 
 from limner import Pipeline
+from limner.config import KnownWords
 from limner.engine import Engine
 from limner.images import encode, prepare_reference, read_metadata
-from limner.mentions import KnownWords
 
 mcp = pytest.importorskip("mcp", reason="the extra mcp is not installed")
 from limner.mcp import AllowedFolder, Assistant, create_server  # noqa: E402

@@ -13,8 +13,8 @@ from tests.support.tiny import picture
 
 from limner import Pipeline, ReferencePolicy
 from limner.cli import main
+from limner.config import KnownWords
 from limner.images import encode, prepare_reference
-from limner.mentions import KnownWords
 
 MISSING = "prompt: mentions 'image 2', and 1 reference is given; give image 2, or change the prompt"
 UNKNOWN = "prompt: the model was not trained on 'into'; its card says what it understands: "

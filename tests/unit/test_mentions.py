@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from limner.mentions import KnownWords, at_card, missing_pictures, prompt_warnings, unknown_words
+from limner.config import KnownWords
+from limner.mentions import at_card, missing_pictures, prompt_warnings, unknown_words
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limner.config import KnownWords
 from limner.engine.admission import Admission
 from limner.engine.card import PipelineView
 from limner.engine.decoding import Decoder
@@ -34,7 +35,7 @@ from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
 from limner.memory.residency import Residency
-from limner.mentions import KnownWords, prompt_warnings
+from limner.mentions import prompt_warnings
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.pipeline.repaint import canvas_warnings, in_common

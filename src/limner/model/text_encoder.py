@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limner.config import KnownWords
 from limner.errors import CheckpointError, InvalidRequest
-from limner.mentions import KnownWords
 from limner.model.int8 import Int8Linear, settle_products
 from limner.model.qwen3 import Qwen3
 

@@ -114,8 +114,7 @@ class ArgumentChecker:
         check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
         check_result_sizes(canvases, size=size, output_type=output_type)
-        warnings += canvas_warnings(canvases)
-        warnings += prompt_warnings(prompts or (), num_references=len(sizes), known=networks.text_encoder.known)
+        warnings += canvas_warnings(canvases) + self._prompt_warnings(prompts or (), num_references=len(sizes))
         self._check_reuse(reuse)
         reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
         workload = call_workload(
@@ -197,6 +196,10 @@ class ArgumentChecker:
         check_reuse(reuse, kind=networks.kind)
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
+
+    def _prompt_warnings(self, prompts: Sequence[str], *, num_references: int) -> tuple[str, ...]:
+        known = self.prefiller.networks.text_encoder.known
+        return prompt_warnings(prompts, num_references=num_references, known=known)
 
     def _warn_of_size(self, size: tuple[int, int]) -> None:
         if self.sizes and size not in self.sizes:

@@ -113,7 +113,7 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
         ({"preserve": True}, "preserve: True is not one of None, 'auto'"),
         ({"reference_guidance": "2"}, "reference_guidance: '2' is not a number"),
         ({"reference_weights": [{}]}, "reference_weights: [{}] are not numbers"),
-        ({"mask": "black.png"}, "mask black.png: no pixel is white, so nothing would be drawn"),
+        ({"mask": "black.png"}, "mask: no pixel is white, so nothing would be drawn"),
         ({"size": "100x64"}, "size: width 100 is not a multiple of 16"),
         ({"guidance": -1}, "guidance: -1 is not a number of at least 0"),
         (

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from limner.config import KnownWords
 from limner.errors import CheckpointError
 from limner.grid import MIN_SIDE, PIXELS
-from limner.mentions import KnownWords
 from limner.model.preview import LatentPreview
 from limner.weights.files import read_json
 from limner.weights.folder.kind import DEFAULT, FoundKind, find_kind
