@@ -179,12 +179,11 @@ def test_a_full_mask_is_a_plain_edit_and_an_empty_one_is_refused(pipe: Pipeline)
         draw(pipe, mask_image=black)
     with pytest.raises(InvalidRequest, match="^mask_image 2: no pixel is white"):
         draw(pipe, prompt=["a", "b"], mask_image=[MASK, black])
-    corners, large = np.zeros((3000, 3000), np.uint8), Image.new("RGB", (3000, 3000))
-    corners[0, 0] = corners[-1, -1] = 20
-    with pytest.raises(
-        InvalidRequest, match="^mask_image: what it marks is too small to be left in 1024x1024, as which"
-    ):
-        draw(pipe, image=large, mask_image=corners)
+    corners = np.zeros((600, 600), np.uint8)
+    corners[0, 0] = corners[-1, -1] = 4
+    small = limner.ReferencePolicy(max_pixels=64 * 64)
+    with pytest.raises(InvalidRequest, match="^mask_image: what it marks is too small to be left in 64x64, as which"):
+        open_canvases({"mask_image": corners}, Image.new("RGB", (600, 600)), policy=small, sizes=(), num_prompts=1)
 
 
 def test_masks_share_references(pipe: Pipeline) -> None:
