@@ -1,4 +1,4 @@
-"""Geometry of the networks and the policy for references, as frozen values.
+"""Geometry of the networks, the words that they know, and the policy for references, as frozen values.
 
 Knows no tensors and no files. Names follow the diffusers configuration where a file holds that.
 """
@@ -23,6 +23,7 @@ __all__ = [
     "WHOLE_PIXELS",
     "AutoencoderConfig",
     "Fit",
+    "KnownWords",
     "ModelGeometry",
     "NetworkConfig",
     "ReferencePolicy",
@@ -309,3 +310,11 @@ class ReferencePolicy:
     def for_model(self, max_reference_pixels: int | None) -> ReferencePolicy:
         """Return this policy with the model's cap, where the policy has none."""
         return self if self.max_pixels is not None else replace(self, max_pixels=max_reference_pixels or self.pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownWords:
+    """The only words that a model was trained on; none: any. `card` is the file that says what it understands."""
+
+    words: frozenset[str] = frozenset()
+    card: str = ""

@@ -35,6 +35,7 @@ __all__ = [
     "check_prompt",
     "read_loras",
     "repaints",
+    "warning_with_mask",
     "with_mask",
 ]
 
@@ -179,4 +180,9 @@ def with_mask(error: InvalidRequest) -> InvalidRequest:
     """Return an error in the words of callers whose field for `mask_image` is `mask`."""
     name, *file = error.field.split(" ", 1)
     field = " ".join(["mask" if name == "mask_image" else name, *file])
-    return InvalidRequest(field, error.problem.replace("mask_image", "mask"))
+    return InvalidRequest(field, warning_with_mask(error.problem))
+
+
+def warning_with_mask(text: str) -> str:
+    """Return a warning in the words of callers whose field for `mask_image` is `mask`."""
+    return text.replace("mask_image", "mask")

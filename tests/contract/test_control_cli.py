@@ -63,14 +63,36 @@ def test_other_controls(words: list[str], tmp_path: Path, capsys: pytest.Capture
     ("more", "problem"),
     [
         (["--expand", "1,2"], "'1,2' is not LEFT,TOP,RIGHT,BOTTOM"),
-        (["--mask-blur", "3"], "mask_blur: needs mask_image or expand"),
-        (["--reference-weight", "1"], "there are 1 for 2 references"),
-        (["--mask", "nowhere.png"], "mask_image: nowhere.png cannot be read"),
+        (["--mask-blur", "3"], "limner: --mask-blur: needs --mask or --expand; without"),
+        (
+            ["--canvas", "a.png"],
+            "limner: --canvas: says which picture is repainted; give one of --mask, --expand, --strength, ",
+        ),
+        (
+            ["--mask", "black.png"],
+            "limner: --mask: no pixel is white, so nothing would be drawn; mark what is to change",
+        ),
+        (["--size", "100x64"], "limner: --size: width 100 is not a multiple of 16"),
+        (["--reference-weight", "1"], "limner: --reference-weight: there are 1 for 2 references"),
+        (["--mask", "nowhere.png"], "limner: --mask: nowhere.png cannot be read"),
+        (
+            ["--canvas", "clear.png", "--strength", "1"],
+            "limner: --canvas clear.png: it is transparent in places; flatten it, or "
+            "say what stands behind it: --background white\n",
+        ),
     ],
 )
 def test_what_is_refused(
-    more: list[str], problem: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    problem: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (96, 64)).save("black.png")
+    Image.new("RGBA", (96, 64)).save("clear.png")
     try:
         code = main([*words, str(tmp_path / "made.png"), *more])
     except SystemExit as error:  # of the parser

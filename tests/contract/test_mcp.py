@@ -22,6 +22,7 @@ from tests.support.lora_files import write as write_lora
 from tests.support.tiny import Gate, generators, picture
 
 from limner import Pipeline
+from limner.config import KnownWords
 from limner.engine import Engine
 from limner.images import encode, prepare_reference, read_metadata
 
@@ -226,6 +227,16 @@ def test_a_mask_and_other_controls(assistant: Assistant, model: Pipeline, tmp_pa
     (found,) = pictures_of(result)
     expected = drawn(model, "red", *files, seed=3, num_inference_steps=2, mask_image=folder / "mask.png", **control)
     assert np.array_equal(found, expected)
+    assert "warnings" not in result.structured_content
+    Image.new("L", (96, 70), 255).save(folder / "white.png")
+    model.text_encoder.known, assistant.card = KnownWords(frozenset({"red"})), "/model/README.md"
+    told = call(assistant, "edit", **asked | {"prompt": "blue image 3", "steps": 1}, mask="white.png")
+    model.text_encoder.known = KnownWords()
+    assert told.structured_content["warnings"] == [
+        "mask: it is white everywhere, so nothing of the canvas is kept; black is kept",
+        "prompt: mentions 'image 3', and 2 references are given; give image 3, or change the prompt",
+        "prompt: the model was not trained on 'blue', 'image'; its card says what it understands: /model/README.md",
+    ]
     kept = np.asarray(Image.open(folder / "a.png"))
     assert np.array_equal(found[:, 44:], kept[:, 44:])
     about = result.structured_content

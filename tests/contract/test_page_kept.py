@@ -32,6 +32,7 @@ from tests.support.tiny import picture
 
 from limner import Pipeline
 from limner.engine.about import about_model
+from limner.mentions import unknown_words
 from limner.options import ModelOptions, ServeOptions
 from limner.server.jobs.settings import RunnerSettings
 
@@ -148,6 +149,13 @@ def test_the_card_is_a_click_away_and_words_that_the_model_does_not_know_are_tol
     assert page.inner_text("#model-name") == "limner-stickers"
     page.fill("#prompt", "put the cat on a spaceship in the snow, please")
     expect(page.locator("#unknown-words")).to_have_text("This model was not trained on “spaceship”.")
+    for text, known in (
+        ("A Cat, cat2dog", ["cat"]),
+        ("Übergröße e\u0301 ²½Ⅳ 猫が cat-cat's", ["cat"]),
+        ("16:9 (4x3)", []),
+    ):
+        ask = """([text, known]) => import("/static/words.js").then((own) => own.unknownWords(text, new Set(known)))"""
+        assert page.evaluate(ask, [text, known]) == unknown_words([text], known)
     page.fill("#prompt", "Put the cat in the snow")
     expect(page.locator("#unknown-words")).to_have_text("This model was not trained on “Put” (write “put”).")
     page.get_by_role("button", name="What it can do").last.click()
@@ -184,7 +192,13 @@ def test_a_transparent_picture_gets_a_background_on_the_spot(open_page, server: 
     refused.get_by_role("button", name="Black").click()
     expect(refused).to_have_count(0)
     expect(page.locator("#references .note").first).to_have_text("96x96, whole")
-    draw(page)
+    draw(page, "use the spaceship of image 3")
+    expect(page.locator(".card .warning")).to_have_text(
+        [
+            "prompt: mentions 'image 3', and 2 references are given; give image 3, or change the prompt",
+            "prompt: the model was not trained on 'spaceship'; its card says what it understands: click the model's name",
+        ]
+    )
     loaded(page, ".thumbs img")
     thumb = page.locator(".thumbs img").first
     corner = """(image) => image.decode().then(() => {

@@ -178,3 +178,10 @@ def test_pictures_and_links_are_there() -> None:
 
 def test_lines_of_the_readme_are_short() -> None:
     assert [line for line in README.splitlines() if len(line) > 100] == []
+
+
+def test_the_readme_counts_what_the_bundled_model_knows() -> None:
+    folder = ROOT / "src" / "limner" / "assets" / "stickers"
+    words = json.loads((folder / "limner.json").read_text())["words"]
+    listed = re.search(r"It calls \d+ stickers by name: (.*?)\.", (folder / "README.md").read_text(), re.S)
+    assert f"It knows {len(words)} words and {listed[1].count(',') + 1} stickers" in README

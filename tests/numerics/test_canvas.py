@@ -105,6 +105,17 @@ def test_the_drop_in_has_diffusers_pictures(how: dict[str, Any], standard_folder
         assert np.abs(found - expected).mean() <= TOLERANCE
 
 
+@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 0, 3, 3)])
+def test_a_mask_of_which_no_token_is_left_is_drawn_as_diffusers_does_and_said(
+    standard_folder: Path, box: tuple[int, int, int, int]
+) -> None:
+    ours = limner.Flux2KleinInpaintPipeline.from_pretrained(standard_folder)
+    how = {"num_inference_steps": 1, "strength": 1.0, "output_type": "latent"}
+    out = ours("a dog", image=CANVAS, mask_image=mask_of(CANVAS.size, box), **how)
+    assert out.warnings[0].startswith("mask_image: it marks none of the tokens")
+    assert ours("a dog", image=CANVAS, mask_image=MASK, **how).warnings == ()
+
+
 @pytest.fixture(params=["isolated", "joint"])
 def pipe(request: pytest.FixtureRequest, tiny_folder: Path) -> Pipeline:
     return Pipeline.from_pretrained(tiny_folder, references=request.param)
@@ -159,13 +170,20 @@ def test_strength_of_one_is_a_plain_edit(pipe: Pipeline) -> None:
     assert canvas.shape == weak_picture.shape
 
 
-def test_a_full_mask_is_a_plain_edit_and_an_empty_one_is_the_canvas(pipe: Pipeline) -> None:
+def test_a_full_mask_is_a_plain_edit_and_an_empty_one_is_refused(pipe: Pipeline) -> None:
     full = draw(pipe, mask_image=Image.new("L", CANVAS.size, 255))
     assert np.array_equal(np.asarray(full.images[0]), np.asarray(draw(pipe).images[0]))
     assert "mask_image: it is white everywhere" in full.warnings[0]
-    empty = draw(pipe, mask_image=Image.new("L", CANVAS.size))
-    assert np.array_equal(np.asarray(empty.images[0]), np.asarray(CANVAS))
-    assert "mask_image: it is black everywhere" in empty.warnings[0]
+    black = Image.new("L", CANVAS.size)
+    with pytest.raises(InvalidRequest, match="^mask_image: no pixel is white, so nothing would be drawn"):
+        draw(pipe, mask_image=black)
+    with pytest.raises(InvalidRequest, match="^mask_image 2: no pixel is white"):
+        draw(pipe, prompt=["a", "b"], mask_image=[MASK, black])
+    corners = np.zeros((600, 600), np.uint8)
+    corners[0, 0] = corners[-1, -1] = 4
+    small = limner.ReferencePolicy(max_pixels=64 * 64)
+    with pytest.raises(InvalidRequest, match="^mask_image: what it marks is too small to be left in 64x64, as which"):
+        open_canvases({"mask_image": corners}, Image.new("RGB", (600, 600)), policy=small, sizes=(), num_prompts=1)
 
 
 def test_masks_share_references(pipe: Pipeline) -> None:

@@ -1,10 +1,11 @@
-"""Pictures that prompts mention and calls do not have."""
+"""Pictures that prompts mention and calls do not have, and words that a model was not trained on."""
 
 from __future__ import annotations
 
 import pytest
 
-from limner.mentions import missing_pictures
+from limner.config import KnownWords
+from limner.mentions import at_card, missing_pictures, prompt_warnings, unknown_words
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,36 @@ def test_what_is_said() -> None:
         "prompt: mentions 'image 3', and 2 references are given; give image 3, or change the prompt",
         "prompt: mentions 'image 4', and 2 references are given; give image 4, or change the prompt",
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a cat, a dog", ["dog"]),
+        ("A Cat", ["A", "Cat"]),
+        ("cat2cat_cat-cat's", ["s"]),
+        ("dog dog, dog", ["dog"]),
+        ("Übergröße e\u0301 ²½Ⅳ 猫が", ["Übergröße", "e", "猫が"]),
+        ("16:9 (4x3) !?", ["x"]),
+        ("", []),
+    ],
+)
+def test_unknown_words(prompt: str, unknown: list[str]) -> None:
+    """`tests/contract/test_page_kept.py` asks the page for the same."""
+    assert unknown_words([prompt], {"a", "cat"}) == unknown
+
+
+def test_what_is_said_of_words() -> None:
+    known = KnownWords(frozenset({"a", "cat", "image"}), "/model/README.md")
+    prompts = ["Cat b c d e f", "image 2 g", "h " + "i" * 99]
+    missing, words = prompt_warnings(prompts, num_references=1, known=known)
+    assert "image 2" in missing
+    assert words == (
+        "prompt: the model was not trained on 'Cat' (write 'cat'), 'b', 'c', 'd', 'e', 'f' and 3 more words; its card says "
+        "what it understands: /model/README.md"
+    )
+    (words,) = prompt_warnings(["i" * 99], num_references=0, known=KnownWords(known.words))
+    assert words == f"prompt: the model was not trained on '{'i' * 40}...'; its card says what it understands"
+    assert at_card(words, "GET /v1/model-card").endswith("understands: GET /v1/model-card")
+    assert at_card(missing, "GET /v1/model-card") == missing
+    assert prompt_warnings(prompts, num_references=2, known=KnownWords()) == ()

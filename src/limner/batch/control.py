@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from limner.errors import InvalidRequest
+from limner.images.reference import ASK_BACKGROUND
 from limner.images.sources import open_picture
 from limner.pipeline import Pipeline
 from limner.pipeline.canvas import Canvas
 from limner.pipeline.together import canvases_of
-from limner.requests import CONTROL_FIELDS, Control, EditRequest, read_loras, repaints, with_mask
+from limner.requests import CONTROL_FIELDS, Control, EditRequest, read_loras, repaints, warning_with_mask, with_mask
 
 __all__ = ["canvas_values", "open_row", "read_control", "renamed", "repaints_first", "row_warnings"]
 
 _FILES = ("mask", "canvas")
+_OTHERWISE = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+"""Fields of a row that are called otherwise than the arguments of a call."""
 
 
 def read_control(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +68,12 @@ def open_row(
 def renamed(error: InvalidRequest) -> InvalidRequest:
     """Return an error of a call in the words that a row has for its fields."""
     error = with_mask(error)
-    if error.field == "image 1" or error.field.startswith("image 1 "):
-        return InvalidRequest("references" + error.field.removeprefix("image 1"), error.problem)
-    return error
+    field, problem = error.field, error.problem.replace(ASK_BACKGROUND, "limner batch --background white")
+    if field == "image 1" or field.startswith("image 1 "):
+        field = "references" + field.removeprefix("image 1")
+    elif field in ("width", "height"):
+        field, problem = "size", f"{field} {problem}"
+    return InvalidRequest(_OTHERWISE.get(field, field), problem)
 
 
 def canvas_values(opened: EditRequest) -> dict[str, Any] | None:
@@ -83,7 +89,7 @@ def canvas_values(opened: EditRequest) -> dict[str, Any] | None:
 def row_warnings(opened: EditRequest) -> list[str]:
     """Return what is to be said of the mask, under the name that it has in a row."""
     canvas = _canvas_of(opened)
-    return [] if canvas is None else [text.replace("mask_image", "mask") for text in canvas.warnings]
+    return [] if canvas is None else [warning_with_mask(text) for text in canvas.warnings]
 
 
 def _canvas_of(opened: EditRequest) -> Canvas | None:

@@ -14,13 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from limner.batch.control import repaints_first, row_warnings
+from limner.batch.control import renamed, repaints_first, row_warnings
 from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
 from limner.errors import InvalidRequest, LimnerError, OutputError
 from limner.images import FORMATS, Picture, encode, prepare_references
-from limner.mentions import missing_pictures
+from limner.mentions import prompt_warnings
 from limner.pipeline import Pipeline, PipelineOutput
 from limner.pipeline.repaint import ImageReport
 from limner.references import References
@@ -136,7 +136,12 @@ class Drawer:
             **({"guidance": task.guidance} if task.guidance is not None else {}),
             **_control_report(task, out.own[number]),
             "prompt_cut": out.prompts[number].cut,
-            "warnings": [*row_warnings(request), *missing_pictures([task.prompt], num_references=len(task.references))],
+            "warnings": [
+                *row_warnings(request),
+                *prompt_warnings(
+                    [task.prompt], num_references=len(task.references), known=self.pipe.text_encoder.known
+                ),
+            ],
             "references": list(task.references),
             "reference_cache": source,
             "reference_key": out.reference_key,
@@ -171,4 +176,5 @@ def _next_source(references: References | None) -> str:
 def _failed(task: Task, error: Exception) -> Result:
     if not isinstance(error, LimnerError):  # not of the manifest: the log says where it came from
         _logger.error("row %s: %s: %s", task.id, type(error).__name__, error, exc_info=error)
+    error = renamed(error) if isinstance(error, InvalidRequest) else error
     return failure(error, line=task.line, id=task.id)

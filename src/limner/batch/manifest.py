@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from limner.batch.control import read_control
+from limner.batch.control import read_control, renamed
 from limner.config import FITS
 from limner.errors import InvalidRequest
 from limner.grid import check_size
@@ -122,7 +122,7 @@ def _read_row(data: bytes, *, line: int) -> Row | BrokenRow:
             control=read_control(values),
         )
     except InvalidRequest as error:
-        return BrokenRow(line=line, id=id, error=error)
+        return BrokenRow(line=line, id=id, error=renamed(error))
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -222,10 +222,7 @@ def _optional_steps(value: object) -> int | None:
 
 
 def _guidance(value: Any) -> float | None:
-    try:
-        check_guidance(value)
-    except InvalidRequest as error:
-        raise InvalidRequest("guidance", str(error).removeprefix("guidance_scale: ")) from None
+    check_guidance(value)
     return None if value is None else float(value)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from limner.batch.control import renamed
 from limner.batch.drawer import Drawer
 from limner.batch.folder import RESULTS, count_prefills, done_before, finished_rows, lock_folder, write_whole
 from limner.batch.journal import Journal, Result, failure
@@ -41,7 +42,7 @@ _Kept = tuple[_Digests, _Loras]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSummary:
-    """A run that reached its end. `rows` = `drawn` now + `done_before` + `failed`.
+    """A run that reached its end. `rows` = `drawn` now + `done_before` + `failed`; `warned` of them have warnings.
 
     `prefills` counts this run's, `prefills_in_all` those of every run since the folder was last complete.
     """
@@ -50,6 +51,7 @@ class BatchSummary:
     drawn: int
     done_before: int
     failed: int
+    warned: int
     prefills: int
     prefills_in_all: int
     seconds: float
@@ -59,8 +61,9 @@ class BatchSummary:
     def describe(self) -> str:
         """Return one line for people."""
         before = f", {self.done_before} done before" if self.done_before else ""
+        warned = f", {self.warned} with warnings" if self.warned else ""
         return (
-            f"{self.results}: {self.rows} rows: {self.drawn} drawn{before}, {self.failed} failed; "
+            f"{self.results}: {self.rows} rows: {self.drawn} drawn{before}, {self.failed} failed{warned}; "
             f"{self.prefills} prefills, {self.seconds:.1f} s, {self.images_per_second:.2f} images/s"
         )
 
@@ -136,7 +139,7 @@ class Batch:
             found = [reports.of(name, fit=row.fit) for name in row.references]
             task, digests = make_task(row, found, pipe=pipe, model=self.model, options=self.options)
         except InvalidRequest as error:
-            self.record(failure(error, line=row.line, id=row.id))
+            self.record(failure(renamed(error), line=row.line, id=row.id))
             return None
         done = done_before(self._finished, task, folder=self.options.folder)
         if done is not None:
@@ -191,6 +194,12 @@ class Batch:
         """Rows that failed in this run, in the order of the manifest."""
         return [self._errors[line] for line in sorted(self._errors)]
 
+    @property
+    def warned(self) -> list[Result]:
+        """Rows whose results have warnings, in the order of the manifest."""
+        found = (self._done.get(row.id or "") for row in self.rows)
+        return [result for result in found if result is not None and result.get("warnings")]
+
     def finish(self) -> BatchSummary:
         """Order the results as the manifest is, and remove what only a run that goes on would need."""
         lines = []
@@ -214,6 +223,7 @@ class Batch:
             drawn=self._drawn,
             done_before=self._done_before,
             failed=len(self._errors),
+            warned=len(self.warned),
             prefills=prefills - self._prefills_before,
             prefills_in_all=prefills,
             seconds=round(seconds, 2),

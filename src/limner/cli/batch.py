@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["add_commands", "batch"]
 
 _NUM_SHOWN = 10
-"""Failures that are printed; all are in the results."""
+"""Failures that are printed, and rows with warnings; all are in the results."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -99,6 +99,7 @@ def batch(args: argparse.Namespace) -> int:
         else:
             _draw_on_ray(rows, model, address=args.ray, workers=args.workers)
         summary = rows.finish()
+    _print_warnings(rows, summary)
     _print_failures(rows, summary)
     print_result(args, asdict(summary), summary.describe())
     return int(summary.failed > 0)
@@ -159,3 +160,14 @@ def _print_failures(rows: Batch, summary: BatchSummary) -> None:
         print(printable(f"limner: line {failure['line']}{name}: {failure['error']['message']}"), file=sys.stderr)
     if len(rows.failures) > _NUM_SHOWN:
         print(f"limner: {len(rows.failures) - _NUM_SHOWN} more failed; see {summary.results}", file=sys.stderr)
+
+
+def _print_warnings(rows: Batch, summary: BatchSummary) -> None:
+    from limner.images import printable
+
+    warned = rows.warned
+    for result in warned[:_NUM_SHOWN]:
+        for warning in result["warnings"]:
+            print(printable(f"warning: line {result['line']} ({result['id']}): {warning}"), file=sys.stderr)
+    if len(warned) > _NUM_SHOWN:
+        print(f"warning: {len(warned) - _NUM_SHOWN} more rows have warnings; see {summary.results}", file=sys.stderr)

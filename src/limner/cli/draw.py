@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from limner import ranks
 from limner.cli.control import add_control, control_of
+from limner.cli.names import in_options
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
-from limner.cli.parser import add_command
+from limner.cli.parser import add_command, options_of
 from limner.cli.typed import PICTURES
 from limner.errors import InvalidRequest, OutputError
 from limner.files import open_regular
@@ -391,6 +392,7 @@ def _print(
 ) -> None:
     from limner.images import printable
 
+    warnings = [in_options(warning, options_of(args)) for warning in out.warnings]
     if args.json:
         result = {
             "outputs": [{**file.as_json(), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
@@ -399,7 +401,7 @@ def _print(
                 {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
-            "warnings": out.warnings,
+            "warnings": warnings,
             **({"canvas": [asdict(report) for report in out.canvas]} if out.canvas else {}),
             **({"preserved": [one.describe() for one in out.preserved]} if out.preserved else {}),
             "timings": {**asdict(out.timings), "total": out.timings.total},
@@ -416,7 +418,7 @@ def _print(
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
     for line in (*(one.describe() for one in out.canvas), *(one.describe() for one in out.preserved)):
         print(line)
-    for warning in out.warnings:
+    for warning in warnings:
         print(f"warning: {warning}")
     for written, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"

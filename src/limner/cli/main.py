@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from limner import ranks
 from limner.cli import batch, bench, draw, mcp, plan, refs, serve, setup, verify, weights
-from limner.cli.parser import Parser
+from limner.cli.names import error_text
+from limner.cli.parser import Parser, options_of
 from limner.errors import InvalidRequest, LimnerError
 from limner.version import __version__
 
@@ -74,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _refuse_several(args.command)
         code = run(args)
     except LimnerError as error:
-        print(f"limner: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"limner: {error_text(error, options_of(args))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _drop_output()

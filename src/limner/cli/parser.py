@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from limner import ranks
 from limner.cli.typed import number, several_values, slip, unclosed_quote, whole
 from limner.spelling import meant, no_option
 
-__all__ = ["Parser", "add_command", "commands_of"]
+__all__ = ["Parser", "add_command", "commands_of", "options_of"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,3 +136,9 @@ def commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser
         if isinstance(action, argparse._SubParsersAction):
             return [found for child in action.choices.values() for found in commands_of(child)]
     return [parser]
+
+
+def options_of(args: argparse.Namespace) -> Collection[str]:
+    """Return the options of the command that was parsed, as they are typed."""
+    parser: argparse.ArgumentParser = args.parser
+    return parser._option_string_actions.keys()

@@ -38,11 +38,12 @@ def about_model(options: ModelOptions) -> ModelAbout:
         return ModelAbout(url=f"https://huggingface.co/{given}" if is_hub else None)
     try:
         folder = resolve_model(given, without=PARTS)
-        words = read_settings(folder).words
+        settings = read_settings(folder)
     except CheckpointError:  # loading says so, in full
         return ModelAbout()
     try:
         card = (folder / "README.md").read_text("utf-8", errors="replace")[:_MAX_CARD]
     except OSError:
         card = None
-    return ModelAbout(card=card, words=words)
+    found = settings.known_words({"transformer": options.transformer, "text_encoder": options.text_encoder})
+    return ModelAbout(card=card, words=tuple(sorted(found.words)))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limner.config import KnownWords
 from limner.engine.admission import Admission
 from limner.engine.card import PipelineView
 from limner.engine.decoding import Decoder
@@ -34,7 +35,7 @@ from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
 from limner.images import PreparedReference, to_pil
 from limner.memory.residency import Residency
-from limner.mentions import missing_pictures
+from limner.mentions import prompt_warnings
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.pipeline.repaint import canvas_warnings, in_common
@@ -386,7 +387,9 @@ class Engine:
         for job, numbers in rows.split(range(len(out.images))):
             if job not in cancelled:
                 waited = start - job.arrived + run.paused
-                job.tell(Finished(_result(job, out, numbers, prompt=prompts[job], waited=waited, ran=ran)))
+                known = KnownWords(self.pipe.text_encoder.known.words)  # where its card is, the caller says
+                result = _result(job, out, numbers, prompt=prompts[job], known=known, waited=waited, ran=ran)
+                job.tell(Finished(result))
 
     def _let_through(self, run: Run) -> None:
         """Between two steps, draw a shorter request of an owner who waits for the one whose batch this is."""
@@ -446,13 +449,20 @@ class Engine:
 
 
 def _result(
-    job: Job, out: PipelineOutput, numbers: Sequence[int], *, prompt: PromptReport, waited: float, ran: float
+    job: Job,
+    out: PipelineOutput,
+    numbers: Sequence[int],
+    *,
+    prompt: PromptReport,
+    known: KnownWords,
+    waited: float,
+    ran: float,
 ) -> EditResult:
     """Return what a batch gave for one job, whose images have these numbers."""
     assert isinstance(job.request, EditRequest)
     assert out.reference_cache != "given"
     own = tuple(out.own[i] for i in numbers)
-    mentioned = missing_pictures([job.request.prompt], num_references=len(job.request.references))
+    said = prompt_warnings([job.request.prompt], num_references=len(job.request.references), known=known)
     return EditResult(
         images=tuple(out.images[i] for i in numbers),
         seeds=job.request.seeds,
@@ -466,6 +476,6 @@ def _result(
         ran=ran,
         batch=len(out.images),
         metadata={**out.metadata, **in_common(own)},
-        warnings=(*canvas_warnings(canvases_of(job.request)), *mentioned),
+        warnings=(*canvas_warnings(canvases_of(job.request)), *said),
         own=own,
     )

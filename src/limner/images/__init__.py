@@ -1,7 +1,17 @@
 """Pictures in and out: formats, decoding with limits, references, encoding with metadata. Knows nothing of models."""
 
 from limner.files import printable
-from limner.images.canvas import CanvasPlan, CanvasReport, cut, cut_mask, feathered, known_box, plan_canvas, stitch
+from limner.images.canvas import (
+    CanvasPlan,
+    CanvasReport,
+    check_drawn,
+    cut,
+    cut_mask,
+    feathered,
+    known_box,
+    plan_canvas,
+    stitch,
+)
 from limner.images.decode import decode
 from limner.images.encode import check_output, encode, numbered, save, side_by_side
 from limner.images.expand import expand_canvas, expanded_size
@@ -35,6 +45,7 @@ __all__ = [
     "Preserved",
     "ReferenceReport",
     "background_colour",
+    "check_drawn",
     "check_marked",
     "check_output",
     "cut",

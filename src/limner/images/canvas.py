@@ -15,7 +15,17 @@ from PIL import Image, ImageFilter
 from limner.errors import InvalidRequest
 from limner.grid import MIN_SIDE, PIXELS
 
-__all__ = ["CanvasPlan", "CanvasReport", "cut", "cut_mask", "feathered", "known_box", "plan_canvas", "stitch"]
+__all__ = [
+    "CanvasPlan",
+    "CanvasReport",
+    "check_drawn",
+    "cut",
+    "cut_mask",
+    "feathered",
+    "known_box",
+    "plan_canvas",
+    "stitch",
+]
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -157,6 +167,16 @@ def cut(picture: Image.Image, plan: CanvasPlan, *, background: str = "white") ->
 def cut_mask(plan: CanvasPlan) -> Image.Image:
     """Return the mask of `cut` alone."""
     return _scaled(_extended(plan.mask, plan.box), plan.drawn_size, Image.Resampling.BILINEAR)
+
+
+def check_drawn(plan: CanvasPlan, *, field: str) -> None:
+    """Raise `InvalidRequest` if nothing of a mask is left in the size that is drawn, so that no token would be drawn."""
+    if cut_mask(plan).getbbox() is None:
+        raise InvalidRequest(
+            field,
+            "what it marks is too small to be left in {}x{}, as which {}x{} of the canvas are drawn; mark larger "
+            "areas".format(*plan.drawn_size, *plan.box_size),
+        )
 
 
 def known_box(plan: CanvasPlan, known: Box) -> Box | None:

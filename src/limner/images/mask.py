@@ -79,16 +79,14 @@ def read_alpha_mask(picture: PictureSource, *, size: tuple[int, int], field: str
 
 
 def describe_mask(mask: np.ndarray, *, field: str = "mask_image") -> list[str]:
-    """Return what is to be said of a mask (height, width) uint8: that it repaints nothing, or everything."""
-    if not mask.any():
-        return [f"{field}: it is black everywhere, so nothing is repainted; white is repainted"]
+    """Return what is to be said of a mask (height, width) uint8: that it repaints everything."""
     if mask.min() == 255:
         return [f"{field}: it is white everywhere, so nothing of the canvas is kept; black is kept"]
     return []
 
 
 def check_marked(mask: np.ndarray, *, field: str, marked: str = "white") -> None:
-    """Raise `InvalidRequest` if a mask repaints nothing, which callers who wait for a picture do not mean."""
+    """Raise `InvalidRequest` if a mask repaints nothing: all steps would be drawn for the picture that is there."""
     if not mask.any():
         raise InvalidRequest(field, f"no pixel is {marked}, so nothing would be drawn; mark what is to change")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ASK_BACKGROUND",
     "Picture",
     "PreparedReference",
     "ReferenceReport",
@@ -35,7 +36,8 @@ __all__ = [
     "upright",
 ]
 
-_ASK_BACKGROUND = "ReferencePolicy(background='white'), --background white"
+ASK_BACKGROUND = "reference_policy=ReferencePolicy(background='white')"
+"""How a caller in Python says what stands behind transparent pictures."""
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -158,7 +160,7 @@ Picture: TypeAlias = PictureSource | PreparedReference
 
 
 def prepare_reference(
-    image: Picture, *, policy: ReferencePolicy, field: str = "image", ask_background: str = _ASK_BACKGROUND
+    image: Picture, *, policy: ReferencePolicy, field: str = "image", ask_background: str = ASK_BACKGROUND
 ) -> PreparedReference:
     """Return a reference as the model reads it: upright sRGB, under the cap, on the grid as `policy.fit` says.
 
@@ -173,7 +175,7 @@ def prepare_reference(
 
 
 def prepare_canvas(
-    image: Picture, *, policy: ReferencePolicy, field: str = "canvas", ask_background: str = _ASK_BACKGROUND
+    image: Picture, *, policy: ReferencePolicy, field: str = "canvas", ask_background: str = ASK_BACKGROUND
 ) -> PreparedReference:
     """Return a picture that is repainted: upright sRGB without transparency, at its own size, on no grid and under no cap.
 

@@ -26,6 +26,7 @@ from limner.outbound.pictures import decode_picture, fetch_picture
 __all__ = ["URI", "PictureReader"]
 
 T = TypeVar("T")
+_ASK_BACKGROUND = "limner mcp is started with --background white"
 URI = re.compile(r"limner://references/([^/]+)(?:/([1-9][0-9]{0,3})\.png)?")
 """All pictures that are kept under a name, or one of them."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}:")
@@ -117,7 +118,8 @@ class PictureReader:
         return await fetch_picture(url, client=self._outbound, max_bytes=MAX_FILE_BYTES, field=field)
 
     def _prepare(self, data: bytes, *, field: str, whole: bool) -> PreparedReference:
-        return (prepare_canvas if whole else prepare_reference)(data, policy=self._policy, field=field)
+        prepare = prepare_canvas if whole else prepare_reference
+        return prepare(data, policy=self._policy, field=field, ask_background=_ASK_BACKGROUND)
 
     async def in_thread(self, function: Callable[..., T], *arguments: object, **named: object) -> T:
         """Run what reads, decodes or encodes a picture."""

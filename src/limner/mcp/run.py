@@ -50,7 +50,8 @@ async def _serve(
 ) -> None:
     with contextlib.ExitStack() as stack:
         outbound = stack.enter_context(contextlib.closing(OutboundClient())) if fetch_urls else None
-        server = create_server(Assistant(engine=engine, folder=folder, outbound=outbound))
+        card = engine.pipe.text_encoder.known.card
+        server = create_server(Assistant(engine=engine, folder=folder, outbound=outbound, card=card))
         if listener is None:
             options = server.create_initialization_options(NotificationOptions(resources_changed=True))
             async with stdio_server() as (read, write):

@@ -32,9 +32,10 @@ from limner.mcp.inputs import EditInputs, ForgetInputs, GenerateInputs, Inputs, 
 from limner.mcp.kept import Kept, KeptReferences
 from limner.mcp.pictures import URI, PictureReader
 from limner.mcp.work import run_request
+from limner.mentions import at_card
 from limner.outbound.client import OutboundClient
 from limner.pipeline.adapters import AppliedLora
-from limner.requests import EditRequest, PrefillRequest, with_mask
+from limner.requests import EditRequest, PrefillRequest, warning_with_mask, with_mask
 from limner.version import __version__
 
 __all__ = ["Assistant", "create_server"]
@@ -77,12 +78,16 @@ class _Tool:
 
 @dataclass(kw_only=True, eq=False)
 class Assistant:
-    """What the tools work with: an engine, the folder whose files may be named (None: no files), and what is kept."""
+    """What the tools work with: an engine, the folder whose files may be named (None: no files), and what is kept.
+
+    `card` is the file that says what the model understands, if there is one.
+    """
 
     engine: Backend
     folder: AllowedFolder | None = None
     outbound: OutboundClient | None = None
     kept: KeptReferences = field(default_factory=KeptReferences)
+    card: str = ""
     bus: InMemorySubscriptionBus = field(default_factory=InMemorySubscriptionBus)
 
     def __post_init__(self) -> None:
@@ -206,7 +211,7 @@ class Assistant:
         if result.preserved:
             about_all["preserved"] = [one.as_json() for one in result.preserved]
         if result.warnings:
-            about_all["warnings"] = list(result.warnings)
+            about_all["warnings"] = [at_card(warning_with_mask(text), self.card) for text in result.warnings]
         shown = [] if inputs.answer == "none" else zip(result.images, metadata, strict=True)
         content = [_picture(encode(p, inputs.answer, metadata=m), inputs.answer) for p, m in shown]
         return _result(about_all, *content)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limner.config import KnownWords
 from limner.errors import CheckpointError, InvalidRequest
 from limner.model.int8 import Int8Linear, settle_products
 from limner.model.qwen3 import Qwen3
@@ -43,7 +44,10 @@ class TokenizedPrompt:
 class TextEncoder(nn.Module):
     """`network` is a `Qwen3`, or transformers' `Qwen3Model`, of `max(out_layers)` layers; unless these are all, its final
     norm is the identity. `tokenizer` is one of transformers, or a `limner.weights.plain_tokenizer.PlainTokenizer`.
+    `known` are the only words that it was trained on, if there are such.
     """
+
+    known = KnownWords()
 
     def __init__(self, network: Any, tokenizer: Any, *, out_layers: Sequence[int]) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ from limner.images import (
     CanvasPlan,
     PreparedReference,
     Preserved,
+    check_drawn,
+    check_marked,
     cut,
     cut_mask,
     describe_mask,
@@ -45,6 +47,10 @@ __all__ = ["Canvas", "canvas_bytes", "open_canvases", "whole_canvas"]
 
 _PILLOW_BYTES = 4
 """Of a pixel in memory, also of three channels."""
+_NO_TOKEN = (
+    f"mask_image: it marks none of the tokens, which are {PIXELS} pixels wide, so nothing is repainted; give a larger "
+    "white area"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -137,7 +143,10 @@ def canvas_bytes(canvases: Iterable[Canvas | None]) -> int:
 
 
 def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float) -> Canvas:
-    """Return a canvas that is drawn as it is, with a mask of tokens (1 or B, S_img, 1), and put back nowhere."""
+    """Return a canvas that is drawn as it is, with a mask of tokens (1 or B, S_img, 1), and put back nowhere.
+
+    A mask of which no token is left is drawn as diffusers does, with a warning.
+    """
     size = prepared.report.processed_size
     picture = Image.frombytes("RGB", size, prepared.data)
     mask = np.full((size[1], size[0]), 255, np.uint8)
@@ -150,6 +159,7 @@ def whole_canvas(prepared: PreparedReference, *, tokens: Tensor, strength: float
         strength=strength,
         masked=False,
         preserves=False,
+        warnings=() if tokens.any() else (_NO_TOKEN,),
         tokens=tokens,
     )
 
@@ -206,7 +216,7 @@ def _plan(
     is_first: bool,
 ) -> tuple[Canvas, ...]:
     strength, background = check_strength(control.get("strength")), policy.background or "white"
-    known = None
+    known, fields = None, list[str]()
     mask_image, expand = control.get("mask_image"), control.get("expand")
     masked = mask_image is not None or expand is not None
     preserves = _check_preserve(control.get("preserve"), masked=masked)
@@ -223,7 +233,10 @@ def _plan(
             raise InvalidRequest(
                 "mask_image", f"there are {len(given)} for {num_prompts} prompts; give one, or as many"
             )
-        masks = [read_mask(one, size=picture.size) for one in given]
+        fields = ["mask_image"] if len(given) == 1 else [f"mask_image {i}" for i in range(1, len(given) + 1)]
+        masks = [read_mask(one, size=picture.size, field=name) for one, name in zip(given, fields, strict=True)]
+        for mask, name in zip(masks, fields, strict=True):
+            check_marked(mask, field=name)
     else:
         picture = _flat(picture, background=background)
         masks = [np.full((picture.height, picture.width), 255, np.uint8)]
@@ -238,6 +251,8 @@ def _plan(
         )
         for mask in masks
     ]
+    for plan, name in zip(plans, fields, strict=False):
+        check_drawn(plan, field=name)
     if len({(plan.box if is_first else None, plan.drawn_size) for plan in plans}) > 1:
         raise InvalidRequest(
             "mask_image", "the masks of one call ask for other parts of the canvas; draw them one after another"

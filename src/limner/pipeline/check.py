@@ -14,7 +14,7 @@ from limner.errors import InvalidRequest
 from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
 from limner.kinds import guides
 from limner.memory import Workload
-from limner.mentions import missing_pictures
+from limner.mentions import prompt_warnings
 from limner.pipeline.arguments import DrawRequest, Guidance, StepHook
 from limner.pipeline.canvas import open_canvases
 from limner.pipeline.control import PerPrompt, Weights, check_reference_guidance, check_reuse, check_weights
@@ -114,7 +114,7 @@ class ArgumentChecker:
         check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
         check_result_sizes(canvases, size=size, output_type=output_type)
-        warnings += canvas_warnings(canvases) + missing_pictures(prompts or (), num_references=len(sizes))
+        warnings += canvas_warnings(canvases) + self._prompt_warnings(prompts or (), num_references=len(sizes))
         self._check_reuse(reuse)
         reference_guidance = check_reference_guidance(control.get("reference_guidance", 1.0), len(sizes))
         workload = call_workload(
@@ -196,6 +196,10 @@ class ArgumentChecker:
         check_reuse(reuse, kind=networks.kind)
         if reuse is not None and networks.ranks.mode == "sequence":
             raise InvalidRequest("reuse", "is not offered for a model divided by sequence; use parallel='tensor'")
+
+    def _prompt_warnings(self, prompts: Sequence[str], *, num_references: int) -> tuple[str, ...]:
+        known = self.prefiller.networks.text_encoder.known
+        return prompt_warnings(prompts, num_references=num_references, known=known)
 
     def _warn_of_size(self, size: tuple[int, int]) -> None:
         if self.sizes and size not in self.sizes:

@@ -60,8 +60,13 @@ def _plain(encoder: TextEncoder) -> dict[str, Any]:
         "used": used,
         "depth": depth,
         "out_layers": encoder.out_layers,
+        "known": encoder.known,
     }
 
 
 def _build(kind: type[Any], parts: dict[str, Any]) -> Any:
-    return kind(**{**parts, "text_encoder": restore_text_encoder(**parts["text_encoder"])})
+    values = dict(parts["text_encoder"])
+    known = values.pop("known")
+    encoder = restore_text_encoder(**values)
+    encoder.known = known
+    return kind(**{**parts, "text_encoder": encoder})

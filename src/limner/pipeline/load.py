@@ -159,6 +159,7 @@ def load(
         after=after,
     )
     text_encoder.settle()
+    text_encoder.known = settings.known_words(replaced)
     report("load", 3, 3)
     preview = settings.preview if preview_decoder is None else load_tiny_decoder(Path(preview_decoder), device=device)
     check_parts(transformer, autoencoder, text_encoder, preview, preview_decoder or folder)

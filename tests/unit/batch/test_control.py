@@ -93,6 +93,8 @@ def test_a_row_is_drawn_again_when_its_mask_or_canvas_changes(rows: Path, pipe: 
 def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
     Image.new("L", (64, 64)).save(rows / "small.png")
     Image.new("L", (96, 64)).save(rows / "black.png")
+    Image.new("L", (96, 64), 255).save(rows / "white.png")
+    Image.new("RGBA", (96, 64)).save(rows / "clear.png")
     good = {"prompt": "p", "references": ["whole.png"], "steps": 1}
     broken: list[tuple[dict[str, Any], str]] = [
         ({"mask": "small.png"}, "mask: it is 64x64 and the canvas 96x64"),
@@ -111,18 +113,26 @@ def test_errors_are_those_of_a_row(rows: Path, pipe: Pipeline) -> None:
         ({"preserve": True}, "preserve: True is not one of None, 'auto'"),
         ({"reference_guidance": "2"}, "reference_guidance: '2' is not a number"),
         ({"reference_weights": [{}]}, "reference_weights: [{}] are not numbers"),
+        ({"mask": "black.png"}, "mask: no pixel is white, so nothing would be drawn"),
+        ({"size": "100x64"}, "size: width 100 is not a multiple of 16"),
+        ({"guidance": -1}, "guidance: -1 is not a number of at least 0"),
+        (
+            {"references": ["clear.png"]},
+            "clear.png: it is transparent in places; flatten it, or say what stands behind it: "
+            "limner batch --background white",
+        ),
     ]
     write(
         rows,
         [{**good, "id": f"{i}", **row} for i, (row, _) in enumerate(broken)]
-        + [{**good, "id": "black", "mask": "black.png"}],
+        + [{**good, "id": "white", "mask": "white.png"}],
     )
     summary = run(rows, pipe)
-    assert (summary.drawn, summary.failed) == (1, len(broken))
+    assert (summary.drawn, summary.failed, summary.warned) == (1, len(broken), 1)
     found = results(rows)
     for result, (_, message) in zip(found, broken, strict=False):
         assert message in result["error"]["message"].replace(f"{rows}/", "")
-    assert found[-1]["warnings"][0].startswith("mask: it is black everywhere")
+    assert found[-1]["warnings"][0].startswith("mask: it is white everywhere")
 
 
 def test_the_hidden_store_forgets_canvases(rows: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

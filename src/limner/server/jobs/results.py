@@ -14,6 +14,8 @@ from limner import images
 from limner.engine import EditResult
 from limner.engine.protocol import Backend
 from limner.images import SUFFIXES
+from limner.mentions import at_card
+from limner.requests import warning_with_mask
 from limner.server.jobs.known_references import KnownReferences
 from limner.server.jobs.offload import Offload
 from limner.server.jobs.records import Job
@@ -23,6 +25,8 @@ from limner.trust.provenance import Ingredient, Signer
 from limner.version import __version__
 
 __all__ = ["ResultWriter"]
+
+_CARD = "GET /v1/model-card"
 
 
 class ResultWriter:
@@ -129,5 +133,5 @@ def _report(result: EditResult) -> dict[str, Any]:
         "waited": round(result.waited, 4),
         "ran": round(result.ran, 4),
         "batch": result.batch,
-        "warnings": list(result.warnings),
+        "warnings": [at_card(warning_with_mask(text), _CARD) for text in result.warnings],
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from limner.config import KnownWords
 from limner.errors import CheckpointError
 from limner.grid import MIN_SIDE, PIXELS
 from limner.model.preview import LatentPreview
@@ -36,6 +38,14 @@ class FolderSettings:
     max_reference_pixels: int | None = None
     kind: FoundKind = DEFAULT
     words: tuple[str, ...] = ()
+    card: str = ""
+    """The model's README.md, if it is there."""
+
+    def known_words(self, replaced: Mapping[str, object]) -> KnownWords:
+        """Return the words that the model knows, unless a part that learned them is `replaced` (None: it is not)."""
+        if any(replaced.get(part) is not None for part in ("transformer", "text_encoder")):
+            return KnownWords()
+        return KnownWords(frozenset(self.words), self.card)
 
 
 def read_settings(folder: Path) -> FolderSettings:
@@ -64,6 +74,7 @@ def read_settings(folder: Path) -> FolderSettings:
         max_reference_pixels=pixels,
         kind=kind,
         words=_read_words(own, file),
+        card=str(card) if (card := folder / "README.md").is_file() else "",
     )
 
 

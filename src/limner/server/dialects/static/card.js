@@ -182,7 +182,7 @@ export class Card {
       told ? `drawn in ${seconds(told.timings.total)}` : "",
     ];
     this.left = entry.result && this.act.countsDown() ? h("span", { className: "left" }) : null;
-    const warnings = (told?.warnings ?? []).map((text) => h("p", { className: "small error warning", textContent: text }));
+    const warnings = (told?.warnings ?? []).map((text) => h("p", { className: "small error warning", textContent: text.replace("GET /v1/model-card", "click the model's name") }));
     return h("div", { className: "foot" },
       ...warnings,
       thumbs.length ? h("div", { className: "thumbs" }, ...thumbs) : null,

@@ -3,6 +3,7 @@
 import { byId, h, size } from "./dom.js";
 import * as api from "./api.js";
 import { markdown } from "./markdown.js";
+import { unknownWords } from "./words.js";
 
 const PAUSE = 400; // ms after the last letter
 const SHOWN = 6; // words
@@ -62,9 +63,4 @@ export class Model {
       byId("card-text").replaceChildren(h("p", { className: "error", textContent: error.message }));
     }
   }
-}
-
-/** The words of a prompt that are not among those known, each once. */
-function unknownWords(prompt, known) {
-  return [...new Set(prompt.match(/\p{L}+/gu) ?? [])].filter((word) => !known.has(word));
 }
