@@ -5,7 +5,7 @@ Knows no tensors and no files. Names follow the diffusers configuration where a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -285,6 +285,10 @@ class ReferencePolicy:
     (`max_reference_pixels` in its `limner.json`), or else 1024 x 1024. A picture with a side under `min_side` or an aspect
     over `max_aspect` is refused. A transparent picture is refused unless `background`, a colour name or "#rrggbb", says
     what stands behind it.
+
+    Where `sizes` (width, height) are given, a picture becomes one of them: the nearest by aspect, and of several such the
+    nearest in pixels to what it would be without them; as `fit` says, and scaled up too. Sizes over the cap do not count;
+    without any left, the grid alone does. None: those that the model has learned (`sizes` in its `limner.json`), if any.
     """
 
     max_pixels: int | None = None
@@ -292,6 +296,7 @@ class ReferencePolicy:
     max_aspect: float = 8.0
     background: str | None = None
     fit: str = "crop"
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -306,6 +311,7 @@ class ReferencePolicy:
         """Pixels that a picture may have before it is scaled down."""
         return 1024 * 1024 if self.max_pixels is None else self.max_pixels
 
-    def for_model(self, max_reference_pixels: int | None) -> ReferencePolicy:
-        """Return this policy with the model's cap, where the policy has none."""
-        return self if self.max_pixels is not None else replace(self, max_pixels=max_reference_pixels or self.pixels)
+    def for_model(self, max_reference_pixels: int | None, sizes: Sequence[tuple[int, int]] = ()) -> ReferencePolicy:
+        """Return this policy with the model's cap and sizes, where the policy has none."""
+        cap = self.max_pixels if self.max_pixels is not None else max_reference_pixels or self.pixels
+        return replace(self, max_pixels=cap, sizes=tuple(sizes) if self.sizes is None else self.sizes)

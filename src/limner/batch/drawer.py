@@ -19,6 +19,7 @@ from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
 from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.grid import size_warning
 from limner.images import FORMATS, Picture, encode, prepare_references
 from limner.mentions import missing_pictures
 from limner.pipeline import Pipeline, PipelineOutput
@@ -125,6 +126,7 @@ class Drawer:
         self, task: Task, request: EditRequest, out: PipelineOutput, number: int, *, source: str, seconds: float
     ) -> Result:
         """Write the image of a row, and return its result."""
+        own = out.references[0].processed_size if out.references else self.pipe.default_size
         return {
             "line": task.line,
             "id": task.id,
@@ -136,7 +138,11 @@ class Drawer:
             **({"guidance": task.guidance} if task.guidance is not None else {}),
             **_control_report(task, out.own[number]),
             "prompt_cut": out.prompts[number].cut,
-            "warnings": [*row_warnings(request), *missing_pictures([task.prompt], num_references=len(task.references))],
+            "warnings": [
+                *row_warnings(request),
+                *missing_pictures([task.prompt], num_references=len(task.references)),
+                *size_warning((task.width, task.height), self.pipe.sizes, default=own, field="size"),
+            ],
             "references": list(task.references),
             "reference_cache": source,
             "reference_key": out.reference_key,

@@ -21,6 +21,7 @@ from limner.cli.control import add_control, control_of
 from limner.cli.options import Commands, add_json, add_options, from_args, open_optional_store, seed, size
 from limner.cli.parser import add_command
 from limner.errors import InvalidRequest, OutputError
+from limner.grid import in_words
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
@@ -90,7 +91,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--force", action="store_true", help="replace a file that Limner did not make")
     group.add_argument(
-        "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="multiples of 16; default: that in which image 1 is used, or the model's",
     )
     group.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ... (default: 1)"
@@ -322,6 +326,9 @@ def _print(
 ) -> None:
     from limner.images import printable
 
+    size = out.metadata["width"], out.metadata["height"]
+    own = out.references[0].processed_size if out.references else pipe.default_size
+    warnings = in_words(out.warnings, size, pipe.sizes, default=own, field="--size")
     if args.json:
         result = {
             "outputs": [{"file": str(file), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
@@ -330,7 +337,7 @@ def _print(
                 {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
             ],
             "reference_cache": out.reference_cache,
-            "warnings": out.warnings,
+            "warnings": warnings,
             **({"canvas": [asdict(report) for report in out.canvas]} if out.canvas else {}),
             **({"preserved": [one.describe() for one in out.preserved]} if out.preserved else {}),
             "timings": {**asdict(out.timings), "total": out.timings.total},
@@ -347,7 +354,7 @@ def _print(
         print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
     for line in (*(one.describe() for one in out.canvas), *(one.describe() for one in out.preserved)):
         print(line)
-    for warning in out.warnings:
+    for warning in warnings:
         print(f"warning: {warning}")
     for file, drawn_from in zip(files, out.seeds, strict=True):
         shape = f"{out.metadata['width']}x{out.metadata['height']}"
