@@ -173,7 +173,10 @@ KLEIN_4B = TransformerConfig(num_double_blocks=5, num_single_blocks=20, num_head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig:
-    """Geometry of a Qwen3 text encoder of `num_layers` layers, of which the first `num_used` are loaded."""
+    """Geometry of a Qwen3 text encoder of `num_layers` layers, of which the first `num_used` are loaded.
+
+    `has_head`: its files have the matrix of a language model too, which is never read.
+    """
 
     width: int
     mlp_width: int
@@ -183,6 +186,7 @@ class TextConfig:
     head_dim: int
     vocab_size: int
     num_used: int
+    has_head: bool = False
 
     @classmethod
     def from_transformers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TextConfig:
@@ -200,7 +204,8 @@ class TextConfig:
             values = {ours: _whole(config.get(theirs), theirs) for ours, theirs in names.items()}
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}; is this a Qwen3?") from error
-        return cls(**values, num_used=3 * values["num_layers"] // 4)
+        has_head = not config.get("tie_word_embeddings", False)
+        return cls(**values, num_used=3 * values["num_layers"] // 4, has_head=has_head)
 
 
 WHOLE_PIXELS = 1024 * 1024

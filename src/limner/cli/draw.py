@@ -384,7 +384,8 @@ def _lines(
     for file, drawn_from, picture in zip(files, out.seeds, out.images, strict=True):
         shape = f"{picture.width}x{picture.height}"
         yield f"{printable(str(file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s"
-    yield from (one.describe() for one in (*out.canvas, *out.preserved))
+    yield from (one.describe() for one in out.canvas)
+    yield from (one.describe() for one in out.preserved)
     if repainted is not None:
         seen = out.references[0]
         where = ", at {}, {} of what is drawn".format(*seen.origin) if any(seen.origin) else ""

@@ -96,7 +96,7 @@ class Answer:
         if self.fields.size in (None, "auto"):
             return warnings
         model = self.service.engine.model
-        default = tuple(job.references[0].processed_size if job.references else model.default_size)
+        default = job.references[0].processed_size if job.references else model.default_size
         size = job.result["width"], job.result["height"]
         return grid.in_words(warnings, size, model.sizes, default=default, field="size")
 
