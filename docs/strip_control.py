@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from limner import Pipeline
 
 SAMPLES = Path(__file__).parent.parent / "src" / "limner" / "assets" / "samples"
-SIDE, GAP, HEAD, COLUMNS = 128, 12, 38, 5
+SIDE, GAP, HEAD, COLUMNS = 128, 12, 54, 5
 TIMES = 4
 """By how much the difference in the last row is brightened."""
 
@@ -43,8 +43,8 @@ def rows(pipe: Pipeline) -> list[list[Cell]]:
     mask.paste(255, (0, 32, 64, 96))
     put = "put the cat from image 2 into image 1 on the left"
     masked = draw(put, image=[beach, cat], mask_image=mask)
-    part = sample("meadow").crop((0, 0, 64, 128))
-    wide = draw("on a meadow", image=[part], expand=(0, 0, 64, 0))
+    meadow, alone = sample("meadow"), "only the background, without the sticker"
+    wide = draw(alone, image=[meadow], expand=(0, 0, 32, 0))
     weights = [
         (f"weight {weight:g}", draw(put, image=[beach, cat], reference_weights=[1.0, weight]))
         for weight in (0, 0.25, 0.5, 1)
@@ -58,7 +58,7 @@ def rows(pipe: Pipeline) -> list[list[Cell]]:
             (put, masked),
             ("what changed", difference(masked, beach)),
         ],
-        [("image 1", part), ("on a meadow, 64 pixels more", wide)],
+        [("image 1", meadow), (f"{alone}, 32 pixels more", wide)],
         [("image 2", cat), *weights],
         [
             ("image 1", dog),

@@ -126,7 +126,7 @@ class Edit(_Drawing):
             "required": {
                 "model": ("LIMNER_MODEL",),
                 "references": ("LIMNER_REFERENCES",),
-                **_drawing("0: that of the first reference, or of what is repainted"),
+                **_drawing("0: that in which image 1 is used, or that of what is repainted"),
             },
             "optional": {**_guidance(), **control_inputs()},
         }

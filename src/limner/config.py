@@ -5,7 +5,7 @@ Knows no tensors and no files. Names follow the diffusers configuration where a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -174,7 +174,10 @@ KLEIN_4B = TransformerConfig(num_double_blocks=5, num_single_blocks=20, num_head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig:
-    """Geometry of a Qwen3 text encoder of `num_layers` layers, of which the first `num_used` are loaded."""
+    """Geometry of a Qwen3 text encoder of `num_layers` layers, of which the first `num_used` are loaded.
+
+    `has_head`: its files have the matrix of a language model too, which is never read.
+    """
 
     width: int
     mlp_width: int
@@ -184,6 +187,7 @@ class TextConfig:
     head_dim: int
     vocab_size: int
     num_used: int
+    has_head: bool = False
 
     @classmethod
     def from_transformers(cls, config: Mapping[str, Any], *, where: str = "config.json") -> TextConfig:
@@ -201,7 +205,8 @@ class TextConfig:
             values = {ours: _whole(config.get(theirs), theirs) for ours, theirs in names.items()}
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}; is this a Qwen3?") from error
-        return cls(**values, num_used=3 * values["num_layers"] // 4)
+        has_head = not config.get("tie_word_embeddings", False)
+        return cls(**values, num_used=3 * values["num_layers"] // 4, has_head=has_head)
 
 
 WHOLE_PIXELS = 1024 * 1024
@@ -286,6 +291,10 @@ class ReferencePolicy:
     (`max_reference_pixels` in its `limner.json`), or else 1024 x 1024. A picture with a side under `min_side` or an aspect
     over `max_aspect` is refused. A transparent picture is refused unless `background`, a colour name or "#rrggbb", says
     what stands behind it.
+
+    Where `sizes` (width, height) are given, a picture becomes one of them: the nearest by aspect, and of several such the
+    nearest in pixels to what it would be without them; as `fit` says, and scaled up too. Sizes over the cap do not count;
+    without any left, the grid alone does. None: those that the model has learned (`sizes` in its `limner.json`), if any.
     """
 
     max_pixels: int | None = None
@@ -293,6 +302,7 @@ class ReferencePolicy:
     max_aspect: float = 8.0
     background: str | None = None
     fit: str = "crop"
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -307,9 +317,10 @@ class ReferencePolicy:
         """Pixels that a picture may have before it is scaled down."""
         return 1024 * 1024 if self.max_pixels is None else self.max_pixels
 
-    def for_model(self, max_reference_pixels: int | None) -> ReferencePolicy:
-        """Return this policy with the model's cap, where the policy has none."""
-        return self if self.max_pixels is not None else replace(self, max_pixels=max_reference_pixels or self.pixels)
+    def for_model(self, max_reference_pixels: int | None, sizes: Sequence[tuple[int, int]] = ()) -> ReferencePolicy:
+        """Return this policy with the model's cap and sizes, where the policy has none."""
+        cap = self.max_pixels if self.max_pixels is not None else max_reference_pixels or self.pixels
+        return replace(self, max_pixels=cap, sizes=tuple(sizes) if self.sizes is None else self.sizes)
 
 
 @dataclass(frozen=True, slots=True)

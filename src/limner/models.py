@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from limner.config import MODELS, ModelGeometry
 from limner.kinds import ISOLATED, ModelKind
+from limner.memory.components import download_bytes
 
 __all__ = ["PUBLISHED", "PublishedModel", "published", "similar"]
 
@@ -31,6 +32,11 @@ class PublishedModel:
     def page(self) -> str:
         """The page of the model, where its licence is accepted."""
         return f"https://huggingface.co/{self.hub_id}"
+
+    @property
+    def download(self) -> int:
+        """About how many bytes are downloaded: those of all of its weights in bfloat16, by its geometry."""
+        return download_bytes(self.geometry)
 
 
 _JOINT = ModelKind(references="joint", distilled=True)

@@ -145,8 +145,8 @@ class ReferenceOptions:
 
     fit: Fit | None = option(
         None,
-        help="how sides of references become multiples of 16: cut around the middle (crop, the default), pad with the "
-        "pixels at the edges, or resize",
+        help="how sides of references become multiples of 16, or a size that the model has learned: cut around the middle "
+        "(crop, the default), pad with the pixels at the edges, or resize",
         group="references",
     )
 

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def test_edit_with_several_pictures(client: openai.OpenAI) -> None:
     assert told["without_effect"] == ["quality", "input_fidelity"]
     one = client.images.edit(image=io.BytesIO(png(96, 64)), prompt="one")
     assert shown(one.data[0]).size == (96, 64)
+
+
+def test_sizes_that_the_model_has_learned(
+    client: openai.OpenAI, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, sizes = served.engine.pipe, ((64, 64), (96, 64))
+    monkeypatch.setattr(pipe, "sizes", sizes)
+    monkeypatch.setattr(pipe, "reference_policy", replace(pipe.reference_policy, sizes=sizes))
+    found = client.images.edit(image=io.BytesIO(png(150, 90)), prompt="a", size="auto")
+    told = found.limner  # type: ignore[attr-defined]
+    assert (found.size, told["warnings"], told["references"][0]["cut"]) == ("96x64", [], [5, 0, 6, 0])
+    found = client.images.edit(image=io.BytesIO(png(150, 90)), prompt="a", size="64x96")  # type: ignore[arg-type]
+    told = found.limner  # type: ignore[attr-defined]
+    assert found.size == "64x96"
+    assert told["warnings"] == [
+        "size: 64x96 is not a size that this model has learned to draw: 64x64, 96x64; "
+        'give "size": "64x64", or leave it out'
+    ]
 
 
 def test_urls(client: openai.OpenAI) -> None:

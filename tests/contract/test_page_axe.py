@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.support.browser import (
+    ANY_SIZE,
     CALLERS,
     PHONE,
     Opener,
@@ -40,7 +41,7 @@ _callers = new_keys()
 
 @pytest.fixture(scope="module")
 def opener(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
-    about, pipe = about_model(ModelOptions()), Pipeline.from_pretrained()
+    about, pipe = about_model(ModelOptions()), Pipeline.from_pretrained(reference_policy=ANY_SIZE)
     for seed, name in enumerate(("ink", "grain")):
         pipe.load_lora_weights(of_attention(pipe, seed), name)
     folder = tmp_path_factory.mktemp("axe") / "data"

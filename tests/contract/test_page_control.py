@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.support.browser import (
+    ANY_SIZE,
     CALLERS,
     PHONE,
     Page,
@@ -44,7 +45,10 @@ SAMPLES = Path(limner.__file__).parent / "assets" / "samples"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the service with the bundled model, with a key for each test."""
     with Served(
-        Pipeline.from_pretrained(), tmp_path_factory.mktemp("control") / "data", keys=CALLERS, drain=1
+        Pipeline.from_pretrained(reference_policy=ANY_SIZE),
+        tmp_path_factory.mktemp("control") / "data",
+        keys=CALLERS,
+        drain=1,
     ) as served:
         yield served.url
 

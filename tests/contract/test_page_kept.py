@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.support.browser import (
+    ANY_SIZE,
     CALLERS,
     PHONE,
     Page,
@@ -45,7 +46,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("kept") / "data"
     runner = RunnerSettings.of(ServeOptions(drain=1), is_open=True)
     about = about_model(ModelOptions())
-    with Served(Pipeline.from_pretrained(), folder, keys=CALLERS, drain=1, runner=runner, about=about) as served:
+    with Served(
+        Pipeline.from_pretrained(reference_policy=ANY_SIZE), folder, keys=CALLERS, drain=1, runner=runner, about=about
+    ) as served:
         yield served.url
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.browser import (
+    ANY_SIZE,
     CALLERS,
     PHONE,
     Opener,
@@ -38,7 +39,7 @@ pytestmark = needs_chromium
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     """With "ink-v1.5", which acts with 0.8, and "grain", which acts where a run asks for it."""
-    pipe = Pipeline.from_pretrained()
+    pipe = Pipeline.from_pretrained(reference_policy=ANY_SIZE)
     pipe.load_lora_weights(of_attention(pipe, 1), "ink-v1.5")
     pipe.load_lora_weights(of_attention(pipe, 2), "grain")
     pipe.set_adapters(["ink-v1.5"], [0.8])
@@ -246,7 +247,9 @@ def test_on_a_phone_all_of_it_can_be_pressed(open_page) -> None:
 
 
 def test_a_server_without_loras_offers_none(browser: Any, tmp_path: Path) -> None:
-    with Served(Pipeline.from_pretrained(), tmp_path / "data", keys=CALLERS, drain=1) as served:
+    with Served(
+        Pipeline.from_pretrained(reference_policy=ANY_SIZE), tmp_path / "data", keys=CALLERS, drain=1
+    ) as served:
         opener = Opener(browser, served.url, new_keys())
         page, _ = opener()
         expect(page.locator("#loras")).to_be_hidden()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from tests.support.tiny import picture
 
-from limner.cli import main
+from limner.cli import build_parser, main
 from limner.memory.pages import can_release
+from limner.models import PUBLISHED
 
 
 def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,46 @@ def test_plan_prints_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--quantize-text", "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["options"] == "--text-encoder FOLDER, one that limner convert --part text_encoder --to int8 wrote"
+
+
+def test_plan_says_what_it_is_for_and_how_to_draw_it(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(*words: str) -> list[str]:
+        assert main(["plan", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    lines = planned("--model", "klein-9b", "--references", "2", "--reference-size", "512x256", "--memory", "14GiB")
+    for line in (
+        "klein-9b on cpu, joint references, bfloat16",
+        "download: about 35 GB",
+        "  pictures     1 of 1024x1024 at once (--num-images, --size)",
+        "  references   2 of 512x256 (--references, --reference-size: as the model reads them)",
+        "  prompt       up to 512 tokens (--text)",
+        "  steps        4; another number takes the same memory",
+        "  limner quantize klein-9b -o klein-9b-int8",
+    ):
+        assert line in lines
+    assert lines[-1] == (
+        '  limner edit "PROMPT" -i image-1.png -i image-2.png --size 1024x1024 --model klein-9b-int8 --max-pixels 131072 '
+        "--memory-limit 14GiB -o picture.png"
+    )
+    unexplained = [line for line in lines if re.search(r" \d+\.\d\d$", line)]
+    assert unexplained == []
+    for more in (
+        ["--model", "klein-base-4b", "--references", "1", "--canvas", "2000x1000", "--guidance", "3"],
+        ["--quantize-text", "--model", "klein-4b", "--num-images", "2", "--dtype", "float32", "--device", "cuda"],
+        ["--preserve", "auto", "--kv-cache-dtype", "int8", "--references", "1", "--reference-guidance", "2"],
+        ["--quantize", "int8", "--quantize-text", "--references-attention", "joint", "--reuse", "step0"],
+    ):
+        commands = planned(*more, "--json")
+        for command in json.loads(commands[0])["commands"]:
+            build_parser().parse_args(shlex.split(command)[1:])
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--model", str(tiny_folder), "--size", "64x80"]):
+        (words,) = json.loads(planned(*more, "--json")[0])["commands"]
+        assert main(shlex.split(words)[1:]) == 0
+        assert ("64x80" if more else "128x128") in capsys.readouterr().out
 
 
 def test_plan_finds_what_fits(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
@@ -66,9 +108,11 @@ def test_the_memory_of_the_real_weights_is_what_plan_says(page: str, capsys: pyt
         assert main([*command.replace("NAME", name).split()[1:], *more, "--json"]) == 0
         return math.ceil(json.loads(capsys.readouterr().out)["peak"] / 2**30)
 
-    rows = re.findall(r"^\| `(klein-[\w-]+)` .*\| (\d+) GiB(?:, int8 transformer (\d+) GiB)? \|$", text, re.M)
+    row = r"^\| `(klein-[\w-]+)` .*\| (\d+) GB \| (\d+) GiB(?:, int8 transformer (\d+) GiB)? \|$"
+    rows = re.findall(row, text, re.M)
     assert len(rows) >= 4
-    for name, plain, int8 in rows:
+    for name, download, plain, int8 in rows:
+        assert round(PUBLISHED[name].download / 1e9) == int(download), name
         assert planned() == int(plain), name
         assert not int8 or planned("--quantize", "int8") == int(int8), name
 

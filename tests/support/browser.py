@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from limner import ReferencePolicy
 from limner.server.access.keys import KeyRing
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright (the extra dev)")
@@ -55,6 +56,8 @@ _CLIPPED = """() => {
     }
     return found;
 }"""
+ANY_SIZE = ReferencePolicy(sizes=())
+"""For the bundled model: small pictures stay small, and are drawn quickly, if not well."""
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
 

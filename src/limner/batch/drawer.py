@@ -19,6 +19,7 @@ from limner.batch.folder import own_journal, write_whole
 from limner.batch.journal import Result, failure
 from limner.batch.tasks import BatchOptions, Group, Task, chunks
 from limner.errors import InvalidRequest, LimnerError, OutputError
+from limner.grid import size_warning
 from limner.images import FORMATS, Picture, encode, prepare_references
 from limner.mentions import prompt_warnings
 from limner.pipeline import Pipeline, PipelineOutput
@@ -125,6 +126,7 @@ class Drawer:
         self, task: Task, request: EditRequest, out: PipelineOutput, number: int, *, source: str, seconds: float
     ) -> Result:
         """Write the image of a row, and return its result."""
+        own = out.references[0].processed_size if out.references else self.pipe.default_size
         return {
             "line": task.line,
             "id": task.id,
@@ -141,6 +143,7 @@ class Drawer:
                 *prompt_warnings(
                     [task.prompt], num_references=len(task.references), known=self.pipe.text_encoder.known
                 ),
+                *size_warning((task.width, task.height), self.pipe.sizes, default=own, field="size"),
             ],
             "references": list(task.references),
             "reference_cache": source,

@@ -25,11 +25,12 @@ from limner.cli.parser import add_command, options_of
 from limner.cli.typed import PICTURES
 from limner.errors import InvalidRequest, OutputError
 from limner.files import open_regular
+from limner.grid import in_words
 from limner.options import ModelOptions, StoreOptions
 from limner.version import __version__
 
 if TYPE_CHECKING:
-    from limner.images import PreparedReference
+    from limner.images import PreparedReference, ReferenceReport
     from limner.pipeline import Pipeline, PipelineOutput
     from limner.requests import EditRequest
 
@@ -94,7 +95,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--force", action="store_true", help="replace a file that Limner did not make")
     group.add_argument(
-        "--size", type=size, metavar="WxH", help="multiples of 16; default: first reference, or the model's"
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="multiples of 16; default: that in which image 1 is used, or the model's",
     )
     group.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images to make; files get -1, -2, ... (default: 1)"
@@ -290,7 +294,9 @@ def _draw(
     if store is not None:
         store.flush()
     if process.writes:
-        _print(args, pipe, out, files=written, names=images or [str(pack)] * len(out.references))
+        names = images or [str(pack)] * len(out.references)
+        repainted = prepared[0].report if request.canvas is not None else None
+        _print(args, pipe, out, files=written, names=names, repainted=repainted)
 
 
 def _request(
@@ -388,14 +394,25 @@ def _free_name() -> Iterator[Path]:
 
 
 def _print(
-    args: argparse.Namespace, pipe: Pipeline, out: PipelineOutput, *, files: list[_Written], names: list[str]
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    out: PipelineOutput,
+    *,
+    files: list[_Written],
+    names: list[str],
+    repainted: ReferenceReport | None,
 ) -> None:
-    from limner.images import printable
-
-    warnings = [in_options(warning, options_of(args)) for warning in out.warnings]
+    """Print what was read and written, and what was drawn. `repainted` is the report of image 1's file, if that is."""
+    size = out.metadata["width"], out.metadata["height"]
+    own = out.references[0].processed_size if out.references else pipe.default_size
+    said = in_words(out.warnings, size, pipe.sizes, default=own, field="--size")
+    warnings = [in_options(warning, options_of(args)) for warning in said]
     if args.json:
         result = {
-            "outputs": [{**file.as_json(), "seed": seed} for file, seed in zip(files, out.seeds, strict=True)],
+            "outputs": [
+                {**file.as_json(), "seed": seed, "width": picture.width, "height": picture.height}
+                for file, seed, picture in zip(files, out.seeds, out.images, strict=True)
+            ],
             "prompt": {"text": args.prompt, **asdict(out.prompts[0])},
             "references": [
                 {"file": file, **report.as_json()} for file, report in zip(names, out.references, strict=True)
@@ -411,17 +428,37 @@ def _print(
         }
         print(json.dumps(result))
         return
+    for line in _lines(args, out, warnings, files=files, names=names, repainted=repainted):
+        print(line)
+
+
+def _lines(
+    args: argparse.Namespace,
+    out: PipelineOutput,
+    warnings: list[str],
+    *,
+    files: list[_Written],
+    names: list[str],
+    repainted: ReferenceReport | None,
+) -> Iterator[str]:
+    """Yield the files that were read and written, with their sizes, then what was drawn where that is another size."""
+    from limner.images import printable
+
     for number, (name, report) in enumerate(zip(names, out.references, strict=True), start=1):
-        print(f"image {number}: {printable(name)}: {report.describe()}")
+        size = None if repainted is None or number > 1 else repainted.upright_size or repainted.original_size
+        what = report.describe() if size is None else "{}x{}, repainted".format(*size)
+        yield f"image {number}: {printable(name)}: {what}"
     if out.prompts[0].cut:
         cut = out.prompts[0]
-        print(f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}")
-    for line in (*(one.describe() for one in out.canvas), *(one.describe() for one in out.preserved)):
-        print(line)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    for written, drawn_from in zip(files, out.seeds, strict=True):
-        shape = f"{out.metadata['width']}x{out.metadata['height']}"
-        print(f"{printable(str(written.file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s")
-    for line in filter(None, (written.describe() for written in files)):
-        print(printable(line))
+        yield f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}"
+    yield from (f"warning: {warning}" for warning in warnings)
+    for written, drawn_from, picture in zip(files, out.seeds, out.images, strict=True):
+        shape = f"{picture.width}x{picture.height}"
+        yield f"{printable(str(written.file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s"
+    yield from (printable(line) for line in (written.describe() for written in files) if line)
+    yield from (one.describe() for one in out.canvas)
+    yield from (one.describe() for one in out.preserved)
+    if repainted is not None:
+        seen = out.references[0]
+        where = ", at {}, {} of what is drawn".format(*seen.origin) if any(seen.origin) else ""
+        yield "image 1 as the model sees it: {}x{}".format(*seen.processed_size) + where

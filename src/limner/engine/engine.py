@@ -33,13 +33,14 @@ from limner.engine.rows import Rows
 from limner.engine.runs import Run
 from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
+from limner.grid import size_warning
 from limner.images import PreparedReference, to_pil
 from limner.memory.residency import Residency
 from limner.mentions import prompt_warnings
 from limner.options import ServiceOptions
 from limner.pipeline import Pipeline, PipelineOutput, PromptReport
 from limner.pipeline.repaint import canvas_warnings, in_common
-from limner.pipeline.together import canvases_of
+from limner.pipeline.together import canvases_of, own_size
 from limner.requests import EditRequest, PrefillRequest
 from limner.store import StoreStats
 
@@ -387,9 +388,8 @@ class Engine:
         for job, numbers in rows.split(range(len(out.images))):
             if job not in cancelled:
                 waited = start - job.arrived + run.paused
-                known = KnownWords(self.pipe.text_encoder.known.words)  # where its card is, the caller says
-                result = _result(job, out, numbers, prompt=prompts[job], known=known, waited=waited, ran=ran)
-                job.tell(Finished(result))
+                found = _result(job, out, numbers, pipe=self.pipe, prompt=prompts[job], waited=waited, ran=ran)
+                job.tell(Finished(found))
 
     def _let_through(self, run: Run) -> None:
         """Between two steps, draw a shorter request of an owner who waits for the one whose batch this is."""
@@ -453,8 +453,8 @@ def _result(
     out: PipelineOutput,
     numbers: Sequence[int],
     *,
+    pipe: Pipeline,
     prompt: PromptReport,
-    known: KnownWords,
     waited: float,
     ran: float,
 ) -> EditResult:
@@ -462,7 +462,9 @@ def _result(
     assert isinstance(job.request, EditRequest)
     assert out.reference_cache != "given"
     own = tuple(out.own[i] for i in numbers)
+    known = KnownWords(pipe.text_encoder.known.words)  # where its card is, the caller says
     said = prompt_warnings([job.request.prompt], num_references=len(job.request.references), known=known)
+    default = own_size(job.request, default_size=pipe.default_size)
     return EditResult(
         images=tuple(out.images[i] for i in numbers),
         seeds=job.request.seeds,
@@ -476,6 +478,10 @@ def _result(
         ran=ran,
         batch=len(out.images),
         metadata={**out.metadata, **in_common(own)},
-        warnings=(*canvas_warnings(canvases_of(job.request)), *said),
+        warnings=(
+            *canvas_warnings(canvases_of(job.request)),
+            *said,
+            *size_warning(job.size, pipe.sizes, default=default),
+        ),
         own=own,
     )

@@ -80,9 +80,9 @@ def reference_policy(options: ModelOptions) -> ReferencePolicy:
     downloaded for it. Raises `CheckpointError` and `InvalidRequest`.
     """
     policy = options.policy
-    if policy.max_pixels is None and (options.model is None or Path(options.model).is_dir()):
+    if options.model is None or Path(options.model).is_dir():
         settings = read_settings(resolve_model(options.model, without=PARTS))
-        return policy.for_model(settings.max_reference_pixels)
+        return policy.for_model(settings.max_reference_pixels, settings.sizes)
     return policy
 
 

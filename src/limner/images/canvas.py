@@ -117,7 +117,8 @@ def plan_canvas(
     cropped around the mask, with context on each side and as much of the rest as fits: pixel by pixel, enlarged if the
     mask would be small, scaled down if not even mask and context fit. `padding` asks for a crop with that many pixels
     around the mask, at the size of the whole canvas. `sizes` are the only ones that a model draws, if it is bound to
-    some; a canvas that is smaller is then enlarged.
+    some: of those of at most `max_pixels`, or else the smallest, a canvas that is drawn whole has the smallest that shows
+    it pixel by pixel, and one that is smaller than all is enlarged.
 
     Both sides have one scale, to half a pixel of the canvas, and nothing that the box holds is lost: what it lacks to
     multiples of 16, or to the aspect of one of `sizes`, is put around it. Raises `InvalidRequest`.
@@ -130,24 +131,32 @@ def plan_canvas(
     if padding is not None:
         _check_count("padding_mask_crop", padding)
     whole: Box = (0, 0, *size)
-    candidates = _drawn(whole, size, max_pixels=max_pixels, sizes=sizes, cap=math.inf if sizes else 1.0)
+    within = _within(sizes, max_pixels)
+    candidates = _drawn(whole, size, max_pixels=max_pixels, sizes=within, cap=math.inf if sizes else 1.0)
+    enough = 1.0
     marked = _bounds(mask)
     longest = max(marked[2] - marked[0], marked[3] - marked[1]) if marked else 0
     if marked and padding is not None:
         needed = _grown(marked, max(padding, mask_blur), size)
         budget = min(max_pixels, max(size[0] * size[1], MIN_SIDE**2))
-        candidates = _drawn(needed, size, max_pixels=budget, sizes=sizes, cap=math.inf)
+        candidates = _drawn(needed, size, max_pixels=budget, sizes=_within(sizes, budget), cap=math.inf)
+        enough = math.inf
     elif marked and max(scale for scale, _ in candidates) < WHOLE:
         context = max(MIN_CONTEXT, math.ceil(CONTEXT * longest), mask_blur)
-        useful = USEFUL * math.sqrt(max((w * h for w, h in sizes), default=max_pixels)) / longest
+        useful = USEFUL * math.sqrt(max((w * h for w, h in within), default=max_pixels)) / longest
         needed = _grown(marked, context, size)
-        cap = min(max(1.0, useful), MAX_ENLARGED)
-        candidates = _drawn(needed, size, max_pixels=max_pixels, sizes=sizes, cap=cap)
+        enough = cap = min(max(1.0, useful), MAX_ENLARGED)
+        candidates = _drawn(needed, size, max_pixels=max_pixels, sizes=within, cap=cap)
     else:
         needed = whole
     placed = [(scale, _box(needed, drawn, scale, size), drawn) for scale, drawn in candidates]
-    # the finest; of these the one that needs least beyond the canvas' edges; of these the one that shows most
-    _, box, drawn = max(placed, key=lambda plan: (round(plan[0], 3), -_outside(plan[1], size), _inside(plan[1], size)))
+
+    def rank(plan: tuple[float, Box, Size]) -> tuple[float, ...]:
+        """The finest; of these the one that needs least beyond the canvas' edges, then the one that shows most."""
+        scale, box, (width, height) = plan
+        return round(min(scale, enough), 3), -_outside(box, size), _inside(box, size), -width * height
+
+    _, box, drawn = max(placed, key=rank)
     return CanvasPlan(size=size, box=box, drawn_size=drawn, mask=mask, mask_blur=mask_blur)
 
 
@@ -269,6 +278,12 @@ def _drawn(region: Box, size: Size, *, max_pixels: int, sizes: Sequence[Size], c
         if drawn[0] * drawn[1] <= max_pixels or drawn == (MIN_SIDE, MIN_SIDE):
             return [(scale, drawn)]
         scale *= 0.995  # what has to be shown was rounded up to the grid
+
+
+def _within(sizes: Sequence[Size], max_pixels: int) -> list[Size]:
+    """Return the sizes of at most so many pixels; if there are none, the smallest ones."""
+    least = min((w * h for w, h in sizes), default=0)
+    return [(w, h) for w, h in sizes if w * h <= max(max_pixels, least)]
 
 
 def _side(need: float, want: float) -> int:

@@ -22,6 +22,7 @@ MAX_PICTURES = 16
 MAX_SEED = 2**53 - 1
 """Readers of JSON that have one type of number round larger ones."""
 _SIDE = f"in pixels, a multiple of {PIXELS}, at least {MIN_SIDE}"
+_UNASKED = "Default: that in which image 1 is used, or the model's."
 _PICTURES = (
     "Reference pictures in order: image 1, 2, ... of the prompt. Each is the path of a PNG, JPEG or WebP file in the "
     "allowed folder, the URI of kept references (limner://references/NAME for all of them, limner://references/NAME/1.png "
@@ -38,8 +39,8 @@ class Inputs(BaseModel):
 
 class _Drawing(Inputs):
     prompt: str = Field(description="What to draw or to change.")
-    width: int | None = Field(None, strict=True, description=f"Width {_SIDE}.")
-    height: int | None = Field(None, strict=True, description=f"Height {_SIDE}.")
+    width: int | None = Field(None, strict=True, description=f"Width {_SIDE}. {_UNASKED}")
+    height: int | None = Field(None, strict=True, description=f"Height {_SIDE}. {_UNASKED}")
     seed: int | None = Field(
         None,
         ge=0,

@@ -9,7 +9,7 @@ peaks (benchmarks/full_size.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from limner.config import WHOLE_PIXELS, AutoencoderConfig, ModelGeometry, TextConfig, TransformerConfig
 from limner.grid import PIXELS, num_tokens
@@ -20,6 +20,7 @@ __all__ = [
     "activations",
     "autoencoder_bytes",
     "call_bytes",
+    "download_bytes",
     "encode_bytes",
     "kv_bytes",
     "least_resident",
@@ -145,6 +146,18 @@ def text_bytes(config: TextConfig, formats: Formats) -> int:
     norm = config.width if config.num_used == config.num_layers else 0
     wide = (num_embedding_weights(config) + norm) * formats.itemsize
     return wide + config.num_used * _text_layer(config, formats)
+
+
+def download_bytes(geometry: ModelGeometry) -> int:
+    """Return the bytes of a model's files in bfloat16: all layers of the text encoder, its norm and its head too."""
+    text, formats = geometry.text_encoder, Formats(itemsize=2)
+    whole_text = replace(text, num_used=text.num_layers)
+    return (
+        transformer_bytes(geometry.transformer, formats)
+        + text_bytes(whole_text, formats)
+        + (2 * num_embedding_weights(text) if text.has_head else 0)
+        + autoencoder_bytes(geometry.autoencoder, itemsize=2)
+    )
 
 
 def autoencoder_bytes(config: AutoencoderConfig, *, itemsize: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limner.errors import InvalidRequest
-from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, whole_number
+from limner.grid import PIXELS, SIZE_POLICIES, check_size, floor_size, num_tokens, size_warning, unlearned, whole_number
 from limner.kinds import guides
 from limner.memory import Workload
 from limner.mentions import prompt_warnings
@@ -110,7 +110,8 @@ class ArgumentChecker:
             height, width = check_latents(latents, channels=config.in_channels, batch=batch, height=height, width=width)
         sizes = tuple(p.report.processed_size for p in pictures) or (references.sizes if references else ())
         width, height, warnings = _fit_sizes(width, height, policy=size_policy)
-        size = _check_sizes(width, height, default=(*canvas_sizes(canvases), *sizes, self.default_size)[0])
+        own = (*canvas_sizes(canvases), *sizes, self.default_size)[0]
+        size = _check_sizes(width, height, default=own)
         check_canvas_size(canvases, width=width, height=height)
         canvases = of_images(canvases, num_prompts=num_prompts, per_prompt=num_images_per_prompt)
         check_result_sizes(canvases, size=size, output_type=output_type)
@@ -132,7 +133,6 @@ class ArgumentChecker:
         guidance = self._check_guidance(
             guidance_scale, negative_prompt, negative_prompt_embeds, num_prompts=num_prompts, workload=workload
         )
-        self._warn_of_size(size)
         return DrawRequest(
             prompts=prompts,
             prompt_embeds=prompt_embeds,
@@ -154,7 +154,7 @@ class ArgumentChecker:
             callback=callback,
             callback_inputs=tuple(callback_inputs),
             progress=progress or silent,
-            warnings=warnings,
+            warnings=warnings + self._warn_of_size(size, default=own),
         )
 
     def _check_guidance(
@@ -201,10 +201,10 @@ class ArgumentChecker:
         known = self.prefiller.networks.text_encoder.known
         return prompt_warnings(prompts, num_references=num_references, known=known)
 
-    def _warn_of_size(self, size: tuple[int, int]) -> None:
-        if self.sizes and size not in self.sizes:
-            allowed = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            _logger.warning("%dx%d is not a size that this model has learned to draw: %s", *size, allowed)
+    def _warn_of_size(self, size: tuple[int, int], *, default: tuple[int, int]) -> tuple[str, ...]:
+        if problem := unlearned(size, self.sizes):
+            _logger.warning("%s", problem)
+        return size_warning(size, self.sizes, default=default)
 
     def _check_weights(self, control: Control, *, num_references: int, num_steps: int) -> tuple[Weights | None, ...]:
         """Return the weights for all prompts, or for each; () if there are none."""

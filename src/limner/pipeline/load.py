@@ -173,7 +173,9 @@ def load(
         schedule=schedule,
         default_size=settings.default_size,
         sizes=settings.sizes,
-        reference_policy=(reference_policy or ReferencePolicy()).for_model(settings.max_reference_pixels),
+        reference_policy=(reference_policy or ReferencePolicy()).for_model(
+            settings.max_reference_pixels, settings.sizes
+        ),
         kind=kind,
         latent_preview=preview,
         residency=residency,

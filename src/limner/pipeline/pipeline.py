@@ -94,7 +94,7 @@ class Pipeline(LoraMethods):
         self.sizes = tuple(sizes)
         share = residency.limit // 4 if isinstance(residency, Staged) else None  # of the limit, not of what is free
         self.store = store if store is not None else ReferenceStore(device_bytes=share)
-        self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None)
+        self.reference_policy = (reference_policy or ReferencePolicy()).for_model(None, self.sizes)
         self.kv_cache_dtype = load.check_kv_cache_dtype(kv_cache_dtype)
         self.kind = kind
         self.latent_preview = latent_preview

@@ -19,7 +19,7 @@ from limner.pipeline.control import PerPrompt, check_names
 from limner.pipeline.repaint import canvas_sizes
 from limner.requests import NOT_OF_CANVAS, Control, EditRequest, read_loras
 
-__all__ = ["canvases_of", "check_shared", "images_of", "opened", "per_prompt", "shared_of"]
+__all__ = ["canvases_of", "check_shared", "images_of", "opened", "own_size", "per_prompt", "shared_of"]
 
 _OTHERWISE = {"references": "those of the requests differ", "strength": "those of the requests leave out other steps"}
 """What is wrong with values that say nothing to a caller."""
@@ -59,6 +59,12 @@ def images_of(request: EditRequest) -> tuple[Canvas | None, ...]:
     return own if len(own) == len(request.seeds) else own * len(request.seeds)
 
 
+def own_size(request: EditRequest, *, default_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size in which an opened request is drawn that asks for none; without references `default_size`."""
+    sizes = [reference.report.processed_size for reference in request.references]
+    return (*canvas_sizes(canvases_of(request)), *sizes, default_size)[0]
+
+
 def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int, int]) -> dict[str, Any]:
     """Return what an opened request has in common with those that are drawn with it, by the names of arguments.
 
@@ -66,8 +72,8 @@ def shared_of(request: EditRequest, *, kind: ModelKind, default_size: tuple[int,
     the transformer, hence for all. `default_size` is that of a request without references.
     """
     steps = request.num_inference_steps or kind.num_inference_steps
-    canvases, sizes = canvases_of(request), [r.report.processed_size for r in request.references]
-    width, height = next(iter(canvas_sizes(canvases)), (*sizes, default_size)[0])
+    canvases = canvases_of(request)
+    width, height = own_size(request, default_size=default_size)
     return {
         "width": width if request.width is None else request.width,
         "height": height if request.height is None else request.height,

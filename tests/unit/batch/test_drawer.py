@@ -19,7 +19,11 @@ from limner.images import read_metadata
 
 
 def test_a_row_is_what_the_pipeline_makes_of_it_alone(folder: Path, pipe: Pipeline) -> None:
+    pipe.sizes = ((64, 64),)
     run(folder, pipe)
+    told = {result["id"]: result["warnings"] for result in results(folder)}
+    shown = "64x80 is not a size that this model has learned to draw: 64x64"
+    assert (told["four"], told["six"]) == ([], [f'size: {shown}; give "size": "64x64"'])
     for row, name in ((ROWS[5], "six"), (ROWS[3], "four")):
         files = [folder / file for file in row["references"]]  # type: ignore[attr-defined]
         width, height = map(int, str(row["size"]).split("x"))

@@ -218,6 +218,22 @@ def test_what_is_to_be_said_of_a_mask_is_in_the_result(isolated: Pipeline) -> No
     assert "mask_image: it is white everywhere" in result.warnings[0]
 
 
+def test_what_is_to_be_said_of_a_size_is_in_the_result(isolated: Pipeline) -> None:
+    """Of a request that asks for another than the model has learned; one of its references has such a size already."""
+    isolated.sizes = ((64, 64), (160, 96))
+    isolated.reference_policy = ReferencePolicy(sizes=isolated.sizes)
+    engine = Engine(isolated, memory_bytes=1 << 32)
+    plain = request(isolated, image=[picture(150, 100)])
+    found: list[EditResult] = [heard.result() for heard in submit(engine, plain, replace(plain, width=96, height=64))]
+    engine.close()
+    assert [result.images[0].size for result in found] == [(160, 96), (96, 64)]
+    assert found[0].warnings == ()
+    assert found[1].warnings == (
+        "width, height: 96x64 is not a size that this model has learned to draw: 64x64, 160x96; "
+        "give width 160 and height 96, or leave both out",
+    )
+
+
 def test_memory_counts_canvases_and_further_forwards(pipe: Pipeline) -> None:
     admission = Admission(model=PipelineView(pipe), max_waiting=2, max_batch=4, memory_bytes=1 << 32)
     large = picture(1600, 1200, seed=4)

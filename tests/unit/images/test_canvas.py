@@ -10,6 +10,7 @@ from limner import InvalidRequest
 from limner.images import CanvasPlan, cut, expand_canvas, feathered, known_box, plan_canvas, stitch
 
 SIZES = ((128, 128), (160, 96), (96, 160))
+LARGER = (*SIZES, (256, 256), (320, 192), (192, 320))
 
 
 def noise(width: int, height: int, *, channels: int = 3, seed: int = 0) -> Image.Image:
@@ -119,6 +120,17 @@ def test_the_feather_lies_around_the_mask() -> None:
         ((160, 128), (0, 0, 48, 128), {"sizes": SIZES, "max_pixels": 16384}, ((0, 0, 128, 128), (128, 128))),
         ((100, 100), (0, 0, 9, 9), {"sizes": SIZES, "max_pixels": 16384}, ((0, 0, 100, 100), (128, 128))),
         ((512, 512), (99, 99, 140, 140), {"sizes": SIZES, "max_pixels": 16384}, ((56, 56, 184, 184), (128, 128))),
+        # some of them larger: those under the cap, and not enlarged without need
+        ((128, 128), (0, 0, 9, 9), {"sizes": LARGER, "max_pixels": 65536}, ((0, 0, 128, 128), (128, 128))),
+        ((200, 200), (0, 0, 9, 9), {"sizes": LARGER, "max_pixels": 65536}, ((0, 0, 200, 200), (256, 256))),
+        ((200, 200), (0, 0, 9, 9), {"sizes": LARGER, "max_pixels": 16384}, ((0, 0, 41, 41), (128, 128))),
+        ((512, 512), (99, 99, 140, 140), {"sizes": LARGER, "max_pixels": 65536}, ((38, 38, 202, 202), (256, 256))),
+        (
+            (128, 128),
+            (50, 50, 60, 60),
+            {"sizes": LARGER, "max_pixels": 65536, "padding": 11},
+            ((39, 39, 71, 71), (128, 128)),
+        ),
     ],
 )
 def test_the_box(size: tuple[int, int], box: tuple[int, int, int, int], options: dict, expected: tuple) -> None:

@@ -51,6 +51,38 @@ def test_what_is_on_the_grid_stays(fit: str) -> None:
     )
 
 
+SIZES = ((128, 128), (160, 96), (96, 160))
+LARGER = (*SIZES, (256, 256), (320, 192), (192, 320))
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "sizes", "pixels", "told"),
+    [
+        ((1200, 800), "crop", SIZES, 16384, "scaled to 160x107, cut 0 left, 5 top, 0 right, 6 bottom, used as 160x96"),
+        ((1200, 800), "pad", SIZES, 16384, "scaled to 144x96, padded 8 left, 0 top, 8 right, 0 bottom, used as 160x96"),
+        ((1200, 800), "resize", SIZES, 16384, "scaled to 160x96, used as 160x96"),
+        ((80, 64), "crop", SIZES, 16384, "scaled to 160x128, cut 16 left, 0 top, 16 right, 0 bottom, used as 128x128"),
+        ((165, 99), "crop", SIZES, 16384, "cut 2 left, 1 top, 3 right, 2 bottom, used as 160x96"),  # as for any model
+        ((128, 128), "crop", LARGER, 65536, "used as 128x128"),
+        ((200, 200), "crop", LARGER, 65536, "scaled to 128x128, used as 128x128"),  # it would be 192x192
+        ((900, 1500), "pad", LARGER, 65536, "scaled to 192x320, used as 192x320"),
+        ((900, 1500), "crop", LARGER, 20000, "scaled to 96x160, used as 96x160"),  # the cap holds
+        ((1200, 800), "crop", SIZES, 9000, "scaled to 116x77, cut 2 left, 6 top, 2 right, 7 bottom, used as 112x64"),
+        ((1200, 800), "crop", (), 16384, "scaled to 156x104, cut 6 left, 4 top, 6 right, 4 bottom, used as 144x96"),
+    ],
+)
+def test_a_reference_has_a_size_that_the_model_has_learned(
+    size: tuple[int, int], fit: str, sizes: tuple[tuple[int, int], ...], pixels: int, told: str
+) -> None:
+    image = picture(*size)
+    policy = ReferencePolicy(fit=fit).for_model(pixels, sizes)
+    found = prepare_reference(image, policy=policy)
+    assert found.report.describe() == f"{size[0]}x{size[1]}, {told}"
+    assert len(found.data) == 3 * found.report.processed_size[0] * found.report.processed_size[1]
+    assert put_back(as_image(found), image, found.report).size == size
+    assert ReferencePolicy(sizes=()).for_model(pixels, sizes).sizes == ()
+
+
 @pytest.mark.parametrize("fit", FITS)
 def test_put_back_to_the_pixel(fit: str) -> None:
     """Whatever the size, what was not scaled comes back exactly, and what the reference did not have is not touched."""

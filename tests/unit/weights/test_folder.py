@@ -191,7 +191,9 @@ def test_refuses_damage(name: str, tiny_copy: Path) -> None:
     assert str(tiny_copy) in str(caught.value)
 
 
-def test_a_model_says_which_sizes_it_draws(tiny_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_says_which_sizes_it_draws(
+    tiny_copy: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another size is drawn, with a warning; a model that says nothing draws any."""
     told = "64x96 is not a size that this model has learned to draw: 64x64, 96x64"
     for settings, height, warnings in (
@@ -202,12 +204,30 @@ def test_a_model_says_which_sizes_it_draws(tiny_copy: Path, caplog: pytest.LogCa
         (tiny_copy / "limner.json").write_text(json.dumps(settings))
         caplog.clear()
         with caplog.at_level("WARNING", logger="limner"):
-            image = Pipeline.from_pretrained(tiny_copy)("a dog", width=64, height=height).images[0]
-        assert image.size == (64, height)
+            out = Pipeline.from_pretrained(tiny_copy)("a dog", width=64, height=height)
+        assert out.images[0].size == (64, height)
         assert caplog.messages == warnings
+        remedy = "; give width 64 and height 64, or leave both out"
+        assert out.warnings == tuple(f"width, height: {told}{remedy}" for told in warnings)
         if settings:
             assert Pipeline.from_pretrained(tiny_copy)("a dog").images[0].size == (64, 64)
             assert caplog.messages == warnings
+    (tiny_copy / "limner.json").write_text(json.dumps({"sizes": [[64, 64], [96, 64]]}))
+    picture(150, 90).save(tiny_copy / "a.png")
+    edit = ["edit", "a dog", "-i", tiny_copy / "a.png", "-o", tiny_copy / "out.png", "--model", tiny_copy]
+    for more, size, warned in (
+        ([], "96x64", ""),
+        (["--max-pixels", 13500], "96x64", ""),
+        (["--size", "64x96"], "64x96", f"warning: --size: {told}; give --size 64x64, or leave it out\n"),
+    ):
+        assert main([*map(str, [*edit, *more])]) == 0
+        printed = capsys.readouterr().out
+        assert "150x90, scaled to 107x64, cut 5 left, 0 top, 6 right, 0 bottom, used as 96x64" in printed
+        assert f", {size}, " in printed
+        assert "".join(line for line in printed.splitlines(keepends=True) if line.startswith("warning")) == warned
+    pipe = Pipeline.from_pretrained(tiny_copy, reference_policy=ReferencePolicy(sizes=()))
+    (told_of_image,) = pipe("a dog", image=picture(144, 96)).warnings
+    assert told_of_image.endswith("it is that of image 1, which needs 6144 pixels (max_pixels) to be used as 96x64")
     (tiny_copy / "limner.json").unlink()
 
 

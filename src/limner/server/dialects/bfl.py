@@ -82,10 +82,8 @@ class Inputs(ControlFields):
         None, max_length=100, description="colour behind transparent pictures, as white or #fff"
     )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, strict=True)
-    width: int | None = Field(None, ge=0, le=16384, strict=True, description="multiple of 16; 0: that of the reference")
-    height: int | None = Field(
-        None, ge=0, le=16384, strict=True, description="multiple of 16; 0: that of the reference"
-    )
+    width: int | None = Field(None, ge=0, le=16384, strict=True, description="multiple of 16; 0: as image 1 is used")
+    height: int | None = Field(None, ge=0, le=16384, strict=True, description="multiple of 16; 0: as image 1 is used")
     aspect_ratio: str | None = Field(None, max_length=20, description="as 16:9; a width or height that is given stands")
     steps: int | None = Field(None, ge=1, le=50, strict=True)
     guidance: Guidance = None

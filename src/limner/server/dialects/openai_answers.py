@@ -82,8 +82,23 @@ class Answer:
             "data": data,
             **_shape(job),
             "usage": _usage(job),
-            "limner": {"model": service.settings.model_name, **cache_report(job), "seeds": job.result["seeds"]},
+            "limner": {
+                "model": service.settings.model_name,
+                **cache_report(job),
+                "warnings": self._warnings(job),
+                "seeds": job.result["seeds"],
+            },
         }
+
+    def _warnings(self, job: Job) -> list[str]:
+        """Return the warnings of a job; that of its size in the words of this dialect, where the caller used them."""
+        warnings: list[str] = job.result.get("warnings", [])
+        if self.fields.size in (None, "auto"):
+            return warnings
+        model = self.service.engine.model
+        default = job.references[0].processed_size if job.references else model.default_size
+        size = job.result["width"], job.result["height"]
+        return grid.in_words(warnings, size, model.sizes, default=default, field="size")
 
     async def events(self) -> AsyncIterator[str]:
         """Yield server-sent events: previews of the first image, evenly over the steps, then each finished picture.

@@ -40,7 +40,9 @@ class Generation(LoraFields):
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     model: str | None = Field(None, max_length=MAX_MODEL_NAME)
     n: int | None = Field(1, ge=1, le=MAX_IMAGES)
-    size: str | None = Field("auto", max_length=20, description='"auto" or WIDTHxHEIGHT, multiples of 16')
+    size: str | None = Field(
+        "auto", max_length=20, description='"auto", as image 1 is used, or WIDTHxHEIGHT, multiples of 16'
+    )
     width: int | None = Field(None, ge=1, le=16384, description="with height, instead of size")
     height: int | None = Field(None, ge=1, le=16384, description="with width, instead of size")
     response_format: Literal["b64_json", "url"] | None = "b64_json"

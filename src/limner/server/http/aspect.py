@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from limner.errors import InvalidRequest
-from limner.grid import MIN_SIDE, PIXELS
+from limner.grid import MIN_SIDE, PIXELS, nearest_size
 
 __all__ = ["MAX_ASPECT", "is_of_aspect", "read_aspect", "size_of_aspect"]
 
@@ -55,10 +55,10 @@ def size_of_aspect(
         return width, _on_grid(width / aspect)
     if height:
         return _on_grid(height * aspect), height
-    nearest = min(learned, key=lambda size: abs(math.log(size[0] / size[1] / aspect)), default=None)
+    pixels = like[0] * like[1]
+    nearest = nearest_size(learned, (aspect.numerator, aspect.denominator), pixels=pixels)
     if nearest is not None and is_of_aspect(nearest, aspect):
         return nearest
-    pixels = like[0] * like[1]
     pixels = max(pixels, math.ceil(MIN_SIDE**2 * max(aspect, 1 / aspect)))  # so that the short side is long enough
     return _on_grid(math.sqrt(pixels * aspect)), _on_grid(math.sqrt(pixels / aspect))
 

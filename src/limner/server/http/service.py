@@ -238,14 +238,13 @@ class Service:
         )
 
     def _size(self, request: JobRequest, pictures: tuple[PreparedReference, ...]) -> tuple[int, int]:
-        """Return the size of the result: what was asked for, else that of the first picture, else the model's."""
+        """Return the size of the result: what was asked for, else that in which image 1 is used, else the model's."""
         model = self.engine.model
         default = pictures[0].report.processed_size if pictures else model.default_size
         size = request.width or default[0], request.height or default[1]
         if request.aspect is not None:
-            learned = () if pictures else model.sizes
             size = size_of_aspect(
-                request.aspect, width=request.width, height=request.height, like=default, learned=learned
+                request.aspect, width=request.width, height=request.height, like=default, learned=model.sizes
             )
         if size[0] * size[1] > self.settings.max_output_pixels:
             raise InvalidRequest(
