@@ -106,17 +106,17 @@ BAD = {
     ),
     "at once": (
         ["batch", "rows.jsonl", "-o", "out", "--images-at-once", "0"],
-        "images_at_once: 0 is not a whole number",
+        "--images-at-once: 0 is not a whole number",
     ),
     "store": (["batch", "rows.jsonl", "-o", "out", "--store", "a.png"], "disk_path: "),
     "store url": (
         ["batch", "rows.jsonl", "-o", "out", "--store", "nosuch://b/p"],
         "no filesystem is known for nosuch://",
     ),
-    "cache": (["batch", "rows.jsonl", "-o", "out", "--store-cache", "near"], "store_cache: "),
+    "cache": (["batch", "rows.jsonl", "-o", "out", "--store-cache", "near"], "--store-cache: "),
     "model": (["batch", "rows.jsonl", "-o", "out", "--model", "no-such-folder"], "neither a folder nor a hub id"),
     "device": (["batch", "rows.jsonl", "-o", "out", "--device", "abacus"], "'abacus' is not a device"),
-    "pixels": (["batch", "rows.jsonl", "-o", "out", "--max-pixels", "1"], "max_pixels: 1 is not allowed"),
+    "pixels": (["batch", "rows.jsonl", "-o", "out", "--max-pixels", "1"], "--max-pixels: 1 is not allowed"),
     "workers": (["batch", "rows.jsonl", "-o", "out", "--workers", "2"], "--workers: 2 processes are Ray's; add --ray"),
 }
 
@@ -218,7 +218,7 @@ def test_what_stops_a_run_says_how_to_go_on(
     monkeypatch.setattr(module, "write_file", full)
     assert batch(folder, tiny_folder) == 2
     assert capsys.readouterr().err == (
-        "limner: output: no space left on device; 2 of 4 rows are done and kept: mend that and run the same command again\n"
+        "limner: --output: no space left on device; 2 of 4 rows are done and kept: mend that and run the same command again\n"
     )
     monkeypatch.undo()
     assert batch(folder, tiny_folder, "--json") == 0

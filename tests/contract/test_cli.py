@@ -164,7 +164,7 @@ BAD = {
     "not an image": (["edit", "x", "-i", "a.png", "-i", "text.png", "-o", "out.png"], "image 2: text.png is not a PNG"),
     "transparent": (["edit", "x", "-i", "clear.png", "-o", "out.png"], "it is transparent in places; flatten it"),
     "small": (["edit", "x", "-i", "small.png", "-o", "out.png"], "image 1 small.png: 40x40 is too small"),
-    "size": (["generate", "x", "-o", "out.png", "--size", "100x64"], "width: 100 is not a multiple of 16"),
+    "size": (["generate", "x", "-o", "out.png", "--size", "100x64"], "size: width 100 is not a multiple of 16"),
     "size text": (["generate", "x", "-o", "out.png", "--size", "big"], "'big' is not WIDTHxHEIGHT"),
     "steps": (["generate", "x", "-o", "out.png", "--steps", "0"], "--steps: 0 is not a number of steps"),
     "seed": (["generate", "x", "-o", "out.png", "--seed", "-1"], "'-1' is not a whole number"),
@@ -414,11 +414,11 @@ def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
         ),
         (
             ("refs", "warm", files / "c.png", "--store", f"file://{files}/store", "--store-bytes", "9"),
-            "store_bytes: 9 is the budget of a folder",
+            "--store-bytes: 9 is the budget of a folder",
         ),
         (
             ("refs", "warm", files / "c.png", "--store", files / "store", "--store-cache", files),
-            "store_cache: .* is a folder before a URL",
+            "--store-cache: .* is a folder before a URL",
         ),
         (("refs", "rm", "0123", "--store", files / "store"), "KEY: '0123' is the start of 0 keys"),
         (("refs", "pack", files / "c.png", "-o", files / "c.png"), "--output: c.png does not end in .safetensors"),

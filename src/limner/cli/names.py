@@ -24,7 +24,7 @@ _OTHERWISE = {
     "loras": "--lora",
 }
 """Options that are called otherwise than the arguments of a call; all others have their names."""
-_HEAD = re.compile(r"(\w+)( [^:]*)?: ")
+_HEAD = re.compile(r"(?!image \d)(\w+)( [^:]*)?: ")  # a picture is called "image 2" in prompts too
 _ARGUMENT = re.compile(r"(?<![\w'\"./=-])([a-z]+(?:_[a-z0-9]+)+)(?![\w'\"(=/]|\.\w)")
 _GIVEN = re.compile(r"(?<![\w'\"./-])([a-z_]+)=(?:'(\w+)'|(?=[,;. ]|$))")
 _BESIDE_MASK = re.compile(r"(--mask)((?:(?:,| and| or) (?:expand|strength|preserve)\b)+)")

@@ -35,7 +35,7 @@ BROKEN = {
     "seed": (b'{"id": "x", "prompt": "p", "seed": -1}', "x", "seed: -1 is not a whole number from 0 to"),
     "seed type": (b'{"id": "x", "prompt": "p", "seed": true}', "x", "seed: True is not a whole number"),
     "size": (b'{"id": "x", "prompt": "p", "size": [64, 64]}', "x", 'size: [64, 64] is not "WIDTHxHEIGHT"'),
-    "grid": (b'{"id": "x", "prompt": "p", "size": "100x64"}', "x", "width: 100 is not a multiple of 16"),
+    "grid": (b'{"id": "x", "prompt": "p", "size": "100x64"}', "x", "size: width 100 is not a multiple of 16"),
     "steps": (b'{"id": "x", "prompt": "p", "steps": 0}', "x", "steps: 0 is not a whole number from 1 to 1000"),
     "mask": (b'{"id": "x", "prompt": "p", "mask": ["m.png"]}', "x", "mask: ['m.png'] is not the name of a file"),
     "canvas": (b'{"id": "x", "prompt": "p", "canvas": "\\ud800"}', "x", "canvas: '\\ud800' is not valid Unicode"),

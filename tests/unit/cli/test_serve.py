@@ -35,10 +35,10 @@ def test_a_new_key_is_printed_once_and_only_its_hash_is_written(
         (["serve", "--new-key", "anna", "--keys", "/no/folder/keys"], "output: /no/folder/keys cannot be written"),
         (["serve", "--port", "65536"], "--port: 65536 is not within 0 to 65535"),
         (["deploy", "--port", "0"], "--port: 0 is not within 1 to 65535"),
-        (["serve", "--data", "mysql://h/d"], "data: mysql:// is not read"),
+        (["serve", "--data", "mysql://h/d"], "--data: mysql:// is not read"),
         (["serve", "--allow-origin", "x"], "--allow-origin: "),
-        (["serve", "--host", "0.0.0.0"], "host: '0.0.0.0' can be reached from other machines"),
-        (["serve", "--max-pixels", "1"], "max_pixels: 1 is not allowed"),
+        (["serve", "--host", "0.0.0.0"], "--host: '0.0.0.0' can be reached from other machines"),
+        (["serve", "--max-pixels", "1"], "--max-pixels: 1 is not allowed"),
         (["serve", "--store-cache", "/near"], "--store-cache: /near is a folder before a URL"),
     ],
 )
