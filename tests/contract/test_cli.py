@@ -439,11 +439,11 @@ def test_bad_input_of_refs(files: Path, tiny_folder: Path) -> None:
         ),
         (
             ("refs", "warm", files / "c.png", "--store", f"file://{files}/store", "--store-bytes", "9"),
-            "store_bytes: 9 is the budget of a folder",
+            "--store-bytes: 9 is the budget of a folder",
         ),
         (
             ("refs", "warm", files / "c.png", "--store", files / "store", "--store-cache", files),
-            "store_cache: .* is a folder before a URL",
+            "--store-cache: .* is a folder before a URL",
         ),
         (("refs", "rm", "0123", "--store", files / "store"), "KEY: '0123' is the start of 0 keys"),
         (("refs", "pack", files / "c.png", "-o", files / "c.png"), "--output: c.png does not end in .safetensors"),
