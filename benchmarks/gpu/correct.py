@@ -97,11 +97,14 @@ def pictures(run: Run) -> None:
     images, words = _inputs(run)
     folder = bundled_model()
 
+    as_they_are = limner.ReferencePolicy(sizes=())  # diffusers does not fit references to the sizes of the model
+
     def seed(number: int = 5) -> torch.Generator:
         return torch.Generator().manual_seed(number)
 
     def load(**how: Any) -> limner.Pipeline:
-        return limner.Pipeline.from_pretrained(folder, device=run.device, dtype=dtype, **how)
+        how = {"device": run.device, **how}
+        return limner.Pipeline.from_pretrained(folder, dtype=dtype, reference_policy=as_they_are, **how)
 
     if run.cuda:  # no tf32: the CPU has none
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -110,7 +113,7 @@ def pictures(run: Run) -> None:
             continue
         there = load()
         ours = there(image=images, generator=seed(), **words)
-        cpu = limner.Pipeline.from_pretrained(folder, dtype=dtype)(image=images, generator=seed(), **words)
+        cpu = load(device="cpu")(image=images, generator=seed(), **words)
         theirs = Flux2KleinKVPipeline.from_pretrained(folder, torch_dtype=dtype).to(run.device)
         theirs.set_progress_bar_config(disable=True)
         layers = there.text_encoder.out_layers

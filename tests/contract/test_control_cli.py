@@ -48,9 +48,10 @@ def test_other_controls(words: list[str], tmp_path: Path, capsys: pytest.Capture
     plain = draw()
     capsys.readouterr()
     assert draw("--expand", "5,0,30,16").shape == (80, 131, 3)
-    first, _, written, *drawn = capsys.readouterr().out.splitlines()
+    first, _, written, replaced, *drawn = capsys.readouterr().out.splitlines()
     assert first.endswith("a.png: 96x64, repainted")
     assert "made.png: seed 3, 131x80, " in written
+    assert "made.png: replaced an earlier picture of Limner" in replaced
     assert drawn[0].startswith("canvas 131x80, drawn whole as 144x80, ")
     assert drawn[1:] == ["image 1 as the model sees it: 80x64, at 16, 0 of what is drawn"]
     assert np.array_equal(draw("--reference-weight", "1", "--reference-weight", "1"), plain)

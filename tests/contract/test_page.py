@@ -123,7 +123,7 @@ def test_colour_profiles_and_pictures_that_are_not_there_are_told(open_page) -> 
     picture(128, 128).save(buffer, "PNG", icc_profile=b"damaged")
     add(page, {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
     expect(page.locator("#references .note")).to_contain_text("128x128, colour profile not used: it cannot be read")
-    draw(page, "put it on the background of image 2")
+    draw(page, "put the cat on the background of image 2")
     expect(page.locator(".card .warning")).to_contain_text("mentions 'image 2', and 1 reference is given")
 
 

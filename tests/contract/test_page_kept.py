@@ -169,7 +169,7 @@ def test_the_card_is_a_click_away_and_words_that_the_model_does_not_know_are_tol
         == len(re.findall(r"^\|[-|]+\|$", about_model(ModelOptions()).card, re.M))
         > 0
     )
-    assert page.locator("#card-text").get_by_text("Does not").evaluate("(e) => e.tagName") == "STRONG"
+    assert page.locator("#card-text").get_by_text("Does not", exact=True).evaluate("(e) => e.tagName") == "STRONG"
     assert "limner-stickers" in page.inner_text("#card-facts")
     page.keyboard.press("Escape")
     page.fill("#prompt", "put the cat in the snow")

@@ -98,7 +98,7 @@ def test_what_all_refuse_is_said_once(tmp_path: Path) -> None:
     done = torchrun(3, "-m", "limner", "generate", "a cat", "-o", tmp_path / "out.png")
     assert done.returncode != 0
     assert said(done) == [
-        "limner: parallel: num_heads=4 cannot be divided by 3 processes; allowed for tensor: 1, 2, 4; start as many (torchrun "
+        "limner: --parallel: num_heads=4 cannot be divided by 3 processes; allowed for tensor: 1, 2, 4; start as many (torchrun "
         "--nproc-per-node), or use sequence"
     ]
     assert not (tmp_path / "out.png").exists()

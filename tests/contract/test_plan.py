@@ -153,7 +153,7 @@ def test_plan_counts_canvases_and_further_forwards(capsys: pytest.CaptureFixture
     ("words", "message"),
     [
         (["--reuse", "step0"], "reuse: is for models with joint references"),
-        (["--reference-guidance", "2"], "reference_guidance: needs references"),
+        (["--reference-guidance", "2"], "--reference-guidance: needs references"),
         (["--model", "klein-9b-kv", "--memory", "1GiB"], "--memory: 1.00 GiB are too little; the least is"),
         (["--model", "klein-9b-kv", "--memory", "lots"], "--memory: 'lots' is not an amount of memory"),
         (["--size", "100x100"], "--size: 100 is not a multiple of 16 of at least 64; use 96 or 112"),
@@ -176,7 +176,7 @@ def test_edit_under_a_limit(tiny_folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "free.png").read_bytes() == (tmp_path / "limited.png").read_bytes()
     capsys.readouterr()
     assert main([*words, "-o", str(tmp_path / "none.png"), "--memory-limit", "100MiB"]) == 2
-    assert "memory_limit: 0.10 GiB are too little; the least is" in capsys.readouterr().err
+    assert "--memory-limit: 0.10 GiB are too little; the least is" in capsys.readouterr().err
     assert (
         main(
             [
@@ -193,7 +193,7 @@ def test_edit_under_a_limit(tiny_folder: Path, tmp_path: Path, capsys: pytest.Ca
         )
         == 2
     )
-    assert "memory_limit: 'no'" in capsys.readouterr().err
+    assert "--memory-limit: 'no'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not can_release(), reason="the system cannot drop pages of mapped files")

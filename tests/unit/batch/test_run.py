@@ -110,7 +110,7 @@ def test_a_store_that_goes_away_costs_prefills_and_no_rows(
             batch.draw(pipe, batch.plan(pipe))
         assert batch.finish().failed == 0
     assert "not written to the disk tier" in caplog.text
-    with pytest.raises(InvalidRequest, match="kept cannot be made"):
+    with pytest.raises(InvalidRequest, match="kept is a file; give a folder"):
         run(folder, pipe, store=folder / "kept")
 
 

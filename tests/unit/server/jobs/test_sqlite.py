@@ -16,7 +16,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, on_disk: JobStore
     data = folder(on_disk)
     assert (data.stat().st_mode & 0o777, (data / "secret").stat().st_mode & 0o777) == (0o700, 0o600)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be used"):
+    with pytest.raises(OutputError, match="is a file; give another folder"):
         JobStore(tmp_path / "file")
     sqlite(on_disk).execute("PRAGMA user_version = 9")
     on_disk.close()

@@ -81,7 +81,7 @@ def test_refuses_what_is_no_picture(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"file: \(\d+ bytes\) is truncated or damaged; get it again"):
             read(data)
     for path, message in (
-        (tmp_path, "is not a file"),
+        (tmp_path, "is a folder; give a picture file in it"),
         (tmp_path / "a.png", "cannot be read"),
         ("a\0b", "not a file name"),
     ):
