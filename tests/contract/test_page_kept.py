@@ -200,6 +200,7 @@ def test_a_transparent_picture_gets_a_background_on_the_spot(open_page, server: 
         [
             "prompt: mentions 'image 3', and 2 references are given; give image 3, or change the prompt",
             "prompt: the model was not trained on 'spaceship'; its card says what it understands: click the model's name",
+            re.compile("^width, height: 96x96 is not a size that this model has learned to draw: 128x128"),
         ]
     )
     loaded(page, ".thumbs img")

@@ -35,6 +35,7 @@ from limner.engine.stats import EngineStats
 from limner.errors import Cancelled, CapacityError, InvalidRequest, LimnerError
 from limner.grid import size_warning
 from limner.images import PreparedReference, to_pil
+from limner.memory.free import forget
 from limner.memory.residency import Residency
 from limner.mentions import prompt_warnings
 from limner.options import ServiceOptions
@@ -268,9 +269,10 @@ class Engine:
         alone = self._decoder.is_free
         try:
             self._run(batch, start)
-        except CapacityError:
+        except CapacityError as error:
             if alone or len(batch) > 1:
                 raise
+            forget(error)
             self._decoder.wait()
             self._run(batch, start)
 
@@ -288,6 +290,7 @@ class Engine:
             return
         size = 1
         if isinstance(error, CapacityError):
+            forget(error)  # it may hold the latents of pictures that could not be decoded
             self._decoder.wait()  # which took a part of it
             size = (len(left) + 1) // 2 if len(left) > 1 else 1
             _logger.warning("memory is too little for a batch of %d: %d at once (%s)", len(batch), size, error)
