@@ -154,12 +154,39 @@ def grid(size: tuple[int, int]) -> tuple[int, int]:
     return size[1] // 16, size[0] // 16
 
 
+def joined(sets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several training sets, of one tokenizer and autoencoder, as one; the price in pixels is that of the first.
+
+    Validation of pictures whose size the first set lacks is named for it. Of one size the first set's validation is used.
+    """
+    first, *others = sets
+    for data in others:
+        starts = {size: len(first["tokens"].get(size, ())) for size in data["tokens"]}
+        prompts, known = len(first["ids"]), {sitting["size"] for sitting in first["validation"]}
+        for sitting in (*data["sittings"], *data["validation"]):
+            own = starts[sitting["size"]]
+            sitting["results"] = [n + own for n in sitting["results"]]
+            sitting["forms"] = [[n + own for n in numbers] for numbers in sitting["forms"]]
+            sizes = sitting["reference_sizes"]
+            sitting["references"] = [n + starts[size] for n, size in zip(sitting["references"], sizes, strict=True)]
+            sitting["prompts"] = [n + prompts for n in sitting["prompts"]]
+        for size, tokens in data["tokens"].items():
+            first["tokens"][size] = torch.cat([first["tokens"][size], tokens]) if size in first["tokens"] else tokens
+        first["sittings"] += data["sittings"]
+        new = [sitting for sitting in data["validation"] if sitting["size"] not in known]
+        first["validation"] += [{**sitting, "task": f"small_{sitting['task']}"} for sitting in new]
+        for name in ("ids", "mask"):
+            first[name] = torch.cat([first[name], data[name]])
+    return first
+
+
 class Batches:
     """Batches of sittings of one layout each (sizes of result and references, their places, whether all is drawn), drawn in proportion to their number,
-    those to draw from text `DRAW_WEIGHT` times as often."""
+    those to draw from text `draw_weight` times as often."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(self, data: dict[str, Any], *, draw_weight: float = DRAW_WEIGHT) -> None:
         self._data = data
+        self._draw_weight = draw_weight
         self._layouts: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for sitting in data["sittings"]:
             layout = (
@@ -172,7 +199,7 @@ class Batches:
 
     def draw(self, rng: random.Random, examples: int) -> dict[str, Any]:
         layouts = list(self._layouts.values())
-        shares = [len(layout) * (1 if layout[0]["references"] else DRAW_WEIGHT) for layout in layouts]
+        shares = [len(layout) * (1 if layout[0]["references"] else self._draw_weight) for layout in layouts]
         (sittings,) = rng.choices(layouts, shares)
         if not sittings[0]["references"]:  # the cheapest steps, and the task that needs the most examples
             examples *= 2
@@ -254,7 +281,10 @@ def compile_blocks(transformer: Transformer) -> None:
 
 def main() -> None:
     parser = arguments(__doc__ or "", steps=4500, batch=48, lr=2e-3)
-    parser.add_argument("--data", required=True, help="data.pt that prepare.py wrote")
+    parser.add_argument("--data", required=True, nargs="+", help="data.pt that prepare.py wrote; several: all of them")
+    parser.add_argument(
+        "--draw-weight", type=float, default=DRAW_WEIGHT, help="how much oftener to draw without references"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
     parser.add_argument(
         "--form-weight", type=float, default=1.0, help="what a sticker of another form weighs in the loss"
@@ -265,10 +295,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     log = Log(args.out)
-    data = torch.load(args.data, weights_only=True)
+    data = joined([torch.load(file, weights_only=True) for file in args.data])
     cost = data["pixel_cost"]
     weights = cost**0.75 / (cost**0.75).mean()  # between the price in pixels and equal care for small detail
-    batches = Batches(data)
+    batches = Batches(data, draw_weight=args.draw_weight)
     watched = batches.validation()
     torch.manual_seed(args.seed)
     model, judged = (Model(data["vocabulary"], pad=0) for _ in range(2))

@@ -362,6 +362,45 @@ def test_the_transformer_pays_for_a_sticker_that_lost_its_form(made: Path) -> No
     assert strayed(mirrored * nobody[..., None], batch, cost).abs().max() == 0
 
 
+def training_set(*sizes: tuple[int, int], value: float) -> dict[str, Any]:
+    """A set whose pictures have tokens of value, value + 1, ..., one sitting of two examples and one reference a size."""
+    sittings = [
+        {
+            "task": "edit",
+            "size": size,
+            "reference_sizes": [sizes[0]],
+            "references": [0],
+            "results": [1, 2],
+            "forms": [[1, 1], [2, 2]],
+            "owners": torch.zeros(2, 2, 1, dtype=torch.int8),
+            "prompts": [2 * i, 2 * i + 1],
+        }
+        for i, size in enumerate(sizes)
+    ]
+    tokens = {size: torch.arange(3.0).add(value).reshape(3, 1, 1) for size in sizes}
+    ids = torch.full((2 * len(sizes), 1), value, dtype=torch.int16)
+    validation = copy.deepcopy(sittings)
+    return {"sittings": sittings, "validation": validation, "tokens": tokens, "ids": ids, "mask": ids > 0}
+
+
+def test_joined_sets_keep_what_belongs_together() -> None:
+    from train import Batches, joined
+
+    large, small = (256, 256), (128, 128)
+    found = joined(
+        [training_set(large, value=100), training_set(large, value=200), training_set(small, large, value=300)]
+    )
+    batches = Batches(found)
+    for i, (value, size) in enumerate(((100, large), (200, large), (300, small), (300, large))):
+        batch = batches.collect([found["sittings"][i]])
+        assert batch["size"] == size
+        assert batch["result"].flatten().tolist() == [value + 1, value + 2]
+        assert [form.flatten().tolist() for form in batch["forms"]] == [[value + 1, value + 2]] * 2
+        assert batch["references"][0].item() == value
+        assert batch["ids"].flatten().tolist() == [value] * 2
+    assert {task: len(some) for task, some in batches.validation().items()} == {"edit": 1, "small_edit": 1}
+
+
 @needs_font
 def test_tokens_know_their_sticker() -> None:
     """A sticker of 48 pixels owns 3x3 tokens, where its mirror image and its grey one differ from it."""
