@@ -175,6 +175,7 @@ BAD = {
         ["edit", "x", "--references", "a.png", "-o", "out.png"],
         "a.png is a PNG picture, not a pack; give",
     ),
+    "manifest without a name": (["batch", "", "-o", "out"], "manifest: '' is no file name; give a file of JSON lines"),
     "store as pack": (["edit", "x", "--references", ".", "-o", "out.png"], "--store . -i FILE"),
     "file as store": (
         ["edit", "x", "-i", "a.png", "--store", "a.png", "-o", "out.png"],
@@ -294,6 +295,9 @@ def test_packs_and_stores(files: Path, tiny_folder: Path) -> None:
     images = ("-i", pictures[0], "-i", pictures[1])
     kept = run(*edit, *images, *store, "-o", files / "kept.png", "--json")
     assert json.loads(kept.stdout)["reference_cache"] == "disk"
+    told = run(*edit, *images, *store, "-o", files / "told.png").stdout.splitlines()
+    assert told[-1].startswith(f"{files / 'told.png'}: seed 5, ")
+    assert told[-1].endswith(" s, references from disk")
     fresh = run(*edit, *images, "-o", files / "fresh.png", "--json")
     assert json.loads(fresh.stdout)["reference_cache"] == "miss"
     with Image.open(files / "fresh.png") as expected:

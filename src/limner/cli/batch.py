@@ -107,8 +107,11 @@ def batch(args: argparse.Namespace) -> int:
 
 def _batch_options(args: argparse.Namespace) -> BatchOptions:
     from limner.batch import BatchOptions
+    from limner.errors import InvalidRequest
     from limner.places import absolute
 
+    if not args.manifest:  # which a path would make "."
+        raise InvalidRequest("manifest", "'' is no file name; give a file of JSON lines")
     return BatchOptions(
         manifest=Path(args.manifest),
         folder=Path(args.output),

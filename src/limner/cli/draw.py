@@ -452,9 +452,10 @@ def _lines(
         cut = out.prompts[0]
         yield f"prompt: {cut.num_tokens} tokens, {cut.limit} are read; cut: {cut.cut!r}"
     yield from (f"warning: {warning}" for warning in warnings)
+    kept = f", references from {out.reference_cache}" if out.reference_cache in ("memory", "disk", "remote") else ""
     for written, drawn_from, picture in zip(files, out.seeds, out.images, strict=True):
         shape = f"{picture.width}x{picture.height}"
-        yield f"{printable(str(written.file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s"
+        yield f"{printable(str(written.file))}: seed {drawn_from}, {shape}, {out.timings.total:.2f} s{kept}"
     yield from (printable(line) for line in (written.describe() for written in files) if line)
     yield from (one.describe() for one in out.canvas)
     yield from (one.describe() for one in out.preserved)
