@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,31 @@ def main() -> None:
             some = [row | {"step": starts[-1] + row["step"]} for row in read(path)]
             rows += some
             starts.append(some[-1]["step"])
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        scored = [r for r in rows if "score" in r]
+        tasks = [name[5:] for name in (scored[0] if scored else {}) if re.match("psnr_(?!small_)", name)]
+        strayed = [task for task in tasks if f"strayed_{task}" in scored[0]]
+        figure, (left, right, *third) = plt.subplots(
+            1, 3 if strayed else 2, figsize=(16 if strayed else 11, 4), layout="constrained"
+        )
         for count in range(5):
             name = f"loss_{count}_references"
             some = [r for r in rows if name in r]
             left.plot([r["step"] for r in some], [r[name] for r in some], label=f"{count} references")
         for start in starts[1:-1]:
-            left.axvline(start, color="tab:gray", linestyle=":")
-            right.axvline(start, color="tab:gray", linestyle=":")
+            for axes in (left, right, *third):
+                axes.axvline(start, color="tab:gray", linestyle=":")
         left.set(xlabel="step", ylabel="weighted error of the velocity", yscale="log", title="training")
         left.legend()
-        scored = [r for r in rows if "score" in r]
-        for name in [n for n in (scored[0] if scored else {}) if n.startswith("psnr_")]:
-            right.plot([r["step"] for r in scored], [r[name] for r in scored], marker=".", label=name[5:])
+        for task in tasks:
+            right.plot([r["step"] for r in scored], [r[f"psnr_{task}"] for r in scored], marker=".", label=task)
         right.set(xlabel="step", ylabel="PSNR of 4 steps, dB", title="prompts and pictures not trained on")
         right.legend()
+        for axes in third:
+            for task in strayed:
+                share = [r[f"strayed_{task}"] * 100 for r in scored]
+                axes.plot([r["step"] for r in scored], share, marker=".", label=task)
+            axes.set(xlabel="step", ylabel="%", title="stickers nearer to another form")
+            axes.legend()
         figure.savefig(args.out / "transformer.png", dpi=90)
 
 
