@@ -154,13 +154,27 @@ def grid(size: tuple[int, int]) -> tuple[int, int]:
     return size[1] // 16, size[0] // 16
 
 
+def _bases(data: dict[str, Any]) -> dict[str, Any]:
+    """What training sets have to have in common."""
+    channels = {tokens.shape[-1] for tokens in data["tokens"].values()}
+    return {
+        "the tokenizer": data["vocabulary"],
+        "the length of prompts": data["ids"].shape[1],
+        "the autoencoder": channels,
+    }
+
+
 def joined(sets: list[dict[str, Any]]) -> dict[str, Any]:
     """Several training sets, of one tokenizer and autoencoder, as one; the price in pixels is that of the first.
 
     Validation of pictures whose size the first set lacks is named for it. Of one size the first set's validation is used.
     """
     first, *others = sets
-    for data in others:
+    for number, data in enumerate(others, start=2):
+        if differ := [name for name, one in _bases(first).items() if _bases(data)[name] != one]:
+            raise SystemExit(
+                f"--data: set {number} differs from the first in {' and '.join(differ)}; make both with the same"
+            )
         starts = {size: len(first["tokens"].get(size, ())) for size in data["tokens"]}
         prompts, known = len(first["ids"]), {sitting["size"] for sitting in first["validation"]}
         for sitting in (*data["sittings"], *data["validation"]):

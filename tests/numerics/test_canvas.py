@@ -341,6 +341,9 @@ def test_results_that_are_no_one_array_are_refused_before_a_step(output_type: st
             small.draw([large, other], output_type=output_type, progress=told)
         assert parts == []
         assert [image.size for image in small.draw([large, other]).images] == [(192, 128), (96, 64)]
+        latents = small.draw([large, other], output_type="latent")
+        with pytest.raises(InvalidRequest, match="output_type: the results have 96x64 and 192x128, so there is no one"):
+            latents.decoded(output_type)
     assert small.draw([large, large], output_type=output_type).images.shape[0] == 2
 
 

@@ -380,7 +380,8 @@ def training_set(*sizes: tuple[int, int], value: float) -> dict[str, Any]:
     tokens = {size: torch.arange(3.0).add(value).reshape(3, 1, 1) for size in sizes}
     ids = torch.full((2 * len(sizes), 1), value, dtype=torch.int16)
     validation = copy.deepcopy(sittings)
-    return {"sittings": sittings, "validation": validation, "tokens": tokens, "ids": ids, "mask": ids > 0}
+    one = {"sittings": sittings, "validation": validation, "tokens": tokens, "ids": ids, "mask": ids > 0}
+    return {**one, "vocabulary": 400}
 
 
 def test_joined_sets_keep_what_belongs_together() -> None:
@@ -399,6 +400,8 @@ def test_joined_sets_keep_what_belongs_together() -> None:
         assert batch["references"][0].item() == value
         assert batch["ids"].flatten().tolist() == [value] * 2
     assert {task: len(some) for task, some in batches.validation().items()} == {"edit": 1, "small_edit": 1}
+    with pytest.raises(SystemExit, match="set 2 differs from the first in the tokenizer"):
+        joined([training_set(large, value=1), {**training_set(large, value=1), "vocabulary": 401}])
 
 
 @needs_font

@@ -7,8 +7,9 @@ one processor; the steps keep all of theirs (docs/log.md has what was tried).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 
@@ -16,17 +17,22 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """One thread that decodes one batch at a time. Its methods are for the engine's thread alone."""
+    """One thread that decodes one batch at a time. Its methods are for the engine's thread alone.
+
+    As the engine's thread it ends with the process, whatever it decodes then.
+    """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._free = threading.Event()
+        self._free.set()
         self._num_bytes = 0
 
     @property
     def is_free(self) -> bool:
         """Whether nothing is decoded now."""
-        return self._last is None or self._last.done()
+        return self._free.is_set()
 
     @property
     def num_bytes(self) -> int:
@@ -34,27 +40,41 @@ class Decoder:
         return 0 if self.is_free else self._num_bytes
 
     def start(self, work: Callable[[], None], *, num_bytes: int) -> None:
-        """Run `work`, which catches what it raises, in the thread. Only while it is free."""
+        """Run `work`, which catches what it raises, in the thread; here, if there can be none. Only while it is free."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="limner-decode", initializer=_use_one_processor)
-            self._thread.submit(int).result()
-            torch.set_num_threads(
-                torch.get_num_threads()
-            )  # threads that begin later get what was set last, by any thread
+            ready, thread = threading.Event(), threading.Thread(target=self._run, name="limner-decode", daemon=True)
+            self._work.put(ready.set)
+            try:
+                thread.start()
+            except RuntimeError:  # the process ends, or has all threads that it may have
+                self._work = SimpleQueue()
+                work()
+                return
+            ready.wait()
+            self._thread = thread
+            # threads that begin later get what was set last, by any thread
+            torch.set_num_threads(torch.get_num_threads())
+            self._free.wait()
         self._num_bytes = num_bytes
-        self._last = self._thread.submit(work)
+        self._free.clear()
+        self._work.put(work)
 
     def wait(self) -> None:
         """Wait until it is free."""
-        if self._last is not None:
-            self._last.result()
+        self._free.wait()
 
     def close(self) -> None:
         """Wait until it is free, and end the thread."""
         if self._thread is not None:
-            self._thread.shutdown()
+            self._work.put(None)
+            self._thread.join()
 
-
-def _use_one_processor() -> None:
-    torch.get_num_threads()  # the first use in a thread takes what was set last, by any thread
-    torch.set_num_threads(1)
+    def _run(self) -> None:
+        torch.get_num_threads()  # the first use in a thread takes what was set last, by any thread
+        torch.set_num_threads(1)
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            finally:
+                del work  # and what it holds
+                self._free.set()

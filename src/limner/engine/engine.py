@@ -88,6 +88,8 @@ class Engine:
         self._previews = previews and self.model.previews
         self._decode_beside = decode_beside and pipe.device.type == "cpu" and pipe.residency is None
         self._decoder = Decoder()
+        self._short_of_memory = False
+        """Whether a batch is drawn anew for want of memory: its pictures are decoded before anything else is drawn."""
         self._not_decoded: list[tuple[list[Job], Exception]] = []
         """Batches whose pictures could not be decoded beside another one, and why; for the thread to see to."""
         self._clock = clock
@@ -246,6 +248,8 @@ class Engine:
                     self._changed.notify_all()
         self._decoder.close()
         self._after_decoding()
+        with self._changed:
+            self._changed.notify_all()
 
     def _after_decoding(self) -> None:
         """See to the batches whose pictures could not be decoded; where memory was too little for that, begin again."""
@@ -254,12 +258,21 @@ class Engine:
         for batch, problem in failed:
             left, error = [job for job in batch if not job.ended], problem
             if isinstance(error, CapacityError) and left:
+                forget(error)
                 try:
-                    self._run(left, self._clock())
+                    self._run_again(left)
                     continue
                 except Exception as own_error:
                     error = own_error
             self._after_failure(left, error)
+
+    def _run_again(self, batch: list[Job]) -> None:
+        """Run a batch for which memory was too little; once alone, if that is so beside what is being decoded, too."""
+        short, self._short_of_memory = self._short_of_memory, True
+        try:
+            self._run_beside(batch, self._clock())
+        finally:
+            self._short_of_memory = short
 
     def _run_beside(self, batch: list[Job], start: float) -> None:
         """Run a batch beside what is being decoded; after that, if memory is too little for both."""
@@ -296,7 +309,7 @@ class Engine:
             _logger.warning("memory is too little for a batch of %d: %d at once (%s)", len(batch), size, error)
         for part in [left[start : start + size] for start in range(0, len(left), size)]:
             try:
-                self._run(part, self._clock())
+                self._run_again(part)
             except Exception as own_error:
                 self._after_failure(part, own_error)
 
@@ -369,7 +382,9 @@ class Engine:
 
     def _may_decode_beside(self) -> bool:
         """Whether pictures can be decoded beside the steps of a request that waits."""
-        if not self._decode_beside or torch.get_num_threads() == 1 or not self._decoder.is_free:
+        if not self._decode_beside or self._short_of_memory:
+            return False
+        if torch.get_num_threads() == 1 or not self._decoder.is_free:
             return False
         with self._changed:
             return bool(self._queue.waiting)

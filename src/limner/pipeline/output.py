@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor
 
 from limner.errors import InvalidRequest
 from limner.images import ReferenceReport, side_by_side, to_pil
+from limner.model.autoencoder import Autoencoder
 from limner.pipeline.arguments import DrawRequest
 from limner.pipeline.memory_errors import typed_memory_errors
 from limner.pipeline.networks import Networks
 from limner.pipeline.prefill import CacheSource
 from limner.pipeline.progress import Lap, Stopwatch, Timings, silent
 from limner.pipeline.prompts import PromptReport
-from limner.pipeline.repaint import ImageReport, OfImages, finish, in_common
+from limner.pipeline.repaint import ImageReport, OfImages, check_result_sizes, finish, in_common
 from limner.references import References
 from limner.tokens import unpack
 
-__all__ = ["Decoded", "PipelineOutput", "decode", "make_output"]
+__all__ = ["Decoded", "PipelineOutput", "make_output"]
 
+_PICTURES = ("pil", "np", "pt")
 _DECODED_PIXELS = 1024 * 1024
 """Pictures of more pixels than this together are decoded one after another."""
 
@@ -59,12 +62,24 @@ class PipelineOutput(OfImages):
     @typed_memory_errors
     @torch.no_grad()
     def decoded(self, output_type: str = "pil") -> PipelineOutput:
-        """Return the pictures of latents ("pil", "np", "pt"); in another thread too, while the pipeline draws the next."""
-        if self.decoder is None or output_type == "latent":
-            raise InvalidRequest("output_type", "call with 'latent', and then decode to 'pil', 'np' or 'pt', once")
+        """Return the pictures of latents: "pil", "np" or "pt".
+
+        In another thread too, while the pipeline draws the next; not if it has a memory limit, which moves weights about.
+        Not of a copy that was pickled. Raises `InvalidRequest`, and `CapacityError` if
+        memory is too little.
+        """
+        if output_type not in _PICTURES:
+            raise InvalidRequest("output_type", f"{output_type!r} is none of {', '.join(map(repr, _PICTURES))}")
+        if self.decoder is None:
+            raise InvalidRequest(
+                "output_type", "of the call was not 'latent', or this is a pickled copy; decode what a call returned"
+            )
         pictures, own, lap = self.decoder(self.images, output_type)
         timings, metadata = replace(self.timings, decode=lap.seconds), {**self.metadata, **in_common(own)}
         return replace(self, images=pictures, own=own, timings=timings, metadata=metadata, decoder=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"decoder": None}
 
     def __repr__(self) -> str:
         shape = f"{self.metadata.get('width')}x{self.metadata.get('height')}"
@@ -79,38 +94,52 @@ class PipelineOutput(OfImages):
         return side_by_side(self.images) if isinstance(self.images, list) and self.images else None
 
 
-def decode(networks: Networks, request: DrawRequest, latents: Tensor, *, rows: list[int]) -> Decoded:
-    """Decode latents (B, C, 2 h, 2 w) of `rows` of the batch to what `output_type` says, and put them into canvases."""
-    clock = Stopwatch(networks.device)
-    request.progress("decode", 0, 1)
-    pictures = latents if request.output_type == "latent" else _decode(networks, request, latents)
-    pictures, own = finish(request, pictures, rows)
-    request.progress("decode", 1, 1)
-    return pictures, own, clock.lap()
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What decodes latents. Of a model without memory limit it holds the autoencoder alone."""
 
+    autoencoder: Autoencoder
+    device: torch.device
+    limited: Networks | None
 
-def _decode_later(networks: Networks, request: DrawRequest, rows: list[int]) -> Callable[[Tensor, str], Decoded]:
-    """Return `decode` for latents of a call and a type, which keeps neither K/V nor tokens of the call."""
-    kept = replace(request, references=None, pictures=(), prompt_embeds=None, callback=None, progress=silent)
+    @classmethod
+    def of(cls, networks: Networks) -> _Decoding:
+        return cls(networks.autoencoder, networks.device, networks if networks.residency.is_limited else None)
 
-    def decoder(latents: Tensor, output_type: str) -> Decoded:
-        return decode(networks, replace(kept, output_type=output_type), latents, rows=rows)
+    def decode(self, request: DrawRequest, latents: Tensor, *, rows: list[int]) -> Decoded:
+        """Decode latents (B, C, 2 h, 2 w) of `rows` of the batch as `output_type` says, and put them into canvases."""
+        clock = Stopwatch(self.device)
+        request.progress("decode", 0, 1)
+        pictures, own = finish(request, self._pictures(request, latents), rows)
+        request.progress("decode", 1, 1)
+        return pictures, own, clock.lap()
 
-    return decoder
+    def _pictures(self, request: DrawRequest, latents: Tensor) -> Any:
+        if request.output_type == "latent":
+            return latents
+        width, height = request.workload.size
+        at_once = max(1, _DECODED_PIXELS // (width * height))
+        workload = replace(request.workload, batch=len(latents))
+        with self.limited.working("decode", workload) if self.limited else nullcontext():
+            parts = [self.autoencoder.decode(part) for part in torch.split(latents, at_once)]
+        pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
+        if request.output_type == "pt":
+            return pictures
+        if request.output_type == "np":
+            array: np.ndarray[Any, Any] = pictures.float().permute(0, 2, 3, 1).cpu().numpy()
+            return array
+        return to_pil(pictures)
 
+    def later(self, request: DrawRequest, *, rows: list[int]) -> Callable[[Tensor, str], Decoded]:
+        """Return `decode` for latents of a call and a type, which keeps neither K/V nor tokens of the call."""
+        kept = replace(request, references=None, pictures=(), prompt_embeds=None, callback=None, progress=silent)
 
-def _decode(networks: Networks, request: DrawRequest, latents: Tensor) -> Any:
-    width, height = request.workload.size
-    at_once = max(1, _DECODED_PIXELS // (width * height))
-    with networks.working("decode", replace(request.workload, batch=len(latents))):
-        parts = [networks.autoencoder.decode(part) for part in torch.split(latents, at_once)]
-    pictures = (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1)
-    if request.output_type == "pt":
-        return pictures
-    if request.output_type == "np":
-        array: np.ndarray[Any, Any] = pictures.float().permute(0, 2, 3, 1).cpu().numpy()
-        return array
-    return to_pil(pictures)
+        def decoder(latents: Tensor, output_type: str) -> Decoded:
+            canvases = [kept.canvases[row] if kept.canvases else None for row in rows]
+            check_result_sizes(canvases, size=kept.workload.size, output_type=output_type)
+            return self.decode(replace(kept, output_type=output_type), latents, rows=rows)
+
+        return decoder
 
 
 def make_output(
@@ -130,7 +159,8 @@ def make_output(
     `laps` are those of text, references and steps.
     """
     latents = networks.autoencoder.denormalise(unpack(tokens, grid=request.grid).to(dtype))
-    pictures, own, decode_lap = decode(networks, request, latents, rows=rows)
+    decoding = _Decoding.of(networks)
+    pictures, own, decode_lap = decoding.decode(request, latents, rows=rows)
     width, height = request.workload.size
     reports = references.reports if references else ()
     metadata: dict[str, Any] = {
@@ -163,5 +193,5 @@ def make_output(
         prompts=prompts,
         metadata=metadata,
         warnings=request.warnings,
-        decoder=_decode_later(networks, request, rows) if request.output_type == "latent" else None,
+        decoder=decoding.later(request, rows=rows) if request.output_type == "latent" else None,
     )

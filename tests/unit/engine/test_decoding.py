@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,22 @@ from tests.support.tiny import Gate, generators
 
 from limner import Cancelled, CapacityError, Pipeline
 from limner.engine import EditRequest, Engine, Event, Finished, Started
+from limner.engine.decoding import Decoder
 
 SIZES = ((64, 64), (96, 64), (64, 96))
 """Of requests that do not run together."""
+
+
+class Failures(list[Exception]):
+    """One failure, made when it is taken."""
+
+    def __init__(self, make: Callable[[], Exception]) -> None:
+        super().__init__([Exception("not made yet")])
+        self._make = make
+
+    def pop(self, *_: Any) -> Exception:
+        self.clear()
+        return self._make()
 
 
 class Decoding:
@@ -163,3 +177,96 @@ def test_closing_waits_for_what_is_decoded(engine: Engine, gate: Gate, decoding:
     assert engine.close(timeout=60) == []
     ended = [first.end(), second.end()]
     assert all(isinstance(event, Finished) for event in ended)
+
+
+def test_closing_waits_no_longer_than_for_what_fails(engine: Engine, gate: Gate, decoding: Decoding) -> None:
+    decoding.may_end.clear()
+    decoding.failures = [ValueError("broken")]
+    first, second = submitted(engine, gate, 2)
+    assert decoding.begun.wait(60)
+    second.result()
+    threading.Timer(0.2, decoding.may_end.set).start()
+    start = time.monotonic()
+    assert engine.close(timeout=50) == []
+    assert time.monotonic() - start < 40
+    assert isinstance(first.error(), ValueError)
+
+
+def test_what_is_drawn_anew_waits_for_memory(
+    engine: Engine, gate: Gate, decoding: Decoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cannot be decoded, and is drawn anew beside the second's decoding, where memory is too little again."""
+    failed, seen = threading.Event(), []
+    draw = Pipeline.draw
+
+    def short(pipe: Pipeline, requests: Any, **options: Any) -> Any:
+        (seed,) = requests[0].seeds
+        seen.append((seed, engine._decoder.is_free))
+        if seed == 1:
+            assert failed.wait(60)
+            engine._decoder.wait()
+            decoding.may_end.clear()
+        if seed == 0 and not engine._decoder.is_free:
+            decoding.may_end.set()
+            raise CapacityError("memory is short")
+        return draw(pipe, requests, **options)
+
+    def fail() -> CapacityError:
+        failed.set()
+        return CapacityError("memory is short")
+
+    monkeypatch.setattr(Pipeline, "draw", short)
+    monkeypatch.setattr(decoding, "failures", Failures(fail))
+    heard = submitted(engine, gate)
+    for listener in heard:
+        listener.result()
+    assert [seed for seed, _ in seen] == [0, 1, 0, 0, 2]
+    assert [is_free for seed, is_free in seen if seed == 0] == [True, False, True]
+    assert decoding.threads[:3] == ["limner-decode", "limner-decode", "limner-engine"]
+    assert engine.stats().failed == 0
+
+
+def test_halves_are_not_drawn_beside_each_other(
+    engine: Engine, gate: Gate, decoding: Decoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, decode = Pipeline.draw, engine.pipe.autoencoder.decode
+
+    def short(pipe: Pipeline, requests: Any, **options: Any) -> Any:
+        if len(requests) > 1 or not engine._decoder.is_free:
+            raise CapacityError("memory is short")
+        return draw(pipe, requests, **options)
+
+    def slow(latents: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.3 if threading.current_thread().name == "limner-decode" else 0)
+        return decode(latents)
+
+    monkeypatch.setattr(Pipeline, "draw", short)
+    monkeypatch.setattr(engine.pipe.autoencoder, "decode", slow)
+    gate.shut()
+    heard = [Heard() for _ in range(4)]
+    for i, number in enumerate((0, 1, 1, 2)):
+        width, height = SIZES[number]
+        request = EditRequest(prompt="a dog", seeds=(i,), width=width, height=height, num_inference_steps=2)
+        engine.submit(request, id=f"job{i}", listener=heard[i])
+        assert gate.entered.wait(60)
+    gate.open()
+    for listener in heard:
+        listener.result()
+
+
+def test_the_thread_does_not_keep_the_process(engine: Engine, gate: Gate, decoding: Decoding) -> None:
+    for listener in submitted(engine, gate):
+        listener.result()
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "limner-decode"] == [True]
+
+
+def test_without_a_thread_it_decodes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    decoder, done = Decoder(), []
+    decoder.start(lambda: done.append(1), num_bytes=1)
+    assert done == [1]
+    assert decoder.is_free
+    decoder.close()

@@ -162,11 +162,11 @@ def test_packed_copies_make_room_for_another_network(tiny_folder: Path, monkeypa
 @needs_release
 @pytest.mark.parametrize("int8", [False, pytest.param(True, marks=has_tiles)])
 def test_layers_that_ran_leave(int8: bool, tmp_path: Path) -> None:
-    """Six layers of 4 MiB with room for four: the first two stay, of the others no more than two are there at once.
+    """Six layers of 16 MiB with room for four: the first two stay, of the others no more than two are there at once.
 
     int8 products that read weights as they are stored make no copies.
     """
-    width = 2048 if int8 else 1024
+    width = 4096 if int8 else 2048
     weights = [torch.randint(-127, 127, (width, width), dtype=torch.int8) if int8 else torch.randn(width, width)] * 6
     save_file({f"{i}.weight": weight + i for i, weight in enumerate(weights)}, tmp_path / "x.safetensors")
     with torch.device("meta"):
@@ -176,7 +176,7 @@ def test_layers_that_ran_leave(int8: bool, tmp_path: Path) -> None:
         state = {f"{i}.weight": file.get_tensor(f"{i}.weight") for i in range(6)}
     state |= {f"{i}.weight_scale": torch.full((width,), 1e-4) for i in range(6)} if int8 else {}
     network.load_state_dict(state, assign=True)
-    size = 4 << 20
+    size = 16 << 20
     x = torch.ones(1, width)
     with torch.no_grad():
         expected = network(x)
@@ -184,7 +184,7 @@ def test_layers_that_ran_leave(int8: bool, tmp_path: Path) -> None:
     residency.adopt(network, list(network))
     residency.release(network)
     base = resident()[0] - resident()[1]
-    residency._libraries, residency.limit = 0, resident()[1] + 4 * size + (1 << 20)
+    residency._libraries, residency.limit = 0, resident()[1] + 4 * size + size // 2
     seen = []
     with torch.no_grad(), residency.working(network, growth=0):
         for layer in residency.visit(network):
