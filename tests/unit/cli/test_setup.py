@@ -95,6 +95,23 @@ def test_doctor_says_how_to_get_the_tested_versions(version: str, index: str, mo
     )
 
 
+@pytest.mark.parametrize("version", ["2.9.0a0+145a3a7bda.nv25.10", "2.9.0+gitba56102"])
+def test_doctor_leaves_a_torch_that_no_index_has(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one of Nvidia's images, or one that was built here: pip would put another in its place, or find none."""
+    here = {"torch": version, "numpy": "2.8.1"}
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("numpy", "2"), ("torch", "2")])
+    monkeypatch.setattr(limner.doctor, "_tested", lambda: {"torch": "3.0", "numpy": "2.4.6"})
+    monkeypatch.setattr("importlib.metadata.version", here.__getitem__)
+    (note, *_) = limner.doctor.examine().notes
+    assert f"torch {version} (tested: 3.0)" in note
+    assert note.endswith(f'; these are tested together: pip install -c "{limner.doctor._tested_file()}" numpy')
+    here["numpy"] = "2.4.6"
+    (note, *_) = limner.doctor.examine().notes
+    assert note == f"other versions than those that are tested: torch {version} (tested: 3.0)"
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("torch", "99")])
+    assert limner.doctor.examine().problems == (f"torch {version} is older than 99; get a newer build of it",)
+
+
 def test_doctor_says_that_torch_cannot_be_imported(tmp_path: Path) -> None:
     """As where a library of CUDA is missing; in a process of its own, since torch is imported here."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
