@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -177,6 +178,28 @@ def test_a_reader_that_left_is_no_traceback(words: list[str], unbuffered: str, t
 def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         told = run_into(full.fileno(), "samples", folder=tmp_path)
+    assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
+
+
+def test_a_file_that_fails_is_not_taken_for_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write to a full disk names no file, in whichever file it is."""
+
+    def fails() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("limner.doctor.examine", fails)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "limner: a file cannot be read or written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_that_fails_at_once_is_told(unbuffered: str, tmp_path: Path) -> None:
+    """As of what is too long for a buffer, or where there is none."""
+    with Path("/dev/full").open("w") as full:
+        told = run_into(full.fileno(), "completion", "bash", folder=tmp_path, unbuffered=unbuffered)
     assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
 
 
