@@ -78,6 +78,16 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{word}: belongs behind the command, as in {self.prog} {word}")
         self.error(f"{word}: {self.prog} has no such option; {self._remedy(word, all_commands)}")
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Return the options that a word may be short for; one that is another tool's name is told as that."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        word = option_string.partition("=")[0]
+        if word.startswith("--") and commands_of(self) == [self]:
+            options = self._option_string_actions
+            if no_option(word) is not None or (len(found) > 1 and meant(word, options, near=False) is not None):
+                self.error(f"{word}: {self.prog} has no such option; {self._remedy(word, ())}")
+        return found
+
     def _remedy(self, word: str, all_commands: Iterable[argparse.ArgumentParser]) -> str:
         """Return what to do about an option that there is not: how it is called here, or who has it."""
         if (known := no_option(word)) is not None:
