@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the words of this command, after a look at those that argparse would take for something else."""
         self.typed = list(sys.argv[1:] if args is None else args)
-        if commands_of(self) == [self] and (problem := slip(self.typed, self._option_string_actions)) is not None:
+        has_prompt = any(action.dest == "prompt" for action in self._get_positional_actions())
+        problem = slip(self.typed, self._option_string_actions, has_prompt=has_prompt)
+        if problem is not None and commands_of(self) == [self]:
             self.error(problem)
         return super().parse_known_args(self.typed, namespace)
 
