@@ -406,7 +406,7 @@ def _print(
     size = out.metadata["width"], out.metadata["height"]
     own = out.references[0].processed_size if out.references else pipe.default_size
     said = in_words(out.warnings, size, pipe.sizes, default=own, field="--size")
-    warnings = [in_options(warning, options_of(args)) for warning in said]
+    warnings = [in_options(warning, options_of(args), typed=args.parser.typed) for warning in said]
     if args.json:
         result = {
             "outputs": [

@@ -75,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _refuse_several(args.command)
         code = run(args)
     except LimnerError as error:
-        print(f"limner: {error_text(error, options_of(args))}", file=sys.stderr)
+        print(f"limner: {error_text(error, options_of(args), typed=args.parser.typed)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _drop_output()
