@@ -311,6 +311,15 @@ class ReferencePolicy:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise InvalidRequest(name, f"{value} is not allowed; use {low} or more")
+        for size in self.sizes or ():
+            if not (isinstance(size, tuple) and len(size) == 2 and all(_is_side(side) for side in size)):
+                allowed = f"(width, height), multiples of {PIXELS} of at least {MIN_SIDE}"
+                raise InvalidRequest("sizes", f"{size!r} is not {allowed}; give a tuple of such sizes")
+
+    @property
+    def over_cap(self) -> tuple[tuple[int, int], ...]:
+        """The `sizes` that no picture becomes, as they have more pixels than the cap."""
+        return tuple((width, height) for width, height in self.sizes or () if width * height > self.pixels)
 
     @property
     def pixels(self) -> int:
@@ -321,6 +330,10 @@ class ReferencePolicy:
         """Return this policy with the model's cap and sizes, where the policy has none."""
         cap = self.max_pixels if self.max_pixels is not None else max_reference_pixels or self.pixels
         return replace(self, max_pixels=cap, sizes=tuple(sizes) if self.sizes is None else self.sizes)
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and value >= MIN_SIDE and value % PIXELS == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ _EXTRAS = {"serve": "fastapi", "ray": "ray", "postgres": "psycopg", "mcp": "mcp"
 """Extras of the package, and a module of each."""
 _MODEL_BYTES = 40 << 30
 """Disk that klein-9B takes with its text encoder, in bfloat16."""
+_OF_AN_INDEX = re.compile(r"cpu|cu\d+|rocm[\d.]+|xpu")
+"""Builds of torch that an index of its own has. Others are of images, as Nvidia's, or were made here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +85,23 @@ def _tested() -> dict[str, str]:
 
 
 def _install(*names: str) -> str:
-    """Return the command that installs the tested versions of packages, in any folder; torch from where it came."""
+    """Return the command that installs the tested versions of packages, in any folder; torch from where it came.
+
+    A torch that no index has is left as it is: "" if there is nothing else to install.
+    """
     file = _tested_file()
-    words = ["pip install", *([f'-c "{file}"'] if file else ("--upgrade",)), *names]
     build = _build_of_torch() if "torch" in names else ""
-    return " ".join([*words, *([f"--extra-index-url https://download.pytorch.org/whl/{build}"] if build else ())])
+    index = ""
+    if build:
+        if _OF_AN_INDEX.fullmatch(build) is None:
+            return _install(*others) if (others := [name for name in names if name != "torch"]) else ""
+        index = f" --extra-index-url https://download.pytorch.org/whl/{build}"
+    words = ["pip install", *([f'-c "{file}"'] if file else ("--upgrade",)), *names]
+    return " ".join(words) + index
 
 
 def _build_of_torch() -> str:
-    """Return "cpu" or "cu130" where torch is a build of that name, which torch's own index has; else ""."""
+    """Return what stands behind the "+" of torch's version, as "cpu", "cu130" or "gitba56102"; else ""."""
     try:
         return importlib.metadata.version("torch").partition("+")[2]
     except importlib.metadata.PackageNotFoundError:
@@ -120,14 +130,12 @@ def _versions(notes: list[str], problems: list[str]) -> dict[str, str]:
             continue
         found[name] = version
         if _numbers(version) < _numbers(least):
-            problems.append(f"{name} {version} is older than {least}; {_install(name)}")
+            problems.append(f"{name} {version} is older than {least}; {_install(name) or 'get a newer build of it'}")
         elif _numbers(version)[:2] != _numbers(known := tested.get(name.replace("_", "-"), version))[:2]:
             others[name] = f"{name} {version} (tested: {known})"
     if others:
-        notes.append(
-            f"other versions than those that are tested: {', '.join(others.values())}; these are tested together: "
-            f"{_install(*others)}"
-        )
+        command = f"; these are tested together: {install}" if (install := _install(*others)) else ""
+        notes.append(f"other versions than those that are tested: {', '.join(others.values())}{command}")
     return found | {"tested versions": str(_tested_file() or "not found")}
 
 

@@ -6,7 +6,7 @@ The autoencoder halves a side three times, and a token is a patch of 2x2 latents
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -95,18 +95,24 @@ def unlearned(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def size_warning(
-    size: tuple[int, int], sizes: Sequence[tuple[int, int]], *, default: tuple[int, int], field: str = "width, height"
+    size: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    default: tuple[int, int],
+    over_cap: Collection[tuple[int, int]] = (),
+    field: str = "width, height",
 ) -> tuple[str, ...]:
     """Return what is to be said of a size that is none of the `sizes` that a model has learned; () if it is one.
 
     No sizes: a model draws any. `default` is what is drawn where none is asked for, `field` a name in `_REMEDIES`.
+    `over_cap` are the sizes that references would become if their cap were higher, where the caller sets it.
     """
     if not (problem := unlearned(size, sizes)):
         return ()
     give, leave, cap = _REMEDIES[field]
     near = nearest_size(sizes, size, pixels=size[0] * size[1]) or size
     remedy = give.format(*near) + (f", or {leave}" if default in sizes else "")
-    if size == default:  # another size would be drawn from the same image 1
+    if size == default and near in over_cap:  # another size would be drawn from the same image 1
         remedy = (
             f"it is that of image 1, which needs {near[0] * near[1]} pixels ({cap}) to be used as {near[0]}x{near[1]}"
         )
@@ -119,8 +125,11 @@ def in_words(
     sizes: Sequence[tuple[int, int]],
     *,
     default: tuple[int, int],
+    over_cap: Collection[tuple[int, int]] = (),
     field: str,
 ) -> list[str]:
     """Return the warnings of a call with that of its size in the words of a caller; others as of `size_warning`."""
-    old, new = (size_warning(size, sizes, default=default, field=name) for name in ("width, height", field))
+    old, new = (
+        size_warning(size, sizes, default=default, over_cap=over_cap, field=name) for name in ("width, height", field)
+    )
     return [new[0] if text in old else text for text in warnings]

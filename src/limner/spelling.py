@@ -16,9 +16,9 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("prompt", "p text prompts positive positive_prompt instruction instructions caption"),
     ("negative_prompt", "negative neg_prompt negative_prompts"),
     (
-        "image images input_image references",
+        "image images input_image references pictures",
         "i img image_path image_paths image_url image_urls input input_images input_image_1 init_image init_img "
-        "r ref reference ref_image ref_images ref_img reference_image reference_images picture pictures source",
+        "r ref reference ref_image ref_images ref_img reference_image reference_images picture source",
     ),
     ("mask mask_image", "mask_img mask_path mask_url inpaint_mask"),
     ("output", "o out outfile out_file out_dir output_dir outdir output_file output_path save save_path filename"),
@@ -90,13 +90,15 @@ _NEAR = 0.7
 def meant(name: str, known: Iterable[str], *, near: bool = True) -> str | None:
     """Return the known name that another tool's name stands for, or else, if `near`, that is spelled most like it.
 
-    Case, dashes and underscores do not count: "--cfg-scale" is "cfg_scale". None: there is none.
+    Case, dashes and underscores do not count: "--cfg-scale" is "cfg_scale". None: there is none, as where a name stands for
+    what is not among the known: one that is spelled like it is something else.
     """
     as_given = {_plain(one): one for one in known}
     word = _plain(name)
     for ours in (word, *_MEANT.get(word, ())):
         if ours in as_given:
             return as_given[ours]
+    near = near and word not in _MEANT
     like = difflib.get_close_matches(word, as_given, n=1, cutoff=_NEAR) if near else []
     return as_given[like[0]] if like else None
 

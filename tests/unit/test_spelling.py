@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from limner.errors import InvalidRequest
+from limner.mcp.inputs import EditInputs as ToolEditInputs
+from limner.mcp.inputs import GenerateInputs, read_inputs
 from limner.models import published, similar
 from limner.server.dialects.bfl import EditInputs, Inputs
 from limner.server.dialects.openai_schemas import Edit, EditForm, Generation
@@ -27,6 +30,10 @@ from limner.spelling import meant, no_option
         ("Seed", ["seed"], "seed"),
         ("frobnicate", ["prompt", "n"], None),
         ("x", ["n"], None),
+        ("num_images", ["input_image", "prompt"], None),
+        ("num_images_per_prompt", ["image_prompt"], None),
+        ("references", ["reference_weights"], None),
+        ("mask_image", ["num_images"], None),
     ],
 )
 def test_what_is_meant(name: str, known: list[str], found: str | None) -> None:
@@ -41,6 +48,7 @@ def test_what_is_meant(name: str, known: list[str], found: str | None) -> None:
     [
         (Inputs, {"widht": 64}, ("widht",), "is not a field here; did you mean width?"),
         (Inputs, {"images": []}, ("images",), "did you mean input_image?"),
+        (Inputs, {"n_images": 2}, ("n_images",), "is not a field here; leave it out"),
         (Inputs, {"num_inference_steps": 4}, ("num_inference_steps",), "did you mean steps?"),
         (Inputs, {"finetune_idd": "x"}, ("finetune_idd",), "is not a field here; leave it out"),
         (EditInputs, {"expand": {"siz": [64, 64]}}, ("expand", "Expansion", "siz"), "did you mean size?"),
@@ -58,6 +66,14 @@ def test_unknown_fields_of_bodies(kind: type[BaseModel], body: dict[str, Any], p
     assert message in found[place]
     if "prompt" in kind.model_fields:
         assert found["prompt",] == "Input should be a valid string"
+
+
+@pytest.mark.parametrize("field", ["images", "input_image", "ref_images", "reference_images"])
+def test_unknown_arguments_of_tools(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: is not an argument of this tool; did you mean pictures?"):
+        read_inputs(ToolEditInputs, {"prompt": "a", "pictures": ["a.png"], field: ["b.png"]})
+    with pytest.raises(InvalidRequest, match="^mask_image: is not an argument of this tool; they are: "):
+        read_inputs(GenerateInputs, {"prompt": "a", "mask_image": "b.png"})
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,13 @@ class Drawer:
                 *prompt_warnings(
                     [task.prompt], num_references=len(task.references), known=self.pipe.text_encoder.known
                 ),
-                *size_warning((task.width, task.height), self.pipe.sizes, default=own, field="size"),
+                *size_warning(
+                    (task.width, task.height),
+                    self.pipe.sizes,
+                    default=own,
+                    over_cap=self.pipe.reference_policy.over_cap,
+                    field="size",
+                ),
             ],
             "references": list(task.references),
             "reference_cache": source,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from limner.bench.whole import PHASES, whole_names
 from limner.errors import MissingExtra
+from limner.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,5 +60,7 @@ def draw_phases(report: dict[str, Any]) -> Figure:
 
 
 def save_phases(report: dict[str, Any], path: Path) -> None:
-    """Write the plot as a PNG. Raises `MissingExtra`."""
-    draw_phases(report).savefig(path, dpi=90)
+    """Write the plot as a PNG. Raises `MissingExtra` and `OutputError`."""
+    figure = draw_phases(report)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")

@@ -124,11 +124,17 @@ def bench(args: argparse.Namespace) -> None:
         ],
         "arithmetic": measured.ours.arithmetic,
     }
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        path.with_suffix(".md").write_text(as_markdown(report) + "\n")
-    print(as_markdown(report))
-    print(json.dumps(report))
+    try:
+        if path is not None:
+            _write(path, json.dumps(report, indent=1))
+            _write(path.with_suffix(".md"), as_markdown(report))
+    finally:  # it was measured for minutes
+        print(as_markdown(report))
+        print(json.dumps(report))
+
+
+def _write(path: Path, text: str) -> None:
+    write_file(path, f"{text}\n".encode())
 
 
 def _whole(args: argparse.Namespace, path: Path | None, common: dict[str, Any]) -> None:
@@ -148,18 +154,19 @@ def _whole(args: argparse.Namespace, path: Path | None, common: dict[str, Any]) 
         cases = [one for one in report["cases"] if one["case"] != found["case"]]
         report["cases"] = [*cases, found]
         if path is not None:
-            write_file(path, (json.dumps(report, indent=1) + "\n").encode())
+            _write(path, json.dumps(report, indent=1))
 
     for number in args.references:
         measured.run(BenchCase(**_case(args, number)), rounds=args.rounds, progress=_print_progress, save=save)
-    if path is not None:
-        path.with_suffix(".md").write_text(whole_markdown(report) + "\n")
-        try:
+    try:
+        if path is not None:
+            _write(path.with_suffix(".md"), whole_markdown(report))
             save_phases(report, path.with_suffix(".png"))
-        except MissingExtra as error:
-            _print_progress(f"limner: no plot was drawn: {error}")
-    print(whole_markdown(report))
-    print(json.dumps(report))
+    except MissingExtra as error:
+        _print_progress(f"limner: no plot was drawn: {error}")
+    finally:
+        print(whole_markdown(report))
+        print(json.dumps(report))
 
 
 def _case(args: argparse.Namespace, num_references: int) -> dict[str, int]:

@@ -405,8 +405,9 @@ def _print(
     """Print what was read and written, and what was drawn. `repainted` is the report of image 1's file, if that is."""
     size = out.metadata["width"], out.metadata["height"]
     own = out.references[0].processed_size if out.references else pipe.default_size
-    said = in_words(out.warnings, size, pipe.sizes, default=own, field="--size")
-    warnings = [in_options(warning, options_of(args)) for warning in said]
+    over_cap = pipe.reference_policy.over_cap
+    said = in_words(out.warnings, size, pipe.sizes, default=own, over_cap=over_cap, field="--size")
+    warnings = [in_options(warning, options_of(args), typed=args.parser.typed) for warning in said]
     if args.json:
         result = {
             "outputs": [

@@ -75,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _refuse_several(args.command)
         code = run(args)
     except LimnerError as error:
-        print(f"limner: {error_text(error, options_of(args))}", file=sys.stderr)
+        print(f"limner: {error_text(error, options_of(args), typed=args.parser.typed)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _drop_output()
@@ -83,18 +83,21 @@ def _main(argv: Sequence[str] | None) -> int:
     except OSError as error:
         if error.errno not in _FULL or error.filename is not None:
             raise
-        _tell_unprinted(error)  # what commands write to files ends in an `OutputError`
-        return 1
+        if _printed("\n") != 0:  # a write to any other file fails in the same words
+            return 1
+        print(f"limner: a file cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("limner: interrupted", file=sys.stderr)
         return 130
     return code or 0
 
 
-def _printed() -> int:
+def _printed(last: str = "") -> int:
     """Flush what was printed, which the interpreter would do too late for an exit code; return 1 if it cannot be."""
     try:
         if sys.stdout is not None:
+            sys.stdout.write(last)
             sys.stdout.flush()
     except OSError as error:
         _tell_unprinted(error)

@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the words of this command, after a look at those that argparse would take for something else."""
         self.typed = list(sys.argv[1:] if args is None else args)
-        if commands_of(self) == [self] and (problem := slip(self.typed, self._option_string_actions)) is not None:
+        has_prompt = any(action.dest == "prompt" for action in self._get_positional_actions())
+        problem = slip(self.typed, self._option_string_actions, has_prompt=has_prompt)
+        if problem is not None and commands_of(self) == [self]:
             self.error(problem)
         return super().parse_known_args(self.typed, namespace)
 
@@ -77,6 +79,16 @@ class Parser(argparse.ArgumentParser):
         if word in self._option_string_actions:
             self.error(f"{word}: belongs behind the command, as in {self.prog} {word}")
         self.error(f"{word}: {self.prog} has no such option; {self._remedy(word, all_commands)}")
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Return the options that a word may be short for; one that is another tool's name is told as that."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        word = option_string.partition("=")[0]
+        if word.startswith("--") and commands_of(self) == [self]:
+            options = self._option_string_actions
+            if no_option(word) is not None or (len(found) > 1 and meant(word, options, near=False) is not None):
+                self.error(f"{word}: {self.prog} has no such option; {self._remedy(word, ())}")
+        return found
 
     def _remedy(self, word: str, all_commands: Iterable[argparse.ArgumentParser]) -> str:
         """Return what to do about an option that there is not: how it is called here, or who has it."""

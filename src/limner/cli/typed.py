@@ -26,6 +26,9 @@ _ENDS = {
     "\u00ab": "\u00bb",
 }
 """Quotes of typography, and what ends each."""
+_QUOTES = frozenset("".join([*_ENDS, *_ENDS.values()]))
+_TEXTS = ("negative_prompt",)
+"""Options that take any text."""
 _LONG_DASHES = "\u2012\u2013\u2014\u2015\u2212"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp")
 """Suffixes of pictures, also of those that are not read."""
@@ -33,9 +36,16 @@ _NAME = re.compile(r"\S+\.\w{2,12}")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def slip(words: Sequence[str], options: Options) -> str | None:
-    """Return what is wrong with the first word that is an option or value but for its dashes or quotes; else None."""
+def slip(words: Sequence[str], options: Options, *, has_prompt: bool) -> str | None:
+    """Return what is wrong with the first word that is an option or value but for its dashes or quotes; else None.
+
+    Prompts may be in any quotes. `has_prompt`: what stands by itself is one.
+    """
+    before: argparse.Action | None = None
     for word in itertools.takewhile(lambda word: word != "--", words):
+        takes_it = before is not None and before.nargs != 0
+        is_text = before is not None and before.dest in _TEXTS if takes_it else has_prompt
+        before = options.get(word)
         name = word.partition("=")[0]
         bare = name.lstrip(f"-{_LONG_DASHES}")
         right = f"--{bare}" if len(bare) > 1 else f"-{bare}"
@@ -43,10 +53,10 @@ def slip(words: Sequence[str], options: Options) -> str | None:
             return f"{name}: begins with {name[0]}, as texts have it, and is no option; type {right}"
         if name not in options and right in options and name == f"-{bare}":
             return f"{name}: long options have two dashes; did you mean {right}?"
-        if len(word) > 2 and word[-1] in _ENDS.get(word[0], "") and " " not in word:
-            return (
-                f"{word}: {word[0]} and {word[-1]} are no quotes for a shell, but part of the word; type {word[1:-1]}"
-            )
+        inside = word[1:-1]
+        in_quotes = inside and word[-1] in _ENDS.get(word[0], "") and not _QUOTES.intersection(inside)
+        if in_quotes and not is_text and " " not in word:
+            return f"{word}: {word[0]} and {word[-1]} are no quotes for a shell, but part of the word; type {inside}"
     return None
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASK_BACKGROUND",
+    "ASK_MAX_PIXELS",
     "Picture",
     "PreparedReference",
     "ReferenceReport",
@@ -38,6 +39,8 @@ __all__ = [
 
 ASK_BACKGROUND = "reference_policy=ReferencePolicy(background='white')"
 """How a caller in Python says what stands behind transparent pictures."""
+ASK_MAX_PIXELS = "ReferencePolicy(max_pixels=...), --max-pixels"
+"""How a caller in Python, or who starts a command, has references made smaller."""
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

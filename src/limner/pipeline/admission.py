@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from limner.config import AutoencoderConfig
 from limner.errors import CapacityError
 from limner.grid import PIXELS
+from limner.images.reference import ASK_MAX_PIXELS
 from limner.memory import Workload, call_bytes, cheapest, control_bytes, kv_bytes
 from limner.memory.free import free_bytes
 from limner.pipeline.networks import Networks
@@ -101,5 +102,5 @@ def check_workload(needed: int, free: int, workload: Workload) -> None:
     remedy = f"a smaller canvas, {remedy}" if workload.canvas_pixels else remedy
     if num_ref:
         what = f"references: {num_ref} reference tokens and {own} need"
-        remedy = f"fewer or smaller references (ReferencePolicy(max_pixels=...), --max-pixels), {remedy}"
+        remedy = f"fewer or smaller references ({ASK_MAX_PIXELS}), {remedy}"
     raise CapacityError(f"{what} {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; use {remedy}")

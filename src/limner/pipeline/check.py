@@ -204,7 +204,7 @@ class ArgumentChecker:
     def _warn_of_size(self, size: tuple[int, int], *, default: tuple[int, int]) -> tuple[str, ...]:
         if problem := unlearned(size, self.sizes):
             _logger.warning("%s", problem)
-        return size_warning(size, self.sizes, default=default)
+        return size_warning(size, self.sizes, default=default, over_cap=self.prefiller.policy.over_cap)
 
     def _check_weights(self, control: Control, *, num_references: int, num_steps: int) -> tuple[Weights | None, ...]:
         """Return the weights for all prompts, or for each; () if there are none."""

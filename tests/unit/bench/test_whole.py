@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from limner.bench.models import SIZES, map_int8, random_pipeline, weight_bytes
 from limner.bench.plot import draw_phases, save_phases
 from limner.bench.whole import PHASES, WHOLE_ENGINES
 from limner.cli import main
-from limner.errors import InvalidRequest
+from limner.errors import InvalidRequest, OutputError
 from limner.model.int8 import Int8Linear
 
 SMALL = ("--side", "64", "--reference-side", "64", "--text", "40", "--dtype", "float32")
@@ -74,6 +76,34 @@ def test_a_bar_for_each_engine(report: dict[str, Any], tmp_path: Path) -> None:
     save_phases(report, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.format == "PNG"
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the file and its option, and what was measured is not lost."""
+    (tmp_path / "edit.json").mkdir()
+    given = ("--geometry", "1", "1", "1", "--rounds", "1", "--engines", "cold", "-o", str(tmp_path / "edit.json"))
+    assert main(["bench", *SMALL, *given]) == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["benchmark"] == "edit"
+    told = f"limner: --output: {tmp_path / 'edit.json'} cannot be written (Is a directory); nothing was left there"
+    assert shown.err.splitlines()[-1] == told
+
+
+def test_a_plot_is_written_whole_or_not_at_all(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limner.bench.plot.draw_phases", lambda report: Full())
+    with pytest.raises(OutputError, match=r"plot.png cannot be written \(No space left on device\)"):
+        save_phases(report, tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+class Full:
+    """A figure whose disk is full."""
+
+    def savefig(self, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_batches_are_whole_calls_too() -> None:

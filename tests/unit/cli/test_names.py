@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from limner.cli.names import error_text, in_options
 from limner.errors import CapacityError, CheckpointError, InvalidRequest, OutputError
 from limner.images.reference import ASK_BACKGROUND
+from limner.memory import Workload
+from limner.pipeline.admission import check_workload
 
 OPTIONS = [
     *("--mask", "--canvas", "--mask-blur", "--padding-mask-crop", "--expand", "--strength", "--preserve", "--parallel"),
@@ -19,6 +23,7 @@ OPTIONS = [
         "--references-attention",
         "--background",
     ),
+    *("--max-pixels", "--image", "--num-images"),
     *("--output", "--model", "--transformer", "--vae", "--text-encoder", "--memory-limit", "--lora"),
 ]
 
@@ -56,6 +61,39 @@ def test_options_are_named(text: str, said: str) -> None:
 )
 def test_what_is_no_argument_stays(text: str) -> None:
     assert in_options(text, OPTIONS) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["x", "-i", "memory_limit copy.png"], "image 1: memory_limit copy.png is a folder"),
+        (["x", "-imemory_limit copy.png"], "image 1: memory_limit copy.png is a folder"),
+        (["x", "--image=of text_encoder"], "image 1: of text_encoder is a folder"),
+        (["x", "--lora", "a mask_image:0.5"], "--lora: a mask_image is neither a file nor a folder"),
+    ],
+)
+def test_names_of_files_stay(words: list[str], text: str) -> None:
+    assert in_options(text, OPTIONS) != text
+    assert in_options(f"{text}; mask_image", OPTIONS, typed=words) == f"{text}; --mask"
+
+
+def test_what_does_not_fit_is_no_option() -> None:
+    """References may be of pictures, and tokens of many images."""
+    workload = Workload(size=(512, 512), num_text=0, batch=64, references=((256, 256),) * 4)
+    told = "4.00 GiB, 1.00 GiB are free; use"
+    with pytest.raises(CapacityError) as caught:
+        check_workload(4 << 30, 1 << 30, workload)
+    assert error_text(caught.value, OPTIONS) == (
+        f"references: 1024 reference tokens and 64 x 1024 own tokens need {told} fewer or smaller references "
+        "(--max-pixels), a smaller output or fewer images at once"
+    )
+    with pytest.raises(CapacityError) as caught:
+        check_workload(4 << 30, 1 << 30, replace(workload, references=()))
+    assert error_text(caught.value, OPTIONS) == (
+        f"size: 64 x 1024 own tokens need {told} a smaller output or fewer images at once"
+    )
+    assert error_text(CapacityError("memory_limit: 1 GiB are too little"), OPTIONS).startswith("--memory-limit: 1 GiB")
+    assert error_text(InvalidRequest("references", "a.safetensors is no pack"), OPTIONS).startswith("--references: a.")
 
 
 def test_errors() -> None:

@@ -46,6 +46,8 @@ COMMANDS = {parser.prog: parser for parser in commands_of(build_parser())}
         ),
         (["edit", "\u201cput", "the", "cat\u201d", "-i", "a"], "\u201cput: \u201c is no quote for a shell"),
         (["edit", "x", "-i", "\u201ca.png\u201d"], "type a.png; see limner edit --help"),
+        (["verify", "\u00aba.png\u00bb"], "type a.png; see limner verify --help"),
+        (["edit", "x", "-i", "a", "--size", "\u201c512x512\u201d"], "type 512x512; see limner edit --help"),
         (
             ["edit", "x", "\u2014seed", "4"],
             "\u2014seed: begins with \u2014, as texts have it, and is no option; type --seed",
@@ -58,6 +60,8 @@ COMMANDS = {parser.prog: parser for parser in commands_of(build_parser())}
         (["edit", "x", "--diffusion-model", "a"], "did you mean --transformer FILE?"),
         (["edit", "x", "--lora-model-dir", "a"], "did you mean --lora FILE[:STRENGTH]?"),
         (["edit", "x", "--sampling-method", "euler"], "by Euler steps; leave it out"),
+        (["edit", "x", "--mode", "a"], "--mode: limner edit has no such option; the command says it: limner edit or"),
+        (["edit", "x", "--n", "4"], "--n: limner edit has no such option; did you mean --num-images N?"),
         (["edit", "x", "--prompt-file", "a"], "give - as the prompt, and the file on stdin"),
         (["edit", "x", "--strength", "60%"], "argument --strength: '60%' is not a number; did you mean 0.6?"),
         (["edit", "x", "--strength", "0,6"], "did you mean 0.6?"),
@@ -81,6 +85,7 @@ def test_what_was_meant(words: list[str], message: str, capsys: pytest.CaptureFi
 
 
 def test_values_that_can_be_one_thing_only_are_taken() -> None:
+    """Options may be cut short, also where what is left is another tool's name."""
     words = [
         "edit",
         "\u201chello\u201d on a sign",
@@ -92,10 +97,20 @@ def test_values_that_can_be_one_thing_only_are_taken() -> None:
         "512 * 768",
         "--store-bytes",
     ]
-    found = build_parser().parse_args([*words, "2GiB", "-ob.png"])
+    found = build_parser().parse_args([*words, "2GiB", "-ob.png", "--num", "3"])
     assert (found.prompt, found.output) == ("\u201chello\u201d on a sign", "b.png")
     assert (found.steps, found.size, found.store_bytes) == (4, (512, 768), 2 << 30)
     assert isinstance(found.steps, int)
+    assert found.num_images == 3
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["\u201c\u798f\u201d\u5b57\u706f\u7b3c\uff0c\u5199\u7740\u201c\u798f\u201d", "\u00abHi\u00bb", "\u2018512\u2019"],
+)
+def test_a_prompt_may_be_in_any_quotes(prompt: str) -> None:
+    for words in (["edit", prompt, "-i", "a.png"], ["edit", "-i", "a.png", prompt], ["generate", "--json", prompt]):
+        assert build_parser().parse_args([*words, "--negative-prompt", prompt]).prompt == prompt
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -95,6 +96,23 @@ def test_doctor_says_how_to_get_the_tested_versions(version: str, index: str, mo
     )
 
 
+@pytest.mark.parametrize("version", ["2.9.0a0+145a3a7bda.nv25.10", "2.9.0+gitba56102"])
+def test_doctor_leaves_a_torch_that_no_index_has(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one of Nvidia's images, or one that was built here: pip would put another in its place, or find none."""
+    here = {"torch": version, "numpy": "2.8.1"}
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("numpy", "2"), ("torch", "2")])
+    monkeypatch.setattr(limner.doctor, "_tested", lambda: {"torch": "3.0", "numpy": "2.4.6"})
+    monkeypatch.setattr("importlib.metadata.version", here.__getitem__)
+    (note, *_) = limner.doctor.examine().notes
+    assert f"torch {version} (tested: 3.0)" in note
+    assert note.endswith(f'; these are tested together: pip install -c "{limner.doctor._tested_file()}" numpy')
+    here["numpy"] = "2.4.6"
+    (note, *_) = limner.doctor.examine().notes
+    assert note == f"other versions than those that are tested: torch {version} (tested: 3.0)"
+    monkeypatch.setattr(limner.doctor, "_required", lambda: [("torch", "99")])
+    assert limner.doctor.examine().problems == (f"torch {version} is older than 99; get a newer build of it",)
+
+
 def test_doctor_says_that_torch_cannot_be_imported(tmp_path: Path) -> None:
     """As where a library of CUDA is missing; in a process of its own, since torch is imported here."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
@@ -160,6 +178,28 @@ def test_a_reader_that_left_is_no_traceback(words: list[str], unbuffered: str, t
 def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         told = run_into(full.fileno(), "samples", folder=tmp_path)
+    assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
+
+
+def test_a_file_that_fails_is_not_taken_for_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write to a full disk names no file, in whichever file it is."""
+
+    def fails() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("limner.doctor.examine", fails)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "limner: a file cannot be read or written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_that_fails_at_once_is_told(unbuffered: str, tmp_path: Path) -> None:
+    """As of what is too long for a buffer, or where there is none."""
+    with Path("/dev/full").open("w") as full:
+        told = run_into(full.fileno(), "completion", "bash", folder=tmp_path, unbuffered=unbuffered)
     assert told == (1, "limner: stdout cannot be written (No space left on device)\n")
 
 

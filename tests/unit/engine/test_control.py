@@ -234,6 +234,19 @@ def test_what_is_to_be_said_of_a_size_is_in_the_result(isolated: Pipeline) -> No
     )
 
 
+def test_a_caller_of_an_engine_is_told_of_no_cap(isolated: Pipeline) -> None:
+    """It is the operator who sets how many pixels a reference has."""
+    isolated.sizes = ((160, 96),)
+    isolated.reference_policy = ReferencePolicy(sizes=isolated.sizes, max_pixels=160 * 96 - 1)
+    engine = Engine(isolated, memory_bytes=1 << 32)
+    (heard,) = submit(engine, request(isolated, image=[picture(96, 64)]))
+    result: EditResult = heard.result()
+    engine.close()
+    assert result.warnings == (
+        "width, height: 96x64 is not a size that this model has learned to draw: 160x96; give width 160 and height 96",
+    )
+
+
 def test_memory_counts_canvases_and_further_forwards(pipe: Pipeline) -> None:
     admission = Admission(model=PipelineView(pipe), max_waiting=2, max_batch=4, memory_bytes=1 << 32)
     large = picture(1600, 1200, seed=4)

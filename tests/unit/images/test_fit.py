@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,13 @@ def test_a_reference_has_a_size_that_the_model_has_learned(
     assert len(found.data) == 3 * found.report.processed_size[0] * found.report.processed_size[1]
     assert put_back(as_image(found), image, found.report).size == size
     assert ReferencePolicy(sizes=()).for_model(pixels, sizes).sizes == ()
+
+
+@pytest.mark.parametrize("size", [(0, 16), (100, 100), (48, 64), (64,), (64.0, 64), [64, 64], 64])
+def test_sizes_are_on_the_grid(size: Any) -> None:
+    told = f"sizes: {size!r} is not (width, height), multiples of 16 of at least 64; give a tuple of such sizes"
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(told)}$"):
+        ReferencePolicy(sizes=((64, 64), size))
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -225,9 +225,21 @@ def test_a_model_says_which_sizes_it_draws(
         assert "150x90, scaled to 107x64, cut 5 left, 0 top, 6 right, 0 bottom, used as 96x64" in printed
         assert f", {size}, " in printed
         assert "".join(line for line in printed.splitlines(keepends=True) if line.startswith("warning")) == warned
-    pipe = Pipeline.from_pretrained(tiny_copy, reference_policy=ReferencePolicy(sizes=()))
-    (told_of_image,) = pipe("a dog", image=picture(144, 96)).warnings
-    assert told_of_image.endswith("it is that of image 1, which needs 6144 pixels (max_pixels) to be used as 96x64")
+    for policy, remedy in (
+        (ReferencePolicy(sizes=()), "give width 96 and height 64"),  # a higher cap would change nothing
+        (ReferencePolicy(sizes=(), max_pixels=6143), "give width 96 and height 64"),
+        (
+            ReferencePolicy(sizes=((96, 64),), max_pixels=6143),
+            "it is that of image 1, which needs 6144 pixels (max_pixels) to be used as 96x64",
+        ),
+    ):
+        pipe = Pipeline.from_pretrained(tiny_copy, reference_policy=policy)
+        (told_of_image,) = pipe("a dog", image=picture(90, 72)).warnings
+        assert told_of_image.endswith(f"; {remedy}")
+    (tiny_copy / "limner.json").write_text(json.dumps({"sizes": [[96, 64]]}))
+    picture(90, 72).save(tiny_copy / "a.png")
+    assert main([*map(str, [*edit, "--max-pixels", 6143])]) == 0
+    assert "image 1, which needs 6144 pixels (--max-pixels) to be used as 96x64\n" in capsys.readouterr().out
     (tiny_copy / "limner.json").unlink()
 
 
