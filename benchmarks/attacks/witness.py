@@ -61,11 +61,11 @@ class Bystander:
         self.seen = Seen()
         self._came: dict[str, float] = {}
 
-    def run(self, seconds: float, *, every: float = 1.0) -> None:
-        """Send jobs for a time, and wait for the last one."""
+    def run(self, seconds: float, *, every: float = 1.0, least: int = 1) -> None:
+        """Send jobs for a time, and no fewer than `least`; wait for the last one."""
         with self._receiver():
             end, threads, number = time.monotonic() + seconds, [], 0
-            while time.monotonic() < end:
+            while number < least or time.monotonic() < end:
                 threads.append(threading.Thread(target=self._edit, args=(number,)))
                 threads[-1].start()
                 number += 1

@@ -183,7 +183,7 @@ def test_a_bystander_loses_nothing(served: Served, attacks: ModuleType, hang: st
             assert time.monotonic() < end
             time.sleep(0.005)
         bystander = witness.Bystander(served.url, BOB, size=64)
-        bystander.run(0.25, every=0.1)
+        bystander.run(0.25, every=0.1, least=2)
     finally:
         stop.set()
         attacker.join(60)
