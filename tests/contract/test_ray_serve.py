@@ -405,7 +405,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["deploy", "--port", str(port)]) == 2
-    assert capsys.readouterr().err.startswith(f"limner: port: 127.0.0.1:{port} cannot be used")
+    assert capsys.readouterr().err.startswith(f"limner: --port: 127.0.0.1:{port} cannot be used")
 
 
 def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
