@@ -58,8 +58,7 @@ class PipelineOutput(OfImages):
         """Return the pictures of latents: "pil", "np" or "pt".
 
         In another thread too, while the pipeline draws the next; not if it has a memory limit, which moves weights about.
-        Not of a copy that was pickled. Raises `InvalidRequest`, and `CapacityError` if
-        memory is too little.
+        Not of a copy that was pickled. Raises `InvalidRequest`, and `CapacityError` if memory is too little.
         """
         if output_type not in _PICTURES:
             raise InvalidRequest("output_type", f"{output_type!r} is none of {', '.join(map(repr, _PICTURES))}")
